@@ -1,0 +1,51 @@
+"""Windows -> ECGBatch, which travels to the device as int16.
+
+Shape suffixes: B rows (segments), L the twelve leads, T samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ECGBatch:
+    """Rows of counts with what they are worth: value = gain · (x − offset), in mV or in z-units.
+
+    For pretraining the first half of the rows holds segment 0 of each position and the second half segment 1.
+    """
+
+    signal_BLT: Tensor  # int16 counts; zero where a lead is missing and behind the valid samples
+    gain_BL: Tensor  # float32; zero for a missing lead
+    offset_BL: Tensor  # float32 counts
+    length_B: Tensor  # int64, valid samples
+    patient_B: Tensor  # int64 codes
+    segment_B: Tensor  # int64, 0 or 1
+    position_B: Tensor  # int64
+    padded: bool  # whether any row is shorter than T; known without asking the device
+    target_BC: Tensor | None = None  # labels, for fine-tuning
+
+    def to(self, device: torch.device) -> ECGBatch:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def with_gain(self, gain_BL: Tensor) -> ECGBatch:
+        return replace(self, gain_BL=gain_BL)
+
+    @property
+    def rows(self) -> int:
+        return self.signal_BLT.shape[0]
+
+    def pin_memory(self) -> ECGBatch:
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)

@@ -1,0 +1,199 @@
+"""A source of records -> a folder of shards, by several processes, with bytes that do not depend on how many.
+
+Each shard is the work of one process: a fixed slice of the source's sorted items. Splits need all patients, so they
+are set when all tars stand; then come the indexes, and last the manifest.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ecgscale.data.shards import (
+    MANIFEST,
+    SPLITS,
+    Columns,
+    write_index,
+    write_manifest,
+    write_tar,
+    write_whole,
+)
+from ecgscale.data.sources import Source
+from ecgscale.errors import InputError
+from ecgscale.record import Record
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """How records become shards."""
+
+    rate_hz: float = 500.0
+    records_per_shard: int = 512
+    validation_fraction: float = 0.1  # of the patients, by hash
+    test_fraction: float = 0.0  # of the patients, by hash
+    split_by: str = ""  # label or metadata key that names the split instead of the hash, such as strat_fold
+    validation_values: tuple[str, ...] = ()
+    test_values: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rate_hz <= 100_000:
+            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between 1 and 100000 Hz")
+        if self.records_per_shard < 1:
+            raise InputError(f"records-per-shard {self.records_per_shard}: give 1 or more")
+        fractions = (self.validation_fraction, self.test_fraction)
+        if min(fractions) < 0 or sum(fractions) >= 1:
+            raise InputError(f"validation and test fractions {fractions}: both ≥ 0 and together below 1")
+        if bool(self.split_by) != bool(self.validation_values or self.test_values):
+            raise InputError("split-by goes together with validation-values or test-values")
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What came of it."""
+
+    records: int
+    rejected: int
+    shards: int
+
+
+@dataclass
+class _Slice:
+    """One process's finished shard: its index columns, what it refused, and the key that names the split."""
+
+    columns: Columns
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    split_values: list[str] = field(default_factory=list)
+    patients: list[str | None] = field(default_factory=list)
+
+
+def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) -> Ingested:
+    """Write a source as a data set folder; refuses a folder that already is one.
+
+    Raises InputError for an empty source, when no record can be read, when a patient falls into two splits, and when
+    the disk is full. What cannot be read is listed with its reason in ``rejected.csv``.
+    """
+    if (out / MANIFEST).exists():
+        raise InputError(f"{out}: holds a data set already; give another folder or remove it")
+    items = source.items()
+    out.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    slices = [
+        items[start : start + options.records_per_shard]
+        for start in range(0, len(items), options.records_per_shard)
+    ]
+    tars = [out / f"shard-{number:06d}.tar" for number in range(len(slices))]
+    tasks = [(source, tar, part, options) for tar, part in zip(tars, slices, strict=True)]
+    done = list(_run(tasks, workers, len(items)))
+    _write_rejected(out / "rejected.csv", [row for part in done for row in part.rejected])
+    rejected = sum(len(part.rejected) for part in done)
+    if rejected == len(items):
+        raise InputError(
+            f"{out}: none of the {rejected} records could be read; {out / 'rejected.csv'} gives the reasons"
+        )
+    splits = _splits(done, options)
+    entries = []
+    for tar, part, split_B in zip(tars, done, splits, strict=True):
+        if len(split_B):
+            entries.append(write_index(tar, part.columns | {"split": split_B}))
+        else:
+            tar.unlink()
+    write_manifest(
+        out, source.dataset, options.rate_hz, entries, rejected, {k: v for k, v in vars(options).items() if v}
+    )
+    return Ingested(len(items) - rejected, rejected, len(entries))
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Drop what an interrupted ingest left: without a manifest it is no data set."""
+    for pattern in ("shard-*.tar", "shard-*.tar.partial", "shard-*.index.safetensors"):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
+def _run(
+    tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: int, total: int
+) -> Iterator[_Slice]:
+    with tqdm(total=total, unit="rec", desc="ingest", disable=None) as bar:
+        if workers <= 1:
+            for task in tasks:
+                yield _write_slice(*task)
+                bar.update(len(task[2]))
+            return
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for task, part in zip(tasks, pool.map(_write_slice, *zip(*tasks, strict=True)), strict=True):
+                yield part
+                bar.update(len(task[2]))
+
+
+def _write_slice(source: Source, tar: Path, items: list[str], options: IngestOptions) -> _Slice:
+    done = _Slice({})
+
+    def records() -> Iterator[tuple[str, Record]]:
+        for item in items:
+            try:
+                record = source.read(item).resampled(options.rate_hz)
+            except InputError as error:
+                done.rejected.append((item, str(error)))
+                continue
+            done.split_values.append(_split_value(record, options.split_by))
+            done.patients.append(record.patient)
+            yield f"{tar.stem}-{len(done.patients) - 1:06d}", record
+
+    done.columns = write_tar(tar, source.dataset, records())
+    return done
+
+
+def _split_value(record: Record, key: str) -> str:
+    if not key:
+        return ""
+    values = record.labels.get(key) or [record.metadata.get(key, "")]
+    return values[0]
+
+
+def _splits(parts: list[_Slice], options: IngestOptions) -> list[npt.NDArray[np.uint8]]:
+    """The split of each record, per shard. Every patient lies in one split."""
+    if not options.split_by:
+        return [_split_by_hash(part.columns["patient"], options) for part in parts]
+    code_of_patient: dict[int, int] = {}
+    splits = []
+    for part in parts:
+        codes = [_split_code(value, options) for value in part.split_values]
+        for patient, name, code in zip(part.columns["patient"].tolist(), part.patients, codes, strict=True):
+            if code_of_patient.setdefault(patient, code) != code:
+                both = f"{SPLITS[code_of_patient[patient]]} and {SPLITS[code]}"
+                raise InputError(
+                    f"patient {name!r} stands in two splits ({both}) by {options.split_by}; splits must be patient-disjoint"
+                )
+        splits.append(np.array(codes, np.uint8))
+    for code, values in ((1, options.validation_values), (2, options.test_values)):
+        if values and not any((split == code).any() for split in splits):
+            raise InputError(
+                f"no record has {options.split_by} in {list(values)}, so the {SPLITS[code]} split would be empty"
+            )
+    return splits
+
+
+def _split_code(value: str, options: IngestOptions) -> int:
+    return 2 if value in options.test_values else 1 if value in options.validation_values else 0
+
+
+def _split_by_hash(patient_B: npt.NDArray[np.int64], options: IngestOptions) -> npt.NDArray[np.uint8]:
+    place_B = (patient_B % 1_000_003) / 1_000_003  # the code is a hash already
+    validation_B = place_B < options.test_fraction + options.validation_fraction
+    return np.where(place_B < options.test_fraction, 2, np.where(validation_B, 1, 0)).astype(np.uint8)
+
+
+def _write_rejected(path: Path, rows: list[tuple[str, str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([("record", "reason"), *rows])
+    write_whole(path, text.getvalue().encode())

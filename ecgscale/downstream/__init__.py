@@ -1,0 +1,1 @@
+"""From a pretrained encoder to downstream numbers: tasks, fine-tuning, metrics."""

@@ -1,0 +1,217 @@
+"""The encoder, whole: stem, projection, positional convolution, transformer.
+
+Oh et al. 2022 after wav2vec 2.0 (Baevski et al. 2020), weight-compatible with the public reference implementation.
+Shape suffixes: B rows, N patches (tokens), C stem channels, D width, H heads, K positional kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ecgscale.data.batch import ECGBatch
+from ecgscale.errors import InputError
+from ecgscale.model.stem import SAMPLES_PER_PATCH, ConvStem
+from ecgscale.record import LEADS
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the encoder. ``preset`` fills in the fields that are not given."""
+
+    preset: str = "base"
+    """tiny, small, base8, base or large: where the other fields begin."""
+    stem_channels: int = 256
+    """Channels of the convolutional stem."""
+    width: int = 768
+    """Width of the transformer."""
+    depth: int = 12
+    """Transformer layers."""
+    heads: int = 12
+    """Attention heads."""
+    ffn_width: int = 3072
+    """Width of the feed-forward layers."""
+    position_kernel: int = 128
+    """Kernel of the positional convolution in tokens."""
+    position_groups: int = 16
+    """Groups of the positional convolution."""
+    dropout: float = 0.1
+    """Dropout in the transformer."""
+    attention_dropout: float = 0.1
+    """Dropout of the attention weights."""
+    feature_dropout: float = 0.1
+    """Dropout of the stem's features, before the transformer and before the quantizer."""
+    pre_norm: bool = False
+    """Norm before each layer's two halves instead of after."""
+    stem_bias: bool = False
+    """Bias in the stem's convolutions."""
+    stem_gradient_scale: float = 0.1
+    """Factor on the gradients that flow into the stem."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise InputError(f"model.width {self.width} is no multiple of model.heads {self.heads}")
+        if self.width % self.position_groups:
+            raise InputError(f"model.width {self.width} is no multiple of model.position_groups {self.position_groups}")
+        for name in ("stem_channels", "width", "depth", "heads", "ffn_width", "position_kernel", "position_groups"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} {getattr(self, name)}: give 1 or more")
+        for name in ("dropout", "attention_dropout", "feature_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"model.{name} {getattr(self, name)}: give a probability below 1")
+
+
+class Features(NamedTuple):
+    """What the stem gives, before any masking in time."""
+
+    stem_BNC: Tensor  # raw output of the stem, for its penalty
+    normed_BNC: Tensor  # after LayerNorm: the targets of the local objective
+    token_BND: Tensor  # projected to the transformer's width
+    valid_BN: Tensor | None  # tokens that lie in the recording; None: all
+
+
+class ECGEncoder(nn.Module):
+    """Counts -> one vector per token of 16 samples."""
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = ConvStem(len(LEADS), config.stem_channels, config.stem_bias)
+        self.feature_norm = nn.LayerNorm(config.stem_channels)
+        self.feature_projection = nn.Linear(config.stem_channels, config.width)
+        self.mask_token = nn.Parameter(torch.empty(config.width).uniform_())
+        self.position = PositionalConvolution(config.width, config.position_kernel, config.position_groups)
+        self.norm = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.depth))
+        self.activation_checkpointing = activation_checkpointing
+        self.layers.apply(_bert_init)
+        nn.init.xavier_uniform_(self.feature_projection.weight)
+
+    def features(self, batch: ECGBatch) -> Features:
+        """Stem, norm and projection; leads are masked by the gains of the batch."""
+        stem_BNC = _scale_gradient(self.stem(batch), self.config.stem_gradient_scale)
+        normed_BNC = self.feature_norm(stem_BNC)
+        token_BND = F.dropout(self.feature_projection(normed_BNC), self.config.feature_dropout, self.training)
+        valid_BN = valid_tokens(batch.length_B, stem_BNC.shape[1]) if batch.padded else None
+        return Features(stem_BNC, normed_BNC, token_BND, valid_BN)
+
+    def contextualise(self, token_BND: Tensor, valid_BN: Tensor | None, masked_BN: Tensor | None = None) -> Tensor:
+        """The transformer over tokens (B, N, D); ``masked_BN`` tokens are replaced by the mask token first."""
+        if masked_BN is not None:
+            token_BND = torch.where(masked_BN[..., None], self.mask_token, token_BND)
+        x_BND = token_BND + self.position(token_BND)
+        if not self.config.pre_norm:
+            x_BND = self.norm(x_BND)
+        x_BND = F.dropout(x_BND, self.config.dropout, self.training)
+        attend_B11N = None if valid_BN is None else valid_BN[:, None, None, :]
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                x_BND = checkpoint(layer, x_BND, attend_B11N, use_reentrant=False)
+            else:
+                x_BND = layer(x_BND, attend_B11N)
+        return self.norm(x_BND) if self.config.pre_norm else x_BND
+
+    def forward(self, batch: ECGBatch) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) of an unmasked batch and which of them are valid (None: all)."""
+        features = self.features(batch)
+        return self.contextualise(features.token_BND, features.valid_BN), features.valid_BN
+
+
+def mean_over_time(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    """(B, D) mean of the valid tokens, in float32."""
+    if valid_BN is None:
+        return x_BND.float().mean(dim=1)
+    weight_BN1 = valid_BN[..., None].float()
+    return (x_BND.float() * weight_BN1).sum(dim=1) / weight_BN1.sum(dim=1).clamp(min=1)
+
+
+def valid_tokens(length_B: Tensor, tokens: int) -> Tensor:
+    """(B, N) whether a token lies wholly within its row's valid samples."""
+    return torch.arange(tokens, device=length_B.device) < (length_B // SAMPLES_PER_PATCH)[:, None]
+
+
+class PositionalConvolution(nn.Module):
+    """Grouped convolution over tokens with weight norm over the kernel axis: relative positions (wav2vec 2.0).
+
+    Owns direction ``v`` and magnitude ``g``, since ``torch.nn.utils.weight_norm`` fails under ZeRO stage 3.
+    """
+
+    def __init__(self, width: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.kernel, self.groups = kernel, groups
+        self.v = nn.Parameter(torch.empty(width, width // groups, kernel))
+        nn.init.normal_(self.v, std=(4 / (kernel * width)) ** 0.5)
+        self.g = nn.Parameter(self.v.detach().norm(dim=(0, 1)))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        v32 = self.v.float()
+        weight = (v32 * (self.g.float() / v32.norm(dim=(0, 1)))).to(x_BND.dtype)
+        y_BDN = F.conv1d(x_BND.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        return F.gelu(y_BDN[..., : x_BND.shape[1]]).transpose(1, 2)  # an even kernel gives one sample too many
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each with a residual and a norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.pre_norm = config.heads, config.pre_norm
+        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.attention_out = nn.Linear(config.width, config.width)
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.ffn_in = nn.Linear(config.width, config.ffn_width)
+        self.ffn_out = nn.Linear(config.ffn_width, config.width)
+        self.ffn_norm = nn.LayerNorm(config.width)
+
+    def forward(self, x_BND: Tensor, attend_B11N: Tensor | None) -> Tensor:
+        """(B, N, D) -> (B, N, D); keys where ``attend_B11N`` is False are not attended to."""
+        if self.pre_norm:
+            x_BND = x_BND + self._attention(self.attention_norm(x_BND), attend_B11N)
+            return x_BND + self._ffn(self.ffn_norm(x_BND))
+        x_BND = self.attention_norm(x_BND + self._attention(x_BND, attend_B11N))
+        normed: Tensor = self.ffn_norm(x_BND + self._ffn(x_BND))
+        return normed
+
+    def _attention(self, x_BND: Tensor, attend_B11N: Tensor | None) -> Tensor:
+        batch, tokens, width = x_BND.shape
+        q_BHNd, k_BHNd, v_BHNd = self.query_key_value(x_BND).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        dropout = self.attention_dropout if self.training else 0.0
+        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attend_B11N, dropout)
+        y_BND = self.attention_out(y_BHNd.transpose(1, 2).reshape(batch, tokens, width))
+        return F.dropout(y_BND, self.dropout, self.training)
+
+    def _ffn(self, x_BND: Tensor) -> Tensor:
+        return F.dropout(self.ffn_out(F.gelu(self.ffn_in(x_BND))), self.dropout, self.training)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.scale, None  # type: ignore[attr-defined]
+
+
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
+    if scale == 1.0:
+        return x
+    scaled: Tensor = _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+def _bert_init(module: nn.Module) -> None:
+    """Normal(0, 0.02) weights and zero biases, as wav2vec 2.0 begins its transformer."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

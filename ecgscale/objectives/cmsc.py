@@ -1,0 +1,31 @@
+"""The global objective: contrastive multi-segment coding (CLOCS, Kiyasseh et al. 2021; Oh et al. 2022).
+
+Shape suffixes: P positions (pairs of segments), D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cmsc_loss(embedding_BD: Tensor, patient_B: Tensor, segment_B: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of segment A against all segments B and back; positives are segments of the same patient.
+
+    Averaged over all positive pairs and both directions. The N × N form of the reference implementation; the paper's
+    equation counts all 2N − 1 others as negatives.
+
+    Args:
+        embedding_BD: (B, D) record embeddings of both segments of all pairs, in any order.
+        patient_B, segment_B: whose they are, and which segment (0 or 1).
+    """
+    embedding_BD = embedding_BD.float()
+    # The reference takes the norm as a constant in the gradient; so do we, for equal training.
+    unit_BD = embedding_BD / embedding_BD.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
+    # Half of the rows belong to each segment; a stable sort brings the groups together with a static shape.
+    first_P, second_P = segment_B.argsort(stable=True).chunk(2)
+    logit_PP = unit_BD[first_P] @ unit_BD[second_P].T / temperature
+    positive_PP = patient_B[first_P][:, None] == patient_B[second_P][None, :]
+    log_likelihood_PP = F.log_softmax(logit_PP, dim=1) + F.log_softmax(logit_PP, dim=0)
+    return -torch.where(positive_PP, log_likelihood_PP, 0.0).sum() / (2 * positive_PP.sum())

@@ -1,0 +1,77 @@
+"""What is hidden from the encoder, drawn per (seed, position, segment) and so the same on any number of ranks.
+
+Shape suffixes: B rows, L leads, N tokens, M masked places, K negatives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from ecgscale_kernels import philox
+from torch import Tensor
+
+from ecgscale.data.batch import ECGBatch
+from ecgscale.rng import Purpose
+
+
+class TimeMask(NamedTuple):
+    """The places of each row at which the encoder sees the mask token."""
+
+    masked_BN: Tensor  # bool
+    place_BM: Tensor  # token numbers of the masked places, in no order
+    count_B: Tensor  # how many of the M are real; fewer than M only in padded rows
+
+
+def keep_leads(batch: ECGBatch, seed: int, probability: float) -> Tensor:
+    """(B, L) float 0 or 1: random lead masking drops each lead with ``probability``, independently (Oh et al. 2022)."""
+    leads = batch.gain_BL.shape[1]
+    words_BL = philox.random_words(seed, Purpose.LEAD_MASK, batch.segment_B, batch.position_B, leads)
+    return (philox.uniform(words_BL) >= probability).float()
+
+
+def time_mask(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, share: float, span: int) -> TimeMask:
+    """Exactly M = round(share · valid tokens) masked tokens per row, in spans.
+
+    Distinct starts are drawn until at least M tokens are covered; then random ones are uncovered. A fixed M keeps
+    shapes static, where wav2vec 2.0 trims each batch to its shortest row.
+    """
+    draws = tuple(
+        philox.uniform(philox.random_words(seed, purpose, batch.segment_B, batch.position_B, tokens))
+        for purpose in (Purpose.TIME_MASK_START, Purpose.TIME_MASK_TRIM)
+    )
+    start_key_BN, trim_key_BN = draws
+    token_N = torch.arange(tokens, device=valid_B.device)
+    never = float(tokens)
+    may_start_BN = token_N <= (valid_B - span).clamp(min=0)[:, None]
+    turn_BN = start_key_BN.masked_fill(~may_start_BN, 2.0).argsort(dim=1).argsort(dim=1).float()
+    turn_BN = turn_BN.masked_fill(~may_start_BN, never)
+    # A token is covered once the earliest of the spans over it has had its turn.
+    covered_at_BN = -F.max_pool1d(-F.pad(turn_BN, (span - 1, 0), value=never), span, stride=1)
+    covered_at_BN = covered_at_BN.masked_fill(token_N >= valid_B[:, None], never)
+    count_B = torch.round(share * valid_B).long().clamp(min=1)
+    most = max(1, round(share * tokens))
+    last_turn_B1 = covered_at_BN.sort(dim=1).values.gather(1, count_B[:, None] - 1)
+    candidate_BN = (covered_at_BN <= last_turn_B1) & (covered_at_BN < never)
+    place_BM = trim_key_BN.masked_fill(~candidate_BN, -1.0).topk(most, dim=1).indices
+    real_BM = torch.arange(most, device=count_B.device) < count_B[:, None]
+    masked_BN = torch.zeros(candidate_BN.shape, dtype=torch.bool, device=valid_B.device).scatter(1, place_BM, real_BM)
+    return TimeMask(masked_BN, place_BM, count_B)
+
+
+def negatives(batch: ECGBatch, seed: int, mask: TimeMask, count: int) -> Tensor:
+    """(B, M, K) numbers in [0, M): K other masked places of the same row for each place, uniform, with repetition."""
+    rows, places = mask.place_BM.shape
+    words = philox.random_words(seed, Purpose.NEGATIVES, batch.segment_B, batch.position_B, places * count)
+    others_B11 = (mask.count_B - 1).clamp(min=1)[:, None, None]
+    drawn_BMK = philox.below(words.view(rows, places, count), others_B11)
+    own_M1 = torch.arange(places, device=words.device)[:, None]
+    return (drawn_BMK + (drawn_BMK >= own_M1)).clamp(max=places - 1)
+
+
+def gumbel_noise(batch: ECGBatch, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape) standard Gumbel noise, float32."""
+    draws = torch.Size(shape).numel()
+    words = philox.random_words(seed, Purpose.GUMBEL, batch.segment_B, batch.position_B, draws)
+    return -torch.log(-torch.log(philox.uniform(words))).view(-1, *shape)

@@ -1,0 +1,1 @@
+"""Start ecgscale jobs on one machine or a cluster."""
