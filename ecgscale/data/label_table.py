@@ -35,19 +35,20 @@ def load_label_table(
 ) -> LabelTable:
     """Match the rows of a CSV (UTF-8, first line = column names) with the records ``items`` below ``root``.
 
-    A row names its record by the path below ``root`` or below the CSV's own folder, or by its base name, with or
-    without suffix. The column is ``record_column``, or the first of RECORD_COLUMNS that names at least one record.
-    Rows of records that are not there are left out.
+    A row names its record by the path below ``root`` or below the CSV's own folder, or by its base name, with
+    or without suffix. The column is ``record_column``, or the first of RECORD_COLUMNS that names at least one
+    record. Rows of records that are not there are left out.
 
-    Raises InputError if the file is no such CSV, lacks the record column, names no record at all, names one twice, or
-    names one by a base name that several share.
+    Raises InputError if the file is no such CSV, lacks the record column, names no record at all, names one
+    twice, or names one by a base name that several share.
     """
     columns, rows = _read_rows(path)
     wanted = RECORD_COLUMNS if record_column is None else (record_column,)
     present = [column for name in wanted if (column := find_key(columns, name)) is not None]
     if not present:
         raise InputError(
-            f"{path}: no column {' or '.join(wanted)} that names the record; the columns are {', '.join(columns)}"
+            f"{path}: no column {' or '.join(wanted)} that names the record; "
+            f"the columns are {', '.join(columns)}"
         )
     matcher = _Matcher(root, path.parent, items)
     for column in present:
@@ -86,23 +87,25 @@ def describe(
     patient_key: str | None = None,
     folder_name: str | None = None,
 ) -> Description:
-    """Patient, labels and metadata of a record from its header's ``Key: value`` comments and its row of the table.
+    """Patient, labels and metadata of a record, by its header's ``Key: value`` comments and its table row.
 
-    ``Dx`` (comma-separated codes) and the columns of the table (values split at ``|``) are labels; other comments, and
-    age and sex from either, are metadata. What is empty, ``Unknown`` or ``NaN`` is left out of metadata. Where both
-    speak, the table wins. The patient stands under ``patient_key``, in ``folder_name`` for ``"@folder"``, otherwise
-    under the first of PATIENT_KEYS that is there.
+    ``Dx`` (comma-separated codes) and the columns of the table (values split at ``|``) are labels; other
+    comments, and age and sex from either, are metadata. What is empty, ``Unknown`` or ``NaN`` is left out of
+    metadata. Where both speak, the table wins. The patient stands under ``patient_key``, in ``folder_name``
+    for ``"@folder"``, otherwise under the first of PATIENT_KEYS that is there.
 
     Raises InputError where ``patient_key`` is given and exists neither as a column nor as a comment.
     """
     said = _key_values(comments)
+    patient_keys: tuple[str, ...] = (
+        PATIENT_KEYS if patient_key is None or patient_key == "@folder" else (patient_key,)
+    )
     row = {} if table is None else table.row(item)
     if patient_key == "@folder":
         if folder_name is None:
             raise InputError("stands in the root itself; with patient '@folder' every patient has a folder")
-        patient_keys, patient = PATIENT_KEYS, folder_name
+        patient = folder_name
     else:
-        patient_keys = PATIENT_KEYS if patient_key is None else (patient_key,)
         if (
             patient_key is not None
             and find_key([*said, *(table.columns if table else ())], patient_key) is None
@@ -183,8 +186,8 @@ class _Matcher:
             candidates = self._candidates(row[column].strip())
             if len(candidates) > 1:
                 raise InputError(
-                    f"{path}: line {line}: {column} {row[column]!r} could be {candidates[0]} or {candidates[1]}; "
-                    "give the path below the folder"
+                    f"{path}: line {line}: {column} {row[column]!r} could be {candidates[0]} "
+                    f"or {candidates[1]}; give the path below the folder"
                 )
             for item in candidates:
                 if item in matched:

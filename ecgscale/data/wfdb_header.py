@@ -1,8 +1,9 @@
 """The text of a WFDB header -> checked fields. Pure: text in, dataclasses out, no file is touched.
 
-Why a parser of our own beside wfdb's: wfdb's is lenient where a wrong number hides. A missing or misspelt rate
-becomes 250 Hz, gain 0 becomes 200, ``µV`` becomes ``V`` (it drops what is not ASCII), and a field that it cannot
-read becomes its default while the rest of the line turns into the lead's name. Here each of these is an InputError.
+Why a parser of our own beside wfdb's: wfdb's is lenient where a wrong number hides. A missing or misspelt
+rate becomes 250 Hz, gain 0 becomes 200, ``µV`` becomes ``V`` (it drops what is not ASCII), and a field that
+it cannot read becomes its default while the rest of the line turns into the lead's name. Here each of these
+is an InputError.
 
 The grammar is that of header(5) of the WFDB Applications Guide.
 """

@@ -1,11 +1,11 @@
 """Multi-label metrics as the official CinC 2021 scorer defines them, with bootstrap intervals over patients.
 
-A figure that is not defined, such as the AUROC of a class without positives, is NaN; macro averages leave it
-out. A bootstrap resample is a column of ``count_BR``: how many times each record was drawn. Every metric takes
+A figure that is not defined, such as the AUROC of a class without positives, is NaN; macro averages leave
+it out. A bootstrap resample is a column of ``count_BR``: how often each record was drawn. Every metric takes
 these counts, so that one sort of the scores serves all resamples; its figures (C,) then become (C, R).
 
 Source: Reyna et al., "Will Two Do? Varying Dimensions in Electrocardiography", Computing in Cardiology 2021.
-Shape suffixes: B records, C classes, R resamples, T distinct scores, G patients, K classes and last the macro.
+Shape suffixes: B records, C classes, R resamples, T distinct scores, G patients, K classes and macro.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def auroc(label_BC: Array, score_BC: Array, count_BR: Floats | None = None) -> F
     """
 
     def area(hit_TR: Floats, false_TR: Floats) -> Floats:
-        return _ratio(np.trapezoid(hit_TR, false_TR, axis=0), hit_TR[-1] * false_TR[-1])
+        height_TR, width_TR = (hit_TR[1:] + hit_TR[:-1]) / 2, np.diff(false_TR, axis=0)
+        return _ratio((height_TR * width_TR).sum(axis=0), hit_TR[-1] * false_TR[-1])
 
     return _per_class(area, label_BC, score_BC, count_BR)
 
@@ -109,14 +111,13 @@ def _per_class(
 
 
 def _curve(label_B: Bools, score_B: Floats, count_BR: Floats) -> tuple[Floats, Floats]:
-    """True and false positives (T + 1, R): none, then down to and with each distinct score from the highest."""
+    """True and false positives (T + 1, R): for no record, then down to each distinct score."""
     order = np.argsort(-score_B)
     score_B, label_B, count_BR = score_B[order], label_B[order], count_BR[order]
     starts = np.flatnonzero(np.append(True, score_B[1:] != score_B[:-1]))
+    positive_BR = count_BR * label_B[:, None]
     curves = np.zeros((2, len(starts) + 1, count_BR.shape[1]))
-    for curve, counted_BR in zip(
-        curves, (count_BR * label_B[:, None], count_BR * ~label_B[:, None]), strict=True
-    ):
+    for curve, counted_BR in zip(curves, (positive_BR, count_BR - positive_BR), strict=True):
         np.cumsum(np.add.reduceat(counted_BR, starts, axis=0), axis=0, out=curve[1:])
     return curves[0], curves[1]
 
@@ -178,7 +179,7 @@ def load_challenge_weights(path: Path) -> tuple[tuple[str, ...], Floats]:
         if _sorted_alternatives(row_name) != name:
             raise InputError(f"{path}: row {row_name!r} stands where column {name!r} does; names must agree")
     codes = sorted(code for name in classes for code in name.split("|"))
-    for code, following in zip(codes, codes[1:], strict=False):
+    for code, following in pairwise(codes):
         if code == following:
             raise InputError(f"{path}: code {code!r} stands in two places; each may stand in one class")
     return classes, np.array([[_weight(cell, path, name) for cell in cells] for name, *cells in table[1:]])
@@ -220,7 +221,7 @@ def challenge_score(
     """The challenge metric of 2021: 1 for perfect predictions, 0 for always predicting the normal class.
 
     A record earns Σ weights[label, prediction] over its pairs, divided by the number of classes that are
-    labelled or predicted. 0 where perfect and always-normal predictions earn the same, as in the official scorer.
+    labelled or predicted. Where perfect and always-normal predictions earn the same, the score is 0.
     Raises InputError as ``f_measure`` does, or for a normal class that is none of the classes.
     """
     return float(_challenge(weights_CC, classes, normal, label_BC, prediction_BC, None)[0])
@@ -250,7 +251,7 @@ def _challenge(
     # Differences per record first: equal credit then spans exactly zero, whatever the order of the sum.
     drawn_BR = _drawn(label, count_BR)
     gain_R, span_R = (observed_B - inactive_B) @ drawn_BR, (perfect_B - inactive_B) @ drawn_BR
-    value_R = np.divide(gain_R, span_R, out=np.zeros_like(span_R), where=span_R != 0)
+    value_R: Floats = np.divide(gain_R, span_R, out=np.zeros_like(span_R), where=span_R != 0)
     return value_R if count_BR is None else value_R[None]
 
 
@@ -265,9 +266,9 @@ def bootstrap_interval(
 ) -> tuple[Floats, Floats]:
     """Percentile bootstrap interval ``(low_K, high_K)`` of ``auroc``, ``auprc`` or ``f_measure``.
 
-    The K = C + 1 figures are the classes and, last, their macro average. With ``groups_B``, a patient code per
-    record, patients are drawn with all their records (cluster bootstrap). A resample in which a figure is not
-    defined is left out of that figure's interval. Deterministic in seed, number of records and groups.
+    The K = C + 1 figures are the classes and, last, their macro average. With ``groups_B``, one patient code
+    per record, patients are drawn with all their records (cluster bootstrap). A resample in which a figure is
+    not defined is left out of that figure's interval. Deterministic in seed, number of records and groups.
     Raises InputError as the metric does, or for settings out of range.
     """
 
@@ -408,15 +409,13 @@ def evaluate(
 ) -> Report:
     """Every figure with its interval; ``score >= threshold`` predicts a class (see ``best_thresholds``).
 
-    ``groups_B`` are patient codes. ``challenge`` is what ``load_challenge_weights`` returned; its classes must be
-    ``classes`` in the same order. Raises InputError for arrays or classes that do not fit together.
+    ``groups_B`` are patient codes. ``challenge`` is what ``load_challenge_weights`` returned; its classes
+    must be ``classes`` in the same order. Raises InputError for arrays or classes that do not fit together.
     """
     label, score = _checked(label_BC, score_BC)
     threshold = np.asarray(threshold_C, dtype=np.float64)
     if not (label.shape[1:] == threshold.shape == (len(classes),)):
-        raise InputError(
-            f"labels {label.shape}, thresholds {threshold.shape}: {len(classes)} classes are named"
-        )
+        raise InputError(f"labels {label.shape}, thresholds {threshold.shape} for {len(classes)} classes")
     prediction = score >= threshold
 
     def estimates(metric: Metric, of: Bools | Floats) -> list[Estimate]:
@@ -427,9 +426,8 @@ def evaluate(
     challenge_estimate = None
     if challenge is not None:
         names, weights_CC = challenge
-        for given, wanted in zip(classes, names, strict=False):
-            if _sorted_alternatives(given) != _sorted_alternatives(wanted):
-                raise InputError(f"class {given!r} stands where the challenge's weights have {wanted!r}")
+        if [*map(_sorted_alternatives, classes)] != [*map(_sorted_alternatives, names)]:
+            raise InputError(f"classes {', '.join(classes)} are not the challenge's {', '.join(names)}")
         challenge_estimate = estimates(partial(_challenge, weights_CC, names, SINUS_RHYTHM), prediction)[0]
     figures = estimates(auroc, score), estimates(auprc, score), estimates(f_measure, prediction)
     positives = (*label.sum(axis=0).tolist(), int(label.sum()))

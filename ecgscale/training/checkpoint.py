@@ -1,0 +1,170 @@
+"""Checkpoints: folders that are complete or absent, independent of world size and ZeRO stage.
+
+fp32 weights and Adam moments by parameter name in safetensors files, one per rank that wrote them, each hashed by its
+writer; scalars, configuration and versions in ``state.json``, which is written last. Nothing in a checkpoint can
+execute. A checkpoint is written beside its place, verified, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ecgscale.data.shards import file_sha256
+from ecgscale.errors import InputError
+from ecgscale.training.engine import MOMENTS, Engine
+
+FORMAT = "ecgscale-checkpoint/1"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk, opened."""
+
+    folder: Path
+    state: dict[str, Any]  # step, position, skipped, optimizer_steps, config, versions, files
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @staticmethod
+    def open(folder: Path, verify: bool = True) -> Checkpoint:
+        """Open and verify; raises InputError that names the missing or damaged file."""
+        path = folder / STATE
+        try:
+            state = json.loads(path.read_bytes())
+            files, known = state["files"], state["format"]
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: missing, so {folder} is no complete checkpoint; remove the folder") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error}); remove {folder} to go on from the one before") from error
+        if known != FORMAT:
+            raise InputError(f"{path}: format {known!r} is not {FORMAT!r}")
+        for name, about in files.items() if verify else ():
+            file = folder / name
+            if not file.is_file():
+                raise InputError(f"{file}: missing; remove {folder} to go on from the checkpoint before")
+            if file.stat().st_size != about["bytes"] or file_sha256(file) != about["sha256"]:
+                raise InputError(f"{file}: damaged, its sha256 differs from {STATE}; remove {folder} to go on from the one before")
+        return Checkpoint(folder, state)
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """All tensors of a kind (weight, exp_avg, exp_avg_sq) by parameter name."""
+        found = {}
+        for file in sorted(self.state["files"]):
+            with _safe_open(self.folder / file) as tensors:
+                found |= {n.removeprefix(f"{kind}."): tensors.get_tensor(n) for n in tensors.keys() if n.startswith(f"{kind}.")}  # noqa: SIM118
+        return found
+
+    def reader(self) -> Callable[[str, str], Tensor]:
+        """(parameter name, kind) -> tensor, read when asked for."""
+        opened = [_safe_open(self.folder / file) for file in sorted(self.state["files"])]
+        where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
+        return lambda name, kind: where[f"{kind}.{name}"].get_tensor(f"{kind}.{name}")
+
+
+def _safe_open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, verified; None where there is none."""
+    found = checkpoints(folder)
+    return Checkpoint.open(found[-1]) if found else None
+
+
+def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path:
+    """Write ``step-XXXXXXXX`` below ``folder``. All ranks call it together and share out the files.
+
+    Raises InputError on every rank, and leaves nothing behind, where any rank cannot write.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    ranks = engine.ranks
+    if ranks.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    mine = _collect(engine)
+    name = f"tensors-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
+    outcome = _write_tensors(partial / name, mine)
+    outcomes: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(outcomes, (name, outcome))
+    failed = [result for _, result in outcomes if isinstance(result, str)]
+    if not failed and ranks.first:
+        try:
+            state = state | {"format": FORMAT, "step": step, "files": dict(outcomes)}
+            _write_synced(partial / STATE, json.dumps(state, indent=1, sort_keys=True).encode())
+            Checkpoint.open(partial)  # read back what was written
+            partial.replace(final)
+        except (OSError, InputError) as error:
+            failed = [f"{partial}: cannot write the checkpoint: {error}"]
+    told = [failed]
+    dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(told[0][0])
+    return final
+
+
+def _collect(engine: Engine) -> dict[str, Tensor]:
+    """The tensors that this rank writes. Every rank takes part in gathering each, and its writer keeps it."""
+    mine = {}
+    written = 0  # bytes given out so far decide the writer, so that files come out equal in size
+    total = sum(p.numel() for p in engine.shapes.values())
+    for name in engine.names:
+        writer = written * engine.ranks.world_size // total
+        written += engine.shapes[name].numel()
+        tensors = {f"weight.{name}": engine.weight(name)}
+        tensors |= {f"{kind}.{name}": engine.moment(name, kind) for kind in MOMENTS}
+        if writer == engine.ranks.rank:
+            mine |= {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
+    return mine
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any] | str:
+    """Size and hash of the written file, or what went wrong."""
+    try:
+        save_file(tensors, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    except (OSError, SafetensorError) as error:
+        return f"{path}: cannot write the checkpoint: {error}"
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the last ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps (0: none)."""
+    for path in checkpoints(folder)[:-keep_last]:
+        step = int(path.name.removeprefix("step-"))
+        if not keep_every or step % keep_every:
+            shutil.rmtree(path)

@@ -1,0 +1,286 @@
+"""The ZeRO wrapper: the only place that knows DeepSpeed.
+
+Stages 0 to 3 are configuration. PyTorch's own AdamW and no just-in-time compiled op, so that no node needs a compiler.
+State goes in and out by parameter name, in float32, whatever the stage and the number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ecgscale.data.batch import ECGBatch
+from ecgscale.errors import InputError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is computed and spread over ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed ZeRO shares out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the model. Weights and moments of the optimizer are fp32 in either case."""
+    activation_checkpointing: bool = False
+    """Recompute each transformer layer in the backward pass instead of storing its activations."""
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.98
+    """AdamW's decay of the second moment."""
+    epsilon: float = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, on all parameters, as in the reference implementation."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; larger ones are scaled down. 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0 or self.weight_decay < 0 or self.clip_norm < 0:
+            raise InputError("engine.learning_rate, weight_decay and clip_norm must not be negative")
+
+
+class Ranks(NamedTuple):
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks() -> Ranks:
+    """Join the processes of the job (torchrun, SLURM or one alone) over NCCL or gloo."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+class Engine:
+    """A module, its optimizer and the exchange between ranks."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        ranks: Ranks,
+        accumulation: int,
+        micro_batch: int,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """``weights`` by name are loaded before ZeRO takes the module apart; ``micro_batch`` is a rank's rows."""
+        self.config, self.ranks, self._accumulation = config, ranks, accumulation
+        if weights is not None:
+            module.load_state_dict(weights)
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.shapes = {name: p.shape for name, p in module.named_parameters()}
+        self._engine = _initialize(module, config, accumulation, micro_batch, ranks.world_size)
+        self._parameters = dict(self._engine.module.named_parameters())
+        self._skipped = False
+        self._set_optimizer_steps(0)
+        if weights is not None and config.precision == "bf16":  # the master copies were made from rounded weights
+            self._set_master_weights(weights)
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._engine.module
+        assert isinstance(module, nn.Module)
+        return module
+
+    def forward(self, batch: ECGBatch, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and parts of one micro-step."""
+        loss, parts = self._engine(batch, **arguments)
+        return loss, parts
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the micro-step's gradient. A non-finite loss poisons it, so that every rank skips the step."""
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, float("nan")))
+
+    def at_boundary(self) -> bool:
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def step(self, learning_rate: float) -> bool:
+        """Close the micro-step and, at the accumulation boundary, update. False where the step was skipped.
+
+        A step with a non-finite gradient is skipped on all ranks: the norm that decides is reduced over them.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not self.at_boundary():
+            self._engine.step()
+            return True
+        if self._plain:
+            self._skipped = not self._clip_plain()
+        self._engine.step()
+        if not self._plain:
+            self._skipped = bool(self._engine.optimizer.overflow)
+        return not self._skipped
+
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient before clipping; infinity where it was skipped."""
+        if self._skipped:
+            return float("inf")
+        return float(self._plain_norm if self._plain else self._engine.get_global_grad_norm())
+
+    @property
+    def _plain(self) -> bool:
+        """Whether PyTorch's optimizer runs bare, without DeepSpeed's checks: stage 0 in fp32."""
+        return isinstance(self._engine.optimizer, torch.optim.AdamW)
+
+    def _clip_plain(self) -> bool:
+        """Clip the gradient; False where it is not finite, and then it is dropped, so that the update does nothing."""
+        parameters = [p for p in self._parameters.values() if p.grad is not None]
+        self._plain_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        finite = bool(self._plain_norm.isfinite())
+        if not finite:
+            self.module.zero_grad(set_to_none=True)
+        elif self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, self._plain_norm)
+        return finite
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradient and no dropout."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    # -- state by name -----------------------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> Tensor:
+        """One parameter, whole, fp32. All ranks call it together."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.config.zero_stage == 0:
+            return self._unsharded[name].detach()
+        value: Tensor = safe_get_full_fp32_param(self._parameters[name])
+        return value.reshape(self.shapes[name])
+
+    def moment(self, name: str, kind: str) -> Tensor:
+        """One AdamW moment (``exp_avg`` or ``exp_avg_sq``), whole, fp32. All ranks call it together."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.config.zero_stage == 0:
+            moment: Tensor = self._base_optimizer().state[self._unsharded[name]][kind]
+            return moment
+        value: Tensor = safe_get_full_optimizer_state(self._parameters[name], kind)
+        return value.reshape(self.shapes[name])
+
+    @property
+    def _unsharded(self) -> dict[str, Tensor]:
+        """Stage 0: what the optimizer updates, by name, for which DeepSpeed has no getter."""
+        if self._plain:
+            return {name: self._parameters[name] for name in self.names}
+        optimizer = self._engine.optimizer
+        master_of = dict(zip(map(id, sum(optimizer.fp16_groups, [])), sum(optimizer.fp32_groups, []), strict=True))
+        return {name: master_of[id(self._parameters[name])] for name in self.names}
+
+    def optimizer_steps(self) -> int:
+        """AdamW's own count of updates, for its bias correction; skipped steps do not count."""
+        states = list(self._base_optimizer().state.values())
+        return int(states[0]["step"]) if states else 0
+
+    def set_optimizer(self, moment: Callable[[str, str], Tensor], steps: int, batch: ECGBatch) -> None:
+        """Put moments by name into a fresh optimizer; the weights must have been given at construction.
+
+        The optimizer's state exists only after an update, so one with gradient 0 and learning rate 0 comes first,
+        for which any ``batch`` serves.
+        """
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for _ in range(self._accumulation):
+            loss, _ = self.forward(batch)
+            self.backward(loss * 0.0)
+            self.step(learning_rate=0.0)
+        for name in self.names:
+            for kind in MOMENTS:
+                value = moment(name, kind).to(self.ranks.device)
+                if self.config.zero_stage == 0:
+                    self.moment(name, kind).copy_(value)
+                else:
+                    safe_set_full_optimizer_state(self._parameters[name], value, kind)
+        self._set_optimizer_steps(steps)
+
+    def _set_optimizer_steps(self, steps: int) -> None:
+        for state in self._base_optimizer().state.values():
+            state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), steps)
+
+    def _set_master_weights(self, weights: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name in self.names:
+            value = weights[name].to(self.ranks.device)
+            if self.config.zero_stage == 0:
+                self._unsharded[name].data.copy_(value)
+            else:
+                safe_set_full_fp32_param(self._parameters[name], value)
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        base = optimizer if self._plain else optimizer.optimizer
+        assert isinstance(base, torch.optim.Optimizer)
+        return base
+
+
+def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micro_batch: int, world_size: int) -> Any:
+    """deepspeed.initialize with everything said that has a surprising default."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+        # Without this, the first start on a CPU compiles an op, and a killed build hangs every later start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_init_required=False)
+        # One parameter group: with several, DeepSpeed 0.19.8 links only the first one's moments to the parameters.
+        optimizer = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=0.0,  # set before each step; at 0, DeepSpeed's own first update of stage 0 in bf16 changes no weight
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=torch.cuda.is_available() or None,
+        )
+        settings = {
+            "train_batch_size": micro_batch * accumulation * world_size,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            # Stage 0 in fp32 clips in Engine._clip_plain; everywhere else DeepSpeed does (and its default is 1.0).
+            "gradient_clipping": 0.0 if config.zero_stage == 0 and config.precision == "fp32" else config.clip_norm,
+            "bf16": {"enabled": config.precision == "bf16"},
+            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**62,
+        }
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    return engine
