@@ -125,8 +125,8 @@ def _page(
         below_mm[strip.row] = max(below_mm[strip.row], float(-height_mm_T.min(initial=0)))
     cut = max(*above_mm, *below_mm) > high
     # 5 mm more above the baseline, for the lead's name
-    above_mm = [5 * math.ceil(min(room, high) / 5) + 5 for room in above_mm]
-    below_mm = [5 * math.ceil(min(room, high) / 5) for room in below_mm]
+    above_mm = [5 * math.ceil(min(room, high) / 5 - 1e-3) + 5 for room in above_mm]
+    below_mm = [5 * math.ceil(min(room, high) / 5 - 1e-3) for room in below_mm]
     height_mm = 2 * _BORDER_MM + _HEADER_MM + sum(above_mm) + sum(below_mm)
     baselines_mm = []
     y_mm = height_mm - _BORDER_MM - _HEADER_MM
@@ -146,9 +146,7 @@ def _draw_grid(axes: Axes, page: _Page) -> None:
     for step_mm, colour, width in ((1, _FINE, 0.28), (5, _COARSE, 0.57)):
         x_mm = np.arange(_BORDER_MM, right_mm + 0.5, step_mm)
         y_mm = np.arange(_BORDER_MM, top_mm + 0.5, step_mm)
-        lines = [((x, _BORDER_MM), (x, top_mm)) for x in x_mm] + [
-            ((_BORDER_MM, y), (right_mm, y)) for y in y_mm
-        ]
+        lines = [((x, _BORDER_MM), (x, top_mm)) for x in x_mm] + [((_BORDER_MM, y), (right_mm, y)) for y in y_mm]
         axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, antialiaseds=False))
 
 
@@ -156,17 +154,13 @@ def _draw_pulses(axes: Axes, page: _Page) -> None:
     """1 mV for 200 ms at the left of each row."""
     width_mm = _PULSE_S * MM_PER_S
     start_mm = _BORDER_MM + 5.0
-    x_mm = np.array(
-        [start_mm - 2.5, start_mm, start_mm, start_mm + width_mm, start_mm + width_mm, start_mm + 7.5]
-    )
+    x_mm = np.array([start_mm - 2.5, start_mm, start_mm, start_mm + width_mm, start_mm + width_mm, start_mm + 7.5])
     pulse_mm = np.array([0.0, 0.0, MM_PER_MV, MM_PER_MV, 0.0, 0.0])
     for baseline_mm in page.baselines_mm:
         axes.plot(x_mm, baseline_mm + pulse_mm, color=_INK, linewidth=0.8, solid_joinstyle="miter")
 
 
-def _draw_strip(
-    axes: Axes, page: _Page, strip: _Strip, height_mm_T: npt.NDArray[np.float32], rate_hz: float
-) -> None:
+def _draw_strip(axes: Axes, page: _Page, strip: _Strip, height_mm_T: npt.NDArray[np.float32], rate_hz: float) -> None:
     piece_mm_T = np.clip(_piece(strip, height_mm_T, rate_hz), -_ROOM_MM[1], _ROOM_MM[1])
     left_mm = _BORDER_MM + _PULSE_MM
     time_s_T = (round(strip.start_s * rate_hz) + np.arange(len(piece_mm_T))) / rate_hz
@@ -196,6 +190,4 @@ def _draw_text(axes: Axes, page: _Page, record: Record, shown_s: float) -> None:
         y_mm = page.height_mm - _BORDER_MM - 5 * i
         style = "bold" if i == 0 else "normal"
         # parse_math: a $ in a name or label is no formula
-        axes.text(
-            _BORDER_MM, y_mm, text, fontsize=8.5, fontweight=style, color=_INK, va="top", parse_math=False
-        )
+        axes.text(_BORDER_MM, y_mm, text, fontsize=8.5, fontweight=style, color=_INK, va="top", parse_math=False)

@@ -70,7 +70,9 @@ def below(words: Words, bound: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return ((words * np.asarray(bound).astype(np.uint64)) >> _SHIFT).astype(np.int64)
 
 
-def permute(index: npt.ArrayLike, size: npt.ArrayLike, seed: int, purpose: int, stream: npt.ArrayLike) -> npt.NDArray[np.int64]:
+def permute(
+    index: npt.ArrayLike, size: npt.ArrayLike, seed: int, purpose: int, stream: npt.ArrayLike
+) -> npt.NDArray[np.int64]:
     """Where a pseudo-random permutation of ``range(size)`` sends ``index``; ``stream`` numbers the permutation.
 
     A four-round Feistel network over the next even power of two, with Philox as its round function; values that fall
@@ -92,6 +94,11 @@ def _feistel(value: Words, half_bits: Words, seed: int, purpose: int, stream: Wo
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = value >> half_bits, value & mask
     for feistel_round in range(4):
-        counter = (right & _WORD, np.full_like(right, 2 * purpose), stream & _WORD, (stream >> _SHIFT) | np.uint64(feistel_round << 28))
+        counter = (
+            right & _WORD,
+            np.full_like(right, 2 * purpose),
+            stream & _WORD,
+            (stream >> _SHIFT) | np.uint64(feistel_round << 28),
+        )
         left, right = right, left ^ (philox_4x32(counter, seed)[0] & mask)
     return (left << half_bits) | right

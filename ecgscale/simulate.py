@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record
+from ecgscale.record import LEADS, Floats, Record
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -77,9 +77,7 @@ _LEFT_BLOCK_QRS_WP = np.array(
     [[-20, 13, 0.40, 0.20, 0.35], [20, 18, 0.55, 0.25, 0.65], [62, 20, 0.60, 0.05, 0.55], [40, 12, 0, 0, 0]]
 )
 _LEFT_BLOCK_T_WP = np.array([[-165, 60, -0.14, 0.0, -0.26], [-85, 40, -0.26, -0.05, -0.28]])
-_RIGHT_BLOCK_QRS_WP = np.array(
-    [_SEPTUM_P, _WALL_P, [22, 10, 0.05, -0.05, 0.25], [58, 17, -0.42, -0.05, -0.52]]
-)
+_RIGHT_BLOCK_QRS_WP = np.array([_SEPTUM_P, _WALL_P, [22, 10, 0.05, -0.05, 0.25], [58, 17, -0.42, -0.05, -0.52]])
 _RIGHT_BLOCK_T_WP = np.array([[-145, 48, 0.12, 0.08, 0.06], [-85, 35, 0.26, 0.18, 0.10]])
 _PVC_QRS_WP = np.array([[-15, 22, 0.65, 0.55, 0.70], [38, 27, 0.55, 0.45, 0.80]])
 _PVC_T_WP = np.array([[-60, 55, -0.25, -0.2, -0.3], [0, 42, -0.25, -0.2, -0.3]])
@@ -131,9 +129,7 @@ def _conduction(condition: str, rng: Rng) -> tuple[Array, Array, float]:
     complete = right or condition == "complete left bundle branch block"
     right = right or (not complete and rng.random() < 0.5)
     block = rng.uniform(0.6, 1.05) if complete else rng.uniform(0.1, 0.55) * (rng.random() < 0.35)
-    qrs_WP, t_WP = (
-        (_RIGHT_BLOCK_QRS_WP, _RIGHT_BLOCK_T_WP) if right else (_LEFT_BLOCK_QRS_WP, _LEFT_BLOCK_T_WP)
-    )
+    qrs_WP, t_WP = (_RIGHT_BLOCK_QRS_WP, _RIGHT_BLOCK_T_WP) if right else (_LEFT_BLOCK_QRS_WP, _LEFT_BLOCK_T_WP)
     return _QRS_WP + block * (qrs_WP - _QRS_WP), _T_WP + block * (t_WP - _T_WP), block
 
 
@@ -237,9 +233,7 @@ def _atrial_waves(rhythm: str, size_mv: float, flutter_hz: float, time_T: Array,
     """(X, T) dipole in mV of flutter, a sawtooth from time 0 on, or fibrillation, wandering 4.5 to 8 Hz."""
     if rhythm == "atrial flutter":
         turn_T = 2 * pi * flutter_hz * time_T
-        return (
-            1.6 * size_mv * _FLUTTER_X1 * (np.sin(turn_T) + np.sin(2 * turn_T) / 2 + np.sin(3 * turn_T) / 3)
-        )
+        return 1.6 * size_mv * _FLUTTER_X1 * (np.sin(turn_T) + np.sin(2 * turn_T) / 2 + np.sin(3 * turn_T) / 3)
     slow_hz, phase = rng.uniform(0.1, 0.6, (2, 2, 1)), rng.uniform(0, 2 * pi, (2, 2, 1))
     drift_FT, swell_FT = np.sin(2 * pi * slow_hz * time_T + phase)
     turn_FT = 2 * pi * rng.uniform(4.5, 8.0, (2, 1)) * time_T + 3.0 * drift_FT
@@ -281,10 +275,20 @@ def _dipole(rhythm: str, patient: _Patient, time_T: Array, rate_hz: float, rng: 
     return dipole_XT
 
 
-def _electrode_noise(patient: _Patient, time_T: Array, rng: Rng) -> Array:
-    """(E, T) potentials in mV at RA, LA, LL, V1..V6: wander, skin, mains, muscle, motion and offsets."""
+def _electrode_noise(patient: _Patient, time_T: Array, rng: Rng) -> Floats:
+    """(E, T) potentials in mV at RA, LA, LL, V1..V6: muscle, wander, skin, mains, motion and offsets."""
     n_samples, duration_s = len(time_T), float(time_T[-1])
     severity = np.exp(rng.normal(0.0, 0.6))
+    burst_T = np.full(n_samples, 0.012 * severity)
+    for _ in range(rng.poisson(0.08 * duration_s)):
+        since_T = (time_T - rng.uniform(0, duration_s)) / rng.uniform(0.15, 0.6)
+        burst_T += 0.036 * severity * np.exp(-0.5 * since_T**2)
+    # float32 and in place: fresh pages for large temporaries cost more than the arithmetic.
+    noise_ET = rng.standard_normal((9, n_samples), dtype=np.float32)
+    noise_ET[:, 1:] -= 0.5 * noise_ET[:, :-1]
+    noise_ET *= burst_T.astype(np.float32)
+    noise_ET *= np.exp(rng.normal(0.0, 0.4, (9, 1))).astype(np.float32)
+
     knot_N = np.arange(0.0, duration_s + 0.1, 0.05)
     hz_F1 = np.array([patient.respiration_hz, *rng.uniform(0.05, 0.5, 3)])[:, None]
     wander_FN = np.sin(2 * pi * hz_F1 * knot_N + rng.uniform(0, 2 * pi, (4, 1)))
@@ -293,18 +297,12 @@ def _electrode_noise(patient: _Patient, time_T: Array, rng: Rng) -> Array:
     slow_EN += rng.normal(0.0, 0.045 * severity, slow_EN.shape)
     if rng.random() < 0.3:
         slow_EN += rng.normal(0.0, 0.2, (9, 1))  # half-cell potentials
-    noise_ET = np.stack([np.interp(time_T, knot_N, slow_N) for slow_N in slow_EN])
     # The mains frequency drifts by tens of mHz within half a minute.
     mains_T = 2 * pi * patient.mains_hz * time_T + 1.5 * np.sin(0.2 * time_T + rng.uniform(0, 2 * pi))
-    noise_ET += rng.normal(0.0, 0.006 * severity, (9, 2)) @ np.stack([np.sin(mains_T), np.cos(mains_T)])
-
-    burst_T = np.full(n_samples, 0.012 * severity)
-    for _ in range(rng.poisson(0.08 * duration_s)):
-        since_T = (time_T - rng.uniform(0, duration_s)) / rng.uniform(0.15, 0.6)
-        burst_T += 0.036 * severity * np.exp(-0.5 * since_T**2)
-    muscle_ET = rng.standard_normal((9, n_samples + 1), dtype=np.float32)
-    muscle_ET[:, 1:] -= 0.5 * muscle_ET[:, :-1]
-    noise_ET += np.exp(rng.normal(0.0, 0.4, (9, 1))) * burst_T * muscle_ET[:, 1:]
+    sin_T, cos_T = np.sin(mains_T), np.cos(mains_T)
+    hum_E2 = rng.normal(0.0, 0.006 * severity, (9, 2))
+    for noise_T, slow_N, (hum_sin, hum_cos) in zip(noise_ET, slow_EN, hum_E2, strict=True):
+        noise_T += np.interp(time_T, knot_N, slow_N) + hum_sin * sin_T + hum_cos * cos_T
 
     if rng.random() < 0.2:  # an electrode moves: a step that the recorder's high-pass lets decay
         since_T = time_T - rng.uniform(0, duration_s)
@@ -313,18 +311,19 @@ def _electrode_noise(patient: _Patient, time_T: Array, rng: Rng) -> Array:
     return noise_ET
 
 
-def _seen_by_channels(electrode_ET: Array) -> Array:
+def _seen_by_channels(electrode_ET: Floats) -> Floats:
     """RA, LA, LL, V1..V6 -> I, II, V1..V6, in the same memory; V against Wilson's central terminal."""
     electrode_ET[3:] -= electrode_ET[:3].mean(axis=0)
     electrode_ET[1:3] -= electrode_ET[0]
     return electrode_ET[1:]
 
 
-def _twelve_leads(channel_CT: Array) -> Array:
+def _twelve_leads(channel_CT: Array) -> Floats:
     """I, II, V1..V6 -> the twelve leads, by Einthoven's and Goldberger's laws."""
     one_T, two_T = channel_CT[:2]
     augmented = [-(one_T + two_T) / 2, one_T - two_T / 2, two_T - one_T / 2]
-    return np.stack([one_T, two_T, two_T - one_T, *augmented, *channel_CT[2:]])
+    lead_LT = [one_T, two_T, two_T - one_T, *augmented, *channel_CT[2:]]
+    return np.stack(lead_LT, dtype=np.float32, casting="same_kind")
 
 
 @dataclass(frozen=True)
@@ -381,7 +380,8 @@ class Simulation:
         channel_CT = np.einsum("CX,XT->CT", leads_CX, _dipole(rhythm, patient, time_T, self.rate_hz, rng))
         if self.noise:
             channel_CT += self.noise * _seen_by_channels(_electrode_noise(patient, time_T, rng))
-        count_LT = _twelve_leads(channel_CT / patient.count_mv)
+        channel_CT /= patient.count_mv
+        count_LT = _twelve_leads(channel_CT)
         if rng.random() < 0.04 * self.noise:  # a lead comes loose, at once or on the way
             start = int(rng.integers(2) * rng.integers(len(time_T)))
             count_LT[rng.integers(len(LEADS)), start:] = 0.0

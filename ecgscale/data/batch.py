@@ -5,6 +5,7 @@ Shape suffixes: B rows (segments), L the twelve leads, T samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,12 +31,16 @@ class ECGBatch:
     target_BC: Tensor | None = None  # labels, for fine-tuning
 
     def to(self, device: torch.device) -> ECGBatch:
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> ECGBatch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ECGBatch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
     def with_gain(self, gain_BL: Tensor) -> ECGBatch:
         return replace(self, gain_BL=gain_BL)
@@ -43,9 +48,3 @@ class ECGBatch:
     @property
     def rows(self) -> int:
         return self.signal_BLT.shape[0]
-
-    def pin_memory(self) -> ECGBatch:
-        pinned: dict[str, Any] = {
-            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **pinned)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,8 +87,7 @@ def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) 
     out.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
     slices = [
-        items[start : start + options.records_per_shard]
-        for start in range(0, len(items), options.records_per_shard)
+        items[start : start + options.records_per_shard] for start in range(0, len(items), options.records_per_shard)
     ]
     tars = [out / f"shard-{number:06d}.tar" for number in range(len(slices))]
     tasks = [(source, tar, part, options) for tar, part in zip(tars, slices, strict=True)]
@@ -120,9 +118,7 @@ def _remove_leftovers(out: Path) -> None:
             path.unlink()
 
 
-def _run(
-    tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: int, total: int
-) -> Iterator[_Slice]:
+def _run(tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: int, total: int) -> Iterator[_Slice]:
     with tqdm(total=total, unit="rec", desc="ingest", disable=None) as bar:
         if workers <= 1:
             for task in tasks:
@@ -172,7 +168,7 @@ def _splits(parts: list[_Slice], options: IngestOptions) -> list[npt.NDArray[np.
             if code_of_patient.setdefault(patient, code) != code:
                 both = f"{SPLITS[code_of_patient[patient]]} and {SPLITS[code]}"
                 raise InputError(
-                    f"patient {name!r} stands in two splits ({both}) by {options.split_by}; splits must be patient-disjoint"
+                    f"patient {name!r} stands in two splits ({both}) by {options.split_by}; a patient may be in one"
                 )
         splits.append(np.array(codes, np.uint8))
     for code, values in ((1, options.validation_values), (2, options.test_values)):

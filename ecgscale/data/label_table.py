@@ -30,9 +30,7 @@ class LabelTable:
         return self.rows.get(item, {})
 
 
-def load_label_table(
-    path: Path, root: Path, items: Sequence[str], record_column: str | None = None
-) -> LabelTable:
+def load_label_table(path: Path, root: Path, items: Sequence[str], record_column: str | None = None) -> LabelTable:
     """Match the rows of a CSV (UTF-8, first line = column names) with the records ``items`` below ``root``.
 
     A row names its record by the path below ``root`` or below the CSV's own folder, or by its base name, with
@@ -47,8 +45,7 @@ def load_label_table(
     present = [column for name in wanted if (column := find_key(columns, name)) is not None]
     if not present:
         raise InputError(
-            f"{path}: no column {' or '.join(wanted)} that names the record; "
-            f"the columns are {', '.join(columns)}"
+            f"{path}: no column {' or '.join(wanted)} that names the record; the columns are {', '.join(columns)}"
         )
     matcher = _Matcher(root, path.parent, items)
     for column in present:
@@ -97,28 +94,19 @@ def describe(
     Raises InputError where ``patient_key`` is given and exists neither as a column nor as a comment.
     """
     said = _key_values(comments)
-    patient_keys: tuple[str, ...] = (
-        PATIENT_KEYS if patient_key is None or patient_key == "@folder" else (patient_key,)
-    )
+    patient_keys: tuple[str, ...] = PATIENT_KEYS if patient_key is None or patient_key == "@folder" else (patient_key,)
     row = {} if table is None else table.row(item)
     if patient_key == "@folder":
         if folder_name is None:
             raise InputError("stands in the root itself; with patient '@folder' every patient has a folder")
         patient = folder_name
     else:
-        if (
-            patient_key is not None
-            and find_key([*said, *(table.columns if table else ())], patient_key) is None
-        ):
-            raise InputError(
-                f"no patient {patient_key!r}: neither a comment of the header nor a column of labels"
-            )
+        if patient_key is not None and find_key([*said, *(table.columns if table else ())], patient_key) is None:
+            raise InputError(f"no patient {patient_key!r}: neither a comment of the header nor a column of labels")
         patient = _first_known((row, said), patient_keys)
     metadata = {key: value for key in METADATA_KEYS if (value := _first_known((row, said), (key,)))}
     taken = {key.casefold() for key in (*patient_keys, *METADATA_KEYS)}
-    metadata |= {
-        key: value for key, value in said.items() if key.casefold() not in taken | {"dx"} and is_known(value)
-    }
+    metadata |= {key: value for key, value in said.items() if key.casefold() not in taken | {"dx"} and is_known(value)}
     codes = [code.strip() for code in _first_known((said,), ("Dx",)).split(",")]
     labels = {"Dx": [code for code in codes if is_known(code)]}
     if table is not None:
@@ -162,9 +150,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
         raise InputError(f"{path}: column {repeated[0]!r} stands {columns.count(repeated[0])} times")
     for line, row in numbered:
         if len(row) != len(columns):
-            raise InputError(
-                f"{path}: line {line} has {len(row)} fields, the first line names {len(columns)} columns"
-            )
+            raise InputError(f"{path}: line {line} has {len(row)} fields, the first line names {len(columns)} columns")
     return columns, [(line, dict(zip(columns, row, strict=True))) for line, row in numbered]
 
 
@@ -173,7 +159,7 @@ class _Matcher:
 
     def __init__(self, root: Path, csv_folder: Path, items: Sequence[str]) -> None:
         self._items = set(items)
-        self._from_csv = PurePosixPath(Path(os.path.relpath(csv_folder, root)).as_posix())
+        self._root, self._csv_folder = root, csv_folder
         self._items_by_basename = defaultdict(list)
         for item in items:
             self._items_by_basename[PurePosixPath(item).name].append(item)
@@ -191,9 +177,7 @@ class _Matcher:
                 )
             for item in candidates:
                 if item in matched:
-                    raise InputError(
-                        f"{path}: line {line}: record {item} stands twice; each may have one row"
-                    )
+                    raise InputError(f"{path}: line {line}: record {item} stands twice; each may have one row")
                 matched[item] = row
         return matched
 
@@ -202,9 +186,11 @@ class _Matcher:
             return ()
         name = PurePosixPath(value)
         for stem in (name, name.with_suffix("")) if name.suffix in _DATA_SUFFIXES else (name,):
-            for item in (stem.as_posix(), os.path.normpath(self._from_csv / stem)):
-                if item in self._items:
-                    return (item,)
+            if stem.as_posix() in self._items:
+                return (stem.as_posix(),)
             if len(stem.parts) == 1 and (found := self._items_by_basename.get(stem.name)):
                 return found
+            below_csv = Path(os.path.relpath(self._csv_folder / stem, self._root)).as_posix()
+            if below_csv in self._items:
+                return (below_csv,)
         return ()

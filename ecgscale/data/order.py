@@ -96,7 +96,8 @@ class Order:
         windows_per_epoch = self.lanes * -(-lane_records // self.window)
         number_P = epoch_P * windows_per_epoch + lane_P * -(-lane_records // self.window) + window_P
         shuffled_P = permute(inside_P, size_P, self.seed, Purpose.WINDOW, number_P)
-        return lane_P * lane_records + window_P * self.window + shuffled_P
+        sequence_P: Int64 = lane_P * lane_records + window_P * self.window + shuffled_P
+        return sequence_P
 
     def _epoch(self, epoch: int) -> _Epoch:
         return _epoch(self.shard_records, self.seed, epoch)

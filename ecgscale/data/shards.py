@@ -208,9 +208,9 @@ class Shard:
         """(L, T) int16 view of the file, L the leads that are there. Verified when first touched."""
         payload = self._member("offset", "length", record)
         if not self._verified[record]:
-            if xxhash.xxh3_64_intdigest(payload) != int(self.columns["checksum"][record]):
+            if xxhash.xxh3_64_intdigest(payload.data) != int(self.columns["checksum"][record]):
                 raise InputError(
-                    f"{self.tar}: record {record} is damaged: its checksum differs from the index; ingest the data again"
+                    f"{self.tar}: record {record} is damaged: its checksum differs from the index; ingest it again"
                 )
             self._verified[record] = True
         samples, leads = int(self.columns["samples"][record]), int(self.columns["leads"][record]).bit_count()
@@ -291,9 +291,7 @@ class ShardSet:
         """Per shard, the numbers of the records of a split that are at least ``min_s`` seconds long."""
         code = SPLITS.index(split)
         return [
-            np.flatnonzero(
-                (s.columns["split"] == code) & (s.columns["samples"] >= min_s * s.columns["rate_hz"])
-            )
+            np.flatnonzero((s.columns["split"] == code) & (s.columns["samples"] >= min_s * s.columns["rate_hz"]))
             for s in self.shards
         ]
 
@@ -309,13 +307,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         known = manifest["format"]
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{path}: not a manifest of ecgscale shards ({error}); ingest the data again"
-        ) from error
+        raise InputError(f"{path}: not a manifest of ecgscale shards ({error}); ingest the data again") from error
     if known != FORMAT:
-        raise InputError(
-            f"{path}: format {known!r} is not {FORMAT!r}; ingest the data again with this version"
-        )
+        raise InputError(f"{path}: format {known!r} is not {FORMAT!r}; ingest the data again with this version")
     assert isinstance(manifest, dict)
     return manifest
 
@@ -343,9 +337,7 @@ def verify_shard(shard: Shard, entry: dict[str, Any]) -> None:
             f"{shard.tar}: damaged, its sha256 differs from the manifest{culprit}; copy or ingest it again"
         )
     if len(shard) != entry["records"]:
-        raise InputError(
-            f"{shard.tar}: {len(shard)} records in the index, the manifest says {entry['records']}"
-        )
+        raise InputError(f"{shard.tar}: {len(shard)} records in the index, the manifest says {entry['records']}")
     for record in range(len(shard)):
         shard.signal(record)
         shard.metadata(record)

@@ -62,18 +62,13 @@ class Selection:
         """``keep`` (records of the whole set,) narrows the selection further, to labelled records for example."""
         self.shards, self.config, self.split = shards, config, split
         sizes_S = [len(shard) for shard in shards.shards]
-        self.first_S = np.cumsum([0, *sizes_S])[:-1].astype(
-            np.int64
-        )  # whole-set number of each shard's record 0
+        self.first_S = np.cumsum([0, *sizes_S])[:-1].astype(np.int64)  # whole-set number of each shard's record 0
         self.records = shards.select(split, config.min_record_s)
         if keep is not None:
             self.records = [
-                numbers[keep[first + numbers]]
-                for first, numbers in zip(self.first_S, self.records, strict=True)
+                numbers[keep[first + numbers]] for first, numbers in zip(self.first_S, self.records, strict=True)
             ]
-        self.too_short = sum(map(len, shards.select(split))) - sum(
-            map(len, shards.select(split, config.min_record_s))
-        )
+        self.too_short = sum(map(len, shards.select(split))) - sum(map(len, shards.select(split, config.min_record_s)))
         self.samples = round(config.segment_s * shards.rate_hz)  # T
 
     def __len__(self) -> int:
@@ -86,6 +81,10 @@ class Selection:
     def in_order(self) -> list[tuple[int, int]]:
         """(shard, record in shard) of every record, once."""
         return [(s, int(r)) for s, numbers in enumerate(self.records) for r in numbers]
+
+    def numbers(self) -> Int64:
+        """Whole-set numbers of the records, in the order of ``in_order``."""
+        return np.concatenate([first + records for first, records in zip(self.first_S, self.records, strict=True)])
 
     def batch(
         self,
@@ -171,18 +170,25 @@ class TrainStream:
     def _micro_batches(self, batch: int) -> Iterator[ECGBatch]:
         while True:
             for micro_step in range(self.order.global_batch // self.order.contrast_batch):
-                position_P = self.order.rank_positions(batch, micro_step, self.rank, self.world_size)
-                place = self.order.places(position_P)
-                chosen = [
-                    (int(s), int(self.selection.records[s][r]))
-                    for s, r in zip(place.shard, place.record, strict=True)
-                ]
-                yield self.selection.batch(chosen, position_P, self.segments, self.order.seed, self.target)
+                yield self.micro_batch(batch, micro_step)
             batch += 1
+
+    def micro_batch(self, batch: int, micro_step: int) -> ECGBatch:
+        """This rank's rows of one micro-step of a global batch."""
+        position_P = self.order.rank_positions(batch, micro_step, self.rank, self.world_size)
+        place = self.order.places(position_P)
+        chosen = [(int(s), int(self.selection.records[s][r])) for s, r in zip(place.shard, place.record, strict=True)]
+        return self.selection.batch(chosen, position_P, self.segments, self.order.seed, self.target)
 
 
 def evaluation_batches(
-    selection: Selection, batch: int, segments: int, seed: int, rank: int = 0, world_size: int = 1
+    selection: Selection,
+    batch: int,
+    segments: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    target: npt.NDArray[np.float32] | None = None,
 ) -> Iterator[tuple[ECGBatch, bool]]:
     """Every record of the selection once, ``batch`` positions at a time over all ranks.
 
@@ -194,7 +200,7 @@ def evaluation_batches(
         shared = len(positions) == batch
         if shared:
             positions = positions.reshape(world_size, -1)[rank]
-        yield selection.batch([chosen[p] for p in positions], positions, segments, seed), shared
+        yield selection.batch([chosen[p] for p in positions], positions, segments, seed, target), shared
 
 
 class Prefetch(Iterator[Item]):

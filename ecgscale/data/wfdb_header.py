@@ -1,4 +1,4 @@
-"""The text of a WFDB header -> checked fields. Pure: text in, dataclasses out, no file is touched.
+"""The content of a WFDB header -> checked fields. Pure: bytes in, dataclasses out, no file is touched.
 
 Why a parser of our own beside wfdb's: wfdb's is lenient where a wrong number hides. A missing or misspelt
 rate becomes 250 Hz, gain 0 becomes 200, ``µV`` becomes ``V`` (it drops what is not ASCII), and a field that
@@ -74,8 +74,12 @@ class Header:
     comments: tuple[str, ...]  # without the leading "#"
 
 
-def parse_header(text: str) -> Header:
-    """The fields of a header; raises InputError that names the first offending value."""
+def parse_header(content: bytes) -> Header:
+    """The fields of a header, UTF-8 text; raises InputError that names the first offending value."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not a text header: byte {content[error.start]:#04x} is not UTF-8") from error
     if binary := _BINARY.search(text):
         raise InputError(f"not a text header: byte {ord(binary[0]):#04x} at character {binary.start()}")
     lines = [line.strip() for line in _LINE_BREAK.split(text)]
@@ -89,9 +93,7 @@ def parse_header(text: str) -> Header:
     if len(fields) - 1 != expected:
         raise InputError(f"the first line claims {expected} {kind}, {len(fields) - 1} lines follow")
     if not n_signals or not expected:
-        raise InputError(
-            f"record line {_short(fields[0])}: 0 {kind if n_signals else 'signals'}; at least 1 is needed"
-        )
+        raise InputError(f"record line {_short(fields[0])}: 0 {kind if n_signals else 'signals'}; at least 1 is needed")
     if n_segments is not None:
         return Header(rate_hz, n_frames, (), tuple(map(_segment_line, fields[1:])), comments)
     return Header(rate_hz, n_frames, tuple(map(_signal_line, fields[1:])), (), comments)
@@ -106,9 +108,7 @@ def _record_line(line: str) -> tuple[int | None, int, float, int | None]:
     n_segments = None if matched[2] is None else int(matched[2])
     n_signals = _whole(rest[0], "number of signals", low=0)
     if len(rest) < 2:
-        raise InputError(
-            f"record line {_short(line)} gives no sampling rate; write it as the third field, in Hz"
-        )
+        raise InputError(f"record line {_short(line)} gives no sampling rate; write it as the third field, in Hz")
     rate = _RATE.fullmatch(rest[1])
     if rate is None:
         raise InputError(f"sampling rate {_short(rest[1])} is not a number in Hz")
@@ -124,9 +124,7 @@ def _record_line(line: str) -> tuple[int | None, int, float, int | None]:
 def _segment_line(line: str) -> tuple[str, int]:
     name, *rest = line.split()
     if not _SEGMENT_NAME.fullmatch(name) or len(rest) != 1:
-        raise InputError(
-            f"segment line {_short(line)}; it must read 'record samples', the record in this folder"
-        )
+        raise InputError(f"segment line {_short(line)}; it must read 'record samples', the record in this folder")
     return name, _whole(rest[0], "number of samples of a segment", low=0)
 
 
@@ -183,9 +181,7 @@ def _number(text: str, what: str) -> float:
 
 def _whole(text: str, what: str, low: int | None = None) -> int:
     if not _WHOLE_NUMBER.fullmatch(text) or (low is not None and int(text) < low):
-        raise InputError(
-            f"{what} {_short(text)} is not a whole number{'' if low is None else f' from {low} up'}"
-        )
+        raise InputError(f"{what} {_short(text)} is not a whole number{'' if low is None else f' from {low} up'}")
     return int(text)
 
 

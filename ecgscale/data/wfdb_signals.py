@@ -33,6 +33,7 @@ FORMATS = {
     "516": (0.0, 16),
     "524": (0.0, 24),
 }
+INT16_FORMATS = {"16": "<i2", "61": ">i2"}
 FLAC_FORMATS = ("508", "516", "524")
 _FLAC_SAMPLES_PER_BYTE = 65_535 / 8  # the most that a FLAC file can hold: one constant block in some 10 bytes
 
@@ -92,27 +93,25 @@ def _flac_samples(path: Path, size: int) -> int:
     return n_samples
 
 
-def read_format_16(
+def read_int16(
     folder: Path, lines: Sequence[SignalLine], wanted: Sequence[int], n_frames: int
 ) -> list[npt.NDArray[np.integer]]:
-    """Raw samples of some of a header's signals, all of format 16 (little-endian int16, interleaved)."""
+    """Raw samples of some of a header's signals, all of interleaved int16 (INT16_FORMATS)."""
     samples: list[npt.NDArray[np.integer]] = []
     frames: dict[str, npt.NDArray[np.int16]] = {}
     for i in wanted:
         file_name = lines[i].file_name
         width = sum(line.samples_per_frame for line in lines if line.file_name == file_name)
         if file_name not in frames:
-            offset = lines[i].byte_offset
-            flat = np.fromfile(folder / file_name, "<i2", count=n_frames * width, offset=offset)
+            dtype, offset = INT16_FORMATS[lines[i].format], lines[i].byte_offset
+            flat = np.fromfile(folder / file_name, dtype, count=n_frames * width, offset=offset)
             frames[file_name] = flat.reshape(n_frames, width)
         start = sum(line.samples_per_frame for line in lines[:i] if line.file_name == file_name)
         samples.append(frames[file_name][:, start : start + lines[i].samples_per_frame].reshape(-1))
     return samples
 
 
-def to_signals(
-    lines: Sequence[SignalLine], samples: Sequence[npt.NDArray[np.integer]], rate_hz: float
-) -> Signals:
+def to_signals(lines: Sequence[SignalLine], samples: Sequence[npt.NDArray[np.integer]], rate_hz: float) -> Signals:
     """Raw samples in the order of their file -> leads, aligned and without their baseline."""
     leads = canonical_leads([line.name for line in lines])
     mv_per_count_L = np.array([line.mv_per_count() for line in lines])
@@ -154,9 +153,7 @@ def join(pieces: Sequence[tuple[int, Signals | None]], frame_rate_hz: float) -> 
     for signals in present:
         for lead, scale in zip(signals.leads, signals.mv_per_count_L.tolist(), strict=True):
             if scales.setdefault(lead, scale) != scale:
-                raise InputError(
-                    f"lead {lead} has {scales[lead]:g} and {scale:g} mV per count; one gain is needed"
-                )
+                raise InputError(f"lead {lead} has {scales[lead]:g} and {scale:g} mV per count; one gain is needed")
     leads = tuple(scales)
     per_frame = round(rates_hz[0] / frame_rate_hz)
     counts_LT = np.zeros((len(leads), per_frame * sum(n_frames for n_frames, _ in pieces)), np.int64)

@@ -13,8 +13,6 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,7 +90,7 @@ def best_thresholds(label_BC: Array, score_BC: Array) -> Floats:
     Meant for validation records. The highest of equally good ones; NaN, which predicts nothing, for a class
     without positives. Raises InputError as ``auroc`` does.
     """
-    label, score = _checked(label_BC, score_BC)
+    label, score = checked(label_BC, score_BC)
     threshold_C = np.full(label.shape[1], np.nan)
     for c in np.flatnonzero(label.any(axis=0)):
         hit_TR, false_TR = _curve(label[:, c], score[:, c], _drawn(label, None))
@@ -104,7 +102,7 @@ def best_thresholds(label_BC: Array, score_BC: Array) -> Floats:
 def _per_class(
     area: Callable[[Floats, Floats], Floats], label_BC: Array, score_BC: Array, count_BR: Floats | None
 ) -> Floats:
-    label, score = _checked(label_BC, score_BC)
+    label, score = checked(label_BC, score_BC)
     drawn_BR = _drawn(label, count_BR)
     value_CR = np.array([area(*_curve(label[:, c], score[:, c], drawn_BR)) for c in range(label.shape[1])])
     return value_CR[:, 0] if count_BR is None else value_CR
@@ -135,19 +133,17 @@ def _drawn(label_BC: Bools, count_BR: Floats | None) -> Floats:
     return np.ones((len(label_BC), 1)) if count_BR is None else count_BR
 
 
-def _checked(label_BC: Array, score_BC: Array) -> tuple[Bools, Floats]:
+def checked(label_BC: Array, score_BC: Array) -> tuple[Bools, Floats]:
     label, score = np.asarray(label_BC), np.asarray(score_BC, dtype=np.float64)
     if label.ndim != 2 or label.shape != score.shape or label.size == 0:
-        raise InputError(
-            f"labels {label.shape}, scores {score.shape}: both must be (records, classes), not empty"
-        )
+        raise InputError(f"labels {label.shape}, scores {score.shape}: both must be (records, classes), not empty")
     _refuse(label, (label != 0) & (label != 1), "label", "0 or 1")
     _refuse(score, ~np.isfinite(score), "score", "finite")
     return label.astype(np.bool_), score
 
 
 def _checked_predictions(label_BC: Array, prediction_BC: Array) -> tuple[Bools, Bools]:
-    label, prediction = _checked(label_BC, prediction_BC)
+    label, prediction = checked(label_BC, prediction_BC)
     _refuse(prediction, (prediction != 0) & (prediction != 1), "prediction", "0 or 1")
     return label, prediction.astype(np.bool_)
 
@@ -171,12 +167,10 @@ def load_challenge_weights(path: Path) -> tuple[tuple[str, ...], Floats]:
         raise InputError(f"{path}: cannot be read as a CSV of challenge weights: {error}") from error
     if len(table) < 2 or any(len(row) != len(table) for row in table):
         sizes = sorted({len(row) for row in table})
-        raise InputError(
-            f"{path}: {len(table)} rows of {sizes} cells; names above and left of a square are needed"
-        )
-    classes = tuple(_sorted_alternatives(name) for name in table[0][1:])
+        raise InputError(f"{path}: {len(table)} rows of {sizes} cells; names above and left of a square are needed")
+    classes = tuple(sorted_alternatives(name) for name in table[0][1:])
     for name, (row_name, *_) in zip(classes, table[1:], strict=True):
-        if _sorted_alternatives(row_name) != name:
+        if sorted_alternatives(row_name) != name:
             raise InputError(f"{path}: row {row_name!r} stands where column {name!r} does; names must agree")
     codes = sorted(code for name in classes for code in name.split("|"))
     for code, following in pairwise(codes):
@@ -195,7 +189,7 @@ def _weight(cell: str, path: Path, row: str) -> float:
     return weight
 
 
-def _sorted_alternatives(name: str) -> str:
+def sorted_alternatives(name: str) -> str:
     return "|".join(sorted(code.strip() for code in name.split("|")))
 
 
@@ -204,7 +198,7 @@ def labels_for_classes(codes: Sequence[Sequence[str]], classes: Sequence[str]) -
 
     Codes of no class are left out, as the official scorer does.
     """
-    column = {code: c for c, name in enumerate(classes) for code in _sorted_alternatives(name).split("|")}
+    column = {code: c for c, name in enumerate(classes) for code in sorted_alternatives(name).split("|")}
     label_BC = np.zeros((len(codes), len(classes)), dtype=np.bool_)
     for b, record_codes in enumerate(codes):
         label_BC[b, [column[code] for code in record_codes if code in column]] = True
@@ -224,10 +218,10 @@ def challenge_score(
     labelled or predicted. Where perfect and always-normal predictions earn the same, the score is 0.
     Raises InputError as ``f_measure`` does, or for a normal class that is none of the classes.
     """
-    return float(_challenge(weights_CC, classes, normal, label_BC, prediction_BC, None)[0])
+    return float(weighted_challenge(weights_CC, classes, normal, label_BC, prediction_BC, None)[0])
 
 
-def _challenge(
+def weighted_challenge(
     weights_CC: Floats,
     classes: Sequence[str],
     normal: str,
@@ -238,9 +232,7 @@ def _challenge(
     """The score as a metric of one figure: (1,) or (1, R)."""
     label, prediction = _checked_predictions(label_BC, prediction_BC)
     if {label.shape[1], *weights_CC.shape} != {len(classes)}:
-        raise InputError(
-            f"labels {label.shape}, weights {weights_CC.shape}: {len(classes)} classes are needed"
-        )
+        raise InputError(f"labels {label.shape}, weights {weights_CC.shape}: {len(classes)} classes are needed")
     is_normal_C = np.array([normal in name.split("|") for name in classes])
     if not is_normal_C.any():
         raise InputError(f"normal class {normal!r} is none of the classes {', '.join(classes)}")
@@ -273,7 +265,7 @@ def bootstrap_interval(
     """
 
     def figures(count_BR: Floats) -> Floats:
-        return _with_macro(metric(label_BC, score_BC, count_BR))
+        return with_macro(metric(label_BC, score_BC, count_BR))
 
     return _interval(figures, len(np.asarray(label_BC)), resamples, level, seed, groups_B)
 
@@ -291,13 +283,13 @@ def paired_bootstrap_difference(
     """Interval of metric(score) − metric(other) on the same resamples; else as ``bootstrap_interval``."""
 
     def figures(count_BR: Floats) -> Floats:
-        value_KR = _with_macro(metric(label_BC, score_BC, count_BR))
-        return value_KR - _with_macro(metric(label_BC, other_BC, count_BR))
+        value_KR = with_macro(metric(label_BC, score_BC, count_BR))
+        return value_KR - with_macro(metric(label_BC, other_BC, count_BR))
 
     return _interval(figures, len(np.asarray(label_BC)), resamples, level, seed, groups_B)
 
 
-def _with_macro(value_CR: Floats) -> Floats:
+def with_macro(value_CR: Floats) -> Floats:
     return np.vstack([value_CR, _macro_R(value_CR)])
 
 
@@ -310,15 +302,11 @@ def _interval(
     groups_B: Array | None,
 ) -> tuple[Floats, Floats]:
     if resamples < 1 or not 0 < level < 1:
-        raise InputError(
-            f"{resamples} resamples, level {level}: at least 1 and a level between 0 and 1 are needed"
-        )
+        raise InputError(f"{resamples} resamples, level {level}: at least 1 and a level between 0 and 1 are needed")
     value_KR = np.hstack([figures(count_BR) for count_BR in _resamples(records, resamples, seed, groups_B)])
     tails = ((1 - level) / 2, (1 + level) / 2)
     defined = (value_R[~np.isnan(value_R)] for value_R in value_KR)
-    low_high_K2 = np.array(
-        [np.quantile(value, tails) if value.size else (np.nan, np.nan) for value in defined]
-    )
+    low_high_K2 = np.array([np.quantile(value, tails) if value.size else (np.nan, np.nan) for value in defined])
     return low_high_K2[:, 0], low_high_K2[:, 1]
 
 
@@ -326,9 +314,7 @@ def _resamples(records: int, resamples: int, seed: int, groups_B: Array | None) 
     """Chunks (B, R) of how often each record is drawn, as float64 for the arithmetic to come."""
     group_B = np.arange(records) if groups_B is None else np.unique(groups_B, return_inverse=True)[1]
     if group_B.shape != (records,) or not records:
-        raise InputError(
-            f"patient codes {group_B.shape} for {records} records: one code per record is needed"
-        )
+        raise InputError(f"patient codes {group_B.shape} for {records} records: one code per record is needed")
     groups = int(group_B.max()) + 1
     generator = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // records)
@@ -337,103 +323,3 @@ def _resamples(records: int, resamples: int, seed: int, groups_B: Array | None) 
         cell_RG = generator.integers(groups, size=(width, groups)) * width + np.arange(width)[:, None]
         count_GR = np.bincount(cell_RG.ravel(), minlength=groups * width).reshape(groups, width)
         yield count_GR[group_B].astype(np.float64)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its bootstrap interval; NaN where it is not defined."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return "–" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True)
-class Row:
-    """The figures of one class, or their macro average."""
-
-    name: str
-    positives: int  # records that carry the class; in the macro row, summed over the classes
-    auroc: Estimate
-    auprc: Estimate
-    f_measure: Estimate
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``evaluate`` found on one set of labelled records."""
-
-    classes: tuple[Row, ...]
-    macro: Row
-    accuracy_exact_match: float
-    challenge_score: Estimate | None
-    records: int
-    patients: int | None  # None: resampled by record
-    resamples: int
-    level: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; a figure that is not defined is None."""
-
-        def ready(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            return {
-                key: None if isinstance(value, float) and math.isnan(value) else value for key, value in pairs
-            }
-
-        return asdict(self, dict_factory=ready)
-
-    def table(self) -> str:
-        """Markdown: a row per class and one for macro; below them the challenge score, if there is one."""
-        lines = ["| class | n positive | AUROC | AUPRC | F1 |", "|---|---:|---|---|---|"]
-        for row in (*self.classes, self.macro):
-            name = row.name.replace("|", "\\|")
-            lines.append(f"| {name} | {row.positives} | {row.auroc} | {row.auprc} | {row.f_measure} |")
-        if self.challenge_score is not None:
-            lines += ["", f"Challenge score {self.challenge_score}"]
-        return "\n".join(lines)
-
-
-def evaluate(
-    label_BC: Array,
-    score_BC: Array,
-    threshold_C: Array,
-    classes: Sequence[str],
-    groups_B: Array | None = None,
-    challenge: tuple[Sequence[str], Floats] | None = None,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Report:
-    """Every figure with its interval; ``score >= threshold`` predicts a class (see ``best_thresholds``).
-
-    ``groups_B`` are patient codes. ``challenge`` is what ``load_challenge_weights`` returned; its classes
-    must be ``classes`` in the same order. Raises InputError for arrays or classes that do not fit together.
-    """
-    label, score = _checked(label_BC, score_BC)
-    threshold = np.asarray(threshold_C, dtype=np.float64)
-    if not (label.shape[1:] == threshold.shape == (len(classes),)):
-        raise InputError(f"labels {label.shape}, thresholds {threshold.shape} for {len(classes)} classes")
-    prediction = score >= threshold
-
-    def estimates(metric: Metric, of: Bools | Floats) -> list[Estimate]:
-        value_K = _with_macro(metric(label, of, None)[:, None])[:, 0]
-        low_K, high_K = bootstrap_interval(metric, label, of, resamples, level, seed, groups_B)
-        return list(map(Estimate, value_K.tolist(), low_K.tolist(), high_K.tolist()))
-
-    challenge_estimate = None
-    if challenge is not None:
-        names, weights_CC = challenge
-        if [*map(_sorted_alternatives, classes)] != [*map(_sorted_alternatives, names)]:
-            raise InputError(f"classes {', '.join(classes)} are not the challenge's {', '.join(names)}")
-        challenge_estimate = estimates(partial(_challenge, weights_CC, names, SINUS_RHYTHM), prediction)[0]
-    figures = estimates(auroc, score), estimates(auprc, score), estimates(f_measure, prediction)
-    positives = (*label.sum(axis=0).tolist(), int(label.sum()))
-    *rows, macro_row = map(Row, (*classes, "macro"), positives, *figures)
-    patients = None if groups_B is None else len(np.unique(groups_B))
-    accuracy = accuracy_exact_match(label, prediction)
-    return Report(
-        tuple(rows), macro_row, accuracy, challenge_estimate, len(label), patients, resamples, level
-    )

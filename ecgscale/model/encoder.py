@@ -58,7 +58,15 @@ class ModelConfig:
             raise InputError(f"model.width {self.width} is no multiple of model.heads {self.heads}")
         if self.width % self.position_groups:
             raise InputError(f"model.width {self.width} is no multiple of model.position_groups {self.position_groups}")
-        for name in ("stem_channels", "width", "depth", "heads", "ffn_width", "position_kernel", "position_groups"):
+        for name in (
+            "stem_channels",
+            "width",
+            "depth",
+            "heads",
+            "ffn_width",
+            "position_kernel",
+            "position_groups",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} {getattr(self, name)}: give 1 or more")
         for name in ("dropout", "attention_dropout", "feature_dropout"):
@@ -114,7 +122,9 @@ class ECGEncoder(nn.Module):
                 x_BND = checkpoint(layer, x_BND, attend_B11N, use_reentrant=False)
             else:
                 x_BND = layer(x_BND, attend_B11N)
-        return self.norm(x_BND) if self.config.pre_norm else x_BND
+        if self.config.pre_norm:
+            x_BND = self.norm(x_BND)
+        return x_BND
 
     def forward(self, batch: ECGBatch) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N, D) of an unmasked batch and which of them are valid (None: all)."""
@@ -132,7 +142,8 @@ def mean_over_time(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
 
 def valid_tokens(length_B: Tensor, tokens: int) -> Tensor:
     """(B, N) whether a token lies wholly within its row's valid samples."""
-    return torch.arange(tokens, device=length_B.device) < (length_B // SAMPLES_PER_PATCH)[:, None]
+    token_N = torch.arange(tokens, device=length_B.device)
+    return token_N < (length_B // SAMPLES_PER_PATCH)[:, None]
 
 
 class PositionalConvolution(nn.Module):
@@ -182,7 +193,9 @@ class EncoderLayer(nn.Module):
 
     def _attention(self, x_BND: Tensor, attend_B11N: Tensor | None) -> Tensor:
         batch, tokens, width = x_BND.shape
-        q_BHNd, k_BHNd, v_BHNd = self.query_key_value(x_BND).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q_BHNd, k_BHNd, v_BHNd = (
+            self.query_key_value(x_BND).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         dropout = self.attention_dropout if self.training else 0.0
         y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attend_B11N, dropout)
         y_BND = self.attention_out(y_BHNd.transpose(1, 2).reshape(batch, tokens, width))

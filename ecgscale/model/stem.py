@@ -6,10 +6,10 @@ Shape suffixes: B rows, L leads, T samples, N patches, C channels.
 from __future__ import annotations
 
 import torch
-from ecgscale_kernels import lead_masked_conv_stem
 from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale_kernels import lead_masked_conv_stem
 
 BLOCKS = 4  # each halves the samples
 SAMPLES_PER_PATCH = 2**BLOCKS

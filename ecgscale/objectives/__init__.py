@@ -10,10 +10,14 @@ from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives.pretraining import ObjectiveConfig, Pretraining
 
+__all__ = ["OBJECTIVES", "ObjectiveConfig", "Pretraining", "build_objective"]
+
 OBJECTIVES = {"wav2vec2": Pretraining, "cmsc": Pretraining, "wav2vec2+cmsc": Pretraining}
 
 
-def build_objective(model: ModelConfig, config: ObjectiveConfig, seed: int, activation_checkpointing: bool = False) -> nn.Module:
+def build_objective(
+    model: ModelConfig, config: ObjectiveConfig, seed: int, activation_checkpointing: bool = False
+) -> nn.Module:
     """The objective that ``config.name`` names; raises InputError for an unknown one."""
     if config.name not in OBJECTIVES:
         near = get_close_matches(config.name, OBJECTIVES, 1)

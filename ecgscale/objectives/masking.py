@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ecgscale_kernels import philox
 from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.rng import Purpose
+from ecgscale_kernels import philox
 
 
 class TimeMask(NamedTuple):

@@ -78,13 +78,17 @@ class Draws(NamedTuple):
 class Pretraining(nn.Module):
     """Owns the encoder and the heads; maps a batch of segment pairs to one loss with named parts."""
 
-    def __init__(self, model: ModelConfig, config: ObjectiveConfig, seed: int, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: ModelConfig, config: ObjectiveConfig, seed: int, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
         self.encoder = ECGEncoder(model, activation_checkpointing)
         self.has_local, self.has_global = "wav2vec2" in config.name, "cmsc" in config.name
         if self.has_local:
-            self.local_head = LocalHead(model.stem_channels, model.width, config.code_width, config.code_groups, config.codes)
+            self.local_head = LocalHead(
+                model.stem_channels, model.width, config.code_width, config.code_groups, config.codes
+            )
 
     def forward(self, batch: ECGBatch, step: int = 0, share: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and named parts. ``share``: the rows are a part of a contrast batch that is spread over the ranks."""
@@ -97,7 +101,12 @@ class Pretraining(nn.Module):
             return Draws(keep_BL, None, None, None)
         tokens = batch.signal_BLT.shape[-1] // 16
         mask = time_mask(
-            batch, self.seed, tokens, (batch.length_B // 16), self.config.time_mask_share, self.config.time_mask_span
+            batch,
+            self.seed,
+            tokens,
+            (batch.length_B // 16),
+            self.config.time_mask_share,
+            self.config.time_mask_span,
         )
         negative_BMK = negatives(batch, self.seed, mask, self.config.negatives)
         noise_shape = (mask.place_BM.shape[1], self.config.code_groups, self.config.codes)
@@ -124,7 +133,8 @@ class Pretraining(nn.Module):
         self, normed_BNC: Tensor, stem_BNC: Tensor, context_BND: Tensor, draws: Draws, step: int, share: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         mask, config = draws.time_mask, self.config
-        assert mask is not None and draws.negative_BMK is not None
+        assert mask is not None
+        assert draws.negative_BMK is not None
         dropout = self.encoder.config.feature_dropout
         target_BNC = nn.functional.dropout(normed_BNC, dropout, self.training)
         local = self.local_head(

@@ -55,7 +55,11 @@ class LocalHead(nn.Module):
         quantized = self.quantizer(target_BMC, gumbel_temperature, gumbel_BMGV)
         prediction_BMQ = self.prediction_projection(context_BMD)
         logit_BMK1 = info_nce_logits(
-            prediction_BMQ, self.target_projection(quantized.code_BMQ), quantized.index_BMG, negative_BMK, temperature
+            prediction_BMQ,
+            self.target_projection(quantized.code_BMQ),
+            quantized.index_BMG,
+            negative_BMK,
+            temperature,
         )
         total = sum_over_ranks(weight_BM.sum(), share)
         # The engine averages over ranks; times the number of shares, that is the mean over all places.
@@ -74,13 +78,17 @@ class LocalHead(nn.Module):
 
     def _usage(self, quantized: Quantized, weight_BM: Tensor, total: Tensor, share: bool) -> tuple[Tensor, Tensor]:
         """Perplexity of the average probabilities (with gradient) and of the chosen codes, over all ranks."""
-        mean_GV = sum_over_ranks((quantized.probability_BMGV * weight_BM[..., None, None]).sum(dim=(0, 1)), share) / total
+        mean_GV = (
+            sum_over_ranks((quantized.probability_BMGV * weight_BM[..., None, None]).sum(dim=(0, 1)), share) / total
+        )
         one_hot = F.one_hot(quantized.index_BMG, self.quantizer.codes) * weight_BM[..., None, None]
         chosen_GV = sum_over_ranks(one_hot.sum(dim=(0, 1)), share) / total
         return perplexity(mean_GV), perplexity(chosen_GV)
 
 
-def info_nce_logits(prediction_BMQ: Tensor, target_BMQ: Tensor, code_BMG: Tensor, negative_BMK: Tensor, temperature: float) -> Tensor:
+def info_nce_logits(
+    prediction_BMQ: Tensor, target_BMQ: Tensor, code_BMG: Tensor, negative_BMK: Tensor, temperature: float
+) -> Tensor:
     """(B, M, 1 + K) cosine similarities over temperature: the own target first, then the negatives.
 
     All negatives of a place are masked places of the same row, so one similarity matrix per row and a gather replace

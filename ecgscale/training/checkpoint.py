@@ -58,25 +58,29 @@ class Checkpoint:
             if not file.is_file():
                 raise InputError(f"{file}: missing; remove {folder} to go on from the checkpoint before")
             if file.stat().st_size != about["bytes"] or file_sha256(file) != about["sha256"]:
-                raise InputError(f"{file}: damaged, its sha256 differs from {STATE}; remove {folder} to go on from the one before")
+                raise InputError(
+                    f"{file}: damaged, its sha256 differs from {STATE}; remove {folder} to go on from the one before"
+                )
         return Checkpoint(folder, state)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """All tensors of a kind (weight, exp_avg, exp_avg_sq) by parameter name."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for file in sorted(self.state["files"]):
-            with _safe_open(self.folder / file) as tensors:
-                found |= {n.removeprefix(f"{kind}."): tensors.get_tensor(n) for n in tensors.keys() if n.startswith(f"{kind}.")}  # noqa: SIM118
+            tensors = open_tensors(self.folder / file)
+            names = [name for name in tensors.keys() if name.startswith(f"{kind}.")]  # noqa: SIM118
+            found |= {name.removeprefix(f"{kind}."): tensors.get_tensor(name) for name in names}
         return found
 
     def reader(self) -> Callable[[str, str], Tensor]:
         """(parameter name, kind) -> tensor, read when asked for."""
-        opened = [_safe_open(self.folder / file) for file in sorted(self.state["files"])]
+        opened = [open_tensors(self.folder / file) for file in sorted(self.state["files"])]
         where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
         return lambda name, kind: where[f"{kind}.{name}"].get_tensor(f"{kind}.{name}")
 
 
-def _safe_open(path: Path) -> Any:
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, mapped; raises InputError where it is missing or damaged."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -131,14 +135,15 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path
 
 def _collect(engine: Engine) -> dict[str, Tensor]:
     """The tensors that this rank writes. Every rank takes part in gathering each, and its writer keeps it."""
-    mine = {}
+    mine: dict[str, Tensor] = {}
     written = 0  # bytes given out so far decide the writer, so that files come out equal in size
-    total = sum(p.numel() for p in engine.shapes.values())
-    for name in engine.names:
+    total = sum(shape.numel() for shape in engine.shapes.values())
+    for name, shape in engine.shapes.items():
         writer = written * engine.ranks.world_size // total
-        written += engine.shapes[name].numel()
+        written += shape.numel()
         tensors = {f"weight.{name}": engine.weight(name)}
-        tensors |= {f"{kind}.{name}": engine.moment(name, kind) for kind in MOMENTS}
+        if name in engine.trained:
+            tensors |= {f"{kind}.{name}": engine.moment(name, kind) for kind in MOMENTS}
         if writer == engine.ranks.rank:
             mine |= {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
     return mine

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def start_ranks() -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -98,7 +99,8 @@ class Engine:
         self.config, self.ranks, self._accumulation = config, ranks, accumulation
         if weights is not None:
             module.load_state_dict(weights)
-        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        self._frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
         self.shapes = {name: p.shape for name, p in module.named_parameters()}
         self._engine = _initialize(module, config, accumulation, micro_batch, ranks.world_size)
         self._parameters = dict(self._engine.module.named_parameters())
@@ -180,6 +182,8 @@ class Engine:
         """One parameter, whole, fp32. All ranks call it together."""
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if name in self._frozen:
+            return self._frozen[name]
         if self.config.zero_stage == 0:
             return self._unsharded[name].detach()
         value: Tensor = safe_get_full_fp32_param(self._parameters[name])
@@ -199,10 +203,10 @@ class Engine:
     def _unsharded(self) -> dict[str, Tensor]:
         """Stage 0: what the optimizer updates, by name, for which DeepSpeed has no getter."""
         if self._plain:
-            return {name: self._parameters[name] for name in self.names}
+            return {name: self._parameters[name] for name in self.trained}
         optimizer = self._engine.optimizer
-        master_of = dict(zip(map(id, sum(optimizer.fp16_groups, [])), sum(optimizer.fp32_groups, []), strict=True))
-        return {name: master_of[id(self._parameters[name])] for name in self.names}
+        master_of = dict(zip(map(id, chain(*optimizer.fp16_groups)), chain(*optimizer.fp32_groups), strict=True))
+        return {name: master_of[id(self._parameters[name])] for name in self.trained}
 
     def optimizer_steps(self) -> int:
         """AdamW's own count of updates, for its bias correction; skipped steps do not count."""
@@ -221,7 +225,7 @@ class Engine:
             loss, _ = self.forward(batch)
             self.backward(loss * 0.0)
             self.step(learning_rate=0.0)
-        for name in self.names:
+        for name in self.trained:
             for kind in MOMENTS:
                 value = moment(name, kind).to(self.ranks.device)
                 if self.config.zero_stage == 0:
@@ -237,7 +241,7 @@ class Engine:
     def _set_master_weights(self, weights: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name in self.names:
+        for name in self.trained:
             value = weights[name].to(self.ranks.device)
             if self.config.zero_stage == 0:
                 self._unsharded[name].data.copy_(value)

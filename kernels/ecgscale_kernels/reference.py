@@ -24,7 +24,7 @@ def lead_masked_conv_stem(
 ) -> Tensor:
     """Counts -> features: dequantise, mask leads, then blocks of Conv1d(kernel 2, stride 2) and GELU.
 
-    Block 0 has a GroupNorm with one channel per group between convolution and GELU (Baevski et al. 2020; Oh et al. 2022).
+    Block 0 has a GroupNorm with one channel per group between convolution and GELU (Oh et al. 2022).
 
     Args:
         signal_BLT: counts, int16 or floating.

@@ -20,13 +20,13 @@ from ecgscale.downstream.metrics import (
     best_thresholds,
     bootstrap_interval,
     challenge_score,
-    evaluate,
     f_measure,
     labels_for_classes,
     load_challenge_weights,
     macro,
     paired_bootstrap_difference,
 )
+from ecgscale.downstream.report import evaluate
 from ecgscale.errors import InputError
 
 CLASSES = ("164889003", "426783006", "284470004|63593006")
@@ -69,13 +69,20 @@ def test_report_repeats_the_official_figures(official):
     expected, arrays = official
     classes, label_BC, weights_CC = expected["classes"], arrays["labels"], arrays["weights"]
     half_C = np.full(len(classes), 0.5)
-    ranked = evaluate(label_BC, arrays["probabilities"], half_C, classes, resamples=50)
+    ranked = evaluate(label_BC, arrays["probabilities"], arrays["probabilities"] >= half_C, classes, resamples=50)
     assert ranked.macro.auroc.value == pytest.approx(expected["auroc_macro"], abs=1e-9)
     assert ranked.macro.auprc.value == pytest.approx(expected["auprc_macro"], abs=1e-9)
     assert ranked.classes[5].positives == 0
     assert math.isnan(ranked.classes[5].auroc.low)
     challenge = (classes, weights_CC)
-    predicted = evaluate(label_BC, arrays["predictions"], half_C, classes, challenge=challenge, resamples=50)
+    predicted = evaluate(
+        label_BC,
+        arrays["predictions"],
+        arrays["predictions"] >= half_C,
+        classes,
+        challenge=challenge,
+        resamples=50,
+    )
     assert predicted.macro.f_measure.value == pytest.approx(expected["f_measure_macro"], abs=1e-9)
     assert predicted.accuracy_exact_match == pytest.approx(expected["accuracy_exact_match"], abs=1e-9)
     score = predicted.challenge_score
@@ -91,9 +98,7 @@ def test_agrees_with_scikit_learn(rows):
     if label_B.any() and not label_B.all():
         assert auroc(label_BC, score_BC)[0] == pytest.approx(roc_auc_score(label_B, score_B), abs=1e-12)
     if label_B.any():
-        assert auprc(label_BC, score_BC)[0] == pytest.approx(
-            average_precision_score(label_B, score_B), abs=1e-12
-        )
+        assert auprc(label_BC, score_BC)[0] == pytest.approx(average_precision_score(label_B, score_B), abs=1e-12)
     expected = f1_score(label_B, score_B > 0, zero_division=np.nan)
     np.testing.assert_allclose(f_measure(label_BC, score_BC > 0)[0], expected, atol=1e-12)
 
@@ -160,9 +165,7 @@ def test_counts_equal_explicit_resampling(groups_B, prevalence):
     score_R = metrics._challenge(WEIGHTS_CC, CLASSES, "426783006", label_BC, prediction_BC, count_BR)[0]
     for r in range(60):
         row = np.repeat(np.arange(40), count_BR[:, r].astype(int))
-        assert score_R[r] == pytest.approx(
-            challenge_score(label_BC[row], prediction_BC[row], WEIGHTS_CC, CLASSES)
-        )
+        assert score_R[r] == pytest.approx(challenge_score(label_BC[row], prediction_BC[row], WEIGHTS_CC, CLASSES))
 
 
 def test_resamples_draw_whole_patients_and_do_not_depend_on_chunks(monkeypatch):
@@ -184,9 +187,7 @@ def test_interval_is_deterministic_in_the_seed():
     value_K = np.append(auroc(label_BC, score_BC), macro(auroc(label_BC, score_BC)))
     assert (low_K < value_K).all()
     assert (value_K < high_K).all()
-    narrow_low_K, narrow_high_K = bootstrap_interval(
-        auroc, label_BC, score_BC, resamples=200, seed=4, level=0.5
-    )
+    narrow_low_K, narrow_high_K = bootstrap_interval(auroc, label_BC, score_BC, resamples=200, seed=4, level=0.5)
     assert (low_K < narrow_low_K).all()
     assert (narrow_high_K < high_K).all()
 
@@ -208,14 +209,10 @@ def test_interval_by_patient_is_wider_when_records_repeat():
     label_BC, score_BC = drawn_at_random(2, records=80, classes=2)
     repeated = np.repeat(np.arange(80), 8)
     by_record = bootstrap_interval(auroc, label_BC[repeated], score_BC[repeated], resamples=400)
-    by_patient = bootstrap_interval(
-        auroc, label_BC[repeated], score_BC[repeated], resamples=400, groups_B=repeated
-    )
+    by_patient = bootstrap_interval(auroc, label_BC[repeated], score_BC[repeated], resamples=400, groups_B=repeated)
     once = bootstrap_interval(auroc, label_BC, score_BC, resamples=400)
     assert (np.subtract(*by_patient[::-1]) > 2 * np.subtract(*by_record[::-1])).all()
-    np.testing.assert_allclose(
-        by_patient, once, atol=1e-12
-    )  # same patients drawn, each with eight equal records
+    np.testing.assert_allclose(by_patient, once, atol=1e-12)  # same patients drawn, each with eight equal records
 
 
 def test_paired_difference_uses_the_same_resamples():
@@ -271,9 +268,7 @@ def test_alternatives_may_stand_in_any_order_and_a_missing_file_is_named(tmp_pat
 
 def test_labels_take_any_alternative_and_leave_unscored_codes_out():
     codes = [["63593006", "55827005"], ["284470004", "63593006"], [], ["426783006", "164889003"]]
-    np.testing.assert_array_equal(
-        labels_for_classes(codes, CLASSES), [[0, 0, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0]]
-    )
+    np.testing.assert_array_equal(labels_for_classes(codes, CLASSES), [[0, 0, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0]])
 
 
 def test_challenge_score_of_perfect_normal_and_partial_predictions():
@@ -296,7 +291,7 @@ def test_report_is_json_ready_and_prints_a_table():
     label_BC[:, 0] = False
     threshold_C, groups_B = best_thresholds(label_BC, score_BC), np.arange(60) // 2
     report = evaluate(
-        label_BC, score_BC, threshold_C, CLASSES, groups_B, (CLASSES, WEIGHTS_CC), resamples=100
+        label_BC, score_BC, score_BC >= threshold_C, CLASSES, groups_B, (CLASSES, WEIGHTS_CC), resamples=100
     )
     figures = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert figures["classes"][0]["auroc"] == {"value": None, "low": None, "high": None}
@@ -307,12 +302,10 @@ def test_report_is_json_ready_and_prints_a_table():
     assert figures["macro"]["auroc"] == {"value": value, "low": low_K[-1], "high": high_K[-1]}
     lines = report.table().splitlines()
     assert lines[2] == "| 164889003 | 0 | – | – | – |"
-    assert lines[4].startswith(
-        f"| 284470004\\|63593006 | {label_BC[:, 2].sum()} | {report.classes[2].auroc} |"
-    )
+    assert lines[4].startswith(f"| 284470004\\|63593006 | {label_BC[:, 2].sum()} | {report.classes[2].auroc} |")
     assert lines[5].startswith("| macro |")
     assert lines[-1] == f"Challenge score {report.challenge_score}"
-    assert evaluate(label_BC, score_BC, threshold_C, CLASSES, resamples=10).challenge_score is None
+    assert evaluate(label_BC, score_BC, score_BC >= threshold_C, CLASSES, resamples=10).challenge_score is None
 
 
 @pytest.mark.parametrize(
@@ -321,7 +314,7 @@ def test_report_is_json_ready_and_prints_a_table():
         ({"label_BC": np.full((4, 2), 0.5)}, "label 0.5 of record 0, class 0"),
         ({"label_BC": np.zeros((5, 2))}, "(5, 2)"),
         ({"score_BC": np.array([[0, 0], [0, 0], [0, np.nan], [0, 0]])}, "score nan of record 2, class 1"),
-        ({"threshold_C": np.zeros(3)}, "(3,)"),
+        ({"prediction_BC": np.zeros((4, 3), bool)}, "(4, 3)"),
         ({"classes": ("a", "b", "c")}, "3 classes"),
         ({"groups_B": np.zeros(3)}, "(3,) for 4 records"),
         ({"challenge": (("b", "a"), np.eye(2))}, "b, a"),
@@ -331,7 +324,7 @@ def test_report_is_json_ready_and_prints_a_table():
 )
 def test_arrays_that_do_not_fit_are_refused_with_their_value(change, said):
     good = {"label_BC": np.eye(4, 2), "score_BC": np.zeros((4, 2))}
-    good |= {"threshold_C": np.zeros(2), "classes": ("a", "b")}
+    good |= {"prediction_BC": np.zeros((4, 2), bool), "classes": ("a", "b")}
     with pytest.raises(InputError) as refused:
         evaluate(**(good | change))
     assert said in str(refused.value)
@@ -345,6 +338,6 @@ def test_scores_in_place_of_predictions_are_refused():
 def test_input_arrays_stay_as_they_were():
     label_BC, score_BC = drawn_at_random(9, records=20, classes=2)
     label_before_BC, score_before_BC = label_BC.copy(), score_BC.copy()
-    evaluate(label_BC, score_BC, best_thresholds(label_BC, score_BC), ("a", "b"), resamples=10)
+    evaluate(label_BC, score_BC, score_BC >= best_thresholds(label_BC, score_BC), ("a", "b"), resamples=10)
     np.testing.assert_array_equal(label_BC, label_before_BC)
     np.testing.assert_array_equal(score_BC, score_before_BC)

@@ -43,7 +43,12 @@ def batch_of(signal_BLT: Tensor, **rows: Tensor) -> ECGBatch:
     length_B = rows.pop("length_B", torch.full((n,), signal_BLT.shape[-1]))
     fields = {"patient_B": zeros, "segment_B": zeros, "position_B": torch.arange(n)} | rows
     return ECGBatch(
-        signal_BLT, torch.ones(n, 12), torch.zeros(n, 12), length_B, padded=bool((length_B < signal_BLT.shape[-1]).any()), **fields
+        signal_BLT,
+        torch.ones(n, 12),
+        torch.zeros(n, 12),
+        length_B,
+        padded=bool((length_B < signal_BLT.shape[-1]).any()),
+        **fields,
     )
 
 
@@ -52,7 +57,9 @@ def golden(request, shared_reference):
     tensors = load_file(shared_reference / f"{request.param}.safetensors")
     about = json.loads((shared_reference / f"{request.param}.json").read_text())
     config = about["config"]
-    objective_config = ObjectiveConfig(code_groups=config["latent_groups"], codes=config["latent_vars"], code_width=config["final_dim"])
+    objective_config = ObjectiveConfig(
+        code_groups=config["latent_groups"], codes=config["latent_vars"], code_width=config["final_dim"]
+    )
     objective = Pretraining(model_config(config), objective_config, seed=0).eval()
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     objective.load_state_dict(reference_names.to_ours(weights))
@@ -96,7 +103,11 @@ def test_logits(golden) -> None:
         quantized = head.quantizer(features.normed_BNC.gather(1, place_BM1.expand(-1, -1, 32)), 1.0, None)
         prediction = head.prediction_projection(context_BND.gather(1, place_BM1.expand(-1, -1, context_BND.shape[-1])))
         logits = info_nce_logits(
-            prediction, head.target_projection(quantized.code_BMQ), quantized.index_BMG, draws.negative_BMK, 0.1
+            prediction,
+            head.target_projection(quantized.code_BMQ),
+            quantized.index_BMG,
+            draws.negative_BMK,
+            0.1,
         )
     close(logits.permute(2, 0, 1), tensors["out.logits"])
 

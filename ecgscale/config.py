@@ -1,0 +1,200 @@
+"""One dataclass tree per command: YAML file + dotted overrides, unknown keys refused, the resolved tree saved.
+
+The dataclasses stand beside the things that they configure; this file puts them together and reads them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from ecgscale.data.stream import DataConfig
+from ecgscale.downstream.tasks import InitConfig, TaskConfig
+from ecgscale.errors import InputError
+from ecgscale.model.encoder import ModelConfig
+from ecgscale.model.presets import PRESETS
+from ecgscale.objectives import ObjectiveConfig
+from ecgscale.training.engine import EngineConfig
+from ecgscale.training.loop import TrainConfig
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives."""
+
+    dir: str = ""
+    """Run folder: config.yaml, checkpoints/, tensorboard/, events.jsonl, export/."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything about a pretraining run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything about a fine-tuning run or a linear probe."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def load(config_type: type[Config], arguments: list[str]) -> Config:
+    """``--config FILE`` and ``--any.key value`` -> a checked config; later arguments win.
+
+    Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in _pairs(arguments):
+        given = read_yaml(Path(value), config_type) if key == "config" else _nested(key, value, config_type)
+        _merge(tree, given)
+    return build(config_type, tree)
+
+
+def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
+    """A nested dict -> a checked config; a ``model.preset`` fills in what the tree does not give."""
+    from jsonargparse import ArgumentError
+
+    preset = tree.get("model", {}).get("preset")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(f"model.preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
+        tree = tree | {"model": asdict(PRESETS[preset]) | tree["model"]}
+    parser = _parser(config_type)
+    try:
+        built = parser.instantiate(parser.parse_object(tree))
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).replace("Parser key ", "").split())) from error
+    return config_type(**{f.name: built[f.name] for f in fields(config_type)})  # type: ignore[arg-type]
+
+
+def help_text(config_type: type, command: str) -> str:
+    """Every key with its type, default and meaning."""
+    parser = _parser(config_type, prog=f"ecgscale {command}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys; later arguments win")
+    text: str = parser.format_help()
+    return text
+
+
+def _parser(config_type: type, prog: str = "ecgscale") -> Any:
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, description=config_type.__doc__)
+        parser.add_class_arguments(config_type)
+    return parser
+
+
+def dump(config: Any) -> str:
+    """The resolved config as YAML, which ``load`` reads back to the same."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
+    """A YAML config as a dict of known keys."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the config: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a config is a mapping of keys, this is {type(tree).__name__}")
+    _check_keys(tree, config_type, f"{path}: ")
+    return tree
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise InputError(f"unexpected argument {key!r}; give --key value")
+        name, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise InputError(f"--{name}: a value is missing")
+            value = rest.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def _nested(key: str, text: str, config_type: type) -> dict[str, Any]:
+    """``model.width`` and ``"96"`` -> ``{"model": {"width": 96}}``."""
+    kind: Any = config_type
+    value: Any = {}
+    _check_keys(_unflatten(key, None), config_type, "")
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part]
+    if is_dataclass(kind):
+        raise InputError(
+            f"--{key}: a group of keys; give one of {', '.join(f'--{key}.{f.name}' for f in fields(kind))}"
+        )
+    if kind is str:
+        value = text
+    elif getattr(kind, "__origin__", None) is list and not text.startswith("["):
+        value = [item for item in text.split(",") if item]
+    else:
+        value = yaml.safe_load(text)
+    return _unflatten(key, value)
+
+
+def _unflatten(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _check_keys(tree: dict[str, Any], config_type: Any, where: str, prefix: str = "") -> None:
+    hints = get_type_hints(config_type)
+    for key, value in tree.items():
+        if key not in hints:
+            near = get_close_matches(str(key), hints, 1) or [
+                name for name in _all_keys(config_type) if name.endswith(f".{key}")
+            ]
+            hint = (
+                f"did you mean {prefix}{near[0]}?"
+                if near
+                else f"known are {', '.join(prefix + name for name in hints)}"
+            )
+            raise InputError(f"{where}unknown key {prefix}{key}; {hint}")
+        if is_dataclass(hints[key]) and value is not None:
+            if not isinstance(value, dict):
+                raise InputError(f"{where}{prefix}{key}: a group of keys, not the value {value!r}")
+            _check_keys(value, hints[key], where, f"{prefix}{key}.")
+
+
+def _all_keys(config_type: Any) -> list[str]:
+    keys = []
+    for name, hint in get_type_hints(config_type).items():
+        keys += [f"{name}.{key}" for key in _all_keys(hint)] if is_dataclass(hint) else [name]
+    return keys
+
+
+def _merge(into: dict[str, Any], given: dict[str, Any]) -> None:
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

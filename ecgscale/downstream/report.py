@@ -1,0 +1,127 @@
+"""All figures of one evaluation with their bootstrap intervals, as a table and as JSON.
+
+Shape suffixes: B records, C classes, K classes and macro.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ecgscale.downstream.metrics import (
+    SINUS_RHYTHM,
+    Array,
+    Bools,
+    Floats,
+    Metric,
+    accuracy_exact_match,
+    auprc,
+    auroc,
+    bootstrap_interval,
+    checked,
+    f_measure,
+    sorted_alternatives,
+    weighted_challenge,
+    with_macro,
+)
+from ecgscale.errors import InputError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its bootstrap interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return "–" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one class, or their macro average."""
+
+    name: str
+    positives: int  # records that carry the class; in the macro row, summed over the classes
+    auroc: Estimate
+    auprc: Estimate
+    f_measure: Estimate
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``evaluate`` found on one set of labelled records."""
+
+    classes: tuple[Row, ...]
+    macro: Row
+    accuracy_exact_match: float
+    challenge_score: Estimate | None
+    records: int
+    patients: int | None  # None: resampled by record
+    resamples: int
+    level: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; a figure that is not defined is None."""
+
+        def ready(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in pairs}
+
+        return asdict(self, dict_factory=ready)
+
+    def table(self) -> str:
+        """Markdown: a row per class and one for macro; below them the challenge score, if there is one."""
+        lines = ["| class | n positive | AUROC | AUPRC | F1 |", "|---|---:|---|---|---|"]
+        for row in (*self.classes, self.macro):
+            name = row.name.replace("|", "\\|")
+            lines.append(f"| {name} | {row.positives} | {row.auroc} | {row.auprc} | {row.f_measure} |")
+        if self.challenge_score is not None:
+            lines += ["", f"Challenge score {self.challenge_score}"]
+        return "\n".join(lines)
+
+
+def evaluate(
+    label_BC: Array,
+    score_BC: Array,
+    prediction_BC: Array,
+    classes: Sequence[str],
+    groups_B: Array | None = None,
+    challenge: tuple[Sequence[str], Floats] | None = None,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Report:
+    """Every figure with its interval: AUROC and AUPRC from the scores, F1 and the challenge score from predictions.
+
+    ``groups_B`` are patient codes. ``challenge`` is what ``load_challenge_weights`` returned; its classes
+    must be ``classes`` in the same order. Raises InputError for arrays or classes that do not fit together.
+    """
+    label, score = checked(label_BC, score_BC)
+    prediction = np.asarray(prediction_BC, dtype=bool)
+    if not (label.shape == prediction.shape and label.shape[1] == len(classes)):
+        raise InputError(f"labels {label.shape}, predictions {prediction.shape} for {len(classes)} classes")
+
+    def estimates(metric: Metric, of: Bools | Floats) -> list[Estimate]:
+        value_K = with_macro(metric(label, of, None)[:, None])[:, 0]
+        low_K, high_K = bootstrap_interval(metric, label, of, resamples, level, seed, groups_B)
+        return list(map(Estimate, value_K.tolist(), low_K.tolist(), high_K.tolist()))
+
+    challenge_estimate = None
+    if challenge is not None:
+        names, weights_CC = challenge
+        if [*map(sorted_alternatives, classes)] != [*map(sorted_alternatives, names)]:
+            raise InputError(f"classes {', '.join(classes)} are not the challenge's {', '.join(names)}")
+        challenge_estimate = estimates(partial(weighted_challenge, weights_CC, names, SINUS_RHYTHM), prediction)[0]
+    figures = estimates(auroc, score), estimates(auprc, score), estimates(f_measure, prediction)
+    positives = (*label.sum(axis=0).tolist(), int(label.sum()))
+    *rows, macro_row = map(Row, (*classes, "macro"), positives, *figures)
+    patients = None if groups_B is None else len(np.unique(groups_B))
+    accuracy = accuracy_exact_match(label, prediction)
+    return Report(tuple(rows), macro_row, accuracy, challenge_estimate, len(label), patients, resamples, level)

@@ -1,0 +1,114 @@
+"""Labelled data sets: which label, which classes, which recordings, in patient-disjoint splits.
+
+Shape suffixes: R recordings of the whole set, C classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ecgscale.data.shards import SPLITS, ShardSet
+from ecgscale.downstream.metrics import labels_for_classes, load_challenge_weights
+from ecgscale.errors import InputError
+
+Floats64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What fine-tuning begins with."""
+
+    model: str = ""
+    """Run folder or export folder of the pretrained model."""
+    random: bool = False
+    """Keep the model's shape and preprocessing but begin with new weights: the baseline."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The classification task."""
+
+    label: str = ""
+    """Label of the recordings, a column of the label table at ingest or Dx from the headers."""
+    kind: Literal["multilabel", "singlelabel"] = "multilabel"
+    """multilabel: any number of classes each. singlelabel: exactly one."""
+    classes: list[str] = field(default_factory=list)
+    """The classes; none: all with enough positives in the training split."""
+    min_positives: int = 10
+    """Positives in the training split below which a class is left out, where the classes are not given."""
+    challenge_weights: str = ""
+    """Weights file of the CinC 2021 challenge: its classes are taken and its score is reported."""
+    protocol: Literal["finetune", "probe"] = "finetune"
+    """finetune: train the encoder and a linear head. probe: a logistic regression on the frozen embeddings."""
+    freeze_stem: bool = True
+    """Leave the stem as it was pretrained, as the paper does. A random start always trains it."""
+
+    def __post_init__(self) -> None:
+        if self.min_positives < 1:
+            raise InputError(f"task.min_positives {self.min_positives}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Targets of all recordings of a set; unlabelled ones are marked."""
+
+    classes: tuple[str, ...]
+    kind: str
+    target_RC: npt.NDArray[np.float32]
+    labelled_R: npt.NDArray[np.bool_]
+    challenge: tuple[tuple[str, ...], Floats64] | None
+
+
+def load_task(shards: ShardSet, config: TaskConfig, classes: list[str] | None = None) -> Task:
+    """Targets from the recordings' metadata. ``classes`` of an already trained model override the config's.
+
+    Raises InputError for an unknown label, no usable class, an empty split, and a patient in two splits.
+    """
+    check_patient_disjoint(shards)
+    values = [shard.metadata(record)["labels"] for shard in shards.shards for record in range(len(shard))]
+    known = Counter(name for labels in values for name in labels)
+    if config.label not in known:
+        near = get_close_matches(config.label, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the recordings have {', '.join(known) or 'no labels at all'}"
+        raise InputError(f"task.label {config.label!r}: no recording has it; {hint}")
+    codes = [labels.get(config.label, []) for labels in values]
+    labelled_R = np.array([bool(code) for code in codes])
+    challenge = load_challenge_weights(Path(config.challenge_weights)) if config.challenge_weights else None
+    chosen = list(challenge[0]) if challenge else classes or config.classes or _frequent_classes(shards, codes, config)
+    target_RC = labels_for_classes(codes, chosen).astype(np.float32)
+    if config.kind == "singlelabel":
+        labelled_R &= target_RC.sum(axis=1) == 1
+    split_R = shards.column("split")
+    for code, split in enumerate(SPLITS):
+        if not labelled_R[split_R == code].any():
+            raise InputError(
+                f"the {split} split has no recording with a usable {config.label!r}; ingest with a split that has some"
+            )
+    return Task(tuple(chosen), config.kind, target_RC, labelled_R, challenge)
+
+
+def check_patient_disjoint(shards: ShardSet) -> None:
+    """Raises InputError where a patient has recordings in two splits."""
+    pairs = np.unique(np.stack([shards.column("patient"), shards.column("split").astype(np.int64)]), axis=1)
+    patients, counts = np.unique(pairs[0], return_counts=True)
+    torn = patients[counts > 1]
+    if torn.size:
+        raise InputError(f"{torn.size} patients stand in two splits (first: code {torn[0]}); a patient may be in one")
+
+
+def _frequent_classes(shards: ShardSet, codes: list[list[str]], config: TaskConfig) -> list[str]:
+    training_R = shards.column("split") == SPLITS.index("train")
+    counts = Counter(name for code, used in zip(codes, training_R, strict=True) if used for name in set(code))
+    frequent = sorted(name for name, count in counts.items() if count >= config.min_positives)
+    if len(frequent) < 2:
+        raise InputError(
+            f"task.label {config.label!r}: fewer than two classes have {config.min_positives} positives for training"
+        )
+    return frequent

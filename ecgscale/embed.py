@@ -1,0 +1,76 @@
+"""`ecgscale embed`: files in, embeddings out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ecgscale.data.shards import write_whole
+from ecgscale.data.sources import WfdbFolder, read_wfdb
+from ecgscale.errors import InputError
+from ecgscale.inference import ECGModel, Recording, load
+from ecgscale.record import LEADS
+
+
+def embed_files(
+    model_path: Path,
+    source: Path,
+    out: Path,
+    tokens: bool = False,
+    rate_hz: float | None = None,
+    leads: tuple[str, ...] | None = None,
+    ignore_leads: tuple[str, ...] = (),
+) -> str:
+    """Embed a WFDB record, a folder of them or an .npy; writes ``out`` and returns the line to print."""
+    if out.suffix != ".npz":
+        raise InputError(f"{out}: the output is an .npz file")
+    model = load(model_path)
+    if source.suffix == ".npy":
+        names, embedding = _embed_npy(model, source, rate_hz, leads, tokens)
+    else:
+        names = []
+        embedding = model.embed_recordings(_wfdb_recordings(model, source, ignore_leads, names), tokens)
+    arrays = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
+    if embedding.tokens is not None:
+        arrays["tokens"] = embedding.tokens
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_whole(out, buffer.getvalue())
+    return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}"
+
+
+def _embed_npy(model: ECGModel, source: Path, rate_hz: float | None, leads: tuple[str, ...] | None, tokens: bool):  # type: ignore[no-untyped-def]
+    if rate_hz is None:
+        raise InputError(f"{source}: an .npy says no sample rate; give --rate-hz")
+    try:
+        signal = np.load(source, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{source}: not a readable .npy of numbers ({error})") from error
+    if leads is None and signal.ndim in (2, 3) and signal.shape[-2] == len(LEADS):
+        leads = LEADS
+    if leads is None:
+        raise InputError(f"{source}: of shape {signal.shape}; give --leads with the name of each lead in order")
+    try:
+        embedding = model.embed(signal, rate_hz, leads, tokens)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return [f"{source.stem}[{i}]" for i in range(len(embedding.record_embedding))], embedding
+
+
+def _wfdb_recordings(
+    model: ECGModel, source: Path, ignore_leads: tuple[str, ...], names: list[str]
+) -> Iterator[Recording]:
+    """Recordings one by one; their names are added to ``names`` as they are read."""
+    if source.is_dir():
+        folder = WfdbFolder(source, source.name, ignore_leads=ignore_leads)
+        for item in tqdm(folder.items(), desc="embed", unit="rec", disable=None):
+            names.append(item)
+            yield Recording.of(folder.read(item).resampled(model.profile.rate_hz))
+    else:
+        record = read_wfdb(source, ignore_leads=ignore_leads)
+        names.append(source.stem if source.suffix == ".hea" else source.name)
+        yield Recording.of(record.resampled(model.profile.rate_hz))

@@ -1,0 +1,104 @@
+"""`ecgscale pretrain`: a config becomes a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from ecgscale.config import PretrainConfig
+from ecgscale.data.batch import ECGBatch
+from ecgscale.data.order import Order, check_world_size
+from ecgscale.data.shards import ShardSet
+from ecgscale.data.stream import Selection, TrainStream, evaluation_batches
+from ecgscale.inference import Profile, about_model, export_engine
+from ecgscale.objectives import build_objective
+from ecgscale.objectives.masking import keep_leads
+from ecgscale.record import LEADS
+from ecgscale.run import claim_run, log
+from ecgscale.training.engine import Engine, start_ranks
+from ecgscale.training.loop import Job, train
+from ecgscale.training.monitor import average_over_ranks
+
+SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train to the end, resuming where the run folder holds a checkpoint; returns the folder of the export."""
+    ranks = start_ranks()
+    shards = ShardSet.open(config.data.shards)
+    selection = Selection(shards, config.data, "train")
+    check_world_size(ranks.world_size, config.train.lane_count)
+    order = Order(
+        selection.counts,
+        config.train.global_batch,
+        config.train.contrast,
+        config.train.lane_count,
+        config.train.seed,
+        config.data.shuffle_window,
+    )
+    run = claim_run(config.run.dir, config, ranks)
+    torch.manual_seed(config.train.seed)
+    objective = build_objective(
+        config.model, config.objective, config.train.seed, config.engine.activation_checkpointing
+    )
+    log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
+               f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
+    job = Job(
+        name="pretrain",
+        run=run,
+        objective=objective,
+        stream=TrainStream(selection, order, ranks.rank, ranks.world_size, SEGMENTS),
+        train=config.train,
+        engine=config.engine,
+        config=asdict(config),
+        about=about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)),
+        identity=shards.identity,
+        validate=Validation(Selection(shards, config.data, "validation"), config),
+        picture=lambda batch: masked_picture(batch, config),
+    )
+    engine = train(job, ranks)
+    return export_engine(run / "export", engine, job.about)
+
+
+class Validation:
+    """Mean loss parts over all recordings of the validation split, masked as in training."""
+
+    def __init__(self, selection: Selection, config: PretrainConfig) -> None:
+        self.selection, self.config = selection, config
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        ranks, sums, recordings = engine.ranks, defaultdict[str, float](float), 0
+        batches = evaluation_batches(
+            self.selection,
+            self.config.train.contrast,
+            SEGMENTS,
+            self.config.train.seed,
+            ranks.rank,
+            ranks.world_size,
+        )
+        with engine.evaluating():
+            for batch, share in batches:
+                _, parts = engine.forward(batch.to(ranks.device), share=share)
+                weight = batch.rows * (ranks.world_size if share else 1)
+                for name, value in average_over_ranks(parts).items():
+                    sums[name] += value * weight
+                recordings += weight
+        return {f"validation/{name}": total / recordings for name, total in sums.items()}
+
+
+def masked_picture(batch: ECGBatch, config: PretrainConfig) -> Figure:
+    """The first segment of a batch in mV (or z-units): leads that random lead masking keeps are black, others grey."""
+    kept_L = keep_leads(batch, config.train.seed, config.objective.lead_mask_probability)[0].bool().tolist()
+    value_LT = (batch.gain_BL[..., None] * (batch.signal_BLT - batch.offset_BL[..., None]))[0].numpy()
+    time_T = np.linspace(0, config.data.segment_s, value_LT.shape[1], endpoint=False)
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    for i, (axes, kept) in enumerate(zip(figure.subplots(len(LEADS), sharex=True), kept_L, strict=True)):
+        axes.plot(time_T, value_LT[i], color="black" if kept else "lightgrey", linewidth=0.7)
+        axes.set_ylabel(LEADS[i] if kept else f"{LEADS[i]}\nmasked", rotation=0, ha="right", va="center")
+    figure.axes[-1].set_xlabel("s")
+    return figure

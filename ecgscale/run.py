@@ -1,0 +1,75 @@
+"""Run folders: config.yaml, checkpoints/, tensorboard/, events.jsonl, export/."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from ecgscale.data.shards import write_whole
+from ecgscale.errors import InputError
+from ecgscale.training.engine import Ranks
+
+# What may change when a run continues: how it is computed and written down, not what it computes.
+_MAY_CHANGE = {
+    "data.shards",  # may have moved; their identity is checked
+    "engine.zero_stage",
+    "engine.activation_checkpointing",
+    "train.steps",
+    "train.log_every",
+    "train.validate_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.max_skipped",
+    "run.dir",
+}
+
+
+def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
+    """The run folder with its config written, or found equal; raises InputError that names the key that differs."""
+    if not folder:
+        raise InputError("run.dir is missing; give --run.dir FOLDER")
+    run = Path(folder)
+    path = run / "config.yaml"
+    if path.exists():
+        try:
+            _refuse_other_config(yaml.safe_load(path.read_text()), asdict(config), path)
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
+    dist.barrier()
+    if ranks.first:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{run}: cannot make the run folder: {error.strerror}") from error
+        write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    dist.barrier()
+    return run
+
+
+def _refuse_other_config(old: Any, new: dict[str, Any], path: Path) -> None:
+    before, now = flat(old), flat(new)
+    for key in sorted(before.keys() | now.keys()):
+        if key not in _MAY_CHANGE and before.get(key) != now.get(key):
+            raise InputError(
+                f"{path}: the run has {key} {before.get(key)!r}, now it is {now.get(key)!r}; "
+                "take another run.dir or the old value"
+            )
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys -> dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}{name}.").items()}
+
+
+def log(ranks: Ranks, line: str) -> None:
+    """One line for the person at the terminal, from one rank."""
+    if ranks.first:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,215 @@
+"""The training loop, readable as one page, for pretraining and fine-tuning alike."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import nn
+
+from ecgscale.data.batch import ECGBatch
+from ecgscale.data.order import default_lanes
+from ecgscale.data.stream import TrainStream
+from ecgscale.errors import InputError
+from ecgscale.training import checkpoint
+from ecgscale.training.engine import Engine, EngineConfig, Ranks
+from ecgscale.training.monitor import Monitor
+from ecgscale.training.schedule import Schedule, learning_rate_factor
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, with which batches, and what is written down."""
+
+    steps: int = 1000
+    """Updates of the weights."""
+    global_batch: int = 512
+    """G: recordings per step over all ranks. Pretraining takes two segments of each."""
+    contrast_batch: int = 0
+    """C: recordings per micro-step over all ranks, among which the global objective contrasts. 0: the global batch."""
+    lanes: int = 0
+    """Lanes of the order; the number of ranks must divide it. 0: 64, or the largest divisor of it and C."""
+    schedule: Schedule = "constant"
+    """Learning rate after the warm-up: constant, linear, cosine or tri_stage."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises."""
+    final_lr_ratio: float = 0.01
+    """Share of the peak learning rate at the end of linear, cosine and tri_stage."""
+    seed: int = 0
+    """Seed of everything that is drawn: order, crops, masks, noise, dropout, initial weights."""
+    log_every: int = 10
+    """Steps between two log lines."""
+    validate_every: int = 0
+    """Steps between two validations; 0: at the end only."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; there is always one at the end."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept too; 0: none."""
+    max_skipped: int = 10
+    """Steps in a row with a non-finite gradient after which the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name} {getattr(self, name)}: give 1 or more")
+        for name in ("contrast_batch", "lanes", "warmup_steps", "validate_every", "keep_every", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"train.{name} {getattr(self, name)}: give 0 or more")
+        if self.global_batch % self.contrast:
+            raise InputError(
+                f"train.global_batch {self.global_batch} is no multiple of train.contrast_batch {self.contrast}"
+            )
+
+    @property
+    def contrast(self) -> int:
+        return self.contrast_batch or self.global_batch
+
+    @property
+    def lane_count(self) -> int:
+        return self.lanes or default_lanes(self.contrast)
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // self.contrast
+
+
+class Validate(Protocol):
+    """Scores the model on held-out data; all ranks call it together."""
+
+    def __call__(self, engine: Engine) -> dict[str, float]: ...
+
+
+@dataclass
+class Job:
+    """What the loop needs to know of a run."""
+
+    name: str  # pretrain or finetune, for the progress line
+    run: Path
+    objective: nn.Module
+    stream: TrainStream
+    train: TrainConfig
+    engine: EngineConfig
+    config: dict[str, Any]  # the resolved config
+    about: dict[str, Any]  # what an export of this run says about its model
+    identity: str  # of the data: a run continues only on what it began with
+    validate: Validate
+    picture: Callable[[ECGBatch], Any] | None = None  # a figure of the first batch, for TensorBoard
+
+
+def train(job: Job, ranks: Ranks) -> Engine:
+    """Run to the last step, from the newest checkpoint if there is one; returns the engine with the final weights."""
+    resumed = checkpoint.latest(job.run / "checkpoints")
+    engine, step, skipped = _start(job, ranks, resumed)
+    monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, yaml.safe_dump(job.config, sort_keys=False))
+    if job.picture and resumed is None:
+        monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
+    batches = job.stream.from_batch(step)
+    try:
+        while step < job.train.steps:
+            learning_rate = job.engine.learning_rate * _factor(job.train, step)
+            for micro_step in range(job.train.accumulation):
+                batch = monitor.waiting(batches).to(ranks.device)
+                _seed_dropout(job.train.seed, step, micro_step, ranks.rank)
+                loss, parts = engine.forward(batch, step=step)
+                engine.backward(loss)
+                updated = engine.step(learning_rate)
+            step += 1
+            skipped = _count_skipped(job, monitor, skipped, step, updated)
+            monitor.count(
+                job.train.global_batch,
+                job.train.global_batch * job.stream.segments * (batch.signal_BLT.shape[-1] // 16),
+            )
+            last = step == job.train.steps
+            if last or step % job.train.log_every == 0:
+                scalars = {
+                    "train/learning_rate": learning_rate,
+                    "train/gradient_norm": engine.gradient_norm(),
+                }
+                monitor.log(step, parts, scalars | {"train/skipped_steps": float(skipped.total)})
+            if last or (job.train.validate_every and step % job.train.validate_every == 0):
+                monitor.write(step, job.validate(engine))
+            if last or step % job.train.checkpoint_every == 0:
+                _save(job, engine, monitor, step, skipped)
+            if last or step % job.train.log_every == 0:
+                monitor.reset_clock()
+    finally:
+        batches.close()
+        monitor.close()
+    return engine
+
+
+@dataclass
+class Skipped:
+    """Steps that were skipped for a non-finite gradient."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+
+def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tuple[Engine, int, Skipped]:
+    micro_rows = job.train.contrast // ranks.world_size
+    weights = resumed.tensors("weight") if resumed else None
+    engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
+    if resumed is None:
+        return engine, 0, Skipped()
+    if resumed.state["data"] != job.identity:
+        raise InputError(
+            f"{resumed.folder}: was trained on other data than data.shards now names; take another run.dir"
+        )
+    first = job.stream.micro_batch(resumed.step, 0).to(ranks.device)
+    engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"], first)
+    return engine, resumed.step, Skipped(resumed.state["skipped"], resumed.state["skipped_in_a_row"])
+
+
+def _factor(train: TrainConfig, step: int) -> float:
+    return learning_rate_factor(step, train.steps, train.schedule, train.warmup_steps, train.final_lr_ratio)
+
+
+def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Dropout is the one draw that depends on the rank: exact on resume at the same world size."""
+    mixed = seed
+    for number in (step, micro_step, rank):
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**64
+    torch.manual_seed(mixed % 2**63)
+
+
+def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, updated: bool) -> Skipped:
+    if updated:
+        return Skipped(skipped.total, 0)
+    skipped = Skipped(skipped.total + 1, skipped.in_a_row + 1)
+    monitor.event("skipped", step=step, in_a_row=skipped.in_a_row)
+    if skipped.in_a_row >= job.train.max_skipped:
+        raise InputError(
+            f"{job.run}: {skipped.in_a_row} steps in a row had a non-finite gradient (the last was step {step}); "
+            "lower engine.learning_rate, set engine.clip_norm, or look for damaged recordings"
+        )
+    return skipped
+
+
+def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skipped) -> None:
+    folder = job.run / "checkpoints"
+    state = {
+        "position": step * job.train.global_batch,
+        "skipped": skipped.total,
+        "skipped_in_a_row": skipped.in_a_row,
+        "optimizer_steps": engine.optimizer_steps(),
+        "data": job.identity,
+        "config": job.config,
+        "about": job.about,
+        "world_size": engine.ranks.world_size,
+        "versions": {name: version(name) for name in ("ecgscale", "torch", "deepspeed")}
+        | {"python": platform.python_version()},
+    }
+    if not (folder / f"step-{step:08d}").exists():  # a run that is resumed at its last step has nothing to add
+        checkpoint.save(folder, engine, step, state)
+    if engine.ranks.first:
+        checkpoint.prune(folder, job.train.keep_last, job.train.keep_every)
+    monitor.event("saved", step=step)

@@ -1,0 +1,643 @@
+"""WFDB folders: real ones, ones written here with known counts, and every kind of broken one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale.data.sources import Source, WfdbFolder, read_wfdb, wfdb
+from ecgscale.data.wfdb_header import parse_header
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS, Record
+
+RATE_HZ = 500
+LINE = "r.dat 16 1000(0)/mV 16 0 0"  # the checksum and the lead's name follow as needed
+BITS = {"8": 8, "16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, "310": 10, "311": 10}
+BITS |= {"508": 8, "516": 16, "524": 24}
+
+
+def random_counts(n_samples: int = 301, n_leads: int = 3, bits: int = 12, seed: int = 0) -> np.ndarray:
+    """(T, L), without the code for an invalid sample."""
+    high = 1 << (min(bits, 16) - 1)
+    return np.random.default_rng(seed).integers(-high + 1, high, (n_samples, n_leads))
+
+
+def write_wfdb(folder: Path, counts_TL: np.ndarray, name: str = "r", **fields: object) -> Path:
+    n_leads = counts_TL.shape[1]
+    options: dict[str, object] = {
+        "fs": RATE_HZ,
+        "units": ["mV"] * n_leads,
+        "sig_name": list(LEADS[:n_leads]),
+        "fmt": ["16"] * n_leads,
+        "adc_gain": [1000.0] * n_leads,
+        "baseline": [0] * n_leads,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The inplace keyword in DataFrame", DeprecationWarning)  # wfdb 4.3.1
+        wfdb.wrsamp(name, d_signal=counts_TL, write_dir=str(folder), **(options | fields))
+    return folder / f"{name}.hea"
+
+
+def pack(counts_TL: np.ndarray, format_: str) -> bytes:
+    """Samples in the formats that wfdb reads and does not write, by signal(5)."""
+    flat = counts_TL.reshape(-1)
+    if format_ == "61":
+        return flat.astype(">i2").tobytes()
+    if format_ == "160":
+        return (flat + 32768).astype("<u2").tobytes()
+    low, middle, high = (flat.reshape(-1, 3) & 0x3FF).T
+    if format_ == "311":
+        return (low | middle << 10 | high << 20).astype("<u4").tobytes()
+    first = (low << 1 & 0xFF | (low >> 7) << 8) | (high & 0x1F) << 11
+    second = (middle << 1 & 0xFF | (middle >> 7) << 8) | (high >> 5) << 11
+    return (first | second << 16).astype("<u4").tobytes()
+
+
+def write_any(folder: Path, counts_TL: np.ndarray, format_: str, baseline: int = 0) -> Path:
+    if format_ not in ("61", "160", "310", "311"):
+        n_leads = counts_TL.shape[1]
+        return write_wfdb(folder, counts_TL, fmt=[format_] * n_leads, baseline=[baseline] * n_leads)
+    lines = [
+        f"r.dat {format_} 1000({baseline})/mV 16 0 0 {count_T.sum() % 65536} 0 {lead}"
+        for lead, count_T in zip(LEADS, counts_TL.T, strict=False)
+    ]
+    header = "\n".join([f"r {len(lines)} {RATE_HZ} {len(counts_TL)}", *lines])
+    return write_raw(folder, header, pack(counts_TL, format_))
+
+
+def write_raw(folder: Path, header: str | bytes, data: bytes = b"\0" * 2000, name: str = "r") -> Path:
+    """A header as it stands, beside a data file of 1,000 zeros."""
+    path = folder / f"{name}.hea"
+    path.write_bytes(header if isinstance(header, bytes) else header.encode())
+    (folder / "r.dat").write_bytes(data)
+    return path
+
+
+def edit(path: Path, change: Callable[[str], str]) -> Path:
+    text = path.read_text()
+    changed = change(text)
+    assert changed != text
+    path.write_text(changed)
+    return path
+
+
+def outcome_of(path: Path) -> Record | InputError:
+    try:
+        return read_wfdb(path)
+    except InputError as error:
+        return error
+
+
+# --- real recordings ---
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "n_items", "n_samples", "n_leads"),
+    [
+        ("cinc2021", {}, 50, 5000, 12),
+        ("cinc2011_seta", {}, 941, 5000, 12),
+        ("ptbxl", {}, 1625, 5000, 12),
+        ("ecgid", {"patient_key": "@folder", "ignore_leads": ("ecg i FILTERED ",)}, 227, 10_000, 1),
+    ],
+)
+def test_real_recordings_equal_wfdb(
+    shared_data: Path, folder: str, options: dict[str, object], n_items: int, n_samples: int, n_leads: int
+) -> None:
+    source = WfdbFolder(shared_data / folder, folder, **options)  # type: ignore[arg-type]
+    items = source.items()
+    assert len(items) == n_items
+    assert items == sorted(items)
+    for item in items[:: n_items // 8]:
+        record = source.read(item)
+        expected = wfdb.rdrecord(str(source.root / item))
+        assert record.name == item
+        assert record.rate_hz == RATE_HZ
+        assert record.signal_LT.shape == (n_leads, n_samples)
+        assert record.leads == LEADS[:n_leads]
+        np.testing.assert_allclose(record.millivolts(), expected.p_signal.T[:n_leads], atol=1e-6)
+
+
+def test_real_labels_and_patients(shared_data: Path) -> None:
+    ptbxl = WfdbFolder(shared_data / "ptbxl", "ptbxl", shared_data / "ptbxl" / "labels.csv")
+    record = ptbxl.read("10000/HR10010")
+    assert record.patient == "3320"
+    assert record.labels["superclass"] == ["CD"]
+    assert record.labels["strat_fold"] == ["4"]
+    assert "form" not in record.labels
+    assert "record" not in record.labels
+    assert ptbxl.unlabelled() == []
+    challenge = WfdbFolder(shared_data / "cinc2021", "cinc2021").read("E07500")
+    assert challenge.labels == {"Dx": ["67741000119109", "426177001"]}
+    assert challenge.metadata == {"age": "78", "sex": "Male"}
+    assert challenge.patient is None
+
+
+def test_real_damage_is_found_by_checksum(shared_data: Path) -> None:
+    path = shared_data / "ecgid" / "Person_13" / "rec_2.hea"
+    with pytest.raises(InputError, match=r"rec_2.hea: checksum of signal 'ECG I': the header says 54385, the data"):
+        read_wfdb(path, ignore_leads=["ECG I filtered"])
+    record = read_wfdb(path, ignore_leads=["ECG I filtered"], verify_checksums=False)
+    assert (record.signal_LT[0, :2048] == -1).all()  # 8 KiB of 0xFF
+
+
+# --- recordings with known counts ---
+
+
+@pytest.mark.parametrize("format_", [f for f in BITS if f != "8"])
+def test_counts_are_exact_in_every_format(tmp_path: Path, format_: str) -> None:
+    counts_TL = random_counts(bits=BITS[format_])
+    path = write_any(tmp_path, counts_TL, format_)
+    record = read_wfdb(path)
+    np.testing.assert_array_equal(record.signal_LT, counts_TL.T)
+    np.testing.assert_array_equal(record.scale_L, np.float32([1e-3] * 3))
+    assert read_wfdb(path.with_suffix("")).leads == ("I", "II", "III")
+
+
+def test_matlab_offset_and_header_written_by_hand(tmp_path: Path) -> None:
+    counts_TL = random_counts(bits=16, n_leads=2)
+    (tmp_path / "m.mat").write_bytes(b"\x01" * 24 + counts_TL.astype("<i2").tobytes())
+    lines = [f"m.mat 16x1+24 500(7)/uV 16 0 0 {int(counts_TL[:, i].sum())} 0 {n}" for i, n in ((0, "V6"), (1, "aVR"))]
+    (tmp_path / "m.hea").write_text("\r\n".join(["# Age: 60", "m 2 360.5/360(0) 301 12:00:00 01/01/2001", *lines, ""]))
+    record = read_wfdb(tmp_path / "m.hea")
+    assert record.leads == ("aVR", "V6")
+    assert record.rate_hz == 360.5
+    assert record.metadata == {"age": "60"}
+    expected_mv_LT = (counts_TL.T[::-1] - 7) / 500 * 1e-3
+    np.testing.assert_allclose(record.millivolts(), expected_mv_LT, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("gain", "mv_per_count", "baseline"),
+    [
+        ("1000(0)/mV", 1e-3, 0),
+        ("1000.0(-5)/mv", 1e-3, -5),
+        ("2.5/uV", 4e-4, 3),  # baseline left out: the ADC's zero
+        ("2.5/µV", 4e-4, 3),  # wfdb reads V
+        ("2e5/V", 5e-3, 3),
+        ("200", 5e-3, 3),
+    ],
+)
+def test_gains_and_units(tmp_path: Path, gain: str, mv_per_count: float, baseline: int) -> None:
+    path = write_raw(tmp_path, f"r 1 500 1000\nr.dat 16 {gain} 16 3 0 0 0 I\n")
+    record = read_wfdb(path)
+    assert record.scale_L == pytest.approx([mv_per_count])
+    assert (record.signal_LT == -baseline).all()
+
+
+def test_gain_left_out_is_200_per_mv() -> None:
+    (line,) = parse_header(b"r 1 500 10\nr.dat 16\n").signals
+    assert (line.gain, line.unit, line.baseline, line.checksum) == (200.0, "mV", 0, None)
+
+
+def test_lead_names_are_normalised_and_sorted(tmp_path: Path) -> None:
+    path = write_wfdb(tmp_path, random_counts(n_leads=3), sig_name=["v2", "ECG I", "AVR"])
+    record = read_wfdb(path)
+    assert record.leads == ("I", "aVR", "V2")
+    np.testing.assert_array_equal(record.signal_LT, random_counts(n_leads=3).T[[1, 2, 0]])
+
+
+def test_ignored_leads_are_left_out_whatever_they_are(tmp_path: Path) -> None:
+    counts_TL = random_counts(n_leads=4)
+    path = write_wfdb(tmp_path, counts_TL, sig_name=["RESP", "I", "Pleth", "II"], units=["Ohm", "mV", "NU", "mV"])
+    with pytest.raises(InputError, match="'RESP'"):
+        read_wfdb(path)
+    record = read_wfdb(path, ignore_leads=["resp", " PLETH"])
+    np.testing.assert_array_equal(record.signal_LT, counts_TL.T[[1, 3]])
+    with pytest.raises(InputError, match="all 4 signals"):
+        read_wfdb(path, ignore_leads=["resp", "pleth", "i", "ii"])
+
+
+def test_several_samples_per_frame_keep_their_rate(tmp_path: Path) -> None:
+    counts_TL = random_counts(n_samples=500, n_leads=2, bits=16)
+    frames = counts_TL.reshape(250, 2, 2).transpose(0, 2, 1)  # frame, signal, sample
+    line = "r.dat 16x2 1000(0)/mV 16 0 0"
+    header = f"r 2 250 250\n{line} {counts_TL[:, 0].sum()} 0 I\n{line} {counts_TL[:, 1].sum()} 0 II\n"
+    record = read_wfdb(write_raw(tmp_path, header, frames.astype("<i2").tobytes()))
+    assert record.rate_hz == 500
+    np.testing.assert_array_equal(record.signal_LT, counts_TL.T)
+
+
+def test_wide_counts_are_requantised_not_clipped(tmp_path: Path) -> None:
+    counts_TL = np.array([[0, 0], [1_000_000, 5], [-2_000_000, -7]])
+    record = read_wfdb(write_wfdb(tmp_path, counts_TL, fmt=["32", "32"]))
+    np.testing.assert_array_equal(record.signal_LT[1], [0, 5, -7])
+    np.testing.assert_allclose(record.millivolts(), counts_TL.T / 1000, rtol=1e-4, atol=0.05)
+    assert record.signal_LT[0, 2] == -32767
+
+
+def test_skewed_signals_are_aligned(tmp_path: Path) -> None:
+    late_T = np.arange(1000)
+    header = f"r 1 500 1000\nr.dat 16:4 1000(0)/mV 16 0 0 {late_T.sum() % 65536} 0 I\n"
+    record = read_wfdb(write_raw(tmp_path, header, late_T.astype("<i2").tobytes()))
+    np.testing.assert_array_equal(record.signal_LT[0], [*range(4, 1000), 999, 999, 999, 999])
+    assert record.invalid_samples == 4
+
+
+# --- invalid samples ---
+
+
+@pytest.mark.parametrize("format_", ["16", "24", "32", "61", "160", "212", "310", "311", "516", "524"])
+def test_few_invalid_samples_are_interpolated_and_counted(tmp_path: Path, format_: str) -> None:
+    counts_TL = np.arange(399)[:, None] + np.array([[0, 50]])
+    damaged_TL = counts_TL.copy()
+    damaged_TL[[10, 11, 200], 0] = -(1 << (BITS[format_] - 1))
+    damaged_TL[-1, 1] = -(1 << (BITS[format_] - 1))
+    record = read_wfdb(write_any(tmp_path, damaged_TL, format_, baseline=5))
+    counts_TL[-1, 1] = counts_TL[-2, 1]  # no neighbour behind: the last valid sample goes on
+    np.testing.assert_array_equal(record.signal_LT, counts_TL.T - 5)
+    assert record.invalid_samples == 4
+
+
+@pytest.mark.parametrize(("n_invalid", "limit"), [(5, 0.01), (1, 0.0), (400, 1.0)])
+def test_many_invalid_samples_are_refused(tmp_path: Path, n_invalid: int, limit: float) -> None:
+    counts_TL = np.zeros((400, 2), int)
+    counts_TL[:n_invalid, 1] = -32768
+    path = write_wfdb(tmp_path, counts_TL)
+    with pytest.raises(InputError, match=rf"r.hea: lead II: {n_invalid} of 400 samples are marked invalid"):
+        read_wfdb(path, max_invalid_fraction=limit)
+
+
+# --- multi-segment records ---
+
+
+def write_segments(folder: Path) -> np.ndarray:
+    counts_TL = random_counts(n_samples=300, n_leads=2)
+    for i in range(3):
+        write_wfdb(folder, counts_TL[100 * i : 100 * (i + 1)], name=f"s{i}")
+    (folder / "whole.hea").write_text("whole/3 2 500 300\ns0 100\ns1 100\ns2 100\n# Age: 5\n")
+    return counts_TL
+
+
+def test_segments_are_joined_and_not_listed(tmp_path: Path) -> None:
+    counts_TL = write_segments(tmp_path / "a")
+    write_wfdb(tmp_path / "b", counts_TL, name="s0")  # the same name in another folder is a record
+    source = WfdbFolder(tmp_path, "set")
+    assert source.items() == ["a/whole", "b/s0"]
+    record = source.read("a/whole")
+    np.testing.assert_array_equal(record.signal_LT, counts_TL.T)
+    assert record.metadata == {"age": "5"}
+
+
+def test_layout_header_gaps_and_missing_leads(tmp_path: Path) -> None:
+    counts_TL = write_segments(tmp_path)
+    (tmp_path / "layout.hea").write_text("layout 2 500 0\n~ 0 1000/mV 0 0 0 0 0 I\n~ 0 1000/mV 0 0 0 0 0 II\n")
+    write_wfdb(tmp_path, counts_TL[:100, 1:], name="s2", sig_name=["II"])
+    (tmp_path / "v.hea").write_text("v/4 2 500 210\nlayout 0\ns0 100\n~ 10\ns2 100\n")
+    with pytest.raises(InputError, match="lead I: 110 of 210"):
+        read_wfdb(tmp_path / "v.hea")
+    record = read_wfdb(tmp_path / "v.hea", max_invalid_fraction=0.6)
+    assert record.invalid_samples == 120
+    np.testing.assert_array_equal(record.signal_LT[1, 110:], counts_TL[:100, 1])
+    np.testing.assert_array_equal(record.signal_LT[0, 100:], [counts_TL[99, 0]] * 110)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("whole/2 2 500 200\nwhole 100\nwhole 100\n", "whole.hea: a segment that has segments itself"),
+        ("whole/1 2 500 100\nother 100\n", "other.hea: a segment that has segments itself"),
+        ("whole/2 2 500 200\ns0 100\ngone 100\n", "gone.hea: no such header"),
+        ("whole/2 2 500 300\ns0 100\ns1 100\n", "hold 200 samples, the first line says 300"),
+        ("whole/2 2 500 200\ns0 90\ns1 110\n", "s0.hea: the segment holds 100 samples, the record says 90"),
+        ("whole/2 2 250 200\ns0 100\ns1 100\n", "500 Hz, the record 250 Hz"),
+        ("whole/3 2 500 200\ns0 100\ns1 100\n", "claims 3 segments, 2 lines follow"),
+        ("whole/1 2 500 100\n../s0 100\n", r"segment line '../s0 100'"),
+        ("whole/1 2 500 100\n~ 100\n", "no segment with samples"),
+        (f"whole/2 2 500 {2**61}\ns0 {2**60}\ns1 {2**60}\n", str(2**61)),
+    ],
+)
+def test_broken_segments(tmp_path: Path, header: str, reason: str) -> None:
+    write_segments(tmp_path)
+    (tmp_path / "other.hea").write_text("other/1 2 500 100\nwhole 100\n")
+    (tmp_path / "whole.hea").write_text(header)
+    with pytest.raises(InputError, match=reason) as caught:
+        read_wfdb(tmp_path / "whole.hea")
+    assert str(tmp_path / "whole.hea") in str(caught.value)
+
+
+# --- broken headers ---
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("", "empty header"),
+        ("# Age: 3\n", "empty header"),
+        ("r 1\n" + LINE + " 0 0 I\n", "'r 1' gives no sampling rate"),
+        ("r\n", "'r'"),
+        ("r one 500 1000\n" + LINE + " 0 0 I\n", "'one' is not a whole number"),
+        ("r 1 0 1000\n" + LINE + " 0 0 I\n", "sampling rate 0 Hz"),
+        ("r 1 -500 1000\n" + LINE + " 0 0 I\n", "sampling rate -500 Hz"),
+        ("r 1 1e9 1000\n" + LINE + " 0 0 I\n", "sampling rate 1e9 Hz"),
+        ("r 1 nan 1000\n" + LINE + " 0 0 I\n", "sampling rate nan Hz"),
+        ("r 1 fast 1000\n" + LINE + " 0 0 I\n", "sampling rate 'fast'"),
+        ("r 1 60000 500\nr.dat 16x2 1000(0)/mV 16 0 0 0 0 I\n", "120000 Hz"),
+        ("r 1 500 0\n" + LINE + " 0 0 I\n", "0 samples"),
+        ("r 0 500 1000\n", "0 signals"),
+        ("r 1 500 many\n" + LINE + " 0 0 I\n", "'many'"),
+        ("r 2 500 1000\n" + LINE + " 0 0 I\n", "claims 2 signals, 1 lines follow"),
+        (f"r {10**9} 500 1000\n" + LINE + " 0 0 I\n", "claims 1000000000 signals"),
+        (f"r 1 500 {2**60}\n" + LINE + " 0 0 I\n", f"r.dat: truncated: 1000 .* says {2**60}"),
+        ("r 1 500 1001\n" + LINE + " 0 0 I\n", "r.dat: truncated: 1000 samples .* says 1001"),
+        ("r 1 500 1000\nr.dat 16x999999999 1000(0)/mV 16 0 0 0 0 I\n", "truncated|100000 Hz"),
+        ("r 1 500 1000\nr.dat 16x0 1000(0)/mV 16 0 0 0 0 I\n", "'16x0'"),
+        ("r 1 500 1000\nr.dat 16+999999 1000(0)/mV 16 0 0 0 0 I\n", "truncated: 0 samples"),
+        ("r 1 500 1000\nr.dat 17 1000(0)/mV 16 0 0 0 0 I\n", "format '17' is unknown"),
+        ("r 1 500 1000\nr.dat 0 1000(0)/mV 16 0 0 0 0 I\n", "format '0' is unknown"),
+        ("r 1 500 1000\nr.dat sixteen 1000(0)/mV 16 0 0 0 0 I\n", "'sixteen'"),
+        ("r 1 500 1000\nr.dat 516 1000(0)/mV 16 0 0 0 0 I\n", "not a FLAC file"),
+        ("r 1 500 1000\nr.dat 16 0(0)/mV 16 0 0 0 0 I\n", "gain 0 "),
+        ("r 1 500 1000\nr.dat 16 -200(0)/mV 16 0 0 0 0 I\n", "gain -200"),
+        ("r 1 500 1000\nr.dat 16 inf(0)/mV 16 0 0 0 0 I\n", "gain inf"),
+        ("r 1 500 1000\nr.dat 16 nan(0)/mV 16 0 0 0 0 I\n", "gain nan"),
+        ("r 1 500 1000\nr.dat 16 1e999(0)/mV 16 0 0 0 0 I\n", "gain inf"),
+        ("r 1 500 1000\nr.dat 16 1e-30(0)/mV 16 0 0 0 0 I\n", "gain 1e-30"),
+        ("r 1 500 1000\nr.dat 16 1(0)/V 16 0 0 0 0 I\n", "1000 mV per count"),
+        ("r 1 500 1000\nr.dat 16 much(0)/mV 16 0 0 0 0 I\n", "gain 'much'"),
+        ("r 1 500 1000\nr.dat 16 200(x)/mV 16 0 0 0 0 I\n", "baseline 'x'"),
+        (f"r 1 500 1000\nr.dat 16 200({2**62})/mV 16 0 0 0 0 I\n", f"baseline {2**62}"),
+        ("r 1 500 1000\nr.dat 16 200(0)/NU 16 0 0 0 0 I\n", "unknown unit 'NU'"),
+        ("r 1 500 1000\nr.dat 16 200(0)/mmHg 16 0 0 0 0 I\n", "unknown unit 'mmHg'"),
+        ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0 ABP\n", "unknown lead 'ABP'"),
+        ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0\n", "unknown lead ''"),
+        ("r 2 500 500\n" + 2 * (LINE + " 0 0 V1\n"), "lead V1 stands 2 times"),
+        ("r 2 500 500\n" + LINE + " 0 0 V1\n" + LINE + " 0 0 ecg v1\n", "lead V1 stands 2 times"),
+        ("r 2 500 300\nr.dat 16x2 200/mV 16 0 0 0 0 I\n" + LINE + " 0 0 II\n", "'I' 1000 Hz, 'II' 500 Hz"),
+        ("r 2 500 300\nr.dat 212 200/mV 16 0 0 0 0 I\n" + LINE + " 0 0 II\n", "r.dat: .*unequal formats"),
+        ("r 1 500 1000\ngone.dat 16 200/mV 16 0 0 0 0 I\n", "gone.dat: no such data file"),
+        ("r 1 500 1000\n../r.dat 16 200/mV 16 0 0 0 0 I\n", r"data file '\.\./r.dat'"),
+        ("r 1 500 1000\n/etc/passwd 16 200/mV 16 0 0 0 0 I\n", "data file '/etc/passwd'"),
+        ("r 1 500 1000\nhttp://x/r.dat 16 200/mV 16 0 0 0 0 I\n", "data file 'http://x/r.dat'"),
+        ("r 1 500 1000\nr.dat 16 200/mV 16 0 0 5 0 I\n", "checksum of signal 'I': the header says 5,"),
+        ("r 1 500 1000\nr.dat 16 200/mV 16 0 zero 5 0 I\n", "'zero'"),
+        (b"r 1 500 1000\nr.dat 16 200/mV 16 0 0 0 0 I\n# M\xfcller\n", "byte 0xfc is not UTF-8"),
+        (b"MATLAB 5.0\x00\x01", "byte 0x00"),
+        (bytes(range(256)), "not a text header|not UTF-8"),
+        ("r 1 500 1000\n" + "x" * 5000 + "\n", "signal line 'xxx"),
+    ],
+)  # fmt: skip
+def test_broken_headers(tmp_path: Path, header: str | bytes, reason: str) -> None:
+    path = write_raw(tmp_path, header)
+    with pytest.raises(InputError, match=reason) as caught:
+        read_wfdb(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+
+
+def test_interleaved_files_are_refused(tmp_path: Path) -> None:
+    files = (("r", "I"), ("s", "II"), ("r", "V1"))
+    lines = "".join(f"{file}.dat 16 200/mV 16 0 0 0 0 {lead}\n" for file, lead in files)
+    with pytest.raises(InputError, match=r"r.dat do not stand together"):
+        read_wfdb(write_raw(tmp_path, f"r 3 500 100\n{lines}"))
+
+
+@pytest.mark.parametrize("format_", ["16", "212", "24", "516"])
+def test_truncated_and_damaged_data(tmp_path: Path, format_: str) -> None:
+    path = write_wfdb(tmp_path, random_counts(n_samples=5000), fmt=[format_] * 3)
+    data_path = tmp_path / "r.dat"
+    content = data_path.read_bytes()
+    for size in (0, 30, len(content) // 2, len(content) - 1):
+        data_path.write_bytes(content[:size])
+        with pytest.raises(InputError, match=r"r.hea: "):
+            read_wfdb(path)
+    damaged = content[:-45] + bytes([content[-45] ^ 0x10]) + content[-44:]  # a low byte: the checksum has 16 bits
+    data_path.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"r.hea: "):
+        read_wfdb(path)
+
+
+def test_flac_that_claims_too_much(tmp_path: Path) -> None:
+    path = write_wfdb(tmp_path, random_counts(), fmt=["516"] * 3)
+    content = bytearray((tmp_path / "r.dat").read_bytes())
+    content[22:26] = b"\xff" * 4
+    (tmp_path / "r.dat").write_bytes(content)
+    edit(path, lambda text: text.replace(" 301", " 4000000000"))
+    with pytest.raises(InputError, match="FLAC cannot pack so many"):
+        read_wfdb(path)
+
+
+def test_length_left_out_follows_from_the_file(tmp_path: Path) -> None:
+    path = write_raw(tmp_path, "r 2 500\n" + "".join(f"{LINE} 0 0 {lead}\n" for lead in ("I", "II")))
+    assert read_wfdb(path).n_samples == 500
+
+
+def test_paths_that_are_no_records(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", Path(), tmp_path):
+        with pytest.raises(InputError):
+            read_wfdb(path)
+    (tmp_path / "folder.hea").mkdir()
+    os.mkfifo(tmp_path / "pipe.hea")
+    for name in ("folder", "pipe"):
+        with pytest.raises(InputError, match="no such header"):
+            read_wfdb(tmp_path / name)
+
+
+@pytest.mark.parametrize("folder", ["[1]", "a*b", "a b", "ä", "~", "file:"])
+def test_odd_folder_names(tmp_path: Path, folder: str) -> None:
+    path = write_wfdb(tmp_path / "plain", random_counts(), fmt=["212"] * 3)
+    odd = tmp_path / folder
+    path.parent.rename(odd)
+    np.testing.assert_array_equal(read_wfdb(odd / "r.hea").signal_LT, random_counts().T)
+
+
+def test_a_path_that_wfdb_would_misread(tmp_path: Path) -> None:
+    path = write_wfdb(tmp_path / "plain", random_counts(), fmt=["212"] * 3)
+    path.parent.rename(tmp_path / "a::b")
+    with pytest.raises(InputError, match="'::' in the path"):
+        read_wfdb(tmp_path / "a::b" / "r.hea")
+
+
+def test_mutated_headers_and_data_give_a_record_or_an_input_error(tmp_path: Path) -> None:
+    """2,500 mutations. In wfdb itself such headers raise 8 types of exceptions, or exhaust the memory."""
+    rng = random.Random(0)
+    write_segments(tmp_path)
+    targets = [tmp_path / "whole.hea", write_wfdb(tmp_path, random_counts(), name="plain")]
+    for fmt in ("212", "516", "80"):
+        targets.append(write_wfdb(tmp_path, random_counts(bits=BITS[fmt]), name=f"f{fmt}", fmt=[fmt] * 3))
+    outcomes = {Record: 0, InputError: 0}
+    for target in targets:
+        original = target.read_bytes()
+        for _ in range(500):
+            mutated = bytearray(original)
+            for _ in range(rng.choice((1, 1, 2, 5))):
+                i = rng.randrange(len(mutated))
+                match rng.randrange(3):
+                    case 0:
+                        mutated[i] = rng.randrange(256)
+                    case 1:
+                        mutated[i : i + 1] = rng.choice((b"", b"9" * 20, b" ", b"\n", b"-", b"/", b"0", b"."))
+                    case _:
+                        mutated[i] ^= 1 << rng.randrange(8)
+            target.write_bytes(mutated)
+            outcome = outcome_of(target)
+            if isinstance(outcome, Record):
+                assert np.isfinite(outcome.millivolts()).all()
+                assert outcome.rate_hz > 0
+            else:
+                assert str(target) in str(outcome)
+            outcomes[type(outcome)] += 1
+        target.write_bytes(original)
+        read_wfdb(target)
+    assert min(outcomes.values()) > 100
+
+
+# --- folders ---
+
+
+def test_items_of_a_folder(tmp_path: Path) -> None:
+    for name in ("b/z", "b/y", "a"):
+        path = tmp_path / name
+        write_wfdb(path.parent, random_counts(), name=path.name)
+    (tmp_path / ".hea").touch()
+    source: Source = WfdbFolder(tmp_path, "set")
+    assert source.items() == ["a", "b/y", "b/z"]
+    assert source.read("b/y").name == "b/y"
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+def test_folders_without_records(tmp_path: Path) -> None:
+    for root in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(InputError, match=str(root)):
+            WfdbFolder(root, "set").items()
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    outside = write_wfdb(tmp_path / "outside", random_counts())
+    root = tmp_path / "root"
+    write_wfdb(root, random_counts(), name="own")
+    (root / "r.hea").symlink_to(outside)
+    (root / "folder").symlink_to(outside.parent)
+    (root / "inner.hea").symlink_to(root / "own.hea")
+    (root / "circle.hea").symlink_to(root / "circle.hea")
+    source = WfdbFolder(root, "set")
+    assert source.items() == ["circle", "inner", "own"]
+    assert source.read("inner").leads == LEADS[:3]
+    for item in ("r", "folder/r", "../outside/r", "circle"):
+        with pytest.raises(InputError, match=f"{item}.hea: (lies outside|no such)"):
+            source.read(item)
+    (root / "own.dat").rename(outside.parent / "moved.dat")
+    (root / "own.dat").symlink_to(outside.parent / "moved.dat")
+    with pytest.raises(InputError, match=r"own.hea: own.dat: lies outside"):
+        source.read("own")
+
+
+# --- labels, metadata, patients ---
+
+
+def with_comments(folder: Path, *comments: str, name: str = "r") -> Path:
+    return write_wfdb(folder, random_counts(), name=name, comments=list(comments))
+
+
+def test_comments(tmp_path: Path) -> None:
+    comments = (
+        "AGE: 61",
+        "Sex: Unknown",
+        "Dx: 1, 2,,Unknown",
+        "Rx: NaN",
+        "Hx:",
+        "Note: a: b",
+        "free text",
+        "Note: c",
+    )
+    record = read_wfdb(with_comments(tmp_path, *comments, "Subject_ID: 7"))
+    assert record.metadata == {"age": "61", "Note": "a: b"}
+    assert record.labels == {"Dx": ["1", "2"]}
+    assert record.patient == "7"
+
+
+def test_patient_keys(tmp_path: Path) -> None:
+    path = with_comments(tmp_path / "p1", "Name: Jo", "PatientID: 5")
+    assert read_wfdb(path).patient == "5"
+    assert read_wfdb(path, patient_key="name").patient == "Jo"
+    assert read_wfdb(path, patient_key="@folder").patient == "p1"
+    assert "Name" not in read_wfdb(path, patient_key="name").metadata
+    with pytest.raises(InputError, match=r"r.hea: no patient 'pid'"):
+        read_wfdb(path, patient_key="pid")
+    assert WfdbFolder(tmp_path, "set", patient_key="@folder").read("p1/r").patient == "p1"
+    with pytest.raises(InputError, match="in the root itself"):
+        WfdbFolder(path.parent, "set", patient_key="@folder").read("r")
+
+
+def labelled(tmp_path: Path, table: str, **options: object) -> WfdbFolder:
+    for name in ("a/x", "a/y", "b/z"):
+        path = tmp_path / "set" / name
+        with_comments(path.parent, "Age: 50", "Dx: 9", "PatientID: c", name=path.name)
+    csv_path = tmp_path / "set" / "labels.csv"
+    csv_path.write_text(table)
+    return WfdbFolder(tmp_path / "set", "set", csv_path, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["a/x", "a/x.hea", "a/x.mat", "x", "x.dat", "./a/x"])
+def test_labels_of_a_record(tmp_path: Path, value: str) -> None:
+    table = f"record,Patient_ID,Sex,age,rhythm,form\n{value},4,F,,SR | AF|,\nnot/there,5,M,1,,\n"
+    source = labelled(tmp_path, table)
+    record = source.read("a/x")
+    assert record.labels == {"Dx": ["9"], "rhythm": ["SR", "AF"]}
+    assert record.metadata == {"sex": "F", "age": "50"}
+    assert record.patient == "4"
+    assert source.read("a/y").patient == "c"
+    assert source.unlabelled() == ["a/y", "b/z"]
+
+
+def test_the_record_column_is_the_first_that_names_a_record(tmp_path: Path) -> None:
+    source = labelled(tmp_path, "ecg_id,filename,subject_id,n\n1,b/z,3,5\n")
+    record = source.read("b/z")
+    assert record.labels["ecg_id"] == ["1"]
+    assert record.labels["n"] == ["5"]
+    assert record.patient == "3"
+    assert labelled(tmp_path / "2", "ecg_id,file\n1,b/z\n", record_column="File").unlabelled() == [
+        "a/x",
+        "a/y",
+    ]
+
+
+def test_paths_below_the_folder_of_the_table(tmp_path: Path) -> None:
+    source = labelled(tmp_path, "record,n\n")
+    table = tmp_path / "labels.csv"
+    table.write_text("filename_hr,n\nset/a/x,1\n")
+    assert WfdbFolder(source.root, "set", table).read("a/x").labels["n"] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ("", "no column record or filename"),
+        ("file,n\na/x,1\n", "the columns are file, n"),
+        ("record,n\n", "names no record"),
+        ("record,n\nc/x,1\n", "names no record .* it says 'c/x', a record is called 'a/x'"),
+        ("record,n\na/x,1\na/y,1\na/x.hea,2\n", "line 4: record a/x stands twice"),
+        ("record,n\na/x,1,2\n", "line 2 has 3 fields"),
+        ("record,n,n\na/x,1,2\n", "column 'n' stands 2 times"),
+        ('record,n\n"a/x,1\n', "not a readable CSV"),
+    ],
+)
+def test_broken_tables(tmp_path: Path, table: str, reason: str) -> None:
+    source = labelled(tmp_path, table)
+    with pytest.raises(InputError, match=reason) as caught:
+        source.items()
+    assert str(source.labels_csv) in str(caught.value)
+
+
+def test_other_broken_tables(tmp_path: Path) -> None:
+    source = labelled(tmp_path, "record,n\na/x,1\n", record_column="path")
+    with pytest.raises(InputError, match="no column path"):
+        source.items()
+    with pytest.raises(InputError, match=r"gone.csv: not a readable CSV"):
+        WfdbFolder(source.root, "set", tmp_path / "gone.csv").items()
+    (tmp_path / "latin.csv").write_bytes(b"record,n\na/x,\xfc\n")
+    with pytest.raises(InputError, match=r"latin.csv: not a readable CSV"):
+        WfdbFolder(source.root, "set", tmp_path / "latin.csv").items()
+    with_comments(source.root / "c", name="x")
+    (tmp_path / "twice.csv").write_text("record,n\nx,1\n")
+    with pytest.raises(InputError, match=r"line 2: record 'x' could be a/x or c/x"):
+        WfdbFolder(source.root, "set", tmp_path / "twice.csv").items()
