@@ -34,7 +34,8 @@ def summarise(folder: Path) -> str:
     megabytes = sum(entry["bytes"] for entry in manifest["shards"]) / 1e6
     lines = [
         f"data set    {manifest['dataset']}",
-        f"records     {len(shards)} in {len(shards.shards)} shards, {megabytes:.1f} MB; {manifest['rejected']} rejected",
+        f"records     {len(shards)} in {len(shards.shards)} shards, {megabytes:.1f} MB; "
+        f"{manifest['rejected']} rejected",
         f"patients    {len(np.unique(shards.column('patient')))}",
         f"hours       {duration_s.sum() / 3600:.2f}; recordings of {duration_s.min():g} to {duration_s.max():g} s",
         f"rate        {shards.rate_hz:g} Hz",

@@ -112,7 +112,7 @@ class ECGEncoder(nn.Module):
         """The transformer over tokens (B, N, D); ``masked_BN`` tokens are replaced by the mask token first."""
         if masked_BN is not None:
             token_BND = torch.where(masked_BN[..., None], self.mask_token, token_BND)
-        x_BND = token_BND + self.position(token_BND)
+        x_BND: Tensor = token_BND + self.position(token_BND)
         if not self.config.pre_norm:
             x_BND = self.norm(x_BND)
         x_BND = F.dropout(x_BND, self.config.dropout, self.training)
@@ -143,7 +143,7 @@ def mean_over_time(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
 def valid_tokens(length_B: Tensor, tokens: int) -> Tensor:
     """(B, N) whether a token lies wholly within its row's valid samples."""
     token_N = torch.arange(tokens, device=length_B.device)
-    return token_N < (length_B // SAMPLES_PER_PATCH)[:, None]
+    return torch.lt(token_N, (length_B // SAMPLES_PER_PATCH)[:, None])
 
 
 class PositionalConvolution(nn.Module):

@@ -37,7 +37,8 @@ def lead_masked_conv_stem(
     Returns:
         (B, N, C) with N = T // 2^blocks. Samples that do not fill a patch are ignored, as a strided convolution does.
     """
-    value_BLT = gain_BL[..., None].float() * (signal_BLT.float() - offset_BL[..., None].float())
+    gain_BL1 = gain_BL[..., None].float()
+    value_BLT = torch.addcmul(-gain_BL1 * offset_BL[..., None].float(), gain_BL1, signal_BLT.float())
     x_BTC = value_BLT.to(weights[0].dtype).transpose(1, 2)
     for block, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x_BTC = _conv_k2_s2(x_BTC, weight, bias)
@@ -58,5 +59,5 @@ def _norm_over_time(x_BTC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float)
     """GroupNorm with one channel per group, statistics in float32. Equal samples give ``bias``, never NaN."""
     x32_BTC = x_BTC.float()
     variance_B1C, mean_B1C = torch.var_mean(x32_BTC, dim=1, correction=0, keepdim=True)
-    normed_BTC = (x32_BTC - mean_B1C) * torch.rsqrt(variance_B1C + eps)
-    return (normed_BTC * weight_C.float() + bias_C.float()).to(x_BTC.dtype)
+    scale_B1C = torch.rsqrt(variance_B1C + eps) * weight_C.float()
+    return torch.addcmul(bias_C.float() - mean_B1C * scale_B1C, x32_BTC, scale_B1C).to(x_BTC.dtype)

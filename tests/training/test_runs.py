@@ -1,0 +1,183 @@
+"""Real runs: world sizes, ZeRO stages, kill and resume, skipped steps, wrong run folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.training import checkpoint
+
+_spec = importlib.util.spec_from_file_location("training_conftest", Path(__file__).parent / "conftest.py")
+conftest = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(conftest)
+SMALL, NO_DROPOUT, losses, events = conftest.SMALL, conftest.NO_DROPOUT, conftest.losses, conftest.events
+
+# fp32 sums over ranks are added up in another order: 1e-7 relative per loss, which six updates by Adam amplify.
+TOLERANCE = 2e-5
+
+
+def job(shards: Path, run: Path, *more: str) -> list[str]:
+    return [*SMALL, f"--data.shards={shards}", f"--run.dir={run}", *more]
+
+
+@pytest.fixture(scope="module")
+def one_process(shards, jobs, tmp_path_factory) -> Path:
+    """Runs of one process that others are compared with."""
+    folder = tmp_path_factory.mktemp("one")
+    jobs.run(
+        1,
+        job(shards, folder / "whole", *NO_DROPOUT, "--train.checkpoint_every=3", "--train.keep_last=9"),
+        job(shards, folder / "accumulated", *NO_DROPOUT, "--train.contrast_batch=4", "--engine.zero_stage=0"),
+        job(shards, folder / "dropout", "--train.checkpoint_every=2"),
+    )
+    return folder
+
+
+def test_stages_on_two_processes_equal_one(shards, jobs, one_process, tmp_path) -> None:
+    more = {"whole": [], "accumulated": ["--train.contrast_batch=4"]}
+    combinations = [(stage, kind) for stage in range(4) for kind in more]
+    jobs.run(
+        2,
+        *(
+            job(shards, tmp_path / f"{kind}-{stage}", *NO_DROPOUT, *more[kind], f"--engine.zero_stage={stage}")
+            for stage, kind in combinations
+        ),
+    )
+    for stage, kind in combinations:
+        expected = losses(one_process / kind)
+        assert len(expected) == 6
+        assert losses(tmp_path / f"{kind}-{stage}") == pytest.approx(expected, rel=TOLERANCE), (stage, kind)
+
+
+def test_losses_fall(one_process) -> None:
+    values = losses(one_process / "whole")
+    assert values[6] < values[1] - 0.3
+
+
+def test_killed_run_goes_on_with_the_same_bits(shards, jobs, one_process, tmp_path) -> None:
+    run = tmp_path / "killed"
+    again = job(shards, run, "--train.checkpoint_every=2")
+    jobs.killed_after(5, run, 1, again)
+    assert checkpoint.latest(run / "checkpoints").step == 4
+    jobs.run(1, again)
+    assert losses(run) == losses(one_process / "dropout")
+    assert sum(event.get("step") == 5 and "train/loss" in event for event in events(run)) == 2
+
+
+def test_checkpoint_goes_on_at_another_world_size_and_stage(shards, jobs, one_process, tmp_path) -> None:
+    changed = []
+    for stage in (0, 3):
+        run = tmp_path / f"changed-{stage}"
+        shutil.copytree(one_process / "whole", run)
+        shutil.rmtree(run / "checkpoints" / "step-00000006")
+        changed.append(job(shards, run, *NO_DROPOUT, "--train.checkpoint_every=3", "--train.keep_last=9", f"--engine.zero_stage={stage}"))
+        (run / "events.jsonl").unlink()
+    jobs.run(2, *changed)
+    expected = losses(one_process / "whole")
+    for stage in (0, 3):
+        went_on = losses(tmp_path / f"changed-{stage}")
+        assert list(went_on) == [4, 5, 6]
+        assert went_on == pytest.approx({step: expected[step] for step in went_on}, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_resumes_with_the_same_bits(stage, shards, jobs, tmp_path) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    more = ["--engine.precision=bf16", f"--engine.zero_stage={stage}", "--engine.activation_checkpointing=true"]
+    jobs.run(
+        1,
+        job(shards, whole, *more, "--train.steps=4"),
+        job(shards, parted, *more, "--train.steps=2"),
+        job(shards, parted, *more, "--train.steps=4"),
+    )
+    assert len(losses(whole)) == 4
+    assert losses(parted) == losses(whole)
+
+
+class Poisoned:
+    """The simulated set, with one recording whose millivolts overflow."""
+
+    dataset = "poisoned"
+
+    def __init__(self, simulation, item: str) -> None:
+        self.simulation, self.item = simulation, item
+
+    def items(self) -> list[str]:
+        return self.simulation.items()
+
+    def read(self, item: str):
+        record = self.simulation.read(item)
+        if item == self.item:
+            record.scale_L[:] = np.float32(3e38)
+        return record
+
+
+def test_non_finite_steps_are_skipped_on_all_ranks_and_counted(jobs, tmp_path) -> None:
+    simulation = conftest.Simulation(patients=8, duration_s=6, rate_hz=250)
+    options = IngestOptions(rate_hz=250, validation_fraction=0)
+    ingest(Poisoned(simulation, simulation.items()[0]), tmp_path / "data", options)
+    more = ["--objective.lead_mask_probability=0", "--train.validate_every=0"]
+    runs = [tmp_path / f"stage-{stage}" for stage in range(4)]
+    jobs.run(2, *(job(tmp_path / "data", run, *more, f"--engine.zero_stage={s}") for s, run in enumerate(runs)))
+    for run in runs:  # 16 recordings are two batches per epoch, one of which holds the poisoned one
+        skipped = [event["step"] for event in events(run) if event["event"] == "skipped"]
+        assert len(skipped) == 3
+        finite = [step for step, loss in losses(run).items() if np.isfinite(loss)]
+        assert sorted(skipped + finite) == [1, 2, 3, 4, 5, 6]
+        state = checkpoint.latest(run / "checkpoints").state
+        assert (state["skipped"], state["optimizer_steps"]) == (3, 3)
+    line = jobs.run(1, job(tmp_path / "data", tmp_path / "stops", *more, "--train.max_skipped=1"), code=2)
+    assert "1 steps in a row had a non-finite gradient" in line
+
+
+class TestWrongRunFolder:
+    @pytest.fixture
+    def run(self, one_process, tmp_path) -> Path:
+        return Path(shutil.copytree(one_process / "whole", tmp_path / "run"))
+
+    @staticmethod
+    def refused(jobs, arguments: list[str]) -> str:
+        return jobs.run(1, arguments, code=2).strip().splitlines()[-1]
+
+    def test_of_another_config(self, run, shards, jobs) -> None:
+        line = self.refused(jobs, job(shards, run, *NO_DROPOUT, "--model.depth=3"))
+        assert "config.yaml" in line
+        assert "model.depth 2, now it is 3" in line
+
+    def test_of_other_data(self, run, jobs, tmp_path) -> None:
+        simulation = conftest.Simulation(patients=24, duration_s=6, rate_hz=250, seed=5)
+        ingest(simulation, tmp_path / "other", IngestOptions(rate_hz=250))
+        line = self.refused(jobs, job(tmp_path / "other", run, *NO_DROPOUT, "--train.steps=8"))
+        assert "other data than data.shards" in line
+
+    @pytest.mark.parametrize("damage", ["missing", "bit", "truncated", "state"])
+    def test_with_a_damaged_checkpoint(self, damage, run) -> None:
+        newest = run / "checkpoints" / "step-00000006"
+        victim = newest / ("state.json" if damage == "state" else "tensors-00000-of-00001.safetensors")
+        content = bytearray(victim.read_bytes())
+        if damage == "missing":
+            victim.unlink()
+        elif damage == "truncated":
+            victim.write_bytes(content[:-100])
+        else:
+            content[len(content) // 2] ^= 1
+            victim.write_bytes(content if damage == "bit" else content[:200])
+        with pytest.raises(ValueError, match=victim.name):
+            checkpoint.latest(run / "checkpoints")
+
+
+def test_run_folder_holds_what_it_should(one_process) -> None:
+    run = one_process / "whole"
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "checkpoints", "tensorboard", "events.jsonl", "export"}
+    state = json.loads((run / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert (state["step"], state["position"], state["world_size"]) == (3, 24, 1)
+    named = {name for event in events(run) for name in event}
+    assert {"train/loss", "train/local", "train/cmsc", "train/code_perplexity", "train/learning_rate", "train/gradient_norm",
+            "throughput/ecg_per_s", "throughput/tokens_per_s", "throughput/loader_wait_share", "memory/host_rss_gb",
+            "validation/loss"} <= named  # fmt: skip
