@@ -6,42 +6,48 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
+from typing import NoReturn
 
 from ecgscale.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; exit code 2 and one line for what the user got wrong."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    return run_as_command("ecgscale", _main, list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-        return 0
-    if arguments[0] == "--version":
+    elif arguments[0] == "--version":
         from ecgscale import __version__
 
         print(f"ecgscale {__version__}")
-        return 0
-    try:
-        if arguments[0] not in COMMANDS:
-            raise InputError(f"unknown command {arguments[0]!r}; known are {', '.join(COMMANDS)}")
+    elif arguments[0] not in COMMANDS:
+        raise InputError(f"unknown command {arguments[0]!r}; known are {', '.join(COMMANDS)}")
+    else:
         COMMANDS[arguments[0]](arguments[1:])
-    except (InputError, FileNotFoundError, PermissionError) as error:
-        if debug:
-            raise
-        print(f"ecgscale: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ecgscale: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    return 0
+
+
+def run_as_command(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command line with its errors as one line and an exit code; --debug raises them instead."""
+    debug = "--debug" in arguments
+    try:
+        return command([argument for argument in arguments if argument != "--debug"])
     except BrokenPipeError:
         sys.stderr.close()
         return 141
-    finally:
-        _leave_ranks()
-    return 0
+    except (InputError, OSError) as error:
+        if debug:
+            raise
+        print(f"{name}:", str(error).replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _overview() -> str:
@@ -55,18 +61,10 @@ def _overview() -> str:
     return "\n".join([*lines, "", "`ecgscale COMMAND --help` tells more; --debug shows the traceback of an error."])
 
 
-def _leave_ranks() -> None:
-    if "torch" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def _parser(command: str, what: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"ecgscale {command}",
-        description=what,
+        description=cleandoc(what or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

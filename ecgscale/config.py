@@ -5,6 +5,8 @@ The dataclasses stand beside the things that they configure; this file puts them
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -73,25 +75,34 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     """A nested dict -> a checked config; a ``model.preset`` fills in what the tree does not give."""
     from jsonargparse import ArgumentError
 
+    _check_values(tree)
     preset = tree.get("model", {}).get("preset")
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"model.preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
         tree = tree | {"model": asdict(PRESETS[preset]) | tree["model"]}
     parser = _parser(config_type)
     try:
         built = parser.instantiate(parser.parse_object(tree))
     except ArgumentError as error:
-        raise InputError(" ".join(str(error).replace("Parser key ", "").split())) from error
+        raise InputError(_tidied(str(error))) from error
     return config_type(**{f.name: built[f.name] for f in fields(config_type)})  # type: ignore[arg-type]
 
 
 def help_text(config_type: type, command: str) -> str:
     """Every key with its type, default and meaning."""
     parser = _parser(config_type, prog=f"ecgscale {command}")
+    parser.usage = f"ecgscale {command} [--config FILE] [--any.key VALUE ...]"
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys; later arguments win")
-    text: str = parser.format_help()
-    return text
+    # jsonargparse offers every group as a file of its own and --list+ to append; ``load`` does not.
+    text = re.sub(r"\n +--\w+ CONFIG\s+Path\s+to\s+a\s+configuration\s+file\.", "", parser.format_help())
+    return re.sub(r", --\S+\+ \[ITEM,\.\.\.\]", "", text).replace("[ITEM,...]", "A,B")
+
+
+def _tidied(message: str) -> str:
+    """jsonargparse's complaint in one line and without Python's own words for types."""
+    message = re.sub(r"a <class '(\w+)'>", r"\1", message.replace("Parser key ", ""))
+    return " ".join(re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message).split())
 
 
 def _parser(config_type: type, prog: str = "ecgscale") -> Any:
@@ -132,8 +143,8 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
             raise InputError(f"unexpected argument {key!r}; give --key value")
         name, equals, value = key[2:].partition("=")
         if not equals:
-            if not rest:
-                raise InputError(f"--{name}: a value is missing")
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"--{name}: a value is missing; give --{name} VALUE")
             value = rest.pop(0)
         pairs.append((name, value))
     return pairs
@@ -155,7 +166,10 @@ def _nested(key: str, text: str, config_type: type) -> dict[str, Any]:
     elif getattr(kind, "__origin__", None) is list and not text.startswith("["):
         value = [item for item in text.split(",") if item]
     else:
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--{key}: cannot read the value {text!r}") from error
     return _unflatten(key, value)
 
 
@@ -183,6 +197,17 @@ def _check_keys(tree: dict[str, Any], config_type: Any, where: str, prefix: str 
             if not isinstance(value, dict):
                 raise InputError(f"{where}{prefix}{key}: a group of keys, not the value {value!r}")
             _check_keys(value, hints[key], where, f"{prefix}{key}.")
+
+
+def _check_values(tree: dict[str, Any], prefix: str = "") -> None:
+    """No key may be left empty, and no number may be NaN or infinite."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _check_values(value, f"{prefix}{key}.")
+        elif value is None:
+            raise InputError(f"{prefix}{key}: a value is missing; give one or leave the key out")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{prefix}{key} {value}: give a finite number")
 
 
 def _all_keys(config_type: Any) -> list[str]:

@@ -38,7 +38,7 @@ def embed_files(
     if embedding.tokens is not None:
         arrays["tokens"] = embedding.tokens
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     write_whole(out, buffer.getvalue())
     return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}"
 
@@ -47,7 +47,8 @@ def _embed_npy(model: ECGModel, source: Path, rate_hz: float | None, leads: tupl
     if rate_hz is None:
         raise InputError(f"{source}: an .npy says no sample rate; give --rate-hz")
     try:
-        signal = np.load(source, allow_pickle=False)
+        # Mapped: a header that promises more than the file holds is refused before anything is allocated.
+        signal = np.lib.format.open_memmap(source, mode="r")
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{source}: not a readable .npy of numbers ({error})") from error
     if leads is None and signal.ndim in (2, 3) and signal.shape[-2] == len(LEADS):

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -48,6 +49,14 @@ class Profile:
     segment_s: float
     normalisation: str  # mv or zscore
     leads: tuple[str, ...] = LEADS
+
+    def __post_init__(self) -> None:
+        if not (self.rate_hz > 0 and self.segment_s * self.rate_hz >= SAMPLES_PER_PATCH):
+            raise InputError(f"profile: rate_hz {self.rate_hz} and segment_s {self.segment_s} give no token")
+        if self.normalisation not in ("mv", "zscore"):
+            raise InputError(f"profile: normalisation {self.normalisation!r}; known are mv and zscore")
+        if self.leads != LEADS:
+            raise InputError(f"profile: leads {self.leads}; this version knows {LEADS}")
 
 
 class Recording(NamedTuple):
@@ -90,7 +99,10 @@ class ECGModel:
 
         Raises InputError for unknown leads, a shape that does not fit, NaN, and recordings below one token.
         """
-        signal_RLT = np.asarray(signal_mv, np.float32)
+        given = np.asarray(signal_mv)
+        if given.dtype.kind not in "fiu":
+            raise InputError(f"signal of type {given.dtype}: give real numbers, in millivolts")
+        signal_RLT = given.astype(np.float32, copy=False)
         if signal_RLT.ndim == 2:
             signal_RLT = signal_RLT[None]
         names = canonical_leads(leads)
@@ -99,8 +111,11 @@ class ECGModel:
                 f"signal of shape {signal_RLT.shape}: give (leads, samples) or (recordings, leads, samples), "
                 f"with the {len(names)} leads that are named"
             )
-        if not rate_hz > 0:
-            raise InputError(f"rate_hz {rate_hz}: give the sample rate in Hz")
+        if not signal_RLT.size:
+            raise InputError(f"signal of shape {signal_RLT.shape} is empty; give at least one lead and one sample")
+        if not 1 <= rate_hz <= 100_000:
+            raise InputError(f"rate_hz {rate_hz}: give the sample rate in Hz, from 1 to 100000")
+        rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
         if not np.isfinite(signal_RLT).all():
             raise InputError("the signal holds NaN or infinity; all samples must be finite millivolts")
         positions = [LEADS.index(name) for name in names]
@@ -177,8 +192,10 @@ def _window_batch(chunk: list[Recording], samples: int, profile: Profile) -> ECG
             gain_L[at], offset_L[at] = zscore_gain(recording.signal_LT)
         else:
             gain_L[at] = recording.scale_L
+        dtype = recording.signal_LT.dtype
+        rest_L = np.rint(offset_L) if dtype.kind == "i" else offset_L  # behind the end stands zero mV, as in training
         for begin, end in _spans(recording.signal_LT.shape[1], samples, profile.rate_hz):
-            window_LT = np.zeros((len(LEADS), samples), recording.signal_LT.dtype)
+            window_LT = np.repeat(rest_L[:, None].astype(dtype), samples, axis=1)
             window_LT[at, : end - begin] = recording.signal_LT[:, begin:end]
             signals.append(window_LT)
             gains.append(gain_L)
@@ -223,9 +240,9 @@ def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]
         write_whole(partial / "config.json", json.dumps(about | {"format": FORMAT}, indent=1, sort_keys=True).encode())
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
-    except OSError as error:
+    except (OSError, SafetensorError, InputError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{folder}: cannot write the export: {error.strerror or error}") from error
+        raise InputError(f"{folder}: cannot write the export: {error}") from error
     return folder
 
 
@@ -245,26 +262,33 @@ def export_engine(folder: Path, engine: Engine, about: dict[str, Any]) -> Path:
 
 def export_run(run: Path, out: Path) -> Path:
     """The newest checkpoint of a run as an export; refuses to overwrite anything that is no export."""
-    if out.exists() and not (out / "config.json").is_file():
-        raise InputError(f"{out}: exists and is no export; give a new folder")
-    weights, about = _read(run, from_checkpoint=True)
+    if out.exists():
+        try:
+            _read_about(out)
+        except InputError as error:
+            raise InputError(f"{out}: exists and is no export; give a new folder") from error
+    _, weights, about = _read(run, from_checkpoint=True)
     return write_export(out, weights, about)
 
 
 def load(path: str | Path) -> ECGModel:
     """A model from a run folder or an export folder; raises InputError for anything else."""
-    weights, about = _read(Path(path))
+    place, weights, about = _read(Path(path))
     try:
         encoder = ECGEncoder(ModelConfig(**about["model"]))
         profile = Profile(**about["profile"] | {"leads": tuple(about["profile"]["leads"])})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: config.json is not one of an ecgscale export ({error})") from error
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{place}: does not describe a model of this version ({error})") from error
     head = None
     if "head.weight" in weights:
         head = nn.Linear(weights["head.weight"].shape[1], weights["head.weight"].shape[0])
-        load_weights(head, {n.removeprefix("head."): t for n, t in weights.items() if n.startswith("head.")}, path)
-    load_weights(encoder, {n.removeprefix("encoder."): t for n, t in weights.items() if n.startswith("encoder.")}, path)
+        load_weights(head, _below("head.", weights), place)
+    load_weights(encoder, _below("encoder.", weights), place)
     return ECGModel(encoder, profile, head, about)
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -279,27 +303,36 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path
     module.load_state_dict(weights)
 
 
-def _read(path: Path, from_checkpoint: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description from an export, from the export of a run, or from a run's newest checkpoint."""
+def _read(path: Path, from_checkpoint: bool = False) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Place, weights and description of an export, of the export of a run, or of a run's newest checkpoint."""
     if not from_checkpoint:
         for folder in (path, path / "export"):
             if (folder / "config.json").is_file():
-                return _read_export(folder)
+                return folder, *_read_export(folder)
     checkpoint = latest(path / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{path}: neither an export (config.json) nor a run folder with checkpoints")
-    return checkpoint.tensors("weight"), _about_checkpoint(checkpoint)
+    return checkpoint.folder, checkpoint.tensors("weight"), _about_checkpoint(checkpoint)
 
 
 def _read_export(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    about, path = _read_about(folder), folder / "model.safetensors"
+    tensors = open_tensors(path)
+    weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    for name in weights:
+        if not name.startswith(("encoder.", "head.")):
+            raise InputError(f"{path}: left over {name}; an export holds encoder.* and head.* alone")
+    return weights, about
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / "config.json").read_bytes())
     except (ValueError, OSError) as error:
         raise InputError(f"{folder / 'config.json'}: damaged ({error})") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise InputError(f"{folder / 'config.json'}: not the config of an ecgscale export (format {FORMAT!r})")
-    tensors = open_tensors(folder / "model.safetensors")
-    return {name: tensors.get_tensor(name) for name in tensors.keys()}, about  # noqa: SIM118
+    return about
 
 
 def _about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

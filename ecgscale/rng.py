@@ -82,7 +82,9 @@ def permute(
         np.asarray(index, np.uint64), np.asarray(size, np.uint64), np.asarray(stream, np.uint64)
     )
     value = np.array(value)  # a writable copy
-    half_bits = np.maximum(1, (np.ceil(np.log2(np.maximum(size_, 2).astype(np.float64))).astype(np.uint64) + 1) // 2)
+    bits = np.ceil(np.log2(np.maximum(size_, 2).astype(np.float64))).astype(np.uint64)
+    bits += (np.uint64(1) << bits) < size_  # beyond 2⁵³ the float may have been rounded down
+    half_bits = (bits + np.uint64(1)) // np.uint64(2)
     todo = np.ones(value.shape, bool)
     while todo.any():
         value[todo] = _feistel(value[todo], half_bits[todo], seed, purpose, stream_[todo])

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
+from torch import Tensor, nn
+
+from ecgscale.data.batch import ECGBatch
+from ecgscale.inference import ECGModel, Profile, about_model, write_export
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
 
 SHARED = Path(os.environ.get("ECGSCALE_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -27,3 +36,75 @@ def shared_data() -> Path:
 def shared_reference() -> Path:
     """Numbers of the reference implementation; the test is skipped where they are absent."""
     return shared_folder("reference")
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., ECGBatch]:
+    """(B, 12, T) counts -> a batch of gain 1 and offset 0, each row its own position; any field may be given."""
+
+    def make(signal_BLT: Tensor, **fields: Tensor) -> ECGBatch:
+        rows, leads, samples = signal_BLT.shape
+        zeros_B = torch.zeros(rows, dtype=torch.int64)
+        usual = {
+            "gain_BL": torch.ones(rows, leads),
+            "offset_BL": torch.zeros(rows, leads),
+            "length_B": torch.full((rows,), samples),
+            "patient_B": zeros_B,
+            "segment_B": zeros_B,
+            "position_B": torch.arange(rows),
+        }
+        chosen = usual | fields
+        return ECGBatch(signal_BLT, padded=bool((chosen["length_B"] < samples).any()), **chosen)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_model_config() -> ModelConfig:
+    """As small as an encoder with every part can be."""
+    shape = {"stem_channels": 16, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64}
+    return ModelConfig(preset="tiny", position_kernel=16, position_groups=4, **shape)
+
+
+@pytest.fixture(scope="session")
+def make_model(small_model_config: ModelConfig) -> Callable[..., ECGModel]:
+    """An encoder of random weights, the same in each call, that takes 5 s at 500 Hz; with a head of ``classes``."""
+
+    def make(normalisation: str = "mv", classes: int = 0) -> ECGModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            encoder = ECGEncoder(small_model_config)
+            head = nn.Linear(small_model_config.width, classes) if classes else None
+        profile = Profile(500.0, 5.0, normalisation)
+        return ECGModel(encoder, profile, head, about_model(small_model_config, profile))
+
+    return make
+
+
+@pytest.fixture
+def small_export(make_model: Callable[..., ECGModel], tmp_path: Path) -> Path:
+    """The folder of an exported small model."""
+    return write_export(tmp_path / "export", export_weights(make_model()), make_model().about)
+
+
+def export_weights(model: ECGModel) -> dict[str, Tensor]:
+    weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    head = model.head.state_dict() if model.head else {}
+    return weights | {f"head.{name}": tensor for name, tensor in head.items()}
+
+
+@pytest.fixture(scope="session")
+def smooth_ecg() -> Callable[..., npt.NDArray[np.float32]]:
+    """Twelve leads in mV from a formula, and so exact at every sample rate: P, Q, R, S and T as bells, 75 beats/min."""
+    delay_s = np.array([-0.16, -0.03, 0.0, 0.03, 0.24])
+    width_s = np.array([0.03, 0.015, 0.015, 0.015, 0.05])
+    height_mv = np.array([0.12, -0.1, 1.0, -0.25, 0.3])
+
+    def make(rate_hz: float, duration_s: float, seed: int = 0) -> npt.NDArray[np.float32]:
+        factor_L5 = np.random.default_rng(seed).uniform(-1.5, 1.5, (12, 5))
+        time_T = np.arange(round(rate_hz * duration_s)) / rate_hz
+        since_T = (time_T + 0.4) % 0.8 - 0.4
+        wave_5T = height_mv[:, None] * np.exp(-(((since_T - delay_s[:, None]) / width_s[:, None]) ** 2))
+        return np.asarray(factor_L5 @ wave_5T, np.float32)
+
+    return make

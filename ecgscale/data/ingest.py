@@ -32,6 +32,9 @@ from ecgscale.errors import InputError
 from ecgscale.record import Record
 
 
+_UNFINISHED = "ingest.unfinished"  # stands in the folder until the manifest does
+
+
 @dataclass(frozen=True)
 class IngestOptions:
     """How records become shards."""
@@ -84,8 +87,7 @@ def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) 
     if (out / MANIFEST).exists():
         raise InputError(f"{out}: holds a data set already; give another folder or remove it")
     items = source.items()
-    out.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
+    _begin(out)
     slices = [
         items[start : start + options.records_per_shard] for start in range(0, len(items), options.records_per_shard)
     ]
@@ -108,14 +110,22 @@ def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) 
     write_manifest(
         out, source.dataset, options.rate_hz, entries, rejected, {k: v for k, v in vars(options).items() if v}
     )
+    (out / _UNFINISHED).unlink()
     return Ingested(len(items) - rejected, rejected, len(entries))
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Drop what an interrupted ingest left: without a manifest it is no data set."""
-    for pattern in ("shard-*.tar", "shard-*.tar.partial", "shard-*.index.safetensors"):
-        for path in out.glob(pattern):
+def _begin(out: Path) -> None:
+    """Make and mark the folder; drop what an interrupted ingest left, but never shards that somebody else made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        leftovers = {*out.glob("shard-*"), *out.glob("*.partial")}
+        if leftovers and not (out / _UNFINISHED).exists():
+            raise InputError(f"{min(leftovers)}: not made by an interrupted ingest; give an empty or a new folder")
+        (out / _UNFINISHED).touch()
+        for path in leftovers:
             path.unlink()
+    except OSError as error:
+        raise InputError(f"{out}: cannot make a data set there: {error.strerror or error}") from error
 
 
 def _run(tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: int, total: int) -> Iterator[_Slice]:

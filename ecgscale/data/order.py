@@ -51,6 +51,8 @@ class Order:
             )
         if self.lanes < 1 or self.contrast_batch % self.lanes:
             raise InputError(f"{self.lanes} lanes do not divide the contrast batch of {self.contrast_batch}")
+        if self.window < 1:
+            raise InputError(f"a shuffle window of {self.window} records; give 1 or more")
         if self.records < self.global_batch:
             raise InputError(f"{self.records} records do not fill one global batch of {self.global_batch}")
 

@@ -46,15 +46,18 @@ def write_tar(path: Path, dataset: str, records: Iterable[tuple[str, Record]]) -
     rows: list[dict[str, Any]] = []
     partial = path.with_suffix(".tar.partial")
     try:
-        with partial.open("wb") as file:
-            writer = TarWriter(file, mtime=0, user="ecgscale", group="ecgscale", mode=0o444, encoder=False)
+        # The writer must be closed even on a full disk: an open one complains when it is collected.
+        with (
+            partial.open("wb") as file,
+            TarWriter(file, mtime=0, user="ecgscale", group="ecgscale", mode=0o444, encoder=False) as writer,
+        ):
             for key, record in records:
                 payload = _npy_bytes(record.signal_LT)
                 row = _index_row(record, dataset, payload)
                 meta = _metadata_json(record, dataset, row["checksum"])
+                row["json_checksum"] = xxhash.xxh3_64_intdigest(meta)
                 writer.write({"__key__": key, "json": meta, "npy": payload})
                 rows.append(row)
-            writer.close()
         columns = {name: np.array([row[name] for row in rows], dtype) for name, dtype in _ROW_DTYPES.items()}
         columns |= _member_offsets(partial)
         partial.replace(path)
@@ -71,6 +74,7 @@ _ROW_DTYPES: dict[str, Any] = {
     "rate_hz": np.float32,
     "patient": np.int64,
     "checksum": np.uint64,  # xxh3-64 of the payload member
+    "json_checksum": np.uint64,  # xxh3-64 of the JSON member
 }
 
 
@@ -161,7 +165,14 @@ def write_manifest(
         "options": options,
         "shards": shards,
     }
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    text = json.dumps(manifest | {"sha256": _own_sha256(manifest)}, indent=1, sort_keys=True, ensure_ascii=False)
+    write_whole(folder / MANIFEST, text.encode())
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    """Over everything that a manifest says but this number: a flipped bit in its rate or names shows."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -217,8 +228,14 @@ class Shard:
         return payload[payload.size - 2 * leads * samples :].view(np.int16).reshape(leads, samples)
 
     def metadata(self, record: int) -> dict[str, Any]:
-        """What the record's JSON says."""
-        fields = json.loads(self._member("json_offset", "json_length", record).tobytes())
+        """What the record's JSON says. Verified."""
+        content = self._member("json_offset", "json_length", record).tobytes()
+        if xxhash.xxh3_64_intdigest(content) != int(self.columns["json_checksum"][record]):
+            raise InputError(
+                f"{self.tar}: the JSON of record {record} is damaged: its checksum differs from the index; "
+                "ingest it again"
+            )
+        fields = json.loads(content)
         assert isinstance(fields, dict)
         return fields
 
@@ -291,7 +308,7 @@ class ShardSet:
         """Per shard, the numbers of the records of a split that are at least ``min_s`` seconds long."""
         code = SPLITS.index(split)
         return [
-            np.flatnonzero((s.columns["split"] == code) & (s.columns["samples"] >= min_s * s.columns["rate_hz"]))
+            np.flatnonzero((s.columns["split"] == code) & (s.columns["samples"] / s.columns["rate_hz"] >= min_s))
             for s in self.shards
         ]
 
@@ -310,6 +327,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a manifest of ecgscale shards ({error}); ingest the data again") from error
     if known != FORMAT:
         raise InputError(f"{path}: format {known!r} is not {FORMAT!r}; ingest the data again with this version")
+    if manifest.get("sha256") != _own_sha256(manifest):
+        raise InputError(f"{path}: damaged, its content differs from its own sha256; copy or ingest the data again")
     assert isinstance(manifest, dict)
     return manifest
 
@@ -317,8 +336,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _open_shard(folder: Path, entry: dict[str, Any], dataset: str) -> Shard:
     tar, index = folder / entry["file"], folder / entry["index"]
     for path in (tar, index):
-        if path.name != str(path.relative_to(folder)) or not path.is_file():
-            raise InputError(f"{path}: named by {folder / MANIFEST} but not there")
+        if path.parent != folder or not path.is_file():
+            raise InputError(f"{path}: named by {folder / MANIFEST} but no file of that folder")
     if tar.stat().st_size != entry["bytes"]:
         raise InputError(
             f"{tar}: {tar.stat().st_size} bytes, the manifest says {entry['bytes']}; copy or ingest it again"
@@ -347,6 +366,7 @@ def _first_damaged(shard: Shard) -> str:
     for record in range(len(shard)):
         try:
             shard.signal(record)
+            shard.metadata(record)
         except InputError:
-            return f" (first damaged payload: record {record})"
-    return " (payloads are whole: the damage is in a tar header or in the metadata)"
+            return f" (first damaged record: {record})"
+    return " (the records are whole: the damage is in a tar header)"

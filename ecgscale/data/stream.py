@@ -114,6 +114,7 @@ class Selection:
                 range(p, rows, len(chosen)), range(start, start + segments * length, length), strict=True
             ):
                 signal_BLT[row, at, :length] = source_LT[:, first : first + length]
+                signal_BLT[row, at, length:] = np.rint(offset_L)[:, None]
                 gain_BL[row, at], offset_BL[row, at] = gain_L, offset_L
                 length_B[row], patient_B[row] = length, shard.columns["patient"][record]
         number_P = np.array([self.first_S[shard] + record for shard, record in chosen], np.int64)
@@ -233,6 +234,7 @@ class Prefetch(Iterator[Item]):
     def __next__(self) -> Item:
         item = self._queue.get()
         if isinstance(item, BaseException):
+            self._queue.put(item)  # the thread has ended: whoever asks again must not wait for it
             raise item
         return item
 

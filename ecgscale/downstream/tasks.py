@@ -79,6 +79,8 @@ def load_task(shards: ShardSet, config: TaskConfig, classes: list[str] | None = 
         hint = f"did you mean {near[0]!r}?" if near else f"the recordings have {', '.join(known) or 'no labels at all'}"
         raise InputError(f"task.label {config.label!r}: no recording has it; {hint}")
     codes = [labels.get(config.label, []) for labels in values]
+    if not classes:
+        _check_classes(config, codes)
     labelled_R = np.array([bool(code) for code in codes])
     challenge = load_challenge_weights(Path(config.challenge_weights)) if config.challenge_weights else None
     chosen = list(challenge[0]) if challenge else classes or config.classes or _frequent_classes(shards, codes, config)
@@ -101,6 +103,16 @@ def check_patient_disjoint(shards: ShardSet) -> None:
     torn = patients[counts > 1]
     if torn.size:
         raise InputError(f"{torn.size} patients stand in two splits (first: code {torn[0]}); a patient may be in one")
+
+
+def _check_classes(config: TaskConfig, codes: list[list[str]]) -> None:
+    """Raises InputError for a class of the config that no recording carries: most likely a slip of the pen."""
+    known = {code for record in codes for code in record}
+    for name in config.classes:
+        if known.isdisjoint(name.split("|")):
+            near = get_close_matches(name, sorted(known), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
+            raise InputError(f"task.classes {name!r}: no recording has it in {config.label!r}; {hint}")
 
 
 def _frequent_classes(shards: ShardSet, codes: list[list[str]], config: TaskConfig) -> list[str]:

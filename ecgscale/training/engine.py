@@ -6,6 +6,7 @@ State goes in and out by parameter name, in float32, whatever the stage and the 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -80,6 +81,7 @@ def start_ranks() -> Ranks:
             dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend)
+        atexit.register(dist.destroy_process_group)  # not sooner: DeepSpeed holds on to the group
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -257,7 +259,7 @@ class Engine:
 
 def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micro_batch: int, world_size: int) -> Any:
     """deepspeed.initialize with everything said that has a surprising default."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are ours to tell
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

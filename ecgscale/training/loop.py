@@ -155,15 +155,15 @@ class Skipped:
 
 
 def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tuple[Engine, int, Skipped]:
-    micro_rows = job.train.contrast // ranks.world_size
-    weights = resumed.tensors("weight") if resumed else None
-    engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
-    if resumed is None:
-        return engine, 0, Skipped()
-    if resumed.state["data"] != job.identity:
+    if resumed and resumed.state["data"] != job.identity:
         raise InputError(
             f"{resumed.folder}: was trained on other data than data.shards now names; take another run.dir"
         )
+    weights = resumed.tensors("weight") if resumed else None
+    micro_rows = job.train.contrast // ranks.world_size
+    engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
+    if resumed is None:
+        return engine, 0, Skipped()
     first = job.stream.micro_batch(resumed.step, 0).to(ranks.device)
     engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"], first)
     return engine, resumed.step, Skipped(resumed.state["skipped"], resumed.state["skipped_in_a_row"])
@@ -186,6 +186,7 @@ def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, upda
         return Skipped(skipped.total, 0)
     skipped = Skipped(skipped.total + 1, skipped.in_a_row + 1)
     monitor.event("skipped", step=step, in_a_row=skipped.in_a_row)
+    monitor.say(f"step {step} skipped on all ranks: its gradient is not finite ({skipped.in_a_row} in a row)")
     if skipped.in_a_row >= job.train.max_skipped:
         raise InputError(
             f"{job.run}: {skipped.in_a_row} steps in a row had a non-finite gradient (the last was step {step}); "

@@ -6,6 +6,7 @@ Only rank 0 writes; every rank takes part in averaging the loss parts.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,11 @@ class Monitor:
         if self.ranks.first:
             self._events.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
             self._events.flush()
+
+    def say(self, line: str) -> None:
+        """A line for the person at the terminal, above the progress bar."""
+        if self.ranks.first:
+            tqdm.write(line, file=sys.stderr)
 
     def figure(self, name: str, figure: Any, step: int) -> None:
         if self.ranks.first:

@@ -52,8 +52,11 @@ def random_words(seed: int, purpose: int, segment_B: Tensor, position_B: Tensor,
 
 
 def uniform(words: Tensor) -> Tensor:
-    """Random words -> float32 uniform in (0, 1), never 0 or 1: 24 bits, centred in their interval."""
-    return ((words >> 8).float() + 0.5) * 2.0**-24
+    """Random words -> float32 uniform in (0, 1), never 0 or 1: 23 bits, centred in their interval.
+
+    With 24 bits the largest centre would need a 25th and round to 1, whose Gumbel noise is infinite.
+    """
+    return ((words >> 9).float() + 0.5) * 2.0**-23
 
 
 def below(words: Tensor, bound: Tensor | int) -> Tensor:

@@ -162,7 +162,7 @@ def test_counts_equal_explicit_resampling(groups_B, prevalence):
             row = np.repeat(np.arange(40), count_BR[:, r].astype(int))
             np.testing.assert_allclose(value_CR[:, r], metric(label_BC[row], of_BC[row]), atol=1e-12)
             assert metrics._macro_R(value_CR)[r] == pytest.approx(macro(value_CR[:, r]), nan_ok=True)
-    score_R = metrics._challenge(WEIGHTS_CC, CLASSES, "426783006", label_BC, prediction_BC, count_BR)[0]
+    score_R = metrics.weighted_challenge(WEIGHTS_CC, CLASSES, "426783006", label_BC, prediction_BC, count_BR)[0]
     for r in range(60):
         row = np.repeat(np.arange(40), count_BR[:, r].astype(int))
         assert score_R[r] == pytest.approx(challenge_score(label_BC[row], prediction_BC[row], WEIGHTS_CC, CLASSES))

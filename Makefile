@@ -1,0 +1,54 @@
+# Each target does its own set-up. `make demo` and `make test` are the two to know.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DATA ?= ../shared/data
+RUNS ?= runs
+
+.PHONY: help setup demo test lint gpu real clean
+
+help:
+	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
+	@echo "make test   the test suite: 6 minutes on 2 cores"
+	@echo "make lint   ruff and mypy"
+	@echo "make gpu    the test suite and a bf16 ZeRO-1 run on a GPU"
+	@echo "make real   the chain on real recordings below DATA=$(DATA), about an hour"
+	@echo "make setup  only install into $(VENV); PIP_FLAGS are passed to pip"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ecgscale needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c .ci/constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	test -e $(RUNS)/demo/shards/manifest.json || $(BIN)/ecgscale simulate $(RUNS)/demo/shards --patients 400
+	$(BIN)/ecgscale compare --pretrain configs/pretrain/tiny.yaml --finetune configs/finetune/simulated.yaml \
+	  --pretrain-shards $(RUNS)/demo/shards --task-shards $(RUNS)/demo/shards --run $(RUNS)/demo/runs
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu: setup
+	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/ecgscale simulate $(RUNS)/gpu/shards --patients 400
+	$(BIN)/ecgscale pretrain --config configs/pretrain/base.yaml --data.shards $(RUNS)/gpu/shards --run.dir $(RUNS)/gpu/base \
+	  --train.steps 50 --train.global_batch 128 --train.contrast_batch 128 --train.log_every 10
+
+real: setup
+	test -e $(RUNS)/real/ptbxl/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ptbxl $(RUNS)/real/ptbxl \
+	  --labels $(DATA)/ptbxl/labels.csv --split-by strat_fold --validation-values 8 --test-values 9
+	test -e $(RUNS)/real/seta/manifest.json || $(BIN)/ecgscale ingest $(DATA)/cinc2011_seta $(RUNS)/real/seta
+	$(BIN)/ecgscale compare --pretrain configs/pretrain/ptbxl_seta.yaml --finetune configs/finetune/ptbxl_superclass.yaml \
+	  --pretrain-shards $(RUNS)/real/ptbxl,$(RUNS)/real/seta --task-shards $(RUNS)/real/ptbxl --seeds 3 --run $(RUNS)/real/runs
+
+clean:
+	rm -rf $(VENV) $(RUNS) build dist *.egg-info

@@ -1,0 +1,77 @@
+"""Small data sets, built once, and the means to build odd ones.
+
+Shape suffixes: L leads, T samples.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.record import LEADS, Record
+from ecgscale.simulate import Simulation
+
+RATE_HZ = 100.0
+
+
+@dataclass(frozen=True)
+class Records:
+    """A source of records that lie in memory already."""
+
+    records: Sequence[Record]
+    dataset: str = "made"
+
+    def items(self) -> list[str]:
+        return [record.name for record in self.records]
+
+    def read(self, item: str) -> Record:
+        return next(record for record in self.records if record.name == item)
+
+
+def _make_record(name: str, n_samples: int = 1000, leads: Sequence[str] = LEADS, **fields: object) -> Record:
+    """Noise that is the record's own, so that any of its windows is found in no other place."""
+    rng = np.random.default_rng([*name.encode()])
+    options: dict[str, object] = {
+        "scale_L": rng.uniform(1e-3, 5e-3, len(leads)).astype(np.float32),
+        "rate_hz": RATE_HZ,
+        "patient": f"patient of {name}",
+    }
+    signal_LT = rng.integers(-32767, 32768, (len(leads), n_samples), dtype=np.int16)
+    return Record(name=name, signal_LT=signal_LT, leads=tuple(leads), **(options | fields))
+
+
+@pytest.fixture(scope="session")
+def make_record() -> Callable[..., Record]:
+    return _make_record
+
+
+@pytest.fixture(scope="session")
+def ingest_records() -> Callable[..., Path]:
+    """Write records as a data set: (out, records, **IngestOptions) -> out."""
+
+    def write(out: Path, records: Sequence[Record], **options: object) -> Path:
+        ingest(Records(records), out, IngestOptions(**{"rate_hz": RATE_HZ} | options))
+        return out
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory) -> Path:
+    """40 recordings of 20 patients, 10 s at 100 Hz, in 5 shards. Not to be changed."""
+    out = tmp_path_factory.mktemp("simulated") / "set"
+    options = IngestOptions(rate_hz=RATE_HZ, records_per_shard=8, test_fraction=0.2)
+    ingest(Simulation(patients=20, rate_hz=RATE_HZ), out, options)
+    return out
+
+
+@pytest.fixture
+def copied(simulated, tmp_path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(simulated, tmp_path / "copied")

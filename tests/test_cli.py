@@ -1,0 +1,309 @@
+"""Does the command do what its help says, and end every mistake in one line?"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale import __version__
+from ecgscale.cli import COMMANDS, main
+from ecgscale.errors import InputError
+from ecgscale.inference import load
+from ecgscale.record import LEADS
+
+ARGUMENTS = {
+    "ingest": "source out --dataset --labels --record-column --patient-key --ignore-leads --rate-hz --records-per-shard"
+    " --validation-fraction --test-fraction --split-by --validation-values --test-values --workers",
+    "simulate": "out --patients --records-per-patient --duration-s --noise --seed --rate-hz --records-per-shard",
+    "verify": "shards",
+    "inspect": "shards --plot",
+    "pretrain": "--config --data.shards --model.preset --objective.name --engine.zero_stage --train.steps --run.dir",
+    "finetune": "--config --data.shards --init.model --task.label --task.protocol --train.steps --run.dir",
+    "evaluate": "model --data.shards --split --out",
+    "export": "run out",
+    "embed": "model input output --tokens --rate-hz --leads --ignore-leads",
+    "compare": "--pretrain --finetune --pretrain-shards --task-shards --run --seeds",
+}
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command line: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refusal(command):
+    """The one line with which a command line is refused."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = command(*arguments)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("ecgscale: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err
+
+    return run
+
+
+@pytest.fixture
+def ecg_LT(smooth_ecg):
+    return smooth_ecg(500, 10)
+
+
+@pytest.fixture
+def write_record(smooth_ecg):
+    """Writes a WFDB record in 16-bit counts of 1 µV; returns its path without suffix."""
+
+    def write(folder: Path, name: str = "r", seed: int = 0, leads=LEADS, rate_hz: int = 500) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        counts_LT = np.rint(1000 * smooth_ecg(rate_hz, 10, seed)[: len(leads)]).astype("<i2")
+        lines = [f"{name} {len(leads)} {rate_hz} {counts_LT.shape[1]}"]
+        for lead, count_T in zip(leads, counts_LT, strict=True):
+            checksum = int(count_T.sum(dtype=np.int64)) % 65536
+            lines.append(f"{name}.dat 16 1000(0)/mV 16 0 {count_T[0]} {checksum} 0 {lead}")
+        (folder / f"{name}.hea").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.dat").write_bytes(counts_LT.T.tobytes())
+        return folder / name
+
+    return write
+
+
+# --- the command ---
+
+
+def test_overview_names_every_subcommand(command):
+    for arguments in ((), ("--help",), ("-h",)):
+        code, out, err = command(*arguments)
+        assert (code, err) == (0, "")
+        for name, run in COMMANDS.items():
+            assert f"  {name} " in out
+            assert run.__doc__.splitlines()[0] in out
+    assert "--debug" in out
+    assert command("--version") == (0, f"ecgscale {__version__}\n", "")
+
+
+def test_every_subcommand_is_listed_here():
+    assert ARGUMENTS.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_subcommand(command, name):
+    code, out, err = command(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: ecgscale {name} ")
+    for argument in ARGUMENTS[name].split():
+        assert any(line.split()[:1] == [argument] for line in out.splitlines()), argument
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pretrian"], "unknown command 'pretrian'; known are ingest, "),
+        (["ingest", "a"], "ingest: the following arguments are required: out; see `ecgscale ingest --help`"),
+        (["embed"], "model, input, output"),
+        (["verify", "a", "b"], "unrecognized arguments: b"),
+        (["compare", "--pretrain", "a"], "--finetune"),
+        (["evaluate", "m"], "--data.shards"),
+        (["evaluate", "m", "--data.shards", "a", "--split", "dev"], "'dev'"),
+        (["simulate", "out", "--patients", "many"], "--patients: invalid int value: 'many'"),
+        (["simulate", "out", "--pati", "3"], "--pati"),
+        (["pretrain", "--config", "absent.yaml"], "absent.yaml: "),
+        (["pretrain", "--train.stpes", "3"], "unknown key train.stpes; did you mean train.steps?"),
+        (["finetune", "--model.width", "3"], "unknown key model"),
+        (["finetune", "--init"], "--init.model: a value is missing"),
+        (["verify", "nowhere"], "nowhere: no manifest.json"),
+        (["inspect", "nowhere"], "nowhere: no manifest.json"),
+        (["export", "nowhere", "out"], "nowhere: neither an export"),
+        (["embed", "nowhere", "x.npy", "out.npz"], "nowhere: neither an export"),
+    ],
+)
+def test_slips_end_in_one_line(refusal, arguments, said):
+    assert said in refusal(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [["verify", "nowhere"], ["verify"], ["pretrian"]])
+def test_debug_raises(arguments):
+    with pytest.raises(InputError):
+        main([*arguments, "--debug"])
+    with pytest.raises(InputError):
+        main(["--debug", *arguments])
+
+
+def test_an_error_of_several_lines_becomes_one(refusal, monkeypatch):
+    def fail(argv: list[str]) -> None:
+        raise OSError("first\nsecond")
+
+    monkeypatch.setitem(COMMANDS, "verify", fail)
+    assert refusal("verify", "a") == "ecgscale: first second\n"
+
+
+# --- embed ---
+
+
+def test_embed_a_record(command, small_export, write_record, ecg_LT, tmp_path):
+    path = write_record(tmp_path / "ecgs")
+    code, out, _ = command("embed", small_export, path, tmp_path / "one.npz")
+    assert (code, out) == (0, f"{tmp_path / 'one.npz'}: 1 recordings, width 32\n")
+    found = dict(np.load(tmp_path / "one.npz", allow_pickle=False))
+    assert found.keys() == {"record_embedding", "name"}
+    assert found["name"].tolist() == ["r"]
+    millivolts = np.rint(1000 * ecg_LT) / 1000
+    expected = load(small_export).embed(millivolts, 500, LEADS).record_embedding
+    np.testing.assert_allclose(found["record_embedding"], expected, rtol=0, atol=1e-4)
+    assert command("embed", small_export, path.with_suffix(".hea"), tmp_path / "two.npz")[0] == 0
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+
+def test_embed_a_folder_of_different_records(command, small_export, write_record, tmp_path):
+    write_record(tmp_path / "ecgs" / "b", "z", seed=2, leads=LEADS[:3])
+    write_record(tmp_path / "ecgs" / "a", "y", seed=1, rate_hz=250)
+    write_record(tmp_path / "ecgs", "x", leads=(*LEADS[:2], "vx"))
+    code, _, err = command("embed", small_export, tmp_path / "ecgs", tmp_path / "out.npz", "--tokens")
+    assert code == 2
+    assert "x.hea" in err
+    assert "'vx'" in err
+    assert not (tmp_path / "out.npz").exists()
+    given = ("embed", small_export, tmp_path / "ecgs", tmp_path / "out.npz", "--tokens", "--ignore-leads", "vx")
+    assert command(*given)[0] == 0
+    found = dict(np.load(tmp_path / "out.npz", allow_pickle=False))
+    assert found["name"].tolist() == ["a/y", "b/z", "x"]
+    assert found["record_embedding"].shape == (3, 32)
+    assert found["tokens"].shape == (3, 312, 32)
+    np.testing.assert_allclose(found["tokens"].mean(axis=1), found["record_embedding"], rtol=0, atol=1e-5)
+
+
+def test_embed_an_npy(command, small_export, ecg_LT, tmp_path):
+    np.save(tmp_path / "two.npy", ecg_LT)
+    np.save(tmp_path / "three.npy", np.stack([ecg_LT[1::-1], ecg_LT[1::-1] / 2]))
+    out, model = tmp_path / "out.npz", load(small_export)
+    assert command("embed", small_export, tmp_path / "two.npy", out, "--rate-hz", 500)[0] == 0
+    found = np.load(out, allow_pickle=False)
+    assert found["name"].tolist() == ["two[0]"]
+    np.testing.assert_array_equal(found["record_embedding"], model.embed(ecg_LT, 500, LEADS).record_embedding)
+    given = ("embed", small_export, tmp_path / "three.npy", out, "--rate-hz", 500, "--leads", "II,I")
+    assert command(*given)[0] == 0
+    found = np.load(out, allow_pickle=False)
+    assert found["name"].tolist() == ["three[0]", "three[1]"]
+    first = model.embed(ecg_LT[:2], 500, ("I", "II")).record_embedding[0]
+    np.testing.assert_allclose(found["record_embedding"][0], first, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "said"),
+    [
+        (np.zeros((12, 500)), [], "says no sample rate; give --rate-hz"),
+        (np.zeros((12, 500)), ["--rate-hz", "0"], "rate_hz 0"),
+        (np.zeros((12, 500)), ["--rate-hz", "fast"], "--rate-hz: invalid float value: 'fast'"),
+        (np.zeros((3, 500)), ["--rate-hz", "500"], "of shape (3, 500); give --leads"),
+        (np.zeros(500), ["--rate-hz", "500"], "of shape (500,); give --leads"),
+        (np.zeros((3, 500)), ["--rate-hz", "500", "--leads", "I,II"], "shape (1, 3, 500)"),
+        (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,X"], "unknown lead 'X'"),
+        (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,I"], "lead I stands 2 times"),
+        (np.full((12, 500), np.nan), ["--rate-hz", "500"], "NaN"),
+        (np.zeros((12, 5)), ["--rate-hz", "500"], "5 samples"),
+        (np.full((12, 500), "x"), ["--rate-hz", "500"], "type <U1"),
+    ],
+)
+def test_embed_names_what_is_wrong_with_an_npy(refusal, small_export, tmp_path, array, options, said):
+    path, out = tmp_path / "ecg.npy", tmp_path / "out.npz"
+    np.save(path, array)
+    line = refusal("embed", small_export, path, out, *options)
+    assert said in line
+    assert str(path) in line or "--rate-hz:" in line
+    assert not out.exists()
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def npy_with(tmp_path: Path, kind: str) -> bytes:
+    whole = tmp_path / "whole.npy"
+    np.save(whole, np.zeros((12, 500)))
+    content = whole.read_bytes()
+    if kind == "pickled objects":
+        np.save(whole, np.array([Bomb(tmp_path / "exploded")], object), allow_pickle=True)
+        return whole.read_bytes()
+    return {
+        "a pickle": pickle.dumps(Bomb(tmp_path / "exploded")),
+        "nothing": b"",
+        "half of it": content[: len(content) // 2],
+        "a lie about its size": content.replace(b"(12, 500), }" + b" " * 9, b"(12, 500000000000), }"),
+        "a zip": b"PK\x03\x04" + bytes(60),
+        "text": b"0.1,0.2\n",
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["pickled objects", "a pickle", "nothing", "half of it", "a lie about its size", "a zip", "text"]
+)
+def test_embed_refuses_an_npy_that_holds(refusal, small_export, tmp_path, kind):
+    path = tmp_path / "ecg.npy"
+    path.write_bytes(npy_with(tmp_path, kind))
+    line = refusal("embed", small_export, path, tmp_path / "out.npz", "--rate-hz", 500)
+    assert f"{path}: not a readable .npy of numbers" in line
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_embed_names_files_that_are_not_there(refusal, small_export, write_record, tmp_path):
+    path = write_record(tmp_path / "ecgs")
+    (tmp_path / "empty").mkdir()
+    for source, said in (("absent", "absent"), ("absent.npy", "absent.npy"), ("empty", "empty")):
+        assert said in refusal("embed", small_export, tmp_path / source, tmp_path / "out.npz", "--rate-hz", 500)
+    assert "out.txt: the output is an .npz file" in refusal("embed", small_export, path, tmp_path / "out.txt")
+    nowhere = tmp_path / "nowhere" / "out.npz"
+    assert f"{nowhere}: cannot write" in refusal("embed", small_export, path, nowhere)
+    path.with_suffix(".dat").write_bytes(b"\0" * 24)
+    assert f"{path}.hea" in refusal("embed", small_export, path, tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
+
+
+# --- data sets ---
+
+
+def test_simulate_verify_inspect_and_plot(command, refusal, tmp_path):
+    shards = tmp_path / "shards"
+    given = ("simulate", shards, "--patients", 8, "--duration-s", 5, "--rate-hz", 250, "--workers", 1)
+    code, out, _ = command(*given, "--records-per-shard", 10)
+    assert (code, out) == (0, f"{shards}: 16 records in 2 shards, 0 rejected\n")
+    assert f"{shards}: holds a data set already" in refusal(*given)
+    assert command("verify", shards)[:2] == (0, f"{shards}: 16 records in 2 shards, all checksums right\n")
+    code, out, _ = command("inspect", shards)
+    assert code == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["records"].startswith("16 in 2 shards")
+    assert lines["patients"] == "8"
+    assert lines["rate"] == "250 Hz"
+    assert lines["leads"] == ", ".join(f"{lead} 16" for lead in LEADS)
+    assert lines["hours"] == f"{16 * 5 / 3600:.2f}; recordings of 5 to 5 s"
+    assert command("inspect", shards, "--plot", 15, tmp_path / "r.png")[0] == 0
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    for number in ("16", "-1", "first"):
+        assert "--plot" in refusal("inspect", shards, "--plot", number, "r.png")
+    tar = sorted(shards.glob("*.tar"))[1]
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 1
+    tar.write_bytes(content)
+    assert str(tar) in refusal("verify", shards)

@@ -1,0 +1,423 @@
+"""Does a model see an ECG as it was trained to, however the ECG comes in, and does an export keep it whole?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ecgscale.errors import InputError
+from ecgscale.inference import (
+    ECGModel,
+    Profile,
+    Recording,
+    about_model,
+    export_run,
+    load,
+    write_export,
+)
+from ecgscale.record import LEADS, Record, quantise
+
+WINDOW = 2500  # samples of 5 s at 500 Hz
+CLOSE = {"rtol": 0, "atol": 2e-6}  # float32 rounding of embeddings of about 1
+
+
+@pytest.fixture(scope="module")
+def model(make_model) -> ECGModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def ecg_12_s(smooth_ecg):
+    return smooth_ecg(500, 12)
+
+
+def distance(a, b) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def record_of(signal_mv_LT, leads=LEADS) -> Record:
+    signal_LT, scale_L = quantise(signal_mv_LT)
+    return Record("r", signal_LT, scale_L, 500.0, tuple(leads))
+
+
+def weights_of(model: ECGModel) -> dict[str, torch.Tensor]:
+    weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    head = model.head.state_dict() if model.head else {}
+    return weights | {f"head.{name}": tensor for name, tensor in head.items()}
+
+
+# --- what goes in ---
+
+
+def test_shapes(model, smooth_ecg):
+    signal_RLT = np.stack([smooth_ecg(500, 10, seed) for seed in range(3)])
+    many = model.embed(signal_RLT, 500, LEADS)
+    assert many.record_embedding.shape == (3, 32)
+    assert many.record_embedding.dtype == np.float32
+    assert many.tokens is None
+    for signal_LT, embedding_D in zip(signal_RLT, many.record_embedding, strict=True):
+        np.testing.assert_allclose(model.embed(signal_LT, 500, LEADS).record_embedding[0], embedding_D, **CLOSE)
+    assert distance(many.record_embedding[0], many.record_embedding[1]) > 0.01, "different ECGs differ"
+
+
+def test_more_recordings_than_fit_into_one_batch(model, smooth_ecg):
+    signal_RLT = np.stack([smooth_ecg(500, 0.2, seed) for seed in range(70)])
+    embedding_RD = model.embed(signal_RLT, 500, LEADS).record_embedding
+    assert embedding_RD.shape == (70, 32)
+    for row in (31, 32, 69):
+        alone_D = model.embed(signal_RLT[row], 500, LEADS).record_embedding[0]
+        np.testing.assert_allclose(embedding_RD[row], alone_D, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "names", [("V6", "ecg i", "AVR"), ("II",), LEADS[::-1]], ids=["three in other words", "one", "reversed"]
+)
+@pytest.mark.parametrize("normalisation", ["mv", "zscore"])
+def test_lead_subsets_in_any_order_are_the_twelve_with_the_others_zero(make_model, ecg_12_s, names, normalisation):
+    model = make_model(normalisation)
+    places = [[lead.casefold() for lead in LEADS].index(name.casefold().removeprefix("ecg ")) for name in names]
+    masked_LT = np.zeros_like(ecg_12_s)
+    masked_LT[places] = ecg_12_s[places]
+    subset = model.embed(ecg_12_s[places], 500, names).record_embedding
+    np.testing.assert_allclose(subset, model.embed(masked_LT, 500, LEADS).record_embedding, **CLOSE)
+    if len(names) < 12:
+        assert distance(subset, model.embed(ecg_12_s, 500, LEADS).record_embedding) > 0.01
+
+
+@pytest.mark.parametrize("rate_hz", [250, 1000, np.float32(250), np.int64(1000)])
+def test_the_same_ecg_at_another_rate_gives_the_same_embedding(model, smooth_ecg, rate_hz):
+    expected = model.embed(smooth_ecg(500, 10), 500, LEADS).record_embedding
+    signal_LT = smooth_ecg(float(rate_hz), 10)
+    assert distance(model.embed(signal_LT, rate_hz, LEADS).record_embedding, expected) < 2e-3
+    assert distance(model.embed(signal_LT, 500, LEADS).record_embedding, expected) > 0.02, "the rate matters"
+
+
+def test_integers_lists_and_counts_are_the_same_ecg(model, ecg_12_s):
+    counts_LT = np.rint(ecg_12_s).astype(np.int32)
+    expected = model.embed(counts_LT.astype(np.float64), 500, LEADS).record_embedding
+    np.testing.assert_array_equal(model.embed(counts_LT, 500, LEADS).record_embedding, expected)
+    np.testing.assert_array_equal(model.embed(counts_LT.tolist(), 500, LEADS).record_embedding, expected)
+
+
+@pytest.mark.parametrize("normalisation", ["mv", "zscore"])
+def test_a_stored_record_embeds_as_its_millivolts_do(make_model, ecg_12_s, normalisation):
+    model, record = make_model(normalisation), record_of(ecg_12_s[:6, : 2 * WINDOW] + 1.25, LEADS[:6])
+    stored = model.embed_recordings([Recording.of(record)]).record_embedding
+    given = model.embed(record.millivolts(), 500, LEADS[:6]).record_embedding
+    np.testing.assert_allclose(stored, given, rtol=0, atol=1e-4)
+
+
+# --- windows and tokens ---
+
+
+def test_long_recordings_are_the_mean_over_windows_weighted_by_tokens(model, ecg_12_s):
+    windows = [ecg_12_s[:, :WINDOW], ecg_12_s[:, WINDOW : 2 * WINDOW], ecg_12_s[:, 2 * WINDOW :]]
+    parts_WD = np.concatenate([model.embed(window, 500, LEADS).record_embedding for window in windows])
+    expected_D = np.average(parts_WD, axis=0, weights=[156, 156, 62])
+    embedding_D = model.embed(ecg_12_s, 500, LEADS).record_embedding[0]
+    np.testing.assert_allclose(embedding_D, expected_D, **CLOSE)
+    assert distance(embedding_D, parts_WD.mean(axis=0)) > 1e-4, "the weights matter"
+
+
+def test_a_tail_below_a_second_is_left_out_and_a_longer_one_is_not(model, ecg_12_s):
+    def embed(samples: int):
+        return model.embed(ecg_12_s[:, :samples], 500, LEADS, tokens=True)
+
+    whole, short_tail, tail = embed(2 * WINDOW), embed(2 * WINDOW + 499), embed(2 * WINDOW + 500)
+    np.testing.assert_array_equal(whole.record_embedding, short_tail.record_embedding)
+    assert whole.tokens.shape == short_tail.tokens.shape == (1, 312, 32)
+    assert tail.tokens.shape == (1, 312 + 31, 32)
+    assert distance(tail.record_embedding, whole.record_embedding) > 1e-4
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(16, 1), (31, 1), (250, 15), (2499, 156), (2500, 156)])
+def test_all_that_there_is_is_kept_however_short(model, ecg_12_s, samples, tokens):
+    embedding = model.embed(ecg_12_s[:, :samples], 500, LEADS, tokens=True)
+    assert embedding.tokens.shape == (1, tokens, 32)
+    assert np.isfinite(embedding.tokens).all()
+    np.testing.assert_allclose(embedding.tokens.mean(axis=1), embedding.record_embedding, **CLOSE)
+
+
+def test_tokens_end_in_nan_behind_shorter_recordings(model, ecg_12_s):
+    recordings = [Recording.of(record_of(ecg_12_s[:, :samples])) for samples in (6000, 1000, 2500)]
+    embedding = model.embed_recordings(recordings, tokens=True)
+    counts = [156 + 156 + 62, 62, 156]
+    assert embedding.tokens.shape == (3, max(counts), 32)
+    for tokens_ND, count, record_D in zip(embedding.tokens, counts, embedding.record_embedding, strict=True):
+        assert np.isfinite(tokens_ND[:count]).all()
+        assert np.isnan(tokens_ND[count:]).all()
+        np.testing.assert_allclose(tokens_ND[:count].mean(axis=0), record_D, **CLOSE)
+
+
+@pytest.mark.parametrize("samples", [2500, 6000, 1300], ids=["one window", "several", "padded"])
+def test_zscore_does_not_see_gain_or_offset_of_a_lead(make_model, ecg_12_s, samples):
+    model, signal_LT = make_model("zscore"), ecg_12_s[:, :samples]
+    gain_L1, offset_L1 = np.geomspace(0.2, 5, 12)[:, None], np.linspace(-8, 8, 12)[:, None]
+    expected = model.embed(signal_LT, 500, LEADS).record_embedding
+    np.testing.assert_allclose(
+        model.embed(gain_L1 * signal_LT + offset_L1, 500, LEADS).record_embedding, expected, rtol=0, atol=1e-4
+    )
+    counts_LT = record_of(signal_LT).signal_LT
+    counts, moved = (Recording(x_LT, np.ones(12), list(range(12))) for x_LT in (counts_LT, 3 * counts_LT + 1234))
+    # Behind the end stands the offset as a whole count, which is zero to within half a count.
+    expected = model.embed_recordings([counts]).record_embedding
+    np.testing.assert_allclose(model.embed_recordings([moved]).record_embedding, expected, rtol=0, atol=3e-2)
+    plain = make_model("mv")
+    moved = plain.embed(gain_L1 * signal_LT, 500, LEADS).record_embedding
+    assert distance(moved, plain.embed(signal_LT, 500, LEADS).record_embedding) > 0.01, "millivolts do"
+
+
+def test_flat_leads_give_finite_embeddings(make_model):
+    for normalisation in ("mv", "zscore"):
+        flat = make_model(normalisation).embed(np.full((12, WINDOW), 3.0), 500, LEADS, tokens=True)
+        assert np.isfinite(flat.tokens).all()
+
+
+def test_logits_are_those_of_the_mean_embedding(make_model, ecg_12_s):
+    model = make_model(classes=3)
+    recordings = [Recording.of(record_of(ecg_12_s[:, :samples])) for samples in (6000, 1000)]
+    expected = model.head(torch.from_numpy(model.embed_recordings(recordings).record_embedding)).detach().numpy()
+    np.testing.assert_allclose(model.logits(recordings), expected, **CLOSE)
+    with pytest.raises(InputError, match="no classification head"):
+        make_model().logits(recordings)
+
+
+# --- bad input ---
+
+OKAY = np.zeros((12, 500))
+WITH_NAN = np.where(np.arange(500) == 7, np.nan, OKAY)
+
+
+@pytest.mark.parametrize(
+    ("signal", "rate_hz", "leads", "said"),
+    [
+        (OKAY[:2], 500, ("I", "V7"), "unknown lead 'V7'"),
+        (OKAY[:2], 500, ("I", "ECG I"), "lead I stands 2 times"),
+        (OKAY, 500, LEADS[:6], "shape (1, 12, 500)"),
+        (OKAY.T, 500, LEADS, "shape (1, 500, 12)"),
+        (OKAY[0], 500, ("I",), "shape (500,)"),
+        (OKAY[None, None], 500, LEADS, "shape (1, 1, 12, 500)"),
+        (WITH_NAN, 500, LEADS, "NaN or infinity"),
+        (np.where(OKAY == 0, -np.inf, 0), 500, LEADS, "NaN or infinity"),
+        (OKAY, 0, LEADS, "rate_hz 0"),
+        (OKAY, -500, LEADS, "rate_hz -500"),
+        (OKAY, np.nan, LEADS, "rate_hz nan"),
+        (OKAY, np.inf, LEADS, "rate_hz inf"),
+        (OKAY, 1e-6, LEADS, "rate_hz 1e-06"),
+        (OKAY[:, :15], 500, LEADS, "15 samples at 500 Hz"),
+        (OKAY[:, :7], 250, LEADS, "14 samples at 500 Hz"),
+        (OKAY[:, :0], 250, LEADS, "shape (1, 12, 0) is empty"),
+        (OKAY[:0], 500, (), "shape (1, 0, 500) is empty"),
+        (np.zeros((0, 12, 500)), 500, LEADS, "shape (0, 12, 500) is empty"),
+        (np.full((12, 500), "0"), 500, LEADS, "type <U1"),
+        (OKAY * 1j, 500, LEADS, "type complex128"),
+    ],
+)
+def test_bad_input_is_named(model, signal, rate_hz, leads, said):
+    with pytest.raises(InputError) as refused:
+        model.embed(signal, rate_hz, leads)
+    assert said in str(refused.value)
+
+
+# --- exports ---
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_an_export_gives_the_same_embeddings(make_model, ecg_12_s, tmp_path, classes):
+    model = make_model("zscore", classes)
+    folder = write_export(tmp_path / "out" / "export", weights_of(model), model.about)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    again = load(folder)
+    assert again.profile == model.profile
+    assert (again.head is None) == (classes == 0)
+    np.testing.assert_array_equal(
+        again.embed(ecg_12_s, 500, LEADS).record_embedding, model.embed(ecg_12_s, 500, LEADS).record_embedding
+    )
+    if classes:
+        recording = Recording.of(record_of(ecg_12_s))
+        np.testing.assert_array_equal(again.logits([recording]), model.logits([recording]))
+
+
+def test_an_export_holds_encoder_and_head_alone_in_float32(model, tmp_path):
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights_of(model).items()}
+    folder = write_export(tmp_path / "export", weights | {"local_head.x": torch.zeros(3)}, model.about)
+    stored = load_file(folder / "model.safetensors")
+    assert stored.keys() == weights.keys()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def damage_config(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def damage_group(group: str, **changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        about = json.loads((folder / "config.json").read_text())
+        damage_config(**{group: about[group] | changes})(folder)
+
+    return damage
+
+
+def damage_weights(change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return damage
+
+
+def cut(name: str, keep: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def without(tensors: dict, name: str) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named", "said"),
+    [
+        (cut("config.json", 50), "config.json", "damaged"),
+        (cut("config.json", 0), "config.json", "damaged"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json", "damaged"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json", "ecgscale-export/1"),
+        (damage_config(format="other/2"), "config.json", "ecgscale-export/1"),
+        (damage_config(model=None), "", "does not describe a model"),
+        (damage_group("model", colour="red"), "", "colour"),
+        (damage_group("model", width="wide"), "", "does not describe a model"),
+        (damage_group("model", dropout=2), "", "model.dropout 2"),
+        (damage_group("profile", normalisation="minmax"), "", "normalisation 'minmax'"),
+        (damage_group("profile", rate_hz=0), "", "rate_hz 0"),
+        (damage_group("profile", leads=["I", "II"]), "", "leads ('I', 'II')"),
+        (lambda folder: (folder / "config.json").unlink(), "", "neither an export (config.json) nor a run"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors", "not a readable safetensors"),
+        (cut("model.safetensors", 4), "model.safetensors", "not a readable safetensors"),
+        (cut("model.safetensors", 9000), "model.safetensors", "not a readable safetensors"),
+        (damage_weights(lambda t: without(t, "encoder.norm.bias")), "", "missing norm.bias"),
+        (damage_weights(lambda t: t | {"encoder.more": torch.zeros(2)}), "", "left over more"),
+        (damage_weights(lambda t: t | {"quantizer.more": torch.zeros(2)}), "model.safetensors", "quantizer.more"),
+        (damage_weights(lambda t: t | {"encoder.norm.bias": torch.zeros(2)}), "", "shape of norm.bias"),
+        (damage_weights(lambda t: t | {"head.weight": torch.zeros(3, 32)}), "", "missing bias"),
+    ],
+)
+def test_a_damaged_export_is_refused_by_name(small_export, damage, named, said):
+    load(small_export)
+    damage(small_export)
+    with pytest.raises(InputError) as refused:
+        load(small_export)
+    assert str(refused.value).startswith(f"{small_export / named}: ")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch], ids=["absent", "empty", "a file"])
+def test_what_is_no_model_is_named(tmp_path, make):
+    make(tmp_path / "m")
+    with pytest.raises(InputError, match=r"/m: neither an export \(config.json\) nor a run folder"):
+        load(tmp_path / "m")
+
+
+@contextmanager
+def disk_full_after(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 20_000], ids=["at once", "halfway"])
+def test_an_export_is_complete_or_absent(make_model, small_export, tmp_path, size):
+    model, before = make_model(), {path: path.read_bytes() for path in small_export.iterdir()}
+    for folder in (tmp_path / "new", small_export):
+        with disk_full_after(size), pytest.raises(InputError, match=f"{folder}: cannot write the export"):
+            write_export(folder, weights_of(model), model.about)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"], "nothing half-written stays"
+    assert {path: path.read_bytes() for path in small_export.iterdir()} == before
+
+
+def test_an_export_whose_description_does_not_fit_leaves_nothing(model, tmp_path):
+    about = model.about | {"classes": ["x" * 200_000]}
+    with disk_full_after(150_000), pytest.raises(InputError, match="cannot write the export"):
+        write_export(tmp_path / "export", {"head.bias": torch.zeros(2)}, about)
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_a_killed_export_are_no_model_and_do_not_disturb(model, tmp_path):
+    partial = tmp_path / "export.partial"
+    partial.mkdir()
+    (partial / "junk").touch()
+    write_export(tmp_path / "export", weights_of(model), model.about)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
+
+
+# --- runs ---
+
+
+@pytest.fixture
+def run(model, tmp_path) -> Path:
+    """A run folder with two checkpoints, as the engine leaves it; the model's weights are in the second."""
+    for step, factor in ((1, 0.5), (2, 1.0)):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        file = folder / "tensors-00000-of-00001.safetensors"
+        tensors = {f"weight.{name}": tensor * factor for name, tensor in weights_of(model).items()}
+        save_file(tensors | {"weight.local_head.x": torch.zeros(2), "exp_avg.encoder.norm.bias": torch.ones(32)}, file)
+        about = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        state = {"format": "ecgscale-checkpoint/1", "step": step, "files": {file.name: about}, "about": model.about}
+        (folder / "state.json").write_text(json.dumps(state))
+    return tmp_path / "run"
+
+
+def test_a_run_is_loaded_and_exported_from_its_newest_checkpoint(run, model, tmp_path, ecg_12_s):
+    expected = model.embed(ecg_12_s, 500, LEADS).record_embedding
+    np.testing.assert_array_equal(load(run).embed(ecg_12_s, 500, LEADS).record_embedding, expected)
+    for _ in range(2):  # an export may be made again in its place
+        assert export_run(run, tmp_path / "out") == tmp_path / "out"
+        np.testing.assert_array_equal(load(tmp_path / "out").embed(ecg_12_s, 500, LEADS).record_embedding, expected)
+
+
+def test_the_export_of_a_run_comes_before_its_checkpoints(run, make_model):
+    other = about_model(make_model().encoder.config, Profile(250.0, 5.0, "mv"))
+    write_export(run / "export", weights_of(make_model()), other)
+    assert load(run).profile.rate_hz == 250
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    file = next((run / "checkpoints" / "step-00000002").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"step-00000002/tensors.*damaged"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(file.parent)
+    assert export_run(run, tmp_path / "out").exists()
+
+
+def test_nothing_but_an_export_is_overwritten(run, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "bert"}')
+    for out in (foreign, run, run / "checkpoints" / "step-00000001" / "state.json"):
+        with pytest.raises(InputError, match=f"{out}: exists and is no export"):
+            export_run(run, out)
+    assert (foreign / "config.json").is_file()
+    with pytest.raises(InputError, match="nowhere: neither an export"):
+        export_run(tmp_path / "nowhere", tmp_path / "out")

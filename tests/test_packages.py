@@ -1,0 +1,95 @@
+"""Do dependencies run one way, and does each heavy one have one owner?"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {name: ROOT / folder for name, folder in (
+    ("ecgscale", "ecgscale"),
+    ("ecgscale_kernels", "kernels/ecgscale_kernels"),
+    ("ecgscale_launch", "launch/ecgscale_launch"),
+)}  # fmt: skip
+# launch -> ecgscale -> kernels
+MAY_NOT_IMPORT = {
+    "ecgscale_kernels": {"ecgscale", "ecgscale_launch"},
+    "ecgscale": {"ecgscale_launch"},
+    "ecgscale_launch": set(),
+}
+OWNERS = {
+    "deepspeed": "ecgscale/training/engine.py",
+    "wfdb": "ecgscale/data/sources.py",
+    "webdataset": "ecgscale/data/shards.py",
+}
+UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of everything that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; name the package"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module"):
+            names.add(ast.literal_eval(node.args[0]))
+    return names
+
+
+def top_level(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def test_the_reading_of_imports(tmp_path):
+    file = tmp_path / "m.py"
+    file.write_text("import a.b as c, d\ndef f():\n    from e.g import h\nimportlib.import_module('i.j')\n")
+    assert imported(file) == {"a.b", "d", "e.g.h", "i.j"}
+    assert top_level(file) == {"a", "d", "e", "i"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_dependencies_run_one_way(package):
+    paths = modules(package)
+    assert paths
+    wrong = {str(path): top_level(path) & MAY_NOT_IMPORT[package] for path in paths}
+    assert not {path: names for path, names in wrong.items() if names}
+
+
+@pytest.mark.parametrize("dependency", OWNERS)
+def test_a_heavy_dependency_has_one_owner(dependency):
+    users = [path for package in PACKAGES for path in modules(package) if dependency in top_level(path)]
+    assert users == [ROOT / OWNERS[dependency]]
+
+
+def test_nothing_that_can_execute_is_ever_loaded():
+    for path in (path for package in PACKAGES for path in modules(package)):
+        assert not top_level(path) & UNSAFE, path
+        assert not imported(path) & {"torch.load", "torch.jit.load", "numpy.load", "numpy.lib.npyio"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in (
+                    "torch.load",
+                    "torch.jit.load",
+                    "yaml.load",
+                    "yaml.unsafe_load",
+                    "eval",
+                    "exec",
+                ), path
+                allowed = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
+                assert all(ast.unparse(value) == "False" for value in allowed), path
+                assert called != "np.load" or allowed, path
+
+
+def test_no_generic_name_lands_in_site_packages():
+    for folder in ("kernels", "launch"):
+        assert not (ROOT / folder / "__init__.py").exists()
