@@ -61,6 +61,13 @@ def _overview() -> str:
     return "\n".join([*lines, "", "`ecgscale COMMAND --help` tells more; --debug shows the traceback of an error."])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as every other error is said: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog.removeprefix('ecgscale ')}: {message}; see `{self.prog} --help`")
+
+
 def _parser(command: str, what: str | None) -> argparse.ArgumentParser:
     return _Parser(
         prog=f"ecgscale {command}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,15 +13,15 @@ from ecgscale.config import PretrainConfig
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size
 from ecgscale.data.shards import ShardSet
-from ecgscale.data.stream import Selection, TrainStream, evaluation_batches
+from ecgscale.data.stream import Selection, TrainStream
 from ecgscale.inference import Profile, about_model, export_engine
 from ecgscale.objectives import build_objective
 from ecgscale.objectives.masking import keep_leads
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, log
-from ecgscale.training.engine import Engine, start_ranks
+from ecgscale.training.engine import start_ranks
 from ecgscale.training.loop import Job, train
-from ecgscale.training.monitor import average_over_ranks
+from ecgscale.training.validation import Validation
 
 SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
 
@@ -58,37 +57,13 @@ def pretrain(config: PretrainConfig) -> Path:
         config=asdict(config),
         about=about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)),
         identity=shards.identity,
-        validate=Validation(Selection(shards, config.data, "validation"), config),
+        validate=Validation(
+            Selection(shards, config.data, "validation"), config.train.contrast, SEGMENTS, config.train.seed
+        ),
         picture=lambda batch: masked_picture(batch, config),
     )
     engine = train(job, ranks)
     return export_engine(run / "export", engine, job.about)
-
-
-class Validation:
-    """Mean loss parts over all recordings of the validation split, masked as in training."""
-
-    def __init__(self, selection: Selection, config: PretrainConfig) -> None:
-        self.selection, self.config = selection, config
-
-    def __call__(self, engine: Engine) -> dict[str, float]:
-        ranks, sums, recordings = engine.ranks, defaultdict[str, float](float), 0
-        batches = evaluation_batches(
-            self.selection,
-            self.config.train.contrast,
-            SEGMENTS,
-            self.config.train.seed,
-            ranks.rank,
-            ranks.world_size,
-        )
-        with engine.evaluating():
-            for batch, share in batches:
-                _, parts = engine.forward(batch.to(ranks.device), share=share)
-                weight = batch.rows * (ranks.world_size if share else 1)
-                for name, value in average_over_ranks(parts).items():
-                    sums[name] += value * weight
-                recordings += weight
-        return {f"validation/{name}": total / recordings for name, total in sums.items()}
 
 
 def masked_picture(batch: ECGBatch, config: PretrainConfig) -> Figure:

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     TIME_MASK_TRIM = 6
     NEGATIVES = 7
     GUMBEL = 8
+    TIME_MASK_SPANS = 9
 
 
 def philox_4x32(counter: tuple[Words, Words, Words, Words], seed: int) -> tuple[Words, Words, Words, Words]:

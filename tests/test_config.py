@@ -6,6 +6,7 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
 
@@ -183,7 +184,7 @@ def documented_keys(config_type: type, prefix: str = "") -> Iterator[tuple[str, 
     body = ast.parse(inspect.getsource(config_type)).body[0].body
     doc = {
         field.target.id: after.value.value
-        for field, after in zip(body, body[1:], strict=False)
+        for field, after in pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     }
     for name, hint in hints.items():

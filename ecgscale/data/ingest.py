@@ -31,7 +31,6 @@ from ecgscale.data.sources import Source
 from ecgscale.errors import InputError
 from ecgscale.record import Record
 
-
 _UNFINISHED = "ingest.unfinished"  # stands in the folder until the manifest does
 
 
@@ -53,7 +52,7 @@ class IngestOptions:
         if self.records_per_shard < 1:
             raise InputError(f"records-per-shard {self.records_per_shard}: give 1 or more")
         fractions = (self.validation_fraction, self.test_fraction)
-        if min(fractions) < 0 or sum(fractions) >= 1:
+        if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
             raise InputError(f"validation and test fractions {fractions}: both ≥ 0 and together below 1")
         if bool(self.split_by) != bool(self.validation_values or self.test_values):
             raise InputError("split-by goes together with validation-values or test-values")
@@ -130,12 +129,15 @@ def _begin(out: Path) -> None:
 
 def _run(tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: int, total: int) -> Iterator[_Slice]:
     with tqdm(total=total, unit="rec", desc="ingest", disable=None) as bar:
-        if workers <= 1:
+        if workers <= 1 or len(tasks) <= 1:
             for task in tasks:
                 yield _write_slice(*task)
                 bar.update(len(task[2]))
             return
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # Forked from a process that has done the slow imports and nothing else, so that they are done once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, type(tasks[0][0]).__module__, "webdataset.writer"])
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
             for task, part in zip(tasks, pool.map(_write_slice, *zip(*tasks, strict=True)), strict=True):
                 yield part
                 bar.update(len(task[2]))

@@ -161,6 +161,7 @@ class TrainStream:
         segments: int,
         target: npt.NDArray[np.float32] | None = None,
     ) -> None:
+        """``target`` (records of the whole set, classes) gives rows their labels."""
         self.selection, self.order, self.segments, self.target = selection, order, segments, target
         self.rank, self.world_size = rank, world_size
 
@@ -179,7 +180,8 @@ class TrainStream:
         position_P = self.order.rank_positions(batch, micro_step, self.rank, self.world_size)
         place = self.order.places(position_P)
         chosen = [(int(s), int(self.selection.records[s][r])) for s, r in zip(place.shard, place.record, strict=True)]
-        return self.selection.batch(chosen, position_P, self.segments, self.order.seed, self.target)
+        rows = self.selection.batch(chosen, position_P, self.segments, self.order.seed, self.target)
+        return rows.pin_memory() if torch.cuda.is_available() else rows
 
 
 def evaluation_batches(

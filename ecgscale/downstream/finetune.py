@@ -6,9 +6,8 @@ Shape suffixes: B rows, R recordings, C classes, D width.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ecgscale.config import FinetuneConfig
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size
 from ecgscale.data.shards import ShardSet, write_whole
-from ecgscale.data.stream import DataConfig, Selection, TrainStream, evaluation_batches
+from ecgscale.data.stream import DataConfig, Selection, TrainStream
 from ecgscale.downstream.metrics import auroc, best_thresholds, macro
 from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
@@ -32,9 +31,10 @@ from ecgscale.errors import InputError
 from ecgscale.inference import ECGModel, Recording, about_model, export_engine, load, write_export
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.run import claim_run, log
-from ecgscale.training.engine import Engine, Ranks, start_ranks
+from ecgscale.training.engine import Ranks, start_ranks
 from ecgscale.training.loop import Job, train
-from ecgscale.training.monitor import average_over_ranks
+from ecgscale.training.monitor import write_evaluation
+from ecgscale.training.validation import Validation
 
 Floats = npt.NDArray[np.float32]
 _PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse L2 penalty of the probe, chosen on validation
@@ -81,7 +81,10 @@ def finetune(config: FinetuneConfig) -> Report:
     else:
         _train(model, shards, data, task, config, run, ranks)
     log(ranks, f"evaluating {run}")
-    return evaluate(run, config.data.shards, "test", run / "evaluation-test.json", shown=ranks.first)
+    report = evaluate(run, config.data.shards, "test", run / "evaluation-test.json", shown=ranks.first)
+    if ranks.first:
+        write_evaluation(run, config.train.steps, report.scalars())
+    return report
 
 
 def _data_of(model: ECGModel, config: DataConfig, shards: ShardSet) -> DataConfig:
@@ -132,33 +135,15 @@ def _train(
         config=asdict(config),
         about=_about(model, task, config.task),
         identity=shards.identity,
-        validate=Validation(Selection(shards, data, "validation", task.labelled_R), task, config),
+        validate=Validation(
+            Selection(shards, data, "validation", task.labelled_R),
+            config.train.contrast,
+            1,
+            config.train.seed,
+            task.target_RC,
+        ),
     )
     export_engine(run / "export", train(job, ranks), job.about)
-
-
-@dataclass
-class Validation:
-    """Mean loss over the labelled recordings of the validation split."""
-
-    selection: Selection
-    task: Task
-    config: FinetuneConfig
-
-    def __call__(self, engine: Engine) -> dict[str, float]:
-        ranks, sums, recordings = engine.ranks, defaultdict[str, float](float), 0
-        train = self.config.train
-        batches = evaluation_batches(
-            self.selection, train.contrast, 1, train.seed, ranks.rank, ranks.world_size, self.task.target_RC
-        )
-        with engine.evaluating():
-            for batch, share in batches:
-                _, parts = engine.forward(batch.to(ranks.device), share=share)
-                weight = batch.rows * (ranks.world_size if share else 1)
-                for name, value in average_over_ranks(parts).items():
-                    sums[name] += value * weight
-                recordings += weight
-        return {f"validation/{name}": total / recordings for name, total in sums.items()}
 
 
 def _probe(model: ECGModel, shards: ShardSet, data: DataConfig, task: Task, config: FinetuneConfig, run: Path) -> None:

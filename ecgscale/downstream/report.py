@@ -76,6 +76,17 @@ class Report:
 
         return asdict(self, dict_factory=ready)
 
+    def scalars(self) -> dict[str, float]:
+        """Name -> figure, as TensorBoard takes them; what is not defined is left out."""
+        named = {
+            f"test/{metric}/{row.name}": getattr(row, metric).value
+            for row in (*self.classes, self.macro)
+            for metric in ("auroc", "auprc", "f_measure")
+        }
+        if self.challenge_score is not None:
+            named["test/challenge_score"] = self.challenge_score.value
+        return {name: value for name, value in named.items() if not math.isnan(value)}
+
     def table(self) -> str:
         """Markdown: a row per class and one for macro; below them the challenge score, if there is one."""
         lines = ["| class | n positive | AUROC | AUPRC | F1 |", "|---|---:|---|---|---|"]

@@ -54,10 +54,6 @@ class ModelConfig:
     """Factor on the gradients that flow into the stem."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise InputError(f"model.width {self.width} is no multiple of model.heads {self.heads}")
-        if self.width % self.position_groups:
-            raise InputError(f"model.width {self.width} is no multiple of model.position_groups {self.position_groups}")
         for name in (
             "stem_channels",
             "width",
@@ -69,6 +65,10 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} {getattr(self, name)}: give 1 or more")
+        if self.width % self.heads:
+            raise InputError(f"model.width {self.width} is no multiple of model.heads {self.heads}")
+        if self.width % self.position_groups:
+            raise InputError(f"model.width {self.width} is no multiple of model.position_groups {self.position_groups}")
         for name in ("dropout", "attention_dropout", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"model.{name} {getattr(self, name)}: give a probability below 1")

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cmsc_loss(embedding_BD: Tensor, patient_B: Tensor, segment_B: Tensor, temperature: float) -> Tensor:
+def cmsc_loss(
+    embedding_BD: Tensor, patient_B: Tensor, segment_B: Tensor, temperature: float, nt_xent: bool = False
+) -> Tensor:
     """Cross-entropy of segment A against all segments B and back; positives are segments of the same patient.
 
-    Averaged over all positive pairs and both directions. The N × N form of the reference implementation; the paper's
-    equation counts all 2N − 1 others as negatives.
+    Averaged over all positive pairs and both directions. This is the N × N form of the reference implementation.
+    With ``nt_xent`` each segment is set against all 2N − 1 others, as in the paper's equation.
 
     Args:
         embedding_BD: (B, D) record embeddings of both segments of all pairs, in any order.
@@ -27,5 +29,18 @@ def cmsc_loss(embedding_BD: Tensor, patient_B: Tensor, segment_B: Tensor, temper
     first_P, second_P = segment_B.argsort(stable=True).chunk(2)
     logit_PP = unit_BD[first_P] @ unit_BD[second_P].T / temperature
     positive_PP = patient_B[first_P][:, None] == patient_B[second_P][None, :]
-    log_likelihood_PP = F.log_softmax(logit_PP, dim=1) + F.log_softmax(logit_PP, dim=0)
+    if nt_xent:
+        others_P, others_Q = (_log_sum_others(unit_BD[half], temperature) for half in (first_P, second_P))
+        forth_P1 = torch.logaddexp(logit_PP.logsumexp(dim=1), others_P)[:, None]
+        back_1P = torch.logaddexp(logit_PP.logsumexp(dim=0), others_Q)[None, :]
+        log_likelihood_PP = 2 * logit_PP - forth_P1 - back_1P
+    else:
+        log_likelihood_PP = F.log_softmax(logit_PP, dim=1) + F.log_softmax(logit_PP, dim=0)
     return -torch.where(positive_PP, log_likelihood_PP, 0.0).sum() / (2 * positive_PP.sum())
+
+
+def _log_sum_others(unit_PD: Tensor, temperature: float) -> Tensor:
+    """(P,) log of the sum of exp(logit) over the other rows of the same segment."""
+    logit_PP = unit_PD @ unit_PD.T / temperature
+    own_PP = torch.eye(len(unit_PD), dtype=torch.bool, device=unit_PD.device)
+    return logit_PP.masked_fill(own_PP, float("-inf")).logsumexp(dim=1)

@@ -31,6 +31,14 @@ def sum_over_ranks(x: Tensor, share: bool) -> Tensor:
     return total
 
 
+def lowest_of_ranks(x: Tensor, share: bool) -> Tensor:
+    """The smallest over ranks, the same on all, without gradient."""
+    if share and world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:

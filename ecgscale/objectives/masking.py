@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.objectives.gather import lowest_of_ranks
 from ecgscale.rng import Purpose
 from ecgscale_kernels import philox
+
+_REFERENCE_SHARE = 0.65  # of the tokens that the spans would cover if they did not overlap
 
 
 class TimeMask(NamedTuple):
@@ -37,26 +40,49 @@ def time_mask(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, share: f
     Distinct starts are drawn until at least M tokens are covered; then random ones are uncovered. A fixed M keeps
     shapes static, where wav2vec 2.0 trims each batch to its shortest row.
     """
-    draws = tuple(
-        philox.uniform(philox.random_words(seed, purpose, batch.segment_B, batch.position_B, tokens))
-        for purpose in (Purpose.TIME_MASK_START, Purpose.TIME_MASK_TRIM)
-    )
-    start_key_BN, trim_key_BN = draws
-    token_N = torch.arange(tokens, device=valid_B.device)
-    never = float(tokens)
-    may_start_BN = token_N <= (valid_B - span).clamp(min=0)[:, None]
-    turn_BN = start_key_BN.masked_fill(~may_start_BN, 2.0).argsort(dim=1).argsort(dim=1).float()
-    turn_BN = turn_BN.masked_fill(~may_start_BN, never)
-    # A token is covered once the earliest of the spans over it has had its turn.
-    covered_at_BN = -F.max_pool1d(-F.pad(turn_BN, (span - 1, 0), value=never), span, stride=1)
-    covered_at_BN = covered_at_BN.masked_fill(token_N >= valid_B[:, None], never)
-    count_B = torch.round(share * valid_B).long().clamp(min=1)
-    most = max(1, round(share * tokens))
+    covered_at_BN = _covered_at(batch, seed, tokens, valid_B, span)
+    count_B = torch.round(share * valid_B.double()).long().clamp(min=1)
     last_turn_B1 = covered_at_BN.sort(dim=1).values.gather(1, count_B[:, None] - 1)
-    candidate_BN = (covered_at_BN <= last_turn_B1) & (covered_at_BN < never)
-    place_BM = trim_key_BN.masked_fill(~candidate_BN, -1.0).topk(most, dim=1).indices
+    covered_BN = (covered_at_BN <= last_turn_B1) & (covered_at_BN < tokens)
+    return _trim(batch, seed, covered_BN, count_B, max(1, round(share * tokens)))
+
+
+def reference_time_mask(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, span: int, shared: bool) -> TimeMask:
+    """The rule of the reference implementation: 0.65 · tokens / span spans, then all rows trimmed to the least covered.
+
+    The number of masked tokens depends on the whole contrast batch (``shared``: spread over the ranks), so shapes
+    change from step to step.
+    """
+    covered_at_BN = _covered_at(batch, seed, tokens, valid_B, span)
+    u_B = philox.uniform(philox.random_words(seed, Purpose.TIME_MASK_SPANS, batch.segment_B, batch.position_B, 1))[:, 0]
+    spans_B = torch.floor(_REFERENCE_SHARE * valid_B / span + u_B).clamp(min=1)
+    covered_BN = covered_at_BN < spans_B[:, None]
+    least = lowest_of_ranks(covered_BN.sum(dim=1).min(), shared)
+    return _trim(batch, seed, covered_BN, least.expand(len(valid_B)), int(least))
+
+
+def _covered_at(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, span: int) -> Tensor:
+    """(B, N) float: the turn at which each token is first covered, when distinct starts take turns in random order.
+
+    ``tokens`` for a token that never is, such as one behind the end of a padded row.
+    """
+    words_BN = philox.random_words(seed, Purpose.TIME_MASK_START, batch.segment_B, batch.position_B, tokens)
+    token_N = torch.arange(tokens, device=valid_B.device)
+    may_start_BN = token_N <= (valid_B - span).clamp(min=0)[:, None]
+    key_BN = philox.uniform(words_BN).masked_fill(~may_start_BN, 2.0)
+    turn_BN = key_BN.argsort(dim=1).argsort(dim=1).float().masked_fill(~may_start_BN, tokens)
+    # A token is covered once the earliest of the spans over it has had its turn.
+    covered_at_BN = -F.max_pool1d(-F.pad(turn_BN, (span - 1, 0), value=float(tokens)), span, stride=1)
+    return covered_at_BN.masked_fill(token_N >= valid_B[:, None], tokens)
+
+
+def _trim(batch: ECGBatch, seed: int, covered_BN: Tensor, count_B: Tensor, most: int) -> TimeMask:
+    """``count_B`` random ones of each row's covered tokens; places (B, most)."""
+    tokens = covered_BN.shape[1]
+    words_BN = philox.random_words(seed, Purpose.TIME_MASK_TRIM, batch.segment_B, batch.position_B, tokens)
+    place_BM = philox.uniform(words_BN).masked_fill(~covered_BN, -1.0).topk(most, dim=1).indices
     real_BM = torch.arange(most, device=count_B.device) < count_B[:, None]
-    masked_BN = torch.zeros(candidate_BN.shape, dtype=torch.bool, device=valid_B.device).scatter(1, place_BM, real_BM)
+    masked_BN = torch.zeros_like(covered_BN).scatter(1, place_BM, real_BM)
     return TimeMask(masked_BN, place_BM, count_B)
 
 

@@ -6,7 +6,7 @@ Shape suffixes: B rows, L leads, N tokens, M masked places, K negatives, D width
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
+from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.objectives.cmsc import cmsc_loss
 from ecgscale.objectives.gather import gather_rows
-from ecgscale.objectives.masking import TimeMask, gumbel_noise, keep_leads, negatives, time_mask
+from ecgscale.objectives.masking import (
+    TimeMask,
+    gumbel_noise,
+    keep_leads,
+    negatives,
+    reference_time_mask,
+    time_mask,
+)
 from ecgscale.objectives.wav2vec2 import LocalHead
 
 
@@ -38,6 +46,11 @@ class ObjectiveConfig:
     """Temperature of the local contrast."""
     global_temperature: float = 0.1
     """Temperature of the global contrast."""
+    time_mask_rule: Literal["fixed", "reference"] = "fixed"
+    """fixed: the same number of masked tokens in each row. reference: spans for 0.65 of the tokens before overlap, then
+    every row of the contrast batch is trimmed to the least covered one; the number differs from step to step."""
+    global_form: Literal["reference", "nt_xent"] = "reference"
+    """reference: each segment against the other segments of all pairs. nt_xent: against all others, as in the paper."""
     code_groups: int = 2
     """Codebooks of the quantizer."""
     codes: int = 320
@@ -92,26 +105,25 @@ class Pretraining(nn.Module):
 
     def forward(self, batch: ECGBatch, step: int = 0, share: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and named parts. ``share``: the rows are a part of a contrast batch that is spread over the ranks."""
-        return self.losses(batch, self.draw(batch), step, share)
+        return self.losses(batch, self.draw(batch, share), step, share)
 
-    def draw(self, batch: ECGBatch) -> Draws:
+    def draw(self, batch: ECGBatch, share: bool) -> Draws:
         """Masks, negatives and noise of a batch, from the seed and the rows' positions alone."""
         keep_BL = keep_leads(batch, self.seed, self.config.lead_mask_probability)
         if not self.has_local:
             return Draws(keep_BL, None, None, None)
-        tokens = batch.signal_BLT.shape[-1] // 16
-        mask = time_mask(
-            batch,
-            self.seed,
-            tokens,
-            (batch.length_B // 16),
-            self.config.time_mask_share,
-            self.config.time_mask_span,
-        )
+        mask = self._time_mask(batch, share)
         negative_BMK = negatives(batch, self.seed, mask, self.config.negatives)
         noise_shape = (mask.place_BM.shape[1], self.config.code_groups, self.config.codes)
         gumbel_BMGV = gumbel_noise(batch, self.seed, noise_shape) if self.training else None
         return Draws(keep_BL, mask, negative_BMK, gumbel_BMGV)
+
+    def _time_mask(self, batch: ECGBatch, share: bool) -> TimeMask:
+        tokens = batch.signal_BLT.shape[-1] // SAMPLES_PER_PATCH
+        valid_B, span = batch.length_B // SAMPLES_PER_PATCH, self.config.time_mask_span
+        if self.config.time_mask_rule == "reference":
+            return reference_time_mask(batch, self.seed, tokens, valid_B, span, share)
+        return time_mask(batch, self.seed, tokens, valid_B, self.config.time_mask_share, span)
 
     def losses(self, batch: ECGBatch, draws: Draws, step: int, share: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss for given draws."""
@@ -165,6 +177,7 @@ class Pretraining(nn.Module):
             gather_rows(batch.patient_B, share),
             gather_rows(batch.segment_B, share),
             self.config.global_temperature,
+            self.config.global_form == "nt_xent",
         )
 
 

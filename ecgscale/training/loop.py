@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from ecgscale.training import checkpoint
 from ecgscale.training.engine import Engine, EngineConfig, Ranks
 from ecgscale.training.monitor import Monitor
 from ecgscale.training.schedule import Schedule, learning_rate_factor
+from ecgscale.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,6 @@ class TrainConfig:
         return self.global_batch // self.contrast
 
 
-class Validate(Protocol):
-    """Scores the model on held-out data; all ranks call it together."""
-
-    def __call__(self, engine: Engine) -> dict[str, float]: ...
-
-
 @dataclass
 class Job:
     """What the loop needs to know of a run."""
@@ -100,7 +95,7 @@ class Job:
     config: dict[str, Any]  # the resolved config
     about: dict[str, Any]  # what an export of this run says about its model
     identity: str  # of the data: a run continues only on what it began with
-    validate: Validate
+    validate: Validation
     picture: Callable[[ECGBatch], Any] | None = None  # a figure of the first batch, for TensorBoard
 
 
@@ -115,12 +110,14 @@ def train(job: Job, ranks: Ranks) -> Engine:
     try:
         while step < job.train.steps:
             learning_rate = job.engine.learning_rate * _factor(job.train, step)
+            parts = []
             for micro_step in range(job.train.accumulation):
                 batch = monitor.waiting(batches).to(ranks.device)
                 _seed_dropout(job.train.seed, step, micro_step, ranks.rank)
-                loss, parts = engine.forward(batch, step=step)
+                loss, micro_parts = engine.forward(batch, step=step)
                 engine.backward(loss)
                 updated = engine.step(learning_rate)
+                parts.append(micro_parts)
             step += 1
             skipped = _count_skipped(job, monitor, skipped, step, updated)
             monitor.count(

@@ -53,9 +53,12 @@ class Monitor:
         if self.ranks.first:
             self._bar.update()
 
-    def log(self, step: int, parts: dict[str, Tensor], scalars: dict[str, float]) -> dict[str, float]:
-        """Write the loss parts (averaged over ranks), scalars, throughput and memory. All ranks call it together."""
-        averaged = average_over_ranks(parts)
+    def log(self, step: int, parts: list[dict[str, Tensor]], scalars: dict[str, float]) -> None:
+        """Write loss parts, scalars, throughput and memory. All ranks call it together.
+
+        ``parts`` are those of each micro-step; they are averaged over micro-steps and ranks.
+        """
+        averaged = average_over_ranks({name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]})
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
         values = {f"train/{name}": value for name, value in averaged.items()} | scalars
@@ -72,7 +75,6 @@ class Monitor:
         self.write(step, values)
         if self.ranks.first:
             self._bar.set_postfix_str(f"loss {averaged['loss']:.3f}, {values['throughput/ecg_per_s']:.0f} ECG/s")
-        return values
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of events.jsonl and one point per scalar."""
@@ -106,6 +108,15 @@ class Monitor:
             self._bar.close()
             self._board.close()
             self._events.close()
+
+
+def write_evaluation(run: Path, step: int, values: dict[str, float]) -> None:
+    """Scalars of a finished run's evaluation, beside those of its training."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run / "tensorboard")) as board:
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
 
 
 def average_over_ranks(parts: dict[str, Tensor]) -> dict[str, float]:

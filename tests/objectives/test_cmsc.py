@@ -60,7 +60,6 @@ def test_alike_segments_of_different_patients_score_best():
     patient_B, segment_B = torch.arange(4).repeat(2), torch.arange(2).repeat_interleave(4)
     right = cmsc_loss(embedding_BD, patient_B, segment_B, 0.1)
     assert right.item() == pytest.approx(math.log1p(3 * math.exp(-10)), rel=1e-3)
-    assert cmsc_loss(embedding_BD, patient_B.roll(1) % 4, segment_B, 0.1) < 1
     wrong = cmsc_loss(embedding_BD, torch.tensor([0, 1, 2, 3, 1, 2, 3, 0]), segment_B, 0.1)
     assert wrong.item() == pytest.approx(10 + right.item(), rel=1e-3)
 

@@ -97,7 +97,7 @@ def test_no_masking_keeps_all(rows_of):
 
 def check(mask: TimeMask, tokens: int, valid_B: torch.Tensor, share: float) -> None:
     """What holds for every mask."""
-    expected_B = (share * valid_B).round().long().clamp(min=1)
+    expected_B = (share * valid_B.double()).round().long().clamp(min=1)
     torch.testing.assert_close(mask.count_B, expected_B)
     torch.testing.assert_close(mask.masked_BN.sum(dim=1), expected_B)
     assert mask.place_BM.shape[1] == max(1, round(share * tokens))
@@ -133,6 +133,15 @@ def test_any_shape(make_batch, tokens, share, span, position, data):
     position_B = position + torch.arange(len(valid_B))
     batch = make_batch(torch.zeros(len(valid_B), 12, 0), position_B=position_B)
     check(drawn_mask(batch, tokens, valid_B, share, span), tokens, valid_B, share)
+
+
+@pytest.mark.parametrize(("share", "tokens", "places"), [(0.15, 190, 28), (0.07, 150, 11), (0.5, 5, 2), (0.5, 7, 4)])
+def test_a_share_that_ends_in_a_half_is_rounded_alike_everywhere(rows_of, share, tokens, places):
+    mask = drawn_mask(rows_of(range(16)), tokens, share=share)
+    assert mask.place_BM.shape[1] == places
+    assert mask.count_B.tolist() == [places] * 16
+    assert mask.masked_BN.sum(dim=1).tolist() == [places] * 16
+    assert not (negatives(rows_of(range(16)), 0, mask, 50) == torch.arange(places)[:, None]).any()
 
 
 def run_lengths(masked_BN: torch.Tensor) -> float:

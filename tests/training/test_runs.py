@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,26 @@ class TestWrongRunFolder:
             victim.write_bytes(content if damage == "bit" else content[:200])
         with pytest.raises(ValueError, match=victim.name):
             checkpoint.latest(run / "checkpoints")
+
+
+def test_full_disk_leaves_no_checkpoint(shards, tmp_path) -> None:
+    """A real failure to write: the kernel refuses files above 500 kB."""
+    limited = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.argv = ['ecgscale', *sys.argv[1:]]; "
+    limited += "runpy.run_module('ecgscale.cli', run_name='__main__')"
+    arguments = ["pretrain", *job(shards, tmp_path / "run", "--train.steps=2")]
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot write the checkpoint" in done.stderr.splitlines()[-1]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_old_checkpoints_are_pruned(tmp_path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "step-00000012.partial").mkdir()
+    checkpoint.prune(tmp_path, keep_last=2, keep_every=4)
+    assert [path.name[-2:] for path in checkpoint.checkpoints(tmp_path)] == ["04", "08", "10"]
 
 
 def test_run_folder_holds_what_it_should(one_process) -> None:

@@ -1,0 +1,39 @@
+"""Loss on held-out recordings, while a run trains."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ecgscale.data.stream import Selection, evaluation_batches
+from ecgscale.training.engine import Engine
+from ecgscale.training.monitor import average_over_ranks
+
+
+@dataclass
+class Validation:
+    """Mean loss parts over every recording of a selection, once each, masked and cropped as in training."""
+
+    selection: Selection
+    batch: int  # recordings at once over all ranks
+    segments: int
+    seed: int
+    target: npt.NDArray[np.float32] | None = None
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        """Scalars by name, the same on all ranks, which call it together; none for an empty selection."""
+        ranks, sums, recordings = engine.ranks, defaultdict[str, float](float), 0
+        batches = evaluation_batches(
+            self.selection, self.batch, self.segments, self.seed, ranks.rank, ranks.world_size, self.target
+        )
+        with engine.evaluating():
+            for batch, share in batches:
+                _, parts = engine.forward(batch.to(ranks.device), share=share)
+                weight = batch.rows * (ranks.world_size if share else 1)
+                for name, value in average_over_ranks(parts).items():
+                    sums[name] += value * weight
+                recordings += weight
+        return {f"validation/{name}": total / recordings for name, total in sums.items()}

@@ -1,0 +1,237 @@
+"""Targets and splits of labelled data sets, and every way in which a task can be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.data.shards import SPLITS, Shard, ShardSet
+from ecgscale.data.sources import WfdbFolder
+from ecgscale.downstream.tasks import TaskConfig, check_patient_disjoint, load_task
+from ecgscale.errors import InputError
+from ecgscale.record import Record
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Records of one flat lead: (split, labels) by name; each is a patient of its own."""
+
+    records: dict[str, tuple[str, dict[str, list[str]]]]
+    dataset: str = "made-up"
+
+    def items(self) -> list[str]:
+        return sorted(self.records)
+
+    def read(self, item: str) -> Record:
+        split, labels = self.records[item]
+        flat_LT = np.zeros((1, 100), np.int16)
+        return Record(item, flat_LT, np.ones(1, np.float32), 100.0, ("I",), labels=labels, metadata={"split": split})
+
+
+@pytest.fixture
+def shards_of(tmp_path) -> Callable[..., ShardSet]:
+    """Writes (split, {label: codes}) rows as a data set in shards of three records."""
+
+    def write(rows: list[tuple[str, dict[str, list[str]]]], name: str = "set") -> ShardSet:
+        source = Labelled({f"r{i:03d}": row for i, row in enumerate(rows)})
+        options = IngestOptions(
+            rate_hz=100,
+            records_per_shard=3,
+            validation_fraction=0,
+            split_by="split",
+            validation_values=tuple({split for split, _ in rows} & {"validation"}),
+            test_values=("test",),
+        )
+        ingest(source, tmp_path / name, options)
+        return ShardSet.open(tmp_path / name)
+
+    return write
+
+
+ROWS = [
+    ("train", {"rhythm": ["sinus"]}),
+    ("train", {"rhythm": ["flutter", "sinus"]}),
+    ("train", {"rhythm": ["sinus", "sinus"]}),
+    ("train", {"rhythm": ["flutter"], "site": ["a"]}),
+    ("train", {"site": ["a"]}),
+    ("train", {"rhythm": ["rare"]}),
+    ("validation", {"rhythm": ["sinus"]}),
+    ("validation", {"rhythm": ["rare"]}),
+    ("test", {"rhythm": ["flutter"]}),
+    ("test", {"rhythm": []}),
+]
+
+
+@pytest.fixture
+def shards(shards_of) -> ShardSet:
+    return shards_of(ROWS)
+
+
+def refusal(shards: ShardSet, config: TaskConfig, classes: list[str] | None = None) -> str:
+    with pytest.raises(InputError) as refused:
+        load_task(shards, config, classes)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# --- targets ---
+
+
+def test_targets_stand_in_the_order_of_the_records(shards):
+    task = load_task(shards, TaskConfig("rhythm", classes=["sinus", "flutter"]))
+    assert task.classes == ("sinus", "flutter")
+    assert task.kind == "multilabel"
+    assert task.target_RC.dtype == np.float32
+    expected_RC = [[1, 0], [1, 1], [1, 0], [0, 1], [0, 0], [0, 0], [1, 0], [0, 0], [0, 1], [0, 0]]
+    np.testing.assert_array_equal(task.target_RC, expected_RC)
+    assert shards.column("split").tolist() == [SPLITS.index(split) for split, _ in ROWS]
+    assert task.challenge is None
+
+
+def test_records_without_the_label_are_left_out(shards):
+    labelled_R = load_task(shards, TaskConfig("rhythm", min_positives=1)).labelled_R
+    assert labelled_R.tolist() == [True] * 4 + [False] + [True] * 4 + [False]
+
+
+def test_frequent_classes_are_counted_by_records_of_the_training_split(shards):
+    assert load_task(shards, TaskConfig("rhythm", min_positives=2)).classes == ("flutter", "sinus")
+    assert load_task(shards, TaskConfig("rhythm", min_positives=1)).classes == ("flutter", "rare", "sinus")
+    # A code that stands twice in one record counts once: sinus has three, not four.
+    assert "fewer than two classes have 3 positives" in refusal(shards, TaskConfig("rhythm", min_positives=3))
+    assert "fewer than two classes have 10 positives" in refusal(shards, TaskConfig("rhythm"))
+
+
+def test_single_label_takes_the_records_with_exactly_one_class(shards):
+    config = TaskConfig("rhythm", kind="singlelabel", classes=["sinus", "flutter"])
+    task = load_task(shards, config)
+    assert task.kind == "singlelabel"
+    # The second has two of them; the sixth and the eighth have another one.
+    expected_R = [True, False, True, True, False, False, True, False, True, False]
+    assert task.labelled_R.tolist() == expected_R
+    assert (task.target_RC[task.labelled_R].sum(axis=1) == 1).all()
+    several = load_task(shards, replace(config, kind="multilabel"))
+    assert several.labelled_R.sum() == 8
+
+
+def test_classes_of_a_trained_model_come_first_and_may_be_absent_here(shards):
+    task = load_task(shards, TaskConfig("rhythm", classes=["sinus"]), classes=["pacing", "flutter"])
+    assert task.classes == ("pacing", "flutter")
+    assert task.target_RC.sum(axis=0).tolist() == [0, 3]
+
+
+def test_several_data_sets_are_one(shards_of, tmp_path):
+    shards_of(ROWS, "one")
+    shards_of(ROWS[::-1], "two")
+    with pytest.raises(InputError, match="two splits"):  # equal names in a set of equal name: the same unknown people
+        load_task(ShardSet.open([tmp_path / "one", tmp_path / "two"]), TaskConfig("rhythm", min_positives=1))
+    both = ShardSet.open([tmp_path / "one", tmp_path / "one"])
+    task = load_task(both, TaskConfig("rhythm", classes=["sinus"]))
+    assert len(task.target_RC) == 20
+    np.testing.assert_array_equal(task.target_RC[:10], task.target_RC[10:])
+
+
+# --- the challenge ---
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    path = tmp_path / "weights.csv"
+    path.write_text(",10|11,426783006,30\n11|10,1,0.5,0\n426783006,0.5,1,0.3\n30,0,0.3,1\n")
+    return path
+
+
+def test_challenge_weights_give_the_classes(shards_of, weights):
+    rows = [("train", ["11"]), ("train", ["10", "30"]), ("validation", ["426783006"]), ("test", ["99", "30"])]
+    shards = shards_of([(split, {"Dx": codes}) for split, codes in rows])
+    task = load_task(shards, TaskConfig("Dx", challenge_weights=str(weights)))
+    assert task.classes == ("10|11", "426783006", "30")
+    np.testing.assert_array_equal(task.target_RC, [[1, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 1]])
+    assert task.challenge[0] == task.classes
+    np.testing.assert_array_equal(task.challenge[1][0], [1, 0.5, 0])
+    assert task.labelled_R.all()
+
+
+def test_weights_that_cannot_be_read_are_named(shards, tmp_path):
+    assert "absent.csv" in refusal(shards, TaskConfig("rhythm", challenge_weights=str(tmp_path / "absent.csv")))
+
+
+def test_the_official_weights_fit_real_recordings(shared_data, tmp_path):
+    source = WfdbFolder(shared_data / "cinc2021", "cinc2021")
+    few = [item for item in source.items() if "Dx" in source.read(item).labels][:12]
+
+    class Few(WfdbFolder):
+        def items(self) -> list[str]:
+            return few
+
+    options = IngestOptions(rate_hz=100, validation_fraction=0.3, test_fraction=0.3)
+    ingest(Few(source.root, source.dataset), tmp_path / "set", options)
+    shards = ShardSet.open(tmp_path / "set")
+    config = TaskConfig("Dx", challenge_weights=str(shared_data / "cinc_scoring" / "weights.csv"))
+    task = load_task(shards, config)
+    assert len(task.classes) == 26
+    codes_R = [shard.metadata(record)["labels"]["Dx"] for shard in shards.shards for record in range(len(shard))]
+    for codes, target_C in zip(codes_R, task.target_RC, strict=True):
+        scored = {name for name in task.classes if set(name.split("|")) & set(codes)}
+        assert {name for name, target in zip(task.classes, target_C, strict=True) if target} == scored
+    assert task.target_RC.any()
+
+
+# --- what can be wrong ---
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (TaskConfig("rythm"), "task.label 'rythm': no recording has it; did you mean 'rhythm'?"),
+        (TaskConfig("diagnosis"), "task.label 'diagnosis': no recording has it; the recordings have rhythm, site"),
+        (TaskConfig(""), "task.label ''"),
+        (TaskConfig("rhythm", classes=["sinus", "fluter"]), "task.classes 'fluter': no recording has it in 'rhythm'"),
+        (TaskConfig("rhythm", classes=["sinus", "fluter"]), "did you mean 'flutter'?"),
+        (TaskConfig("rhythm", classes=["xyz"]), "it has flutter, rare, sinus"),
+        (TaskConfig("site", classes=["a"]), "the validation split has no recording with a usable 'site'"),
+        (TaskConfig("rhythm", kind="singlelabel", classes=["sinus"]), "the test split has no recording"),
+    ],
+)
+def test_what_does_not_fit_the_recordings_is_named(shards, config, said):
+    assert said in refusal(shards, config)
+
+
+def test_recordings_without_any_label_are_named(shards_of):
+    assert "the recordings have no labels at all" in refusal(shards_of([("train", {}), ("test", {})]), TaskConfig("x"))
+
+
+def test_a_class_that_stands_for_alternatives_is_known_by_one_of_them(shards):
+    task = load_task(shards, TaskConfig("rhythm", classes=["fibrillation|flutter", "sinus"]))
+    assert task.target_RC[:, 0].tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 1, 0]
+
+
+def test_min_positives_below_one_is_refused():
+    with pytest.raises(InputError, match=r"task\.min_positives 0"):
+        TaskConfig(min_positives=0)
+
+
+def shard_set(*shards: tuple[list[int], list[int]]) -> ShardSet:
+    """Patients and splits of each shard."""
+    columns = [
+        {
+            "samples": np.ones(len(patients), np.uint32),
+            "patient": np.array(patients),
+            "split": np.array(splits, np.uint8),
+        }
+        for patients, splits in shards
+    ]
+    return ShardSet(tuple(Shard(Path("absent.tar"), each, "made-up") for each in columns), 500.0, "identity")
+
+
+def test_a_patient_in_two_splits_is_refused():
+    check_patient_disjoint(shard_set(([5, 5, 6], [0, 0, 2]), ([6, 2**62], [2, 1])))
+    torn = shard_set(([5, 5, 6], [0, 0, 2]), ([7, 6], [1, 0]))
+    with pytest.raises(InputError, match=r"1 patients stand in two splits \(first: code 6\)"):
+        check_patient_disjoint(torn)
+    with pytest.raises(InputError, match="two splits"):
+        load_task(torn, TaskConfig("rhythm"))
