@@ -190,7 +190,7 @@ def test_full_disk_leaves_no_checkpoint(shards, tmp_path) -> None:
     limited = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.argv = ['ecgscale', *sys.argv[1:]]; "
     limited += "runpy.run_module('ecgscale.cli', run_name='__main__')"
-    arguments = ["pretrain", *job(shards, tmp_path / "run", "--train.steps=2")]
+    arguments = ["pretrain", *job(shards, tmp_path / "run", "--train.steps=2", "--model.ffn_width=1024")]
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "cannot write the checkpoint" in done.stderr.splitlines()[-1]
