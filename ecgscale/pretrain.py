@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from ecgscale.config import PretrainConfig
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.order import Order, check_world_size
 from ecgscale.data.shards import ShardSet
 from ecgscale.data.stream import Selection, TrainStream
 from ecgscale.inference import Profile, about_model, export_engine
@@ -31,15 +30,7 @@ def pretrain(config: PretrainConfig) -> Path:
     ranks = start_ranks()
     shards = ShardSet.open(config.data.shards)
     selection = Selection(shards, config.data, "train")
-    check_world_size(ranks.world_size, config.train.lane_count)
-    order = Order(
-        selection.counts,
-        config.train.global_batch,
-        config.train.contrast,
-        config.train.lane_count,
-        config.train.seed,
-        config.data.shuffle_window,
-    )
+    order = config.train.order(selection, ranks.world_size)
     run = claim_run(config.run.dir, config, ranks)
     torch.manual_seed(config.train.seed)
     objective = build_objective(

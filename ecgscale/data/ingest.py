@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -85,6 +87,7 @@ def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) 
     """
     if (out / MANIFEST).exists():
         raise InputError(f"{out}: holds a data set already; give another folder or remove it")
+    _check_utf8(source.dataset)
     items = source.items()
     _begin(out)
     slices = [
@@ -137,10 +140,22 @@ def _run(tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: in
         # Forked from a process that has done the slow imports and nothing else, so that they are done once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, type(tasks[0][0]).__module__, "webdataset.writer"])
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
             for task, part in zip(tasks, pool.map(_write_slice, *zip(*tasks, strict=True)), strict=True):
                 yield part
                 bar.update(len(task[2]))
+
+
+def _end_with_parent() -> None:
+    """A killed ingest takes its workers along: they would finish their shards in the folder and then wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_slice(source: Source, tar: Path, items: list[str], options: IngestOptions) -> _Slice:
@@ -149,6 +164,7 @@ def _write_slice(source: Source, tar: Path, items: list[str], options: IngestOpt
     def records() -> Iterator[tuple[str, Record]]:
         for item in items:
             try:
+                _check_utf8(item)
                 record = source.read(item).resampled(options.rate_hz)
             except InputError as error:
                 done.rejected.append((item, str(error)))
@@ -159,6 +175,13 @@ def _write_slice(source: Source, tar: Path, items: list[str], options: IngestOpt
 
     done.columns = write_tar(tar, source.dataset, records())
     return done
+
+
+def _check_utf8(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:  # a file name in an old encoding
+        raise InputError(f"the name {name!r} is not UTF-8; give another") from error
 
 
 def _split_value(record: Record, key: str) -> str:
@@ -204,4 +227,4 @@ def _split_by_hash(patient_B: npt.NDArray[np.int64], options: IngestOptions) -> 
 def _write_rejected(path: Path, rows: list[tuple[str, str]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([("record", "reason"), *rows])
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode(errors="backslashreplace"))

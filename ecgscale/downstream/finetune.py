@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from ecgscale.config import FinetuneConfig
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.order import Order, check_world_size
 from ecgscale.data.shards import ShardSet, write_whole
 from ecgscale.data.stream import DataConfig, Selection, TrainStream
 from ecgscale.downstream.metrics import auroc, best_thresholds, macro
@@ -112,14 +111,7 @@ def _train(
     ranks: Ranks,
 ) -> None:
     selection = Selection(shards, data, "train", task.labelled_R)
-    check_world_size(ranks.world_size, config.train.lane_count)
-    order = Order(
-        selection.counts,
-        config.train.global_batch,
-        config.train.contrast,
-        config.train.lane_count,
-        config.train.seed,
-    )
+    order = config.train.order(selection, ranks.world_size)
     torch.manual_seed(config.train.seed)
     objective = Classification(model.encoder.cpu(), len(task.classes), task.kind)
     objective.encoder.activation_checkpointing = config.engine.activation_checkpointing

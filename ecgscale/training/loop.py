@@ -14,8 +14,8 @@ import yaml
 from torch import nn
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.order import default_lanes
-from ecgscale.data.stream import TrainStream
+from ecgscale.data.order import Order, check_world_size, default_lanes
+from ecgscale.data.stream import Selection, TrainStream
 from ecgscale.errors import InputError
 from ecgscale.training import checkpoint
 from ecgscale.training.engine import Engine, EngineConfig, Ranks
@@ -73,9 +73,12 @@ class TrainConfig:
     def contrast(self) -> int:
         return self.contrast_batch or self.global_batch
 
-    @property
-    def lane_count(self) -> int:
-        return self.lanes or default_lanes(self.contrast)
+    def order(self, selection: Selection, world_size: int) -> Order:
+        """The order in which a selection is read; raises InputError where batches, lanes and ranks do not fit."""
+        lanes = self.lanes or default_lanes(self.contrast)
+        check_world_size(world_size, lanes)
+        window = selection.config.shuffle_window
+        return Order(selection.counts, self.global_batch, self.contrast, lanes, self.seed, window)
 
     @property
     def accumulation(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
+import shutil
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -114,6 +116,16 @@ def test_rejected_records_are_listed_and_counted(raw, tmp_path, capsys) -> None:
     assert "pleth" in reasons["bad/lead"]
     assert "bpm" in reasons["bad/unit"]
     assert sorted(splits(out)) == sorted(f"ward{i % 3}/rec{i}" for i in range(9))
+
+
+def test_a_name_that_is_not_utf8_rejects_one_record(raw, tmp_path, capsys) -> None:
+    source = shutil.copytree(raw / "ward0", tmp_path / "source")
+    (source / "rec0.hea").rename(source / os.fsdecode(b"caf\xe9.hea"))
+    assert run("ingest", source, tmp_path / "out", "--rate-hz=100", "--workers=1") == 0
+    assert "2 records in 1 shards, 1 rejected" in capsys.readouterr().out
+    assert "\ncaf\\udce9,the name" in (tmp_path / "out" / "rejected.csv").read_text("utf8").replace("\r", "")
+    assert run("ingest", source.rename(tmp_path / os.fsdecode(b"caf\xe9")), tmp_path / "second") == 2
+    assert "caf\\udce9" in capsys.readouterr().err
 
 
 def test_no_data_set_where_nothing_can_be_read(raw, tmp_path, capsys) -> None:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -317,18 +318,21 @@ def test_a_full_disk_ends_ingest_with_one_line(tmp_path, undisturbed) -> None:
     assert contents(out) == undisturbed
 
 
-def test_a_killed_ingest_leaves_no_data_set(tmp_path, undisturbed) -> None:
+@pytest.mark.parametrize(("workers", "whole_group"), [(1, True), (2, False)])
+def test_a_killed_ingest_leaves_no_data_set(tmp_path, undisturbed, workers, whole_group) -> None:
     out = tmp_path / "set"
-    many = ["--patients=4000", *SIMULATE[1:], "--workers=1"]
-    process = begin_simulate(out, *many, start_new_session=True)
+    process = begin_simulate(out, "--patients=4000", *SIMULATE[1:], f"--workers={workers}", start_new_session=True)
     with process:
         deadline = time.monotonic() + 60
         while not (out / "shard-000001.tar").exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        children = psutil.Process(process.pid).children(recursive=True)
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+    assert len(children) >= workers - 1
+    assert not psutil.wait_procs(children, timeout=20)[1]  # orphans would go on writing there
     refused(out, out)
     assert cli.main(["simulate", str(out), *SIMULATE, "--workers=1"]) == 0
     assert contents(out) == undisturbed
