@@ -23,6 +23,7 @@ SMALL, NO_DROPOUT, losses, events = conftest.SMALL, conftest.NO_DROPOUT, conftes
 
 # fp32 sums over ranks are added up in another order: 1e-7 relative per loss, which six updates by Adam amplify.
 TOLERANCE = 2e-5
+REFERENCE_RULES = ["--objective.time_mask_rule=reference", "--objective.global_form=nt_xent", "--train.lanes=2"]
 
 
 def job(shards: Path, run: Path, *more: str) -> list[str]:
@@ -37,14 +38,15 @@ def one_process(shards, jobs, tmp_path_factory) -> Path:
         1,
         job(shards, folder / "whole", *NO_DROPOUT, "--train.checkpoint_every=3", "--train.keep_last=9"),
         job(shards, folder / "accumulated", *NO_DROPOUT, "--train.contrast_batch=4", "--engine.zero_stage=0"),
+        job(shards, folder / "reference", *NO_DROPOUT, *REFERENCE_RULES),
         job(shards, folder / "dropout", "--train.checkpoint_every=2"),
     )
     return folder
 
 
 def test_stages_on_two_processes_equal_one(shards, jobs, one_process, tmp_path) -> None:
-    more = {"whole": [], "accumulated": ["--train.contrast_batch=4"]}
-    combinations = [(stage, kind) for stage in range(4) for kind in more]
+    more = {"whole": [], "accumulated": ["--train.contrast_batch=4"], "reference": REFERENCE_RULES}
+    combinations = [(stage, kind) for stage in range(4) for kind in ("whole", "accumulated")] + [(1, "reference")]
     jobs.run(
         2,
         *(
