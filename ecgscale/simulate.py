@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.errors import InputError
+from ecgscale.noise import electrode_noise, seen_by_channels
 from ecgscale.record import LEADS, Floats, Record
 
 Array = npt.NDArray[np.float64]
@@ -275,49 +276,6 @@ def _dipole(rhythm: str, patient: _Patient, time_T: Array, rate_hz: float, rng: 
     return dipole_XT
 
 
-def _electrode_noise(patient: _Patient, time_T: Array, rng: Rng) -> Floats:
-    """(E, T) potentials in mV at RA, LA, LL, V1..V6: muscle, wander, skin, mains, motion and offsets."""
-    n_samples, duration_s = len(time_T), float(time_T[-1])
-    severity = np.exp(rng.normal(0.0, 0.6))
-    burst_T = np.full(n_samples, 0.012 * severity)
-    for _ in range(rng.poisson(0.08 * duration_s)):
-        since_T = (time_T - rng.uniform(0, duration_s)) / rng.uniform(0.15, 0.6)
-        burst_T += 0.036 * severity * np.exp(-0.5 * since_T**2)
-    # float32 and in place: fresh pages for large temporaries cost more than the arithmetic.
-    noise_ET = rng.standard_normal((9, n_samples), dtype=np.float32)
-    noise_ET[:, 1:] -= 0.5 * noise_ET[:, :-1]
-    noise_ET *= burst_T.astype(np.float32)
-    noise_ET *= np.exp(rng.normal(0.0, 0.4, (9, 1))).astype(np.float32)
-
-    knot_N = np.arange(0.0, duration_s + 0.1, 0.05)
-    hz_F1 = np.array([patient.respiration_hz, *rng.uniform(0.05, 0.5, 3)])[:, None]
-    wander_FN = np.sin(2 * pi * hz_F1 * knot_N + rng.uniform(0, 2 * pi, (4, 1)))
-    slow_EN = rng.normal(0.0, 0.042 * severity, (9, 4)) @ wander_FN
-    # What moving skin adds lies in the band of P, T and fibrillatory waves: no filter takes it out.
-    slow_EN += rng.normal(0.0, 0.045 * severity, slow_EN.shape)
-    if rng.random() < 0.3:
-        slow_EN += rng.normal(0.0, 0.2, (9, 1))  # half-cell potentials
-    # The mains frequency drifts by tens of mHz within half a minute.
-    mains_T = 2 * pi * patient.mains_hz * time_T + 1.5 * np.sin(0.2 * time_T + rng.uniform(0, 2 * pi))
-    sin_T, cos_T = np.sin(mains_T), np.cos(mains_T)
-    hum_E2 = rng.normal(0.0, 0.006 * severity, (9, 2))
-    for noise_T, slow_N, (hum_sin, hum_cos) in zip(noise_ET, slow_EN, hum_E2, strict=True):
-        noise_T += np.interp(time_T, knot_N, slow_N) + hum_sin * sin_T + hum_cos * cos_T
-
-    if rng.random() < 0.2:  # an electrode moves: a step that the recorder's high-pass lets decay
-        since_T = time_T - rng.uniform(0, duration_s)
-        decay_T = np.exp(-np.maximum(since_T, 0) / rng.uniform(0.2, 1.5))
-        noise_ET[rng.integers(9)] += rng.normal(0.0, 0.5) * decay_T * (since_T > 0)
-    return noise_ET
-
-
-def _seen_by_channels(electrode_ET: Floats) -> Floats:
-    """RA, LA, LL, V1..V6 -> I, II, V1..V6, in the same memory; V against Wilson's central terminal."""
-    electrode_ET[3:] -= electrode_ET[:3].mean(axis=0)
-    electrode_ET[1:3] -= electrode_ET[0]
-    return electrode_ET[1:]
-
-
 def _twelve_leads(channel_CT: Array) -> Floats:
     """I, II, V1..V6 -> the twelve leads, by Einthoven's and Goldberger's laws."""
     one_T, two_T = channel_CT[:2]
@@ -379,7 +337,8 @@ class Simulation:
         time_T = np.arange(round(self.duration_s * self.rate_hz)) / self.rate_hz
         channel_CT = np.einsum("CX,XT->CT", leads_CX, _dipole(rhythm, patient, time_T, self.rate_hz, rng))
         if self.noise:
-            channel_CT += self.noise * _seen_by_channels(_electrode_noise(patient, time_T, rng))
+            electrode_ET = electrode_noise(time_T, patient.respiration_hz, patient.mains_hz, rng)
+            channel_CT += self.noise * seen_by_channels(electrode_ET)
         channel_CT /= patient.count_mv
         count_LT = _twelve_leads(channel_CT)
         if rng.random() < 0.04 * self.noise:  # a lead comes loose, at once or on the way

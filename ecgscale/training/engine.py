@@ -259,11 +259,12 @@ class Engine:
 
 def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micro_batch: int, world_size: int) -> Any:
     """deepspeed.initialize with everything said that has a surprising default."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are ours to tell
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it warns of its guess
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
 
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are ours to tell
         # Without this, the first start on a CPU compiles an op, and a killed build hangs every later start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
