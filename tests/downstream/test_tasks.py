@@ -101,9 +101,16 @@ def test_records_without_the_label_are_left_out(shards):
 def test_frequent_classes_are_counted_by_records_of_the_training_split(shards):
     assert load_task(shards, TaskConfig("rhythm", min_positives=2)).classes == ("flutter", "sinus")
     assert load_task(shards, TaskConfig("rhythm", min_positives=1)).classes == ("flutter", "rare", "sinus")
-    # A code that stands twice in one record counts once: sinus has three, not four.
     assert "fewer than two classes have 3 positives" in refusal(shards, TaskConfig("rhythm", min_positives=3))
     assert "fewer than two classes have 10 positives" in refusal(shards, TaskConfig("rhythm"))
+
+
+def test_a_code_that_stands_twice_in_a_record_counts_once(shards_of):
+    codes = [["b"], ["b"], ["a", "a"]]
+    rows = [(split, {"Dx": each}) for split in SPLITS for each in codes]
+    shards = shards_of(rows)
+    assert load_task(shards, TaskConfig("Dx", min_positives=1)).classes == ("a", "b")
+    assert "fewer than two classes have 2 positives" in refusal(shards, TaskConfig("Dx", min_positives=2))
 
 
 def test_single_label_takes_the_records_with_exactly_one_class(shards):
@@ -119,7 +126,8 @@ def test_single_label_takes_the_records_with_exactly_one_class(shards):
 
 
 def test_classes_of_a_trained_model_come_first_and_may_be_absent_here(shards):
-    task = load_task(shards, TaskConfig("rhythm", classes=["sinus"]), classes=["pacing", "flutter"])
+    config = TaskConfig("rhythm", classes=["pacing", "flutter"])
+    task = load_task(shards, config, classes=["pacing", "flutter"])
     assert task.classes == ("pacing", "flutter")
     assert task.target_RC.sum(axis=0).tolist() == [0, 3]
 

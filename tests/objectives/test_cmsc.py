@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from ecgscale.objectives.cmsc import cmsc_loss
 
 
-def plain_loss(embedding_BD, patient_B, segment_B, temperature: float) -> float:
-    """Over all pairs of segments of one patient: −log of the pair's share among all, in both directions."""
+def plain_loss(embedding_BD, patient_B, segment_B, temperature: float, nt_xent: bool) -> float:
+    """Over all pairs of segments of one patient: −log of the pair's share among all, in both directions.
+
+    All are the segments of the other kind or, with ``nt_xent``, everything but the segment itself.
+    """
     unit_BD = embedding_BD.double() / embedding_BD.double().norm(dim=1, keepdim=True)
     first = [b for b in range(len(segment_B)) if segment_B[b] == 0]
     second = [b for b in range(len(segment_B)) if segment_B[b] == 1]
@@ -23,12 +26,15 @@ def plain_loss(embedding_BD, patient_B, segment_B, temperature: float) -> float:
     def likeness(a: int, b: int) -> float:
         return math.exp(float(unit_BD[a] @ unit_BD[b]) / temperature)
 
+    def share(a: int, b: int, others: list[int]) -> float:
+        return likeness(a, b) / sum(likeness(a, other) for other in others if other != a)
+
     terms = []
     for a in first:
         for b in second:
             if patient_B[a] == patient_B[b]:
-                terms.append(-math.log(likeness(a, b) / sum(likeness(a, other) for other in second)))
-                terms.append(-math.log(likeness(a, b) / sum(likeness(other, b) for other in first)))
+                terms.append(-math.log(share(a, b, first + second if nt_xent else second)))
+                terms.append(-math.log(share(b, a, first + second if nt_xent else first)))
     return sum(terms) / len(terms)
 
 
@@ -37,15 +43,20 @@ def plain_loss(embedding_BD, patient_B, segment_B, temperature: float) -> float:
     patients=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     temperature=st.sampled_from([0.1, 0.5]),
     seed=st.integers(0, 1000),
+    nt_xent=st.booleans(),
 )
-def test_equals_its_definition_for_any_order_and_any_number_of_pairs_per_patient(patients, temperature, seed):
+def test_equals_its_definition_for_any_order_and_number_of_pairs_per_patient(patients, temperature, seed, nt_xent):
     generator = torch.Generator().manual_seed(seed)
     rows = 2 * len(patients)
     shuffled_B = torch.randperm(rows, generator=generator)
     patient_B, segment_B = torch.tensor(patients * 2)[shuffled_B], (torch.arange(rows) // len(patients))[shuffled_B]
     embedding_BD = torch.randn(rows, 5, generator=generator)
-    ours = cmsc_loss(embedding_BD, patient_B, segment_B, temperature)
-    assert ours.item() == pytest.approx(plain_loss(embedding_BD, patient_B, segment_B, temperature), rel=1e-5, abs=1e-6)
+    embedding_BD.requires_grad_(True)
+    ours = cmsc_loss(embedding_BD, patient_B, segment_B, temperature, nt_xent)
+    expected = plain_loss(embedding_BD.detach(), patient_B, segment_B, temperature, nt_xent)
+    assert ours.item() == pytest.approx(expected, rel=1e-5, abs=2e-6)
+    ours.backward()
+    assert torch.isfinite(embedding_BD.grad).all(), "a single pair has no others to be set against"
 
 
 def test_equals_the_reference_implementation(shared_reference):

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.objectives.masking import TimeMask, gumbel_noise, keep_leads, negatives, time_mask
+from ecgscale.objectives.masking import (
+    TimeMask,
+    gumbel_noise,
+    keep_leads,
+    negatives,
+    reference_time_mask,
+    time_mask,
+)
 
 ROWS = 512
 SHARE, SPAN = 0.35, 10
@@ -166,6 +173,50 @@ def test_every_token_is_masked_about_as_often(rows_of):
     # Fewer spans lie over the edges: the first token is covered by one start out of ten.
     assert (share_N[0] < inner_N.min() / 2) & (share_N[-1] < inner_N.min() / 2)
     assert abs(share_N[0] - share_N[-1]) < 0.03
+
+
+# --- time, by the reference's rule ---
+
+
+def test_the_reference_rule_trims_every_row_to_the_least_covered(rows_of):
+    valid_B = torch.full((128,), 156)
+    counts = []
+    for first in range(0, 1024, 128):
+        batch = rows_of(range(first, first + 128))
+        mask = reference_time_mask(batch, 0, 156, valid_B, SPAN, shared=False)
+        assert len(set(mask.count_B.tolist())) == 1
+        assert mask.place_BM.shape == (128, mask.count_B[0])
+        torch.testing.assert_close(mask.masked_BN.sum(dim=1), mask.count_B)
+        sorted_BM = mask.place_BM.sort(dim=1).values
+        assert torch.equal(sorted_BM, mask.masked_BN.nonzero()[:, 1].view(128, -1)), "each place once"
+        counts.append(int(mask.count_B[0]))
+    assert 51 <= sum(counts) / len(counts) <= 58, "what the reference arrives at"
+    assert len(set(counts)) > 1
+    assert run_lengths(mask.masked_BN) > 3
+
+
+def test_the_reference_rule_covers_about_half_before_it_trims(rows_of):
+    masks = [reference_time_mask(rows_of([p]), 0, 156, torch.tensor([156]), SPAN, shared=False) for p in range(300)]
+    covered = [int(mask.count_B) for mask in masks]
+    assert sum(covered) / len(covered) == pytest.approx(77, abs=1.5)
+    assert {count for count in covered if count > 10 * 11} == set(), "at most eleven spans"
+    assert min(run_lengths(mask.masked_BN) for mask in masks) >= 10, "whole spans, where nothing is trimmed"
+
+
+def test_the_reference_rule_rounds_the_number_of_spans_at_random(rows_of):
+    """0.65 · 5 = 3.25 spans of one token: four in a quarter of the rows."""
+    masks = [reference_time_mask(rows_of([p]), 0, 5, torch.tensor([5]), 1, shared=False) for p in range(400)]
+    counts = [int(mask.count_B) for mask in masks]
+    assert set(counts) == {3, 4}
+    assert sum(counts) / len(counts) == pytest.approx(3.25, abs=0.09)
+
+
+def test_the_reference_rule_masks_real_tokens_alone(rows_of):
+    valid_B = torch.tensor([156, 100, 30, 12])
+    mask = reference_time_mask(rows_of(range(4)), 0, 156, valid_B, SPAN, shared=False)
+    assert 0 < mask.count_B[0] <= 12
+    assert not (mask.masked_BN & (torch.arange(156) >= valid_B[:, None])).any()
+    torch.testing.assert_close(mask.masked_BN.sum(dim=1), mask.count_B)
 
 
 # --- negatives ---
