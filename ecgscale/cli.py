@@ -46,7 +46,7 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
         print(f"{name}:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"{name}: interrupted; run the same command to go on", file=sys.stderr)
         return 130
 
 
@@ -231,7 +231,9 @@ def pretrain(argv: list[str]) -> None:
     chosen = config.load(config.PretrainConfig, argv)
     from ecgscale.pretrain import pretrain as run
 
-    print(f"export: {run(chosen)}") if _first_rank() else run(chosen)
+    export_folder = run(chosen)
+    if _first_rank():
+        print(f"export: {export_folder}")
 
 
 def finetune(argv: list[str]) -> None:
@@ -245,7 +247,7 @@ def finetune(argv: list[str]) -> None:
     from ecgscale.downstream.finetune import finetune as run
 
     report = run(chosen)
-    if _first_rank():
+    if report is not None:  # the first rank's
         print(report.table())
 
 
@@ -257,7 +259,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report as JSON too")
     options = parser.parse_args(argv)
-    from ecgscale.downstream.finetune import evaluate as score
+    from ecgscale.downstream.evaluate import evaluate as score
 
     print(score(options.model, list(_listed(options.shards)), options.split, options.out).table())
 
@@ -268,7 +270,7 @@ def export(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("out", type=Path, help="folder to write")
     options = parser.parse_args(argv)
-    from ecgscale.inference import export_run
+    from ecgscale.export import export_run
 
     print(f"export: {export_run(options.run, options.out)}")
 

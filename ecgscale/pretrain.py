@@ -13,7 +13,7 @@ from ecgscale.config import PretrainConfig
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.shards import ShardSet
 from ecgscale.data.stream import Selection, TrainStream
-from ecgscale.inference import Profile, about_model, export_engine
+from ecgscale.export import Profile, about_model, export_engine
 from ecgscale.objectives import build_objective
 from ecgscale.objectives.masking import keep_leads
 from ecgscale.record import LEADS
@@ -31,11 +31,11 @@ def pretrain(config: PretrainConfig) -> Path:
     shards = ShardSet.open(config.data.shards)
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
-    run = claim_run(config.run.dir, config, ranks)
     torch.manual_seed(config.train.seed)
     objective = build_objective(
         config.model, config.objective, config.train.seed, config.engine.activation_checkpointing
     )
+    run = claim_run(config.run.dir, config, ranks)
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
     job = Job(

@@ -76,7 +76,7 @@ def permute(
 ) -> npt.NDArray[np.int64]:
     """Where a pseudo-random permutation of ``range(size)`` sends ``index``; ``stream`` numbers the permutation.
 
-    A four-round Feistel network over the next even power of two, with Philox as its round function; values that fall
+    An eight-round Feistel network over the next even power of two, with Philox as its round function; values that fall
     outside are sent round again (cycle walking). O(1) per element and no table, for any size up to 2⁶².
     """
     value, size_, stream_ = np.broadcast_arrays(
@@ -96,7 +96,7 @@ def permute(
 def _feistel(value: Words, half_bits: Words, seed: int, purpose: int, stream: Words) -> Words:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = value >> half_bits, value & mask
-    for feistel_round in range(4):
+    for feistel_round in range(8):
         counter = (
             right & _WORD,
             np.full_like(right, 2 * purpose),

@@ -10,11 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.inference import ECGModel, Profile, about_model, write_export
+from ecgscale.export import Profile, about_model, write_export
+from ecgscale.inference import ECGModel
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
+settings.load_profile("no deadline")
 
 SHARED = Path(os.environ.get("ECGSCALE_SHARED", Path(__file__).parents[2] / "shared"))
 

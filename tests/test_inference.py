@@ -16,15 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ecgscale.errors import InputError
-from ecgscale.inference import (
-    ECGModel,
-    Profile,
-    Recording,
-    about_model,
-    export_run,
-    load,
-    write_export,
-)
+from ecgscale.export import Profile, about_model, export_run, write_export
+from ecgscale.inference import ECGModel, Recording, load
 from ecgscale.record import LEADS, Record, quantise
 
 WINDOW = 2500  # samples of 5 s at 500 Hz

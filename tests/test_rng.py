@@ -11,16 +11,13 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from ecgscale import rng
 from ecgscale.rng import Purpose, below, permute, philox_4x32, random_words
 from ecgscale_kernels import philox as torch_rng
-
-settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
-settings.load_profile("no deadline")
 
 SEEDS = st.integers(0, 2**64 - 1)
 POSITIONS = st.integers(0, 2**62)

@@ -20,7 +20,7 @@ class ECGBatch:
     For pretraining the first half of the rows holds segment 0 of each position and the second half segment 1.
     """
 
-    signal_BLT: Tensor  # int16 counts; zero where a lead is missing and behind the valid samples
+    signal_BLT: Tensor  # int16 counts; zero where a lead is missing, the rounded offset behind the valid samples
     gain_BL: Tensor  # float32; zero for a missing lead
     offset_BL: Tensor  # float32 counts
     length_B: Tensor  # int64, valid samples

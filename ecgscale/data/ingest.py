@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,9 +142,12 @@ def _run(tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: in
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, type(tasks[0][0]).__module__, "webdataset.writer"])
         with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-            for task, part in zip(tasks, pool.map(_write_slice, *zip(*tasks, strict=True)), strict=True):
-                yield part
-                bar.update(len(task[2]))
+            try:
+                for task, part in zip(tasks, pool.map(_write_slice, *zip(*tasks, strict=True)), strict=True):
+                    yield part
+                    bar.update(len(task[2]))
+            except BrokenProcessPool as error:
+                raise InputError("a worker was killed, most likely for memory: give fewer --workers") from error
 
 
 def _end_with_parent() -> None:

@@ -275,6 +275,8 @@ class ShardSet:
         paths = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
         if not paths:
             raise InputError("data.shards names no folder; give the output folder of `ecgscale ingest`")
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise InputError(f"data.shards names a folder twice: {', '.join(map(str, paths))}")
         manifests = [read_manifest(path) for path in paths]
         rates = {manifest["rate_hz"] for manifest in manifests}
         if len(rates) > 1:

@@ -6,6 +6,7 @@ Shape suffixes: R recordings of the whole set, C classes.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -66,10 +67,13 @@ class Task:
     challenge: tuple[tuple[str, ...], Floats64] | None
 
 
-def load_task(shards: ShardSet, config: TaskConfig, classes: list[str] | None = None) -> Task:
+def load_task(
+    shards: ShardSet, config: TaskConfig, classes: list[str] | None = None, splits: Sequence[str] = SPLITS
+) -> Task:
     """Targets from the recordings' metadata. ``classes`` of an already trained model override the config's.
 
-    Raises InputError for an unknown label, no usable class, an empty split, and a patient in two splits.
+    Raises InputError for an unknown label, no usable class, a patient in two splits, and a split among ``splits``
+    without labelled recordings.
     """
     check_patient_disjoint(shards)
     values = [shard.metadata(record)["labels"] for shard in shards.shards for record in range(len(shard))]
@@ -88,8 +92,8 @@ def load_task(shards: ShardSet, config: TaskConfig, classes: list[str] | None = 
     if config.kind == "singlelabel":
         labelled_R &= target_RC.sum(axis=1) == 1
     split_R = shards.column("split")
-    for code, split in enumerate(SPLITS):
-        if not labelled_R[split_R == code].any():
+    for split in splits:
+        if not labelled_R[split_R == SPLITS.index(split)].any():
             raise InputError(
                 f"the {split} split has no recording with a usable {config.label!r}; ingest with a split that has some"
             )

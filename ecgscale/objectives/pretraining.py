@@ -75,6 +75,12 @@ class ObjectiveConfig:
         for name in ("negatives", "time_mask_span", "code_groups", "codes", "code_width"):
             if getattr(self, name) < 1:
                 raise InputError(f"objective.{name} {getattr(self, name)}: give 1 or more")
+        for name in ("local_temperature", "global_temperature", "gumbel_start", "gumbel_end", "gumbel_factor"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"objective.{name} {getattr(self, name):g}: give a positive number")
+        for name in ("diversity_weight", "feature_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"objective.{name} {getattr(self, name):g}: give 0 or more")
         if self.code_width % self.code_groups:
             raise InputError(f"objective.code_width {self.code_width} is no multiple of code_groups {self.code_groups}")
 

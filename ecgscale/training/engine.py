@@ -50,8 +50,14 @@ class EngineConfig:
     """Largest norm of the gradient; larger ones are scaled down. 0 turns it off."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0 or self.weight_decay < 0 or self.clip_norm < 0:
-            raise InputError("engine.learning_rate, weight_decay and clip_norm must not be negative")
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise InputError(f"engine.{name} {getattr(self, name):g}: give 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"engine.{name} {getattr(self, name):g}: give 0 or more and below 1")
+        if self.epsilon <= 0:
+            raise InputError(f"engine.epsilon {self.epsilon:g}: give a positive number")
 
 
 class Ranks(NamedTuple):

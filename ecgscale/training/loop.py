@@ -64,6 +64,8 @@ class TrainConfig:
         for name in ("contrast_batch", "lanes", "warmup_steps", "validate_every", "keep_every", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name} {getattr(self, name)}: give 0 or more")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise InputError(f"train.final_lr_ratio {self.final_lr_ratio:g}: give a share from 0 to 1")
         if self.global_batch % self.contrast:
             raise InputError(
                 f"train.global_batch {self.global_batch} is no multiple of train.contrast_batch {self.contrast}"

@@ -12,16 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.record import LEADS, Record
 from ecgscale.simulate import Simulation
 
 RATE_HZ = 100.0
-
-settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
-settings.load_profile("no deadline")
 
 
 @dataclass(frozen=True)

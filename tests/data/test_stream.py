@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from concurrent.futures import Future
 from dataclasses import fields, replace
 
 import numpy as np
@@ -140,15 +141,14 @@ def test_every_start_is_drawn_and_depends_on_seed_and_position_alone(selection, 
     assert not torch.equal(selection.batch(chosen, np.arange(400), 2, seed=6).signal_BLT, batch.signal_BLT)
 
 
-def test_zscore_brings_each_lead_to_mean_0_and_deviation_1(odd, records, make_record, ingest_records, tmp_path) -> None:
+def test_zscore_brings_each_lead_to_mean_0_and_deviation_1(make_record, ingest_records, tmp_path) -> None:
     """Over the whole recording, so a window of all of it shows it."""
     flat = make_record("flat", 500)
     flat.signal_LT[3] = 77
     flat.signal_LT[4] = flat.signal_LT[4] // 4 + 20_000
     shards = ShardSet.open(ingest_records(tmp_path / "flat", [flat], validation_fraction=0))
-    selection = Selection(shards, DataConfig(segment_s=5, normalisation="zscore"), "train")
-    selection.config = replace(selection.config, min_record_s=1)
-    batch = Selection(shards, selection.config, "train").batch([(0, 0)], np.array([0]), 1, 0)
+    config = DataConfig(segment_s=5, min_record_s=1, normalisation="zscore")
+    batch = Selection(shards, config, "train").batch([(0, 0)], np.array([0]), 1, 0)
     z_LT = value(batch)[0]
     others = [lead for lead in range(12) if lead != 3]
     np.testing.assert_allclose(z_LT[others].mean(axis=1), 0, atol=1e-5)
@@ -275,12 +275,26 @@ def threads() -> int:
     return sum(thread.name == "prefetch" for thread in threading.enumerate())
 
 
+def soon(call):
+    """What comes of it; waiting for ever is a failure too."""
+    outcome = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return outcome.result(timeout=30)
+
+
 def test_prefetch_gives_all_items_in_order_and_then_ends() -> None:
     items = Prefetch(range(50), ahead=3)
     assert list(items) == list(range(50))
     for _ in range(2):
         with pytest.raises(StopIteration):
-            next(items)
+            soon(lambda: next(items))
     items.close()
 
 
@@ -296,7 +310,7 @@ def test_prefetch_stays_only_a_few_items_ahead_and_closes() -> None:
     items = Prefetch(endless(), ahead=3)
     assert next(items) == 0
     assert threads() == before + 1
-    items.close()  # while the thread waits for room
+    soon(items.close)  # while the thread waits for room
     assert threads() == before
     assert len(made) <= 6
 
@@ -311,7 +325,7 @@ def test_prefetch_raises_what_its_thread_raised(error) -> None:
     assert next(items) == 1
     for _ in range(3):  # whoever asks again must not wait for ever
         with pytest.raises(type(error), match=str(error)):
-            next(items)
+            soon(lambda: next(items))
     items.close()
 
 

@@ -90,7 +90,7 @@ def test_report_repeats_the_official_figures(official):
     assert score.low < score.value < score.high
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=40))
 def test_agrees_with_scikit_learn(rows):
     label_B, score_B = np.array([row[0] for row in rows]), np.array([row[1] / 4 for row in rows])
@@ -103,7 +103,7 @@ def test_agrees_with_scikit_learn(rows):
     np.testing.assert_allclose(f_measure(label_BC, score_BC > 0)[0], expected, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6))
 def test_best_threshold_beats_every_other(seed):
     label_BC, score_BC = drawn_at_random(seed, records=30, classes=2, decimals=0)

@@ -38,7 +38,7 @@ def plain_loss(embedding_BD, patient_B, segment_B, temperature: float, nt_xent: 
     return sum(terms) / len(terms)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     patients=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     temperature=st.sampled_from([0.1, 0.5]),

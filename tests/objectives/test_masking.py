@@ -127,7 +127,7 @@ def test_of_padded_rows_only_real_tokens_are_masked_and_in_proportion(rows_of):
     assert mask.count_B.tolist() == [55, 54, 35, 22, 7, 4, 4, 3, 1, 1, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 60),
     share=st.floats(0.01, 0.95),

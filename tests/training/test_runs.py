@@ -220,6 +220,20 @@ def test_run_folder_holds_what_it_should(one_process) -> None:
     state = json.loads((run / "checkpoints" / "step-00000003" / "state.json").read_text())
     assert (state["step"], state["position"], state["world_size"]) == (3, 24, 1)
     named = {name for event in events(run) for name in event}
-    assert {"train/loss", "train/local", "train/cmsc", "train/code_perplexity", "train/learning_rate", "train/gradient_norm",
-            "throughput/ecg_per_s", "throughput/tokens_per_s", "throughput/loader_wait_share", "memory/host_rss_gb",
-            "validation/loss"} <= named  # fmt: skip
+    expected = {
+        f"train/{part}" for part in ("loss", "local", "cmsc", "code_perplexity", "gradient_norm", "learning_rate")
+    }
+    expected |= {f"throughput/{what}" for what in ("ecg_per_s", "tokens_per_s", "loader_wait_share")}
+    assert expected | {"memory/host_rss_gb", "validation/loss", "validation/cmsc"} <= named
+
+
+def test_tensorboard_holds_scalars_config_and_a_picture(one_process) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(one_process / "whole" / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert len(board.Scalars("train/loss")) == 6
+    assert {"validation/loss", "throughput/ecg_per_s", "train/learning_rate"} <= set(tags["scalars"])
+    assert tags["images"] == ["input/masked_ecg"]
+    assert "config/text_summary" in tags["tensors"]

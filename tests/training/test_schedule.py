@@ -70,7 +70,7 @@ def test_final_zero_ends_at_zero_or_next_to_it():
     assert learning_rate_factor(10, 10, "tri_stage", 0, 0.0) == pytest.approx(1e-8), "a ratio never reaches zero"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     schedule=st.sampled_from(SCHEDULES),
     steps=st.integers(1, 300),

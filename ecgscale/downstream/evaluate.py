@@ -1,0 +1,111 @@
+"""`ecgscale evaluate`: score a fine-tuned model on labelled recordings.
+
+Shape suffixes: R recordings, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from ecgscale.data.shards import SPLITS, ShardSet, write_whole
+from ecgscale.data.stream import DataConfig, Selection
+from ecgscale.downstream.metrics import best_thresholds
+from ecgscale.downstream.report import Report
+from ecgscale.downstream.report import evaluate as evaluate_scores
+from ecgscale.downstream.tasks import Task, TaskConfig, load_task
+from ecgscale.errors import InputError
+from ecgscale.inference import ECGModel, Recording, load
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Shards with a task, read with a model's preprocessing."""
+
+    shards: ShardSet
+    data: DataConfig
+    task: Task
+
+    @staticmethod
+    def open(
+        model: ECGModel, data: DataConfig, config: TaskConfig, classes: list[str] | None, splits: Sequence[str] = SPLITS
+    ) -> LabelledSet:
+        """Raises InputError where the shards have another rate than the model, or not the labels."""
+        shards, profile = ShardSet.open(data.shards), model.profile
+        if shards.rate_hz != profile.rate_hz:
+            raise InputError(
+                f"the model takes {profile.rate_hz:g} Hz, the shards have {shards.rate_hz:g} Hz; ingest at its rate"
+            )
+        given = asdict(data) | {"segment_s": profile.segment_s, "normalisation": profile.normalisation}
+        return LabelledSet(shards, DataConfig(**given), load_task(shards, config, classes, splits))
+
+    def selection(self, split: str) -> Selection:
+        return Selection(self.shards, self.data, split, self.task.labelled_R)
+
+    def recordings(self, split: str, shown: bool = True) -> Iterator[Recording]:
+        """The labelled recordings of a split, in their order on disk, with a progress bar."""
+        chosen = self.selection(split).in_order()
+        bar = tqdm(chosen, desc=f"embed {split}", unit="rec", disable=None if shown else True, leave=False)
+        for shard_number, record in bar:
+            shard = self.shards.shards[shard_number]
+            at = shard.lead_positions(record)
+            yield Recording(shard.signal(record), shard.columns["scale"][record][at], at)
+
+    def targets(self, split: str) -> Floats:
+        """(R, C) labels in the order of ``recordings``."""
+        return self.task.target_RC[self.selection(split).numbers()]
+
+    def patients(self, split: str) -> npt.NDArray[np.int64]:
+        """(R,) patient codes in the order of ``recordings``."""
+        codes: npt.NDArray[np.int64] = self.shards.column("patient")[self.selection(split).numbers()]
+        return codes
+
+
+def evaluate(model_path: Path | str, shards: list[str], split: str, out: Path | None) -> Report:
+    """Score a fine-tuned model on a split, with the thresholds that were tuned when it was trained.
+
+    Raises InputError for a model without a head and for shards without its labels or of another rate.
+    """
+    model = load(model_path)
+    if model.head is None or "thresholds" not in model.about:
+        raise InputError(f"{model_path}: has no classification head; give a finished run of `ecgscale finetune`")
+    config = TaskConfig(**model.about["task"])
+    data = DataConfig(shards=shards, min_record_s=1.0)
+    labelled = LabelledSet.open(model, data, config, model.about["classes"], [split])
+    score_RC = probabilities(model, labelled, split)
+    if config.kind == "multilabel":
+        threshold_C = [float("nan") if value is None else value for value in model.about["thresholds"]]
+        prediction_RC = score_RC >= np.array(threshold_C)
+    else:
+        prediction_RC = np.eye(score_RC.shape[1], dtype=bool)[score_RC.argmax(axis=1)]
+    task = labelled.task
+    report = evaluate_scores(
+        labelled.targets(split), score_RC, prediction_RC, task.classes, labelled.patients(split), task.challenge
+    )
+    if out is not None:
+        about = {"model": str(model_path), "shards": shards, "split": split} | report.to_dict()
+        write_whole(out, json.dumps(about, indent=1).encode())
+    return report
+
+
+def tuned_thresholds(model: ECGModel, labelled: LabelledSet) -> list[float | None]:
+    """Per class, the threshold with the best F1 on the validation split; None for a class without positives there."""
+    threshold_C = best_thresholds(labelled.targets("validation"), probabilities(model, labelled, "validation"))
+    return [None if np.isnan(value) else float(value) for value in threshold_C]
+
+
+def probabilities(model: ECGModel, labelled: LabelledSet, split: str) -> Floats:
+    """(R, C) probability of each class."""
+    logit_RC = torch.from_numpy(model.logits(labelled.recordings(split)))
+    multilabel = labelled.task.kind == "multilabel"
+    probability_RC: Floats = (logit_RC.sigmoid() if multilabel else logit_RC.softmax(dim=1)).numpy()
+    return probability_RC

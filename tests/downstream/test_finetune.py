@@ -1,0 +1,93 @@
+"""Fine-tuning, probing and scoring on simulated shards, end to end."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale.cli import main
+from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.downstream.finetune import _logistic
+from ecgscale.inference import load
+from ecgscale.simulate import Simulation
+
+SHORT = ["--train.steps=6", "--train.global_batch=16", "--task.min_positives=2", "--engine.learning_rate=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("labelled") / "simulated"
+    options = IngestOptions(rate_hz=500, validation_fraction=0.2, test_fraction=0.3)
+    ingest(Simulation(patients=48), out, options)
+    return out
+
+
+def run(*arguments: object) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deepspeed, in this process
+        assert main([str(argument) for argument in arguments]) == 0
+
+
+def finetune(export: Path, shards: Path, folder: Path, *more: str) -> dict:
+    label = ["--task.label=rhythm", "--task.kind=singlelabel"]
+    run("finetune", "--init", export, f"--data.shards={shards}", f"--run.dir={folder}", *SHORT, *label, *more)
+    return json.loads((folder / "evaluation-test.json").read_text())
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "probe"])
+def test_single_label(protocol, small_export, shards, tmp_path, capsys) -> None:
+    report = finetune(small_export, shards, tmp_path / "run", f"--task.protocol={protocol}")
+    assert len(report["classes"]) == 8
+    assert report["records"] == sum(row["positives"] for row in report["classes"])
+    assert report["macro"]["auroc"]["low"] < report["macro"]["auroc"]["value"] < report["macro"]["auroc"]["high"]
+    assert "| macro |" in capsys.readouterr().out
+    model = load(tmp_path / "run")
+    assert model.head.out_features == 8
+    frozen = np.array_equal(load(small_export).encoder.stem.weight_0.detach(), model.encoder.stem.weight_0.detach())
+    assert frozen, "neither protocol changes a pretrained stem"
+
+
+def test_many_labels_then_evaluate_again_and_elsewhere(small_export, shards, tmp_path, capsys) -> None:
+    report = finetune(small_export, shards, tmp_path / "run", "--task.label=Dx", "--task.kind=multilabel")
+    run("evaluate", tmp_path / "run", f"--data.shards={shards}", "--out", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["macro"] == report["macro"]
+    # A set that is all test: thresholds travel with the model, so no validation split is needed.
+    ingest(
+        Simulation(patients=16, seed=9), tmp_path / "other", IngestOptions(validation_fraction=0, test_fraction=0.99)
+    )
+    run("evaluate", tmp_path / "run", f"--data.shards={tmp_path / 'other'}")
+    assert "| macro |" in capsys.readouterr().out
+
+
+def test_random_start_ignores_the_pretrained_weights(small_export, shards, tmp_path) -> None:
+    weights = [load(small_export).encoder.stem.weight_0.detach()]
+    for seed in (11, 12):
+        random_start = ["--init.random=true", "--task.protocol=probe", f"--train.seed={seed}"]
+        finetune(small_export, shards, tmp_path / str(seed), *random_start)
+        weights.append(load(tmp_path / str(seed)).encoder.stem.weight_0.detach())
+    assert not any(np.array_equal(a, b) for a, b in combinations(weights, 2))
+
+
+def test_shards_of_another_rate_are_refused(small_export, tmp_path, capsys) -> None:
+    ingest(Simulation(patients=8, rate_hz=250), tmp_path / "slow", IngestOptions(rate_hz=250))
+    arguments = ["finetune", "--init", str(small_export), f"--data.shards={tmp_path / 'slow'}", "--run.dir=unused"]
+    assert main([*arguments, "--task.label=rhythm"]) == 2
+    assert "the model takes 500 Hz, the shards have 250 Hz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["singlelabel", "multilabel"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probe_finds_separable_classes_and_never_an_unseen_one(kind, classes) -> None:
+    rng = np.random.default_rng(0)
+    number_R = rng.integers(classes, size=200)
+    target_RC = np.eye(classes + 1, dtype=np.float32)[number_R]  # the last class never occurs
+    x_RD = (5 * target_RC[:, :classes] @ rng.normal(size=(classes, 6)) + rng.normal(size=(200, 6))).astype(np.float32)
+    weight_CD, bias_C = _logistic(x_RD, target_RC, kind, 1.0)
+    predicted_R = (x_RD @ weight_CD.T + bias_C).argmax(axis=1)
+    assert (predicted_R == number_R).mean() > 0.97
