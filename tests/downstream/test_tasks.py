@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,10 +138,13 @@ def test_several_data_sets_are_one(shards_of, tmp_path):
     shards_of(ROWS[::-1], "two")
     with pytest.raises(InputError, match="two splits"):  # equal names in a set of equal name: the same unknown people
         load_task(ShardSet.open([tmp_path / "one", tmp_path / "two"]), TaskConfig("rhythm", min_positives=1))
-    both = ShardSet.open([tmp_path / "one", tmp_path / "one"])
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    both = ShardSet.open([tmp_path / "one", tmp_path / "copy"])
     task = load_task(both, TaskConfig("rhythm", classes=["sinus"]))
     assert len(task.target_RC) == 20
     np.testing.assert_array_equal(task.target_RC[:10], task.target_RC[10:])
+    with pytest.raises(InputError, match="names a folder twice"):
+        ShardSet.open([tmp_path / "one", tmp_path / "copy" / ".." / "one"])
 
 
 # --- the challenge ---
