@@ -18,6 +18,7 @@ from ecgscale.training.engine import Ranks
 _MAY_CHANGE = {
     "data.shards",  # may have moved; their identity is checked
     "engine.zero_stage",
+    "engine.whole_below",
     "engine.activation_checkpointing",
     "train.steps",
     "train.log_every",

@@ -43,7 +43,7 @@ class Classification(nn.Module):
         super().__init__()
         self.encoder, self.kind = encoder, kind
         self.head = nn.Linear(encoder.config.width, classes)
-        encoder.mask_token.requires_grad_(False)  # fine-tuning masks nothing in time
+        encoder.mask.requires_grad_(False)  # fine-tuning masks nothing in time
 
     def forward(self, batch: ECGBatch, step: int = 0, share: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over the rows: binary per class, or over the classes where each row has one."""

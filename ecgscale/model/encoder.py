@@ -94,7 +94,7 @@ class ECGEncoder(nn.Module):
         self.stem = ConvStem(len(LEADS), config.stem_channels, config.stem_bias)
         self.feature_norm = nn.LayerNorm(config.stem_channels)
         self.feature_projection = nn.Linear(config.stem_channels, config.width)
-        self.mask_token = nn.Parameter(torch.empty(config.width).uniform_())
+        self.mask = TimeMask(config.width)
         self.position = PositionalConvolution(config.width, config.position_kernel, config.position_groups)
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.depth))
@@ -113,7 +113,7 @@ class ECGEncoder(nn.Module):
     def contextualise(self, token_BND: Tensor, valid_BN: Tensor | None, masked_BN: Tensor | None = None) -> Tensor:
         """The transformer over tokens (B, N, D); ``masked_BN`` tokens are replaced by the mask token first."""
         if masked_BN is not None:
-            token_BND = torch.where(masked_BN[..., None], self.mask_token, token_BND)
+            token_BND = self.mask(token_BND, masked_BN)
         x_BND: Tensor = token_BND + self.position(token_BND)
         if not self.config.pre_norm:
             x_BND = self.norm(x_BND)
@@ -146,6 +146,21 @@ def valid_tokens(length_B: Tensor, tokens: int) -> Tensor:
     """(B, N) whether a token lies wholly within its row's valid samples."""
     token_N = torch.arange(tokens, device=length_B.device)
     return torch.lt(token_N, (length_B // SAMPLES_PER_PATCH)[:, None])
+
+
+class TimeMask(nn.Module):
+    """Puts one learned vector in place of masked tokens.
+
+    A module of its own, since ZeRO stage 3 gathers a parameter when the forward of its owner runs.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(width).uniform_())
+
+    def forward(self, token_BND: Tensor, masked_BN: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return torch.where(masked_BN[..., None], self.token, token_BND)
 
 
 class PositionalConvolution(nn.Module):

@@ -32,6 +32,8 @@ class EngineConfig:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed ZeRO shares out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    whole_below: int = 100_000
+    """At stage 3, parameters with fewer elements stay whole on every rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model. Weights and moments of the optimizer are fp32 in either case."""
     activation_checkpointing: bool = False
@@ -56,6 +58,8 @@ class EngineConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"engine.{name} {getattr(self, name):g}: give 0 or more and below 1")
+        if self.whole_below < 0:
+            raise InputError(f"engine.whole_below {self.whole_below}: give 0 or more")
         if self.epsilon <= 0:
             raise InputError(f"engine.epsilon {self.epsilon:g}: give a positive number")
 
@@ -290,7 +294,11 @@ def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micr
             # Stage 0 in fp32 clips in Engine._clip_plain; everywhere else DeepSpeed does (and its default is 1.0).
             "gradient_clipping": 0.0 if config.zero_stage == 0 and config.precision == "fp32" else config.clip_norm,
             "bf16": {"enabled": config.precision == "bf16"},
-            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                "overlap_comm": False,
+                "stage3_param_persistence_threshold": config.whole_below,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**62,

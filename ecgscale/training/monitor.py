@@ -6,6 +6,7 @@ Only rank 0 writes; every rank takes part in averaging the loss parts.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -85,9 +86,10 @@ class Monitor:
         self.event("step", step=step, **values)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Something that happened: a step, a save, a skipped step."""
+        """Something that happened: a step, a save, a skipped step. JSON knows no NaN: what is not finite is null."""
         if self.ranks.first:
-            self._events.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
+            known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._events.write(json.dumps({"event": kind, "time": time.time()} | known, allow_nan=False) + "\n")
             self._events.flush()
 
     def say(self, line: str) -> None:

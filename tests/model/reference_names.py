@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _RULES = (
-    (r"^mask_emb$", "encoder.mask_token"),
+    (r"^mask_emb$", "encoder.mask.token"),
     (r"^feature_extractor\.conv_layers\.0\.2\.(weight|bias)$", r"encoder.stem.norm_\1"),
     (r"^feature_extractor\.conv_layers\.(\d)\.0\.(weight|bias)$", r"encoder.stem.\2_\1"),
     (r"^layer_norm\.", "encoder.feature_norm."),

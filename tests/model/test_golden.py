@@ -154,7 +154,7 @@ def test_classifier_with_and_without_padding(shared_reference) -> None:
     encoder = ECGEncoder(model_config(about["config"])).eval()
     ours = reference_names.to_ours({n.removeprefix("encoder."): t for n, t in weights.items()})
     ours = {n.removeprefix("encoder."): t for n, t in ours.items()}
-    encoder.load_state_dict(ours | {"mask_token": encoder.mask_token})
+    encoder.load_state_dict(ours | {"mask.token": encoder.mask.token})
     signal_BLT = tensors["input.signal"]
     padded_length_B = (~tensors["input.padding_mask"][:, 0]).sum(dim=1)
     for length_B, expected in ((None, "out.logits"), (padded_length_B, "out.logits_padded")):
