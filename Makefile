@@ -39,7 +39,8 @@ lint: setup
 
 gpu: setup
 	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/ecgscale simulate $(RUNS)/gpu/shards --patients 400
+	ECGSCALE_GPU=1 $(BIN)/python -m pytest tests/test_cuda.py
+	test -e $(RUNS)/gpu/shards/manifest.json || $(BIN)/ecgscale simulate $(RUNS)/gpu/shards --patients 400
 	$(BIN)/ecgscale pretrain --config configs/pretrain/base.yaml --data.shards $(RUNS)/gpu/shards --run.dir $(RUNS)/gpu/base \
 	  --train.steps 50 --train.global_batch 128 --train.contrast_batch 128 --train.log_every 10
 

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from inspect import cleandoc
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ecgscale.errors import InputError
+
+if TYPE_CHECKING:
+    from ecgscale.data.sources import Source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +35,10 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
+# How gloo and NCCL say that another process is gone.
+_LOST_RANK = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+
+
 def run_as_command(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command line with its errors as one line and an exit code; --debug raises them instead."""
     debug = "--debug" in arguments
@@ -45,6 +52,11 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
             raise
         print(f"{name}:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if debug or not any(sign in str(error) for sign in _LOST_RANK):
+            raise
+        print(f"{name}: lost another rank, whose error is the one to look at (--debug shows mine)", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command to go on", file=sys.stderr)
         return 130
@@ -61,7 +73,7 @@ def _overview() -> str:
     return "\n".join([*lines, "", "`ecgscale COMMAND --help` tells more; --debug shows the traceback of an error."])
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong as every other error is said: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -69,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str, what: str | None) -> argparse.ArgumentParser:
-    return _Parser(
+    return OneLineParser(
         prog=f"ecgscale {command}",
         description=cleandoc(what or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -105,7 +117,7 @@ def _add_split_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_ingest(source: object, out: Path, options: argparse.Namespace) -> None:
+def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     from ecgscale.data.ingest import IngestOptions, ingest
 
     chosen = IngestOptions(
@@ -117,7 +129,7 @@ def _run_ingest(source: object, out: Path, options: argparse.Namespace) -> None:
         _listed(options.validation_values),
         _listed(options.test_values),
     )
-    done = ingest(source, out, chosen, options.workers)  # type: ignore[arg-type]
+    done = ingest(source, out, chosen, options.workers)
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
@@ -164,6 +176,8 @@ def ingest(argv: list[str]) -> None:
         _listed(options.ignore_leads),
     )
     _run_ingest(source, options.out, options)
+    if options.labels and (without := source.unlabelled()):
+        print(f"{len(without)} records have no row in {options.labels}, such as {without[0]}")
 
 
 def simulate(argv: list[str]) -> None:

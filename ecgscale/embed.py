@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from ecgscale.data.shards import write_whole
 from ecgscale.data.sources import WfdbFolder, read_wfdb
 from ecgscale.errors import InputError
-from ecgscale.inference import ECGModel, Recording, load
+from ecgscale.inference import ECGModel, Embedding, Recording, load
 from ecgscale.record import LEADS
 
 
@@ -34,7 +35,7 @@ def embed_files(
     else:
         names = []
         embedding = model.embed_recordings(_wfdb_recordings(model, source, ignore_leads, names), tokens)
-    arrays = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
+    arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
     if embedding.tokens is not None:
         arrays["tokens"] = embedding.tokens
     buffer = io.BytesIO()
@@ -43,7 +44,9 @@ def embed_files(
     return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}"
 
 
-def _embed_npy(model: ECGModel, source: Path, rate_hz: float | None, leads: tuple[str, ...] | None, tokens: bool):  # type: ignore[no-untyped-def]
+def _embed_npy(
+    model: ECGModel, source: Path, rate_hz: float | None, leads: tuple[str, ...] | None, tokens: bool
+) -> tuple[list[str], Embedding]:
     if rate_hz is None:
         raise InputError(f"{source}: an .npy says no sample rate; give --rate-hz")
     try:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,8 +20,9 @@ from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.record import LEADS
-from ecgscale.training.checkpoint import Checkpoint, latest, open_tensors
+from ecgscale.training.checkpoint import Checkpoint, checkpoints, open_tensors, step_of
 from ecgscale.training.engine import Engine
+from ecgscale.training.ranks import first_rank
 
 FORMAT = "ecgscale-export/1"
 
@@ -71,36 +71,37 @@ def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, 
     return {"model": asdict(model), "profile": asdict(profile)} | task
 
 
-def export_engine(folder: Path, engine: Engine, about: dict[str, Any]) -> Path:
+def export_engine(folder: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
     """The engine's weights as an export. All ranks call it together."""
     weights = {name: engine.weight(name).cpu() for name in engine.shapes}
-    if engine.ranks.first:
-        write_export(folder, weights, about)
-    dist.barrier()
+    first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}))
     return folder
 
 
 def export_run(run: Path, out: Path) -> Path:
-    """The newest checkpoint of a run as an export; refuses to overwrite anything that is no export."""
+    """The newest state of a run as an export; refuses to overwrite anything that is no export."""
     if out.exists():
         try:
             _read_about(out)
         except InputError as error:
             raise InputError(f"{out}: exists and is no export; give a new folder") from error
-    _, weights, about = read_model(run, from_checkpoint=True)
+    _, weights, about = read_model(run)
     return write_export(out, weights, about)
 
 
-def read_model(path: Path, from_checkpoint: bool = False) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Place, weights and description of an export, of the export of a run, or of a run's newest checkpoint."""
-    if not from_checkpoint:
-        for folder in (path, path / "export"):
-            if (folder / "config.json").is_file():
-                return folder, *_read_export(folder)
-    checkpoint = latest(path / "checkpoints")
-    if checkpoint is None:
+def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Place, weights and description of an export, or of a run's newest state: its export or a later checkpoint."""
+    if (path / "config.json").is_file():
+        return path, *_read_export(path)
+    export, saved = path / "export", checkpoints(path / "checkpoints")
+    if (export / "config.json").is_file():
+        weights, about = _read_export(export)
+        if not saved or step_of(saved[-1]) <= about.get("step", 0):
+            return export, weights, about
+    if not saved:
         raise InputError(f"{path}: neither an export (config.json) nor a run folder with checkpoints")
-    return checkpoint.folder, checkpoint.tensors("weight"), _about_checkpoint(checkpoint)
+    checkpoint = Checkpoint.open(saved[-1])
+    return checkpoint.folder, checkpoint.tensors("weight"), checkpoint.state["about"] | {"step": checkpoint.step}
 
 
 def _read_export(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -120,10 +121,4 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'config.json'}: damaged ({error})") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise InputError(f"{folder / 'config.json'}: not the config of an ecgscale export (format {FORMAT!r})")
-    return about
-
-
-def _about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    about = checkpoint.state["about"]
-    assert isinstance(about, dict)
     return about

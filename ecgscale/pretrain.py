@@ -14,12 +14,12 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.shards import ShardSet
 from ecgscale.data.stream import Selection, TrainStream
 from ecgscale.export import Profile, about_model, export_engine
-from ecgscale.objectives import build_objective
-from ecgscale.objectives.masking import keep_leads
+from ecgscale.model.stem import SAMPLES_PER_PATCH
+from ecgscale.objectives import Pretraining, build_objective
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, log
-from ecgscale.training.engine import start_ranks
 from ecgscale.training.loop import Job, train
+from ecgscale.training.ranks import start_ranks
 from ecgscale.training.validation import Validation
 
 SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
@@ -51,20 +51,26 @@ def pretrain(config: PretrainConfig) -> Path:
         validate=Validation(
             Selection(shards, config.data, "validation"), config.train.contrast, SEGMENTS, config.train.seed
         ),
-        picture=lambda batch: masked_picture(batch, config),
+        picture=lambda batch: masked_picture(batch, objective, config.data.segment_s),
     )
     engine = train(job, ranks)
-    return export_engine(run / "export", engine, job.about)
+    return export_engine(run / "export", engine, job.about, config.train.steps)
 
 
-def masked_picture(batch: ECGBatch, config: PretrainConfig) -> Figure:
-    """The first segment of a batch in mV (or z-units): leads that random lead masking keeps are black, others grey."""
-    kept_L = keep_leads(batch, config.train.seed, config.objective.lead_mask_probability)[0].bool().tolist()
+def masked_picture(batch: ECGBatch, objective: Pretraining, segment_s: float) -> Figure:
+    """What the encoder sees of a batch's first segment: kept leads are black, masked time is shaded."""
+    draws = objective.draw(batch, share=False)
     value_LT = (batch.gain_BL[..., None] * (batch.signal_BLT - batch.offset_BL[..., None]))[0].numpy()
-    time_T = np.linspace(0, config.data.segment_s, value_LT.shape[1], endpoint=False)
+    time_T = np.linspace(0, segment_s, value_LT.shape[1], endpoint=False)
     figure = Figure(figsize=(9, 10), layout="constrained")
-    for i, (axes, kept) in enumerate(zip(figure.subplots(len(LEADS), sharex=True), kept_L, strict=True)):
+    for i, (axes, kept) in enumerate(
+        zip(figure.subplots(len(LEADS), sharex=True), draws.keep_BL[0].bool(), strict=True)
+    ):
         axes.plot(time_T, value_LT[i], color="black" if kept else "lightgrey", linewidth=0.7)
         axes.set_ylabel(LEADS[i] if kept else f"{LEADS[i]}\nmasked", rotation=0, ha="right", va="center")
+        if draws.time_mask is not None:
+            masked_T = draws.time_mask.masked_BN[0].repeat_interleave(SAMPLES_PER_PATCH).numpy()
+            span = axes.get_xaxis_transform()
+            axes.fill_between(time_T[: len(masked_T)], 0, 1, masked_T, transform=span, color="tab:blue", alpha=0.2)
     figure.axes[-1].set_xlabel("s")
     return figure

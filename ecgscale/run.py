@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
 from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
-from ecgscale.training.engine import Ranks
+from ecgscale.training.ranks import Ranks, first_rank
 
-# What may change when a run continues: how it is computed and written down, not what it computes.
+# What may change when a run continues: how it is computed and written down, how long it goes on (and with it the
+# later part of a schedule that falls to the end of the run).
 _MAY_CHANGE = {
     "data.shards",  # may have moved; their identity is checked
     "engine.zero_stage",
@@ -37,24 +37,24 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
         raise InputError("run.dir is missing; give --run.dir FOLDER")
     run = Path(folder)
     path = run / "config.yaml"
-    if path.exists():
-        try:
-            _refuse_other_config(yaml.safe_load(path.read_text()), asdict(config), path)
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
-    dist.barrier()
-    if ranks.first:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{run}: cannot make the run folder: {error.strerror}") from error
+
+    def claim() -> None:
+        refuse_other_config(path, config)
+        run.mkdir(parents=True, exist_ok=True)
         write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False).encode())
-    dist.barrier()
+
+    first_rank(ranks, claim)
     return run
 
 
-def _refuse_other_config(old: Any, new: dict[str, Any], path: Path) -> None:
-    before, now = flat(old), flat(new)
+def refuse_other_config(path: Path, config: Any) -> None:
+    """Raises InputError where a run's config file differs from ``config`` in a key that makes another run."""
+    if not path.exists():
+        return
+    try:
+        before, now = flat(yaml.safe_load(path.read_text())), flat(asdict(config))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
     for key in sorted(before.keys() | now.keys()):
         if key not in _MAY_CHANGE and before.get(key) != now.get(key):
             raise InputError(

@@ -21,6 +21,9 @@ from ecgscale.model.encoder import ECGEncoder, ModelConfig
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
 settings.load_profile("no deadline")
 
+if not os.environ.get("ECGSCALE_GPU"):  # `make gpu` sets it for tests/test_cuda.py; all others count bits on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 SHARED = Path(os.environ.get("ECGSCALE_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -47,14 +47,17 @@ class Order:
     def __post_init__(self) -> None:
         if self.global_batch < 1 or self.contrast_batch < 1 or self.global_batch % self.contrast_batch:
             raise InputError(
-                f"global batch {self.global_batch} is no multiple of the contrast batch {self.contrast_batch}"
+                f"train.global_batch {self.global_batch} is no multiple of train.contrast_batch {self.contrast_batch}"
             )
         if self.lanes < 1 or self.contrast_batch % self.lanes:
-            raise InputError(f"{self.lanes} lanes do not divide the contrast batch of {self.contrast_batch}")
+            raise InputError(f"train.lanes {self.lanes} does not divide the contrast batch of {self.contrast_batch}")
         if self.window < 1:
             raise InputError(f"a shuffle window of {self.window} records; give 1 or more")
         if self.records < self.global_batch:
-            raise InputError(f"{self.records} records do not fill one global batch of {self.global_batch}")
+            raise InputError(
+                f"train.global_batch {self.global_batch} is more than the {self.records} usable recordings; "
+                "set it lower or give more data"
+            )
 
     @property
     def records(self) -> int:

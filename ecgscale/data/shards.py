@@ -288,6 +288,7 @@ class ShardSet:
             for path, manifest in zip(paths, manifests, strict=True)
             for entry in manifest["shards"]
         )
+        check_patient_disjoint(shards)
         digests = "".join(file_sha256(path / MANIFEST) for path in paths)
         return ShardSet(shards, rates.pop(), hashlib.sha256(digests.encode()).hexdigest())
 
@@ -313,6 +314,18 @@ class ShardSet:
             np.flatnonzero((s.columns["split"] == code) & (s.columns["samples"] / s.columns["rate_hz"] >= min_s))
             for s in self.shards
         ]
+
+
+def check_patient_disjoint(shards: Sequence[Shard]) -> None:
+    """Raises InputError where a patient has recordings in two splits, as one data set ingested in two ways gives."""
+    if not shards:
+        return
+    patient, split = (np.concatenate([shard.columns[name] for shard in shards]) for name in ("patient", "split"))
+    pairs = np.unique(np.stack([patient, split.astype(np.int64)]), axis=1)
+    patients, counts = np.unique(pairs[0], return_counts=True)
+    torn = patients[counts > 1]
+    if torn.size:
+        raise InputError(f"{torn.size} patients stand in two splits (first: code {torn[0]}); a patient may be in one")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

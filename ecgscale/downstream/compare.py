@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ecgscale.config import FinetuneConfig, PretrainConfig, load
-from ecgscale.data.shards import write_whole
+from ecgscale.data.shards import ShardSet, file_sha256, write_whole
 from ecgscale.downstream.finetune import finetune
+from ecgscale.errors import InputError
 from ecgscale.pretrain import pretrain
 
 _ARMS = {
@@ -20,6 +22,7 @@ _ARMS = {
     "pretrained, linear probe": ("probe", False),
     "pretrained, fine-tuned": ("finetune", False),
 }
+_METRICS = ("auroc", "auprc", "f_measure")
 
 
 def compare(
@@ -57,41 +60,58 @@ def compare(
         rows.append(_row(arm, reports))
     table = "\n".join(["| encoder | AUROC | AUPRC | F1 |", "|---|---|---|---|", *rows])
     write_whole(run / "table.md", (table + "\n").encode())
-    return f"{table}\n\n{_pointers(run)}"
+    return f"{table}\n\n{_pointers(run, seeds)}"
 
 
 def _finetuned(
-    config: Path, run: Path, shards: Sequence[str], name: str, protocol: str, random: bool, seed: int
+    config_file: Path, run: Path, shards: Sequence[str], name: str, protocol: str, random: bool, seed: int
 ) -> dict[str, Any]:
+    """The test report of one run: read where it is finished with the same config, model and data, made otherwise."""
     folder = run / f"{name}-seed{seed}"
-    report = folder / "evaluation-test.json"
-    if not report.exists():
-        given = ["--config", str(config), "--data.shards", ",".join(shards), "--run.dir", str(folder)]
-        given += ["--init.model", str(run / "pretrain"), "--init.random", str(random).lower()]
-        finetune(load(FinetuneConfig, [*given, "--task.protocol", protocol, "--train.seed", str(seed)]))
-    figures = json.loads(report.read_bytes())
-    assert isinstance(figures, dict)
-    return figures
+    given = ["--config", str(config_file), "--data.shards", ",".join(shards), "--run.dir", str(folder)]
+    given += ["--init.model", str(run / "pretrain"), "--init.random", str(random).lower()]
+    config = load(FinetuneConfig, [*given, "--task.protocol", protocol, "--train.seed", str(seed)])
+    result, made_from = folder / "result.json", _made_from(run / "pretrain", shards, config)
+    if result.exists():
+        finished: dict[str, Any] = json.loads(result.read_bytes())
+        if finished["made_from"] != made_from:
+            raise InputError(f"{folder}: was made with another config, model or data; remove it or take another --run")
+        return finished
+    finetune(config)
+    finished = json.loads((folder / "evaluation-test.json").read_bytes()) | {"made_from": made_from}
+    write_whole(result, json.dumps(finished, indent=1).encode())
+    return finished
+
+
+def _made_from(pretrained: Path, shards: Sequence[str], config: FinetuneConfig) -> dict[str, Any]:
+    return {
+        "model": file_sha256(pretrained / "export" / "model.safetensors"),
+        "data": ShardSet.open(shards).identity,
+        "config": asdict(config),
+    }
 
 
 def _row(arm: str, reports: list[dict[str, Any]]) -> str:
-    """Macro figures: one seed with its bootstrap interval over patients, several as mean ± deviation over seeds."""
-    cells = []
-    for metric in ("auroc", "auprc", "f_measure"):
-        figures = [report["macro"][metric] for report in reports]
-        values = [figure["value"] for figure in figures]
-        if len(figures) == 1:
-            cells.append(f"{values[0]:.3f} [{figures[0]['low']:.3f}, {figures[0]['high']:.3f}]")
-        else:
-            lows, highs = (np.mean([figure[end] for figure in figures]) for end in ("low", "high"))
-            cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} [{lows:.3f}, {highs:.3f}]")
-    return f"| {arm} | {' | '.join(cells)} |"
+    return f"| {arm} | {' | '.join(_cell([r['macro'][metric] for r in reports]) for metric in _METRICS)} |"
 
 
-def _pointers(run: Path) -> str:
+def _cell(figures: list[dict[str, Any]]) -> str:
+    """One seed: the figure and its interval. Several: mean ± deviation over seeds [mean ends of the intervals]."""
+    defined = [figure for figure in figures if figure["value"] is not None]
+    if not defined:
+        return "–"
+    mean, low, high = (np.mean([figure[end] for figure in defined]) for end in ("value", "low", "high"))
+    spread = f" ± {np.std([figure['value'] for figure in defined], ddof=1):.3f}" if len(defined) > 1 else ""
+    return f"{mean:.3f}{spread} [{low:.3f}, {high:.3f}]"
+
+
+def _pointers(run: Path, seeds: int) -> str:
+    what = "with 95 % bootstrap intervals over patients"
+    if seeds > 1:
+        what = f"mean ± deviation over {seeds} seeds [mean ends of their 95 % bootstrap intervals over patients]"
     return "\n".join(
         [
-            "Macro over the classes, on the test patients, with 95 % bootstrap intervals over patients.",
+            f"Macro over the classes, on the test patients, {what}.",
             f"runs:        {run}",
             f"TensorBoard: tensorboard --logdir {run}",
         ]

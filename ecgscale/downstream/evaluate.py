@@ -20,7 +20,7 @@ from ecgscale.data.stream import DataConfig, Selection
 from ecgscale.downstream.metrics import best_thresholds
 from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
-from ecgscale.downstream.tasks import Task, TaskConfig, load_task
+from ecgscale.downstream.tasks import Task, TaskConfig, TrainedTask, load_task
 from ecgscale.errors import InputError
 from ecgscale.inference import ECGModel, Recording, load
 
@@ -36,17 +36,18 @@ class LabelledSet:
     task: Task
 
     @staticmethod
-    def open(
-        model: ECGModel, data: DataConfig, config: TaskConfig, classes: list[str] | None, splits: Sequence[str] = SPLITS
-    ) -> LabelledSet:
-        """Raises InputError where the shards have another rate than the model, or not the labels."""
+    def open(model: ECGModel, data: DataConfig, config: TaskConfig, splits: Sequence[str] = SPLITS) -> LabelledSet:
+        """Raises InputError where the shards have another rate than the model, or not the labels.
+
+        A model that was fine-tuned brings its classes along.
+        """
         shards, profile = ShardSet.open(data.shards), model.profile
         if shards.rate_hz != profile.rate_hz:
             raise InputError(
                 f"the model takes {profile.rate_hz:g} Hz, the shards have {shards.rate_hz:g} Hz; ingest at its rate"
             )
         given = asdict(data) | {"segment_s": profile.segment_s, "normalisation": profile.normalisation}
-        return LabelledSet(shards, DataConfig(**given), load_task(shards, config, classes, splits))
+        return LabelledSet(shards, DataConfig(**given), load_task(shards, config, _trained(model), splits))
 
     def selection(self, split: str) -> Selection:
         return Selection(self.shards, self.data, split, self.task.labelled_R)
@@ -76,11 +77,13 @@ def evaluate(model_path: Path | str, shards: list[str], split: str, out: Path | 
     Raises InputError for a model without a head and for shards without its labels or of another rate.
     """
     model = load(model_path)
-    if model.head is None or "thresholds" not in model.about:
-        raise InputError(f"{model_path}: has no classification head; give a finished run of `ecgscale finetune`")
+    if model.head is None:
+        raise InputError(f"{model_path}: has no classification head; give a run of `ecgscale finetune`")
+    if "thresholds" not in model.about:
+        raise InputError(f"{model_path}: has no thresholds, since its fine-tuning is not finished; run it to the end")
     config = TaskConfig(**model.about["task"])
-    data = DataConfig(shards=shards, min_record_s=1.0)
-    labelled = LabelledSet.open(model, data, config, model.about["classes"], [split])
+    data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
+    labelled = LabelledSet.open(model, data, config, [split])
     score_RC = probabilities(model, labelled, split)
     if config.kind == "multilabel":
         threshold_C = [float("nan") if value is None else value for value in model.about["thresholds"]]
@@ -88,13 +91,20 @@ def evaluate(model_path: Path | str, shards: list[str], split: str, out: Path | 
     else:
         prediction_RC = np.eye(score_RC.shape[1], dtype=bool)[score_RC.argmax(axis=1)]
     task = labelled.task
+    challenge = None if task.challenge is None else (task.classes, task.challenge)
     report = evaluate_scores(
-        labelled.targets(split), score_RC, prediction_RC, task.classes, labelled.patients(split), task.challenge
+        labelled.targets(split), score_RC, prediction_RC, task.classes, labelled.patients(split), challenge
     )
     if out is not None:
         about = {"model": str(model_path), "shards": shards, "split": split} | report.to_dict()
         write_whole(out, json.dumps(about, indent=1).encode())
     return report
+
+
+def _trained(model: ECGModel) -> TrainedTask | None:
+    if model.head is None:
+        return None
+    return TrainedTask(model.about["classes"], model.about["challenge_weights"])
 
 
 def tuned_thresholds(model: ECGModel, labelled: LabelledSet) -> list[float | None]:

@@ -5,7 +5,7 @@ Shape suffixes: B rows, R recordings, C classes, D width.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from ecgscale.export import about_model, export_engine, read_model, write_export
 from ecgscale.inference import ECGModel, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.run import claim_run, log
-from ecgscale.training.engine import Ranks, start_ranks
 from ecgscale.training.loop import Job, train
 from ecgscale.training.monitor import write_evaluation
+from ecgscale.training.ranks import Ranks, start_ranks
 from ecgscale.training.validation import Validation
 
 Floats = npt.NDArray[np.float32]
@@ -67,7 +67,8 @@ def finetune(config: FinetuneConfig) -> Report | None:
     if not config.init.model:
         raise InputError("init.model is missing; give --init RUN_OR_EXPORT")
     model = load(config.init.model)
-    labelled = LabelledSet.open(model, config.data, config.task, None)
+    labelled = LabelledSet.open(model, config.data, config.task)
+    config = replace(config, data=labelled.data)  # with the preprocessing of the model, which is what is used
     run = claim_run(config.run.dir, config, ranks)
     if config.init.random:
         torch.manual_seed(config.train.seed)
@@ -87,8 +88,14 @@ def finetune(config: FinetuneConfig) -> Report | None:
 
 
 def _about(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig) -> dict[str, Any]:
-    classes = list(labelled.task.classes)
-    return about_model(model.encoder.config, model.profile, task=asdict(config.task), classes=classes)
+    return about_model(
+        model.encoder.config,
+        model.profile,
+        task=asdict(config.task),
+        classes=list(labelled.task.classes),
+        challenge_weights=None if labelled.task.challenge is None else labelled.task.challenge.tolist(),
+        min_record_s=config.data.min_record_s,
+    )
 
 
 def _train(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: Path, ranks: Ranks) -> None:
@@ -113,7 +120,7 @@ def _train(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: 
             labelled.selection("validation"), config.train.contrast, 1, config.train.seed, task.target_RC
         ),
     )
-    export_engine(run / "export", train(job, ranks), job.about)
+    export_engine(run / "export", train(job, ranks), job.about, config.train.steps)
 
 
 def _probe(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: Path) -> None:

@@ -64,18 +64,24 @@ class Task:
     kind: str
     target_RC: npt.NDArray[np.float32]
     labelled_R: npt.NDArray[np.bool_]
-    challenge: tuple[tuple[str, ...], Floats64] | None
+    challenge: Floats64 | None  # (C, C) weights of the challenge score
+
+
+@dataclass(frozen=True)
+class TrainedTask:
+    """What a fine-tuned model knows of its task: classes in the order of its head, and challenge weights (C, C)."""
+
+    classes: list[str]
+    challenge_weights: list[list[float]] | None
 
 
 def load_task(
-    shards: ShardSet, config: TaskConfig, classes: list[str] | None = None, splits: Sequence[str] = SPLITS
+    shards: ShardSet, config: TaskConfig, trained: TrainedTask | None = None, splits: Sequence[str] = SPLITS
 ) -> Task:
-    """Targets from the recordings' metadata. ``classes`` of an already trained model override the config's.
+    """Targets from the recordings' metadata. The classes of an already trained model override the config's.
 
-    Raises InputError for an unknown label, no usable class, a patient in two splits, and a split among ``splits``
-    without labelled recordings.
+    Raises InputError for an unknown label, no usable class, and a split among ``splits`` without labelled recordings.
     """
-    check_patient_disjoint(shards)
     values = [shard.metadata(record)["labels"] for shard in shards.shards for record in range(len(shard))]
     known = Counter(name for labels in values for name in labels)
     if config.label not in known:
@@ -83,12 +89,9 @@ def load_task(
         hint = f"did you mean {near[0]!r}?" if near else f"the recordings have {', '.join(known) or 'no labels at all'}"
         raise InputError(f"task.label {config.label!r}: no recording has it; {hint}")
     codes = [labels.get(config.label, []) for labels in values]
-    if not classes:
-        _check_classes(config, codes)
     labelled_R = np.array([bool(code) for code in codes])
-    challenge = load_challenge_weights(Path(config.challenge_weights)) if config.challenge_weights else None
-    chosen = list(challenge[0]) if challenge else classes or config.classes or _frequent_classes(shards, codes, config)
-    target_RC = labels_for_classes(codes, chosen).astype(np.float32)
+    classes, challenge = _classes(shards, codes, config, trained)
+    target_RC = labels_for_classes(codes, classes).astype(np.float32)
     if config.kind == "singlelabel":
         labelled_R &= target_RC.sum(axis=1) == 1
     split_R = shards.column("split")
@@ -97,16 +100,21 @@ def load_task(
             raise InputError(
                 f"the {split} split has no recording with a usable {config.label!r}; ingest with a split that has some"
             )
-    return Task(tuple(chosen), config.kind, target_RC, labelled_R, challenge)
+    return Task(tuple(classes), config.kind, target_RC, labelled_R, challenge)
 
 
-def check_patient_disjoint(shards: ShardSet) -> None:
-    """Raises InputError where a patient has recordings in two splits."""
-    pairs = np.unique(np.stack([shards.column("patient"), shards.column("split").astype(np.int64)]), axis=1)
-    patients, counts = np.unique(pairs[0], return_counts=True)
-    torn = patients[counts > 1]
-    if torn.size:
-        raise InputError(f"{torn.size} patients stand in two splits (first: code {torn[0]}); a patient may be in one")
+def _classes(
+    shards: ShardSet, codes: list[list[str]], config: TaskConfig, trained: TrainedTask | None
+) -> tuple[list[str], Floats64 | None]:
+    """Classes and challenge weights: the model's own, the challenge's, the config's, or the frequent ones."""
+    if trained is not None:
+        weights = trained.challenge_weights
+        return trained.classes, None if weights is None else np.array(weights, np.float64)
+    if config.challenge_weights:
+        names, weights_CC = load_challenge_weights(Path(config.challenge_weights))
+        return list(names), weights_CC
+    _check_classes(config, codes)
+    return config.classes or _frequent_classes(shards, codes, config), None
 
 
 def _check_classes(config: TaskConfig, codes: list[list[str]]) -> None:

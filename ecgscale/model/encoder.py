@@ -94,7 +94,7 @@ class ECGEncoder(nn.Module):
         self.stem = ConvStem(len(LEADS), config.stem_channels, config.stem_bias)
         self.feature_norm = nn.LayerNorm(config.stem_channels)
         self.feature_projection = nn.Linear(config.stem_channels, config.width)
-        self.mask = TimeMask(config.width)
+        self.mask = MaskToken(config.width)
         self.position = PositionalConvolution(config.width, config.position_kernel, config.position_groups)
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.depth))
@@ -148,7 +148,7 @@ def valid_tokens(length_B: Tensor, tokens: int) -> Tensor:
     return torch.lt(token_N, (length_B // SAMPLES_PER_PATCH)[:, None])
 
 
-class TimeMask(nn.Module):
+class MaskToken(nn.Module):
     """Puts one learned vector in place of masked tokens.
 
     A module of its own, since ZeRO stage 3 gathers a parameter when the forward of its owner runs.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from torch import nn
-
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives.pretraining import ObjectiveConfig, Pretraining
@@ -17,7 +15,7 @@ OBJECTIVES = {"wav2vec2": Pretraining, "cmsc": Pretraining, "wav2vec2+cmsc": Pre
 
 def build_objective(
     model: ModelConfig, config: ObjectiveConfig, seed: int, activation_checkpointing: bool = False
-) -> nn.Module:
+) -> Pretraining:
     """The objective that ``config.name`` names; raises InputError for an unknown one."""
     if config.name not in OBJECTIVES:
         near = get_close_matches(config.name, OBJECTIVES, 1)

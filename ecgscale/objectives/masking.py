@@ -70,7 +70,7 @@ def _covered_at(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, span: 
     token_N = torch.arange(tokens, device=valid_B.device)
     may_start_BN = token_N <= (valid_B - span).clamp(min=0)[:, None]
     key_BN = philox.uniform(words_BN).masked_fill(~may_start_BN, 2.0)
-    turn_BN = key_BN.argsort(dim=1).argsort(dim=1).float().masked_fill(~may_start_BN, tokens)
+    turn_BN = key_BN.argsort(dim=1, stable=True).argsort(dim=1).float().masked_fill(~may_start_BN, tokens)
     # A token is covered once the earliest of the spans over it has had its turn.
     covered_at_BN = -F.max_pool1d(-F.pad(turn_BN, (span - 1, 0), value=float(tokens)), span, stride=1)
     return covered_at_BN.masked_fill(token_N >= valid_B[:, None], tokens)
@@ -80,7 +80,8 @@ def _trim(batch: ECGBatch, seed: int, covered_BN: Tensor, count_B: Tensor, most:
     """``count_B`` random ones of each row's covered tokens; places (B, most)."""
     tokens = covered_BN.shape[1]
     words_BN = philox.random_words(seed, Purpose.TIME_MASK_TRIM, batch.segment_B, batch.position_B, tokens)
-    place_BM = philox.uniform(words_BN).masked_fill(~covered_BN, -1.0).topk(most, dim=1).indices
+    key_BN = philox.uniform(words_BN).masked_fill(~covered_BN, 2.0)
+    place_BM = key_BN.argsort(dim=1, stable=True)[:, :most]  # stable: equal keys would differ between devices
     real_BM = torch.arange(most, device=count_B.device) < count_B[:, None]
     masked_BN = torch.zeros_like(covered_BN).scatter(1, place_BM, real_BM)
     return TimeMask(masked_BN, place_BM, count_B)

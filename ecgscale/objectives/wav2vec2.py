@@ -17,7 +17,7 @@ from ecgscale.objectives.gather import sum_over_ranks, world_size
 
 
 class LocalLosses(NamedTuple):
-    """Scalars of the local objective; ``places`` counts the masked places of all ranks."""
+    """Scalars of the local objective over the masked places of all ranks."""
 
     info_nce: Tensor  # mean over all masked places
     diversity: Tensor  # (V − perplexity) / V over all codes of all groups, in [0, 1)

@@ -7,6 +7,7 @@ execute. A checkpoint is written beside its place, verified, and renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from torch import Tensor
 from ecgscale.data.shards import file_sha256
 from ecgscale.errors import InputError
 from ecgscale.training.engine import MOMENTS, Engine
+from ecgscale.training.ranks import all_succeed, first_rank
 
 FORMAT = "ecgscale-checkpoint/1"
 STATE = "state.json"
@@ -53,6 +55,8 @@ class Checkpoint:
             raise InputError(f"{path}: damaged ({error}); remove {folder} to go on from the one before") from error
         if known != FORMAT:
             raise InputError(f"{path}: format {known!r} is not {FORMAT!r}")
+        if state.get("sha256") != _digest(state) or folder.name.split(".")[0] != _name(state["step"]):
+            raise InputError(f"{path}: damaged or of another checkpoint; remove {folder} to go on from the one before")
         for name, about in files.items() if verify else ():
             file = folder / name
             if not file.is_file():
@@ -92,6 +96,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a run, verified; None where there is none."""
     found = checkpoints(folder)
@@ -103,34 +112,48 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path
 
     Raises InputError on every rank, and leaves nothing behind, where any rank cannot write.
     """
-    final = folder / f"step-{step:08d}"
+    final, ranks = folder / _name(step), engine.ranks
     partial = final.with_suffix(".partial")
-    ranks = engine.ranks
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    mine = _collect(engine)
+    first_rank(ranks, lambda: _make_empty(partial))
     name = f"tensors-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
-    outcome = _write_tensors(partial / name, mine)
+    outcome = _write_tensors(partial / name, _collect(engine))
     outcomes: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(outcomes, (name, outcome))
-    failed = [result for _, result in outcomes if isinstance(result, str)]
-    if not failed and ranks.first:
-        try:
-            state = state | {"format": FORMAT, "step": step, "files": dict(outcomes)}
-            _write_synced(partial / STATE, json.dumps(state, indent=1, sort_keys=True).encode())
-            Checkpoint.open(partial)  # read back what was written
-            partial.replace(final)
-        except (OSError, InputError) as error:
-            failed = [f"{partial}: cannot write the checkpoint: {error}"]
-    told = [failed]
-    dist.broadcast_object_list(told, src=0)
-    if told[0]:
+    try:
+        all_succeed(outcome if isinstance(outcome, str) else None)
+        first_rank(ranks, lambda: _finish(partial, final, state | {"step": step, "files": dict(outcomes)}))
+    except InputError:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(told[0][0])
+        raise
     return final
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
+    """Write the state, read everything back, and give the folder its name."""
+    state = state | {"format": FORMAT}
+    content = json.dumps(state | {"sha256": _digest(state)}, indent=1, sort_keys=True).encode()
+    try:
+        _write_synced(partial / STATE, content)
+        Checkpoint.open(partial)
+        partial.replace(final)
+    except OSError as error:
+        raise InputError(f"{partial}: cannot write the checkpoint: {error.strerror or error}") from error
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """sha256 of a state but for its own hash."""
+    rest = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _collect(engine: Engine) -> dict[str, Tensor]:
@@ -170,6 +193,5 @@ def _write_synced(path: Path, content: bytes) -> None:
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     """Remove all but the last ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps (0: none)."""
     for path in checkpoints(folder)[:-keep_last]:
-        step = int(path.name.removeprefix("step-"))
-        if not keep_every or step % keep_every:
+        if not keep_every or step_of(path) % keep_every:
             shutil.rmtree(path)

@@ -6,7 +6,6 @@ State goes in and out by parameter name, in float32, whatever the stage and the 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import warnings
@@ -14,14 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
+from ecgscale.training.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,37 +63,6 @@ class EngineConfig:
             raise InputError(f"engine.epsilon {self.epsilon:g}: give a positive number")
 
 
-class Ranks(NamedTuple):
-    """Where this process stands."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-
-def start_ranks() -> Ranks:
-    """Join the processes of the job (torchrun, SLURM or one alone) over NCCL or gloo."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend)
-        atexit.register(dist.destroy_process_group)  # not sooner: DeepSpeed holds on to the group
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
 class Engine:
     """A module, its optimizer and the exchange between ranks."""
 
@@ -111,15 +79,26 @@ class Engine:
         self.config, self.ranks, self._accumulation = config, ranks, accumulation
         if weights is not None:
             module.load_state_dict(weights)
-        self.trained = [name for name, p in module.named_parameters() if p.requires_grad]
-        self._frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-        self.shapes = {name: p.shape for name, p in module.named_parameters()}
+        named = dict(module.named_parameters())
+        self.shapes = {name: p.shape for name, p in named.items()}
+        self.trained = [name for name, p in named.items() if p.requires_grad]
+        self._frozen = {name: p.detach().clone() for name, p in named.items() if not p.requires_grad}
+        self._refuse_tiny_parameters()
+        # DeepSpeed makes its fp32 masters from weights that it has rounded to bf16 before.
+        masters = {n: named[n].detach().clone() for n in self.trained} if config.precision == "bf16" else {}
         self._engine = _initialize(module, config, accumulation, micro_batch, ranks.world_size)
         self._parameters = dict(self._engine.module.named_parameters())
         self._skipped = False
-        self._set_optimizer_steps(0)
-        if weights is not None and config.precision == "bf16":  # the master copies were made from rounded weights
-            self._set_master_weights(weights)
+        self._set_master_weights(masters)
+
+    def _refuse_tiny_parameters(self) -> None:
+        """DeepSpeed 0.19.8 cannot set the optimizer state of a parameter with fewer elements than ranks at stage 3."""
+        tiny = [name for name in self.trained if self.shapes[name].numel() < self.ranks.world_size]
+        if self.config.zero_stage == 3 and tiny:
+            raise InputError(
+                f"engine.zero_stage 3: parameter {tiny[0]} has fewer elements than there are ranks "
+                f"({self.ranks.world_size}), so the run could not resume; use stage 2"
+            )
 
     @property
     def module(self) -> nn.Module:
@@ -225,18 +204,23 @@ class Engine:
         states = list(self._base_optimizer().state.values())
         return int(states[0]["step"]) if states else 0
 
-    def set_optimizer(self, moment: Callable[[str, str], Tensor], steps: int, batch: ECGBatch) -> None:
-        """Put moments by name into a fresh optimizer; the weights must have been given at construction.
+    def create_optimizer_state(self, batch: ECGBatch) -> None:
+        """Moments of zero and a count of zero, which AdamW would only make at its first update.
 
-        The optimizer's state exists only after an update, so one with gradient 0 and learning rate 0 comes first,
-        for which any ``batch`` serves.
+        Done by an update with gradient 0 and learning rate 0 on a batch of blank leads, which is finite whatever
+        ``batch`` holds. Without it a run whose first steps are skipped has no state to save.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
+        blank = batch.with_gain(torch.zeros_like(batch.gain_BL))
         for _ in range(self._accumulation):
-            loss, _ = self.forward(batch)
+            loss, _ = self.forward(blank)
             self.backward(loss * 0.0)
             self.step(learning_rate=0.0)
+        self._set_optimizer_steps(0)
+
+    def set_optimizer(self, moment: Callable[[str, str], Tensor], steps: int) -> None:
+        """Put moments by name into the optimizer's state; the weights must have been given at construction."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
         for name in self.trained:
             for kind in MOMENTS:
                 value = moment(name, kind).to(self.ranks.device)
@@ -253,8 +237,8 @@ class Engine:
     def _set_master_weights(self, weights: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name in self.trained:
-            value = weights[name].to(self.ranks.device)
+        for name, weight in weights.items():
+            value = weight.to(self.ranks.device)
             if self.config.zero_stage == 0:
                 self._unsharded[name].data.copy_(value)
             else:
@@ -270,6 +254,8 @@ class Engine:
 def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micro_batch: int, world_size: int) -> Any:
     """deepspeed.initialize with everything said that has a surprising default."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it warns of its guess
+    # DeepSpeed 0.19.8 calls collectives at each step that PyTorch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

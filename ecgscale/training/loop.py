@@ -18,8 +18,9 @@ from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.stream import Selection, TrainStream
 from ecgscale.errors import InputError
 from ecgscale.training import checkpoint
-from ecgscale.training.engine import Engine, EngineConfig, Ranks
+from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.monitor import Monitor
+from ecgscale.training.ranks import Ranks
 from ecgscale.training.schedule import Schedule, learning_rate_factor
 from ecgscale.training.validation import Validation
 
@@ -136,12 +137,11 @@ def train(job: Job, ranks: Ranks) -> Engine:
                     "train/gradient_norm": engine.gradient_norm(),
                 }
                 monitor.log(step, parts, scalars | {"train/skipped_steps": float(skipped.total)})
-            if last or (job.train.validate_every and step % job.train.validate_every == 0):
-                monitor.write(step, job.validate(engine))
-            if last or step % job.train.checkpoint_every == 0:
-                _save(job, engine, monitor, step, skipped)
-            if last or step % job.train.log_every == 0:
-                monitor.reset_clock()
+            with monitor.pause():
+                if last or (job.train.validate_every and step % job.train.validate_every == 0):
+                    monitor.write(step, job.validate(engine))
+                if last or step % job.train.checkpoint_every == 0:
+                    _save(job, engine, monitor, step, skipped)
     finally:
         batches.close()
         monitor.close()
@@ -164,10 +164,10 @@ def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tup
     weights = resumed.tensors("weight") if resumed else None
     micro_rows = job.train.contrast // ranks.world_size
     engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
+    engine.create_optimizer_state(job.stream.micro_batch(0, 0).to(ranks.device))
     if resumed is None:
         return engine, 0, Skipped()
-    first = job.stream.micro_batch(resumed.step, 0).to(ranks.device)
-    engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"], first)
+    engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"])
     return engine, resumed.step, Skipped(resumed.state["skipped"], resumed.state["skipped_in_a_row"])
 
 

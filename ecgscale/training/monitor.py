@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ecgscale.training.engine import Ranks
+from ecgscale.training.ranks import Ranks
 
 Item = TypeVar("Item")
 
@@ -101,9 +102,12 @@ class Monitor:
         if self.ranks.first:
             self._board.add_figure(name, figure, step)
 
-    def reset_clock(self) -> None:
-        """Leave out of the throughput what was no training: validation, saving."""
-        self._since = time.perf_counter()
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out of the throughput what is no training: validation, saving."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
     def close(self) -> None:
         if self.ranks.first:

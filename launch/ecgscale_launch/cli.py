@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ecgscale.cli import COMMANDS, run_as_command
+from ecgscale.cli import COMMANDS, OneLineParser, run_as_command
 from ecgscale.errors import InputError
 from ecgscale_launch.local import run_local
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="ecgscale-launch",
         description="Run an ecgscale job as several processes on this machine.",
         epilog="example: ecgscale-launch --local 2 -- pretrain --config FILE --data.shards SHARDS --run.dir RUN",

@@ -53,7 +53,8 @@ class Jobs:
         """Run to the end; what rank 0 wrote to stderr."""
         processes = self.start(world_size, *jobs)
         errors = [process.communicate(timeout=300)[1] for process in processes]
-        assert [process.returncode for process in processes] == [code] * world_size, errors[0][-3000:]
+        codes = [process.returncode for process in processes]
+        assert codes == [code] * world_size, "\n".join(error[-2000:] for error in errors)
         return errors[0]
 
     def killed_after(self, step: int, run: Path, world_size: int, *jobs: list[str]) -> None:

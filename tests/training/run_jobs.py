@@ -1,4 +1,4 @@
-"""Run several pretraining jobs one after the other in this process: what the tests start as real ranks."""
+"""Run several `ecgscale` jobs one after the other in this process: what the tests start as real ranks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import sys
 
 import torch
 
-from ecgscale.config import PretrainConfig, load
-from ecgscale.errors import InputError
-from ecgscale.pretrain import pretrain
+from ecgscale.cli import main
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for arguments in json.loads(sys.argv[1]):
-        try:
-            pretrain(load(PretrainConfig, arguments))
-        except InputError as error:
-            print(f"ecgscale: {error}", file=sys.stderr)
-            sys.exit(2)
+        code = main(arguments)
+        if code:
+            sys.exit(code)

@@ -27,7 +27,7 @@ REFERENCE_RULES = ["--objective.time_mask_rule=reference", "--objective.global_f
 
 
 def job(shards: Path, run: Path, *more: str) -> list[str]:
-    return [*SMALL, f"--data.shards={shards}", f"--run.dir={run}", *more]
+    return ["pretrain", *SMALL, f"--data.shards={shards}", f"--run.dir={run}", *more]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,17 @@ def one_process(shards, jobs, tmp_path_factory) -> Path:
         job(shards, folder / "accumulated", *NO_DROPOUT, "--train.contrast_batch=4", "--engine.zero_stage=0"),
         job(shards, folder / "reference", *NO_DROPOUT, *REFERENCE_RULES),
         job(shards, folder / "dropout", "--train.checkpoint_every=2"),
+        job(shards, folder / "local", *NO_DROPOUT, "--objective.name=wav2vec2"),
+        job(shards, folder / "global", *NO_DROPOUT, "--objective.name=cmsc"),
     )
     return folder
 
 
 def test_stages_on_two_processes_equal_one(shards, jobs, one_process, tmp_path) -> None:
     more = {"whole": [], "accumulated": ["--train.contrast_batch=4"], "reference": REFERENCE_RULES}
-    combinations = [(stage, kind) for stage in range(4) for kind in ("whole", "accumulated")] + [(1, "reference")]
+    more |= {"local": ["--objective.name=wav2vec2"], "global": ["--objective.name=cmsc"]}
+    combinations = [(stage, kind) for stage in range(4) for kind in ("whole", "accumulated")]
+    combinations += [(1, "reference"), (2, "local"), (3, "global")]
     jobs.run(
         2,
         *(
@@ -113,6 +117,37 @@ def test_bf16_resumes_with_the_same_bits(shards, jobs, tmp_path) -> None:
         assert losses(tmp_path / f"parted-{stage}") == losses(tmp_path / f"whole-{stage}"), stage
 
 
+def test_fine_tuning_on_two_processes_equals_one_and_resumes(jobs, one_process, tmp_path) -> None:
+    data = tmp_path / "data"
+    ingest(
+        conftest.Simulation(patients=48, duration_s=6, rate_hz=250), data, IngestOptions(rate_hz=250, test_fraction=0.2)
+    )
+    common = [
+        f"--init={one_process / 'whole'}",
+        f"--data.shards={data}",
+        "--data.min_record_s=5",
+        "--task.label=rhythm",
+    ]
+    common += ["--task.kind=singlelabel", "--task.min_positives=2", "--train.global_batch=8", "--train.log_every=1"]
+    common += ["--engine.learning_rate=1e-3", "--train.checkpoint_every=2", "--engine.whole_below=0"]
+    runs = {f"{precision}-{stage}": (stage, precision) for stage in (1, 3) for precision in ("fp32", "bf16")}
+
+    def tune(name: str, steps: int, world: int) -> list[str]:
+        stage, precision = runs[name]
+        more = [f"--engine.zero_stage={stage}", f"--engine.precision={precision}", f"--train.steps={steps}"]
+        return ["finetune", *common, *more, f"--run.dir={tmp_path / f'{name}-{world}'}"]
+
+    jobs.run(1, *(tune(name, steps, 1) for name in runs for steps in (2, 4)))
+    jobs.run(2, *(tune(name, 4, 2) for name in runs))
+    for name, (_, precision) in runs.items():
+        one, two = losses(tmp_path / f"{name}-1"), losses(tmp_path / f"{name}-2")
+        assert len(one) == 4
+        assert two == pytest.approx(one, rel=TOLERANCE if precision == "fp32" else 0.02), name
+    undisturbed = [*tune("fp32-1", 4, 1)[:-1], f"--run.dir={tmp_path / 'undisturbed'}"]
+    jobs.run(1, undisturbed)
+    assert losses(tmp_path / "undisturbed") == losses(tmp_path / "fp32-1-1")
+
+
 class Poisoned:
     """The simulated set, with one recording whose millivolts overflow."""
 
@@ -145,6 +180,16 @@ def test_non_finite_steps_are_skipped_on_all_ranks_and_counted(jobs, tmp_path) -
         assert sorted(skipped + finite) == [1, 2, 3, 4, 5, 6]
         state = checkpoint.latest(run / "checkpoints").state
         assert (state["skipped"], state["optimizer_steps"]) == (3, 3)
+    # A run can be saved when all its steps were skipped, and go on where the next batch is not finite.
+    always = ["--train.checkpoint_every=1", "--train.keep_last=9"]
+    for stage in range(4):
+        more_of = [*more, *always, f"--engine.zero_stage={stage}"]
+        jobs_of = (
+            job(tmp_path / "data", tmp_path / f"saved-{stage}", *more_of, f"--train.steps={n}") for n in (1, 2, 3)
+        )
+        jobs.run(1, *jobs_of)
+        assert losses(tmp_path / f"saved-{stage}").keys() == {1, 2, 3}
+        assert checkpoint.latest(tmp_path / f"saved-{stage}" / "checkpoints").state["skipped"] in (1, 2)
     line = jobs.run(1, job(tmp_path / "data", tmp_path / "stops", *more, "--train.max_skipped=1"), code=2)
     assert "1 steps in a row had a non-finite gradient" in line
 
@@ -156,13 +201,18 @@ class TestWrongRunFolder:
 
     @staticmethod
     def refused(capsys, arguments: list[str]) -> str:
-        assert main(["pretrain", *arguments]) == 2
+        assert main(arguments) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
     def test_of_another_config(self, run, shards, capsys) -> None:
         line = self.refused(capsys, job(shards, run, *NO_DROPOUT, "--model.depth=3"))
         assert "config.yaml" in line
         assert "model.depth 2, now it is 3" in line
+
+    def test_that_is_a_file(self, shards, capsys, tmp_path) -> None:
+        (tmp_path / "taken").write_text("")
+        line = self.refused(capsys, job(shards, tmp_path / "taken", *NO_DROPOUT))
+        assert "taken" in line
 
     def test_of_other_data(self, run, capsys, tmp_path) -> None:
         simulation = conftest.Simulation(patients=24, duration_s=6, rate_hz=250, seed=5)
@@ -171,13 +221,15 @@ class TestWrongRunFolder:
         line = self.refused(capsys, job(tmp_path / "other", run, *NO_DROPOUT, *same, "--train.steps=8"))
         assert "other data than data.shards" in line
 
-    @pytest.mark.parametrize("damage", ["missing", "bit", "truncated", "state"])
+    @pytest.mark.parametrize("damage", ["missing", "bit", "truncated", "state", "digit"])
     def test_with_a_damaged_checkpoint(self, damage, run) -> None:
         newest = run / "checkpoints" / "step-00000006"
-        victim = newest / ("state.json" if damage == "state" else "tensors-00000-of-00001.safetensors")
+        victim = newest / ("state.json" if damage in ("state", "digit") else "tensors-00000-of-00001.safetensors")
         content = bytearray(victim.read_bytes())
         if damage == "missing":
             victim.unlink()
+        elif damage == "digit":
+            victim.write_bytes(content.replace(b'"optimizer_steps": 6', b'"optimizer_steps": 7'))
         elif damage == "truncated":
             victim.write_bytes(content[:-100])
         else:
@@ -192,7 +244,7 @@ def test_full_disk_leaves_no_checkpoint(shards, tmp_path) -> None:
     limited = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.argv = ['ecgscale', *sys.argv[1:]]; "
     limited += "runpy.run_module('ecgscale.cli', run_name='__main__')"
-    arguments = ["pretrain", *job(shards, tmp_path / "run", "--train.steps=2", "--model.ffn_width=1024")]
+    arguments = [*job(shards, tmp_path / "run", "--train.steps=2", "--model.ffn_width=1024")]
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "cannot write the checkpoint" in done.stderr.splitlines()[-1]
