@@ -58,7 +58,10 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
         print(f"{name}: lost another rank, whose error is the one to look at (--debug shows mine)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; run the same command to go on", file=sys.stderr)
+        print(
+            f"{name}: interrupted; the same command goes on from the newest checkpoint, if any",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -130,6 +133,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         _listed(options.test_values),
     )
     done = ingest(source, out, chosen, options.workers)
+    if not done.patients_known:
+        print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
@@ -256,6 +261,7 @@ def finetune(argv: list[str]) -> None:
 
     if _wants_help(argv):
         print(config.help_text(config.FinetuneConfig, "finetune"))
+        print("--init FOLDER is short for --init.model FOLDER. Segments and normalisation are those of the model.")
         return
     chosen = config.load(config.FinetuneConfig, ["--init.model" if a == "--init" else a for a in argv])
     from ecgscale.downstream.finetune import finetune as run

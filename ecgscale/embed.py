@@ -30,18 +30,21 @@ def embed_files(
     if out.suffix != ".npz":
         raise InputError(f"{out}: the output is an .npz file")
     model = load(model_path)
+    names: list[str] = []
+    rejected: list[str] = []
     if source.suffix == ".npy":
         names, embedding = _embed_npy(model, source, rate_hz, leads, tokens)
     else:
-        names = []
-        embedding = model.embed_recordings(_wfdb_recordings(model, source, ignore_leads, names), tokens)
+        recordings = _wfdb_recordings(model, source, ignore_leads, names, rejected)
+        embedding = model.embed_recordings(recordings, tokens)
     arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
     if embedding.tokens is not None:
         arrays["tokens"] = embedding.tokens
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_whole(out, buffer.getvalue())
-    return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}"
+    skipped = f", {len(rejected)} could not be read (first: {rejected[0]})" if rejected else ""
+    return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}{skipped}"
 
 
 def _embed_npy(
@@ -59,21 +62,32 @@ def _embed_npy(
     if leads is None:
         raise InputError(f"{source}: of shape {signal.shape}; give --leads with the name of each lead in order")
     try:
-        embedding = model.embed(signal, rate_hz, leads, tokens)
+        embedding = model.embed(signal, rate_hz, leads, tokens, progress=True)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return [f"{source.stem}[{i}]" for i in range(len(embedding.record_embedding))], embedding
 
 
 def _wfdb_recordings(
-    model: ECGModel, source: Path, ignore_leads: tuple[str, ...], names: list[str]
+    model: ECGModel, source: Path, ignore_leads: tuple[str, ...], names: list[str], rejected: list[str]
 ) -> Iterator[Recording]:
-    """Recordings one by one; their names are added to ``names`` as they are read."""
+    """Recordings one by one; their names are added to ``names``, or the reason why one cannot be read to ``rejected``.
+
+    Of a folder, such recordings are left out; one that was asked for by name raises InputError, and so does a folder
+    without any that can be read.
+    """
     if source.is_dir():
         folder = WfdbFolder(source, source.name, ignore_leads=ignore_leads)
         for item in tqdm(folder.items(), desc="embed", unit="rec", disable=None):
+            try:
+                record = folder.read(item).resampled(model.profile.rate_hz)
+            except InputError as error:
+                rejected.append(str(error))
+                continue
             names.append(item)
-            yield Recording.of(folder.read(item).resampled(model.profile.rate_hz))
+            yield Recording.of(record)
+        if not names:
+            raise InputError(f"{source}: none of the {len(rejected)} records could be read, the first: {rejected[0]}")
     else:
         record = read_wfdb(source, ignore_leads=ignore_leads)
         names.append(source.stem if source.suffix == ".hea" else source.name)

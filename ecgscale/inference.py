@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import zscore_gain
@@ -58,7 +59,14 @@ class ECGModel:
         if head is not None:
             head.to(self.device).eval()
 
-    def embed(self, signal_mv: npt.ArrayLike, rate_hz: float, leads: Sequence[str], tokens: bool = False) -> Embedding:
+    def embed(
+        self,
+        signal_mv: npt.ArrayLike,
+        rate_hz: float,
+        leads: Sequence[str],
+        tokens: bool = False,
+        progress: bool = False,
+    ) -> Embedding:
         """Embeddings of ECGs in millivolts.
 
         Args:
@@ -66,6 +74,7 @@ class ECGModel:
             rate_hz: sample rate; other rates than the model's are resampled.
             leads: names of the leads, any subset of the twelve in any order; the others are masked.
             tokens: also return one vector per 16 samples.
+            progress: show a bar, in a terminal.
 
         Raises InputError for unknown leads, a shape that does not fit, NaN, and recordings below one token.
         """
@@ -92,7 +101,7 @@ class ECGModel:
         ones_L = np.ones(len(names), np.float32)
         recordings = (
             Recording(resample_millivolts(signal_LT, rate_hz, self.profile.rate_hz), ones_L, positions)
-            for signal_LT in signal_RLT
+            for signal_LT in tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
         )
         return self.embed_recordings(recordings, tokens)
 

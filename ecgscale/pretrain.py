@@ -17,9 +17,9 @@ from ecgscale.export import Profile, about_model, export_engine
 from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.objectives import Pretraining, build_objective
 from ecgscale.record import LEADS
-from ecgscale.run import claim_run, log
+from ecgscale.run import claim_run
 from ecgscale.training.loop import Job, train
-from ecgscale.training.ranks import start_ranks
+from ecgscale.training.ranks import log, start_ranks
 from ecgscale.training.validation import Validation
 
 SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
@@ -38,6 +38,8 @@ def pretrain(config: PretrainConfig) -> Path:
     run = claim_run(config.run.dir, config, ranks)
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
+    if config.data.min_record_s < SEGMENTS * config.data.segment_s:
+        log(ranks, f"recordings shorter than {SEGMENTS * config.data.segment_s:g} s give shorter segments, padded")
     job = Job(
         name="pretrain",
         run=run,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ecgscale.data.shards import write_whole
+from ecgscale.data.shards import MANIFEST, write_whole
 from ecgscale.errors import InputError
 from ecgscale.training.ranks import Ranks, first_rank
 
@@ -37,6 +36,8 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
         raise InputError("run.dir is missing; give --run.dir FOLDER")
     run = Path(folder)
     path = run / "config.yaml"
+    if (run / MANIFEST).exists():
+        raise InputError(f"run.dir {run}: is a data set; give a folder of its own")
 
     def claim() -> None:
         refuse_other_config(path, config)
@@ -68,9 +69,3 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}{name}.").items()}
-
-
-def log(ranks: Ranks, line: str) -> None:
-    """One line for the person at the terminal, from one rank."""
-    if ranks.first:
-        print(line, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ are set when all tars stand; then come the indexes, and last the manifest.
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +70,7 @@ class Ingested:
     records: int
     rejected: int
     shards: int
+    patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
 
 
 @dataclass
@@ -86,11 +89,16 @@ def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) 
     Raises InputError for an empty source, when no record can be read, when a patient falls into two splits, and when
     the disk is full. What cannot be read is listed with its reason in ``rejected.csv``.
     """
-    if (out / MANIFEST).exists():
-        raise InputError(f"{out}: holds a data set already; give another folder or remove it")
+    _refuse_data_set(out)
+    if workers < 1:
+        raise InputError(f"workers {workers}: give 1 or more processes")
     _check_utf8(source.dataset)
     items = source.items()
-    _begin(out)
+    with _claimed(out):
+        return _ingest(source, items, out, options, workers)
+
+
+def _ingest(source: Source, items: list[str], out: Path, options: IngestOptions, workers: int) -> Ingested:
     slices = [
         items[start : start + options.records_per_shard] for start in range(0, len(items), options.records_per_shard)
     ]
@@ -100,9 +108,8 @@ def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) 
     _write_rejected(out / "rejected.csv", [row for part in done for row in part.rejected])
     rejected = sum(len(part.rejected) for part in done)
     if rejected == len(items):
-        raise InputError(
-            f"{out}: none of the {rejected} records could be read; {out / 'rejected.csv'} gives the reasons"
-        )
+        first = next(reason for part in done for _, reason in part.rejected)
+        raise InputError(f"{out}: none of the {rejected} records could be read, the first because: {first}")
     splits = _splits(done, options)
     entries = []
     for tar, part, split_B in zip(tars, done, splits, strict=True):
@@ -113,20 +120,39 @@ def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) 
     write_manifest(
         out, source.dataset, options.rate_hz, entries, rejected, {k: v for k, v in vars(options).items() if v}
     )
-    (out / _UNFINISHED).unlink()
-    return Ingested(len(items) - rejected, rejected, len(entries))
+    known = any(patient is not None for part in done for patient in part.patients)
+    return Ingested(len(items) - rejected, rejected, len(entries), known)
+
+
+def _refuse_data_set(out: Path) -> None:
+    if (out / MANIFEST).exists():
+        raise InputError(f"{out}: holds a data set already; give another folder or remove it")
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """The folder, marked and locked while an ingest works in it; the mark stays where it was interrupted."""
+    _begin(out)
+    with (out / _UNFINISHED).open("w") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{out}: another ingest is writing there; wait for it or give another folder") from error
+        _refuse_data_set(out)  # that another ingest has finished in the meantime
+        for path in {*out.glob("shard-*"), *out.glob("*.partial")}:
+            path.unlink()
+        yield
+        (out / _UNFINISHED).unlink()
 
 
 def _begin(out: Path) -> None:
-    """Make and mark the folder; drop what an interrupted ingest left, but never shards that somebody else made."""
+    """Make and mark the folder, unless it holds shards that somebody else made."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         leftovers = {*out.glob("shard-*"), *out.glob("*.partial")}
         if leftovers and not (out / _UNFINISHED).exists():
             raise InputError(f"{min(leftovers)}: not made by an interrupted ingest; give an empty or a new folder")
         (out / _UNFINISHED).touch()
-        for path in leftovers:
-            path.unlink()
     except OSError as error:
         raise InputError(f"{out}: cannot make a data set there: {error.strerror or error}") from error
 
@@ -212,8 +238,10 @@ def _splits(parts: list[_Slice], options: IngestOptions) -> list[npt.NDArray[np.
         splits.append(np.array(codes, np.uint8))
     for code, values in ((1, options.validation_values), (2, options.test_values)):
         if values and not any((split == code).any() for split in splits):
+            known = sorted({value for part in parts for value in part.split_values if value})
+            hint = f"the records have {', '.join(known[:10])}" if known else "no record has that key at all"
             raise InputError(
-                f"no record has {options.split_by} in {list(values)}, so the {SPLITS[code]} split would be empty"
+                f"no record has {options.split_by} in {list(values)}, so {SPLITS[code]} would be empty; {hint}"
             )
     return splits
 

@@ -142,6 +142,7 @@ def default_lanes(contrast_batch: int) -> int:
 def check_world_size(world_size: int, lanes: int) -> None:
     """Raises InputError unless every rank gets the same number of lanes."""
     if lanes % world_size:
+        possible = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise InputError(
-            f"{world_size} ranks do not divide the {lanes} lanes of the order; set train.lanes to a multiple"
+            f"{world_size} ranks do not divide the {lanes} lanes of the order (train.lanes); start {possible} ranks"
         )

@@ -25,10 +25,10 @@ from ecgscale.errors import InputError
 from ecgscale.export import about_model, export_engine, read_model, write_export
 from ecgscale.inference import ECGModel, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
-from ecgscale.run import claim_run, log
+from ecgscale.run import claim_run
 from ecgscale.training.loop import Job, train
 from ecgscale.training.monitor import write_evaluation
-from ecgscale.training.ranks import Ranks, start_ranks
+from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.validation import Validation
 
 Floats = npt.NDArray[np.float32]

@@ -98,7 +98,8 @@ def load_task(
     for split in splits:
         if not labelled_R[split_R == SPLITS.index(split)].any():
             raise InputError(
-                f"the {split} split has no recording with a usable {config.label!r}; ingest with a split that has some"
+                f"the {split} split has no recording with {config.label!r} among {', '.join(classes)}; "
+                "ingest with a split that has some, or lower task.min_positives"
             )
     return Task(tuple(classes), config.kind, target_RC, labelled_R, challenge)
 

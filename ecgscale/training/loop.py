@@ -20,7 +20,7 @@ from ecgscale.errors import InputError
 from ecgscale.training import checkpoint
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.monitor import Monitor
-from ecgscale.training.ranks import Ranks
+from ecgscale.training.ranks import Ranks, log
 from ecgscale.training.schedule import Schedule, learning_rate_factor
 from ecgscale.training.validation import Validation
 
@@ -109,6 +109,8 @@ def train(job: Job, ranks: Ranks) -> Engine:
     """Run to the last step, from the newest checkpoint if there is one; returns the engine with the final weights."""
     resumed = checkpoint.latest(job.run / "checkpoints")
     engine, step, skipped = _start(job, ranks, resumed)
+    if resumed:
+        log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
     monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, yaml.safe_dump(job.config, sort_keys=False))
     if job.picture and resumed is None:
         monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)

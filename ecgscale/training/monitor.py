@@ -76,7 +76,10 @@ class Monitor:
         self._waited_s = 0.0
         self.write(step, values)
         if self.ranks.first:
-            self._bar.set_postfix_str(f"loss {averaged['loss']:.3f}, {values['throughput/ecg_per_s']:.0f} ECG/s")
+            said = f"loss {averaged['loss']:.3f}, {values['throughput/ecg_per_s']:.0f} ECG/s"
+            self._bar.set_postfix_str(said)
+            if self._bar.disable:  # no terminal: a log wants lines
+                print(f"step {step} of {self._bar.total}: {said}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of events.jsonl and one point per scalar."""

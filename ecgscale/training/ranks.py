@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -89,3 +90,9 @@ def first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
         except (InputError, OSError) as failure:
             error = str(failure)
     all_succeed(error)
+
+
+def log(ranks: Ranks, line: str) -> None:
+    """One line for the person at the terminal, from one rank."""
+    if ranks.first:
+        print(line, file=sys.stderr, flush=True)

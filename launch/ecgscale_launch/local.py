@@ -45,10 +45,13 @@ def _start(rank: int, processes: int, port: int, command: list[str]) -> subproce
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = next((code for code in codes if code), None)
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is not None:
+            code = codes[failed] or 0
+            how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}"
             _end(ranks)
-            return failed if failed > 0 else 128 - failed
+            print(f"ecgscale-launch: rank {failed} {how}; the others were ended", file=sys.stderr)
+            return code if code > 0 else 128 - code
         if None not in codes:
             return 0
         time.sleep(0.1)

@@ -19,13 +19,14 @@ def test_failure_of_the_ranks_is_the_exit_code_and_ends_the_job() -> None:
     done = launch("--local", "2", "--", "pretrain", "--data.shards", "nowhere", "--run.dir", "run")
     assert done.returncode == 2
     assert "nowhere: no manifest.json there" in done.stderr
+    assert "exit code 2; the others were ended" in done.stderr
     assert time.monotonic() - began < 60
 
 
 def test_refusals(capsys) -> None:
     for arguments, said in (
-        (["--local", "2", "--", "pretrian"], "no ecgscale subcommand after --"),
-        (["--local", "0", "--", "verify", "x"], "--local 0"),
+        (["--local", "2", "--", "pretrian"], "'pretrian' does not run as several processes"),
+        (["--local", "0", "--", "pretrain", "x"], "--local 0"),
     ):
         assert main(arguments) == 2
         assert said in capsys.readouterr().err

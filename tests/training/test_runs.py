@@ -123,7 +123,7 @@ def test_fine_tuning_on_two_processes_equals_one_and_resumes(jobs, one_process, 
         conftest.Simulation(patients=48, duration_s=6, rate_hz=250), data, IngestOptions(rate_hz=250, test_fraction=0.2)
     )
     common = [
-        f"--init={one_process / 'whole'}",
+        f"--init.model={one_process / 'whole'}",
         f"--data.shards={data}",
         "--data.min_record_s=5",
         "--task.label=rhythm",
