@@ -19,6 +19,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
 from ecgscale.record import LEADS, Record, quantise
+from ecgscale.training.checkpoint import write_state
 
 WINDOW = 2500  # samples of 5 s at 500 Hz
 CLOSE = {"rtol": 0, "atol": 2e-6}  # float32 rounding of embeddings of about 1
@@ -373,8 +374,7 @@ def run(model, tmp_path) -> Path:
         tensors = {f"weight.{name}": tensor * factor for name, tensor in weights_of(model).items()}
         save_file(tensors | {"weight.local_head.x": torch.zeros(2), "exp_avg.encoder.norm.bias": torch.ones(32)}, file)
         about = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        state = {"format": "ecgscale-checkpoint/1", "step": step, "files": {file.name: about}, "about": model.about}
-        (folder / "state.json").write_text(json.dumps(state))
+        write_state(folder, {"step": step, "files": {file.name: about}, "about": model.about})
     return tmp_path / "run"
 
 
@@ -388,8 +388,10 @@ def test_a_run_is_loaded_and_exported_from_its_newest_checkpoint(run, model, tmp
 
 def test_the_export_of_a_run_comes_before_its_checkpoints(run, make_model):
     other = about_model(make_model().encoder.config, Profile(250.0, 5.0, "mv"))
-    write_export(run / "export", weights_of(make_model()), other)
+    write_export(run / "export", weights_of(make_model()), other | {"step": 2})
     assert load(run).profile.rate_hz == 250
+    write_export(run / "export", weights_of(make_model()), other | {"step": 1})
+    assert load(run).profile.rate_hz == 500, "the run has gone on since"
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):

@@ -108,8 +108,8 @@ def _ingest(source: Source, items: list[str], out: Path, options: IngestOptions,
     _write_rejected(out / "rejected.csv", [row for part in done for row in part.rejected])
     rejected = sum(len(part.rejected) for part in done)
     if rejected == len(items):
-        first = next(reason for part in done for _, reason in part.rejected)
-        raise InputError(f"{out}: none of the {rejected} records could be read, the first because: {first}")
+        first = next((f", the first because: {reason}" for part in done for _, reason in part.rejected), "")
+        raise InputError(f"{out}: none of the {rejected} records could be read{first}")
     splits = _splits(done, options)
     entries = []
     for tar, part, split_B in zip(tars, done, splits, strict=True):

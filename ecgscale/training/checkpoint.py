@@ -140,14 +140,21 @@ def _make_empty(folder: Path) -> None:
 
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     """Write the state, read everything back, and give the folder its name."""
-    state = state | {"format": FORMAT}
-    content = json.dumps(state | {"sha256": _digest(state)}, indent=1, sort_keys=True).encode()
     try:
-        _write_synced(partial / STATE, content)
+        write_state(partial, state)
         Checkpoint.open(partial)
         partial.replace(final)
     except OSError as error:
         raise InputError(f"{partial}: cannot write the checkpoint: {error.strerror or error}") from error
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint's scalars with their own hash, down to the disk."""
+    state = state | {"format": FORMAT}
+    with (folder / STATE).open("wb") as file:
+        file.write(json.dumps(state | {"sha256": _digest(state)}, indent=1, sort_keys=True).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _digest(state: dict[str, Any]) -> str:
@@ -181,13 +188,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any] | s
         return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     except (OSError, SafetensorError) as error:
         return f"{path}: cannot write the checkpoint: {error}"
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:

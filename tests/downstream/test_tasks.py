@@ -204,7 +204,7 @@ def test_the_official_weights_fit_real_recordings(shared_data, tmp_path):
         (TaskConfig("rhythm", classes=["sinus", "fluter"]), "task.classes 'fluter': no recording has it in 'rhythm'"),
         (TaskConfig("rhythm", classes=["sinus", "fluter"]), "did you mean 'flutter'?"),
         (TaskConfig("rhythm", classes=["xyz"]), "it has flutter, rare, sinus"),
-        (TaskConfig("site", classes=["a"]), "the validation split has no recording with a usable 'site'"),
+        (TaskConfig("site", classes=["a"]), "the validation split has no recording with 'site' among a"),
         (TaskConfig("rhythm", kind="singlelabel", classes=["sinus"]), "the test split has no recording"),
     ],
 )
@@ -228,7 +228,10 @@ def test_min_positives_below_one_is_refused():
 
 def shard_list(*shards: tuple[list[int], list[int]]) -> list[Shard]:
     """Patients and splits of each shard."""
-    columns = [{"patient": np.array(patients), "split": np.array(splits, np.uint8)} for patients, splits in shards]
+    columns = [
+        {"samples": np.array(splits), "patient": np.array(patients), "split": np.array(splits, np.uint8)}
+        for patients, splits in shards
+    ]
     return [Shard(Path("absent.tar"), each, "made-up") for each in columns]
 
 
