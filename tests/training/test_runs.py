@@ -182,14 +182,16 @@ def test_non_finite_steps_are_skipped_on_all_ranks_and_counted(jobs, tmp_path) -
         assert (state["skipped"], state["optimizer_steps"]) == (3, 3)
     # A run can be saved when all its steps were skipped, and go on where the next batch is not finite.
     always = ["--train.checkpoint_every=1", "--train.keep_last=9"]
-    for stage in range(4):
-        more_of = [*more, *always, f"--engine.zero_stage={stage}"]
-        jobs_of = (
-            job(tmp_path / "data", tmp_path / f"saved-{stage}", *more_of, f"--train.steps={n}") for n in (1, 2, 3)
-        )
-        jobs.run(1, *jobs_of)
-        assert losses(tmp_path / f"saved-{stage}").keys() == {1, 2, 3}
-        assert checkpoint.latest(tmp_path / f"saved-{stage}" / "checkpoints").state["skipped"] in (1, 2)
+    stages = [[*more, *always, f"--engine.zero_stage={stage}"] for stage in range(4)]
+    saved = [tmp_path / f"saved-{stage}" for stage in range(4)]
+    steps = [f"--train.steps={n}" for n in (1, 2, 3)]
+    jobs.run(
+        1,
+        *(job(tmp_path / "data", run, *more_of, n) for run, more_of in zip(saved, stages, strict=True) for n in steps),
+    )
+    for run in saved:
+        assert losses(run).keys() == {1, 2, 3}
+        assert checkpoint.latest(run / "checkpoints").state["skipped"] in (1, 2)
     line = jobs.run(1, job(tmp_path / "data", tmp_path / "stops", *more, "--train.max_skipped=1"), code=2)
     assert "1 steps in a row had a non-finite gradient" in line
 
