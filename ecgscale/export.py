@@ -78,6 +78,11 @@ def export_engine(folder: Path, engine: Engine, about: dict[str, Any], step: int
     return folder
 
 
+def amend_export(folder: Path, **more: Any) -> None:
+    """Add to what an export says of its model."""
+    write_whole(folder / "config.json", json.dumps(_read_about(folder) | more, indent=1, sort_keys=True).encode())
+
+
 def export_run(run: Path, out: Path) -> Path:
     """The newest state of a run as an export; refuses to overwrite anything that is no export."""
     if out.exists():

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST, write_whole
 from ecgscale.errors import InputError
 from ecgscale.training.ranks import Ranks, first_rank
@@ -42,7 +43,7 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
     def claim() -> None:
         refuse_other_config(path, config)
         run.mkdir(parents=True, exist_ok=True)
-        write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+        write_whole(path, dump(config).encode())
 
     first_rank(ranks, claim)
     return run

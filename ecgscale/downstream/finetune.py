@@ -22,7 +22,7 @@ from ecgscale.downstream.evaluate import LabelledSet, evaluate, tuned_thresholds
 from ecgscale.downstream.metrics import auroc, macro
 from ecgscale.downstream.report import Report
 from ecgscale.errors import InputError
-from ecgscale.export import about_model, export_engine, read_model, write_export
+from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.run import claim_run
@@ -80,8 +80,7 @@ def finetune(config: FinetuneConfig) -> Report | None:
     if not ranks.first:
         return None
     log(ranks, f"evaluating {run}")
-    _, weights, about = read_model(run)
-    write_export(run / "export", weights, about | {"thresholds": tuned_thresholds(load(run), labelled)})
+    amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
     report = evaluate(run, config.data.shards, "test", run / "evaluation-test.json")
     write_evaluation(run, config.train.steps, report.scalars())
     return report

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
@@ -100,12 +101,6 @@ class Engine:
                 f"({self.ranks.world_size}), so the run could not resume; use stage 2"
             )
 
-    @property
-    def module(self) -> nn.Module:
-        module = self._engine.module
-        assert isinstance(module, nn.Module)
-        return module
-
     def forward(self, batch: ECGBatch, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and parts of one micro-step."""
         loss, parts = self._engine(batch, **arguments)
@@ -115,9 +110,6 @@ class Engine:
         """Add the micro-step's gradient. A non-finite loss poisons it, so that every rank skips the step."""
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, float("nan")))
 
-    def at_boundary(self) -> bool:
-        return bool(self._engine.is_gradient_accumulation_boundary())
-
     def step(self, learning_rate: float) -> bool:
         """Close the micro-step and, at the accumulation boundary, update. False where the step was skipped.
 
@@ -125,7 +117,7 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if not self.at_boundary():
+        if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return True
         if self._plain:
@@ -152,7 +144,7 @@ class Engine:
         self._plain_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         finite = bool(self._plain_norm.isfinite())
         if not finite:
-            self.module.zero_grad(set_to_none=True)
+            self._engine.module.zero_grad(set_to_none=True)
         elif self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, self._plain_norm)
         return finite
@@ -190,7 +182,7 @@ class Engine:
         value: Tensor = safe_get_full_optimizer_state(self._parameters[name], kind)
         return value.reshape(self.shapes[name])
 
-    @property
+    @cached_property
     def _unsharded(self) -> dict[str, Tensor]:
         """Stage 0: what the optimizer updates, by name, for which DeepSpeed has no getter."""
         if self._plain:

@@ -17,6 +17,7 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.stream import Selection, TrainStream
 from ecgscale.errors import InputError
+from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.training import checkpoint
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.monitor import Monitor
@@ -130,7 +131,7 @@ def train(job: Job, ranks: Ranks) -> Engine:
             skipped = _count_skipped(job, monitor, skipped, step, updated)
             monitor.count(
                 job.train.global_batch,
-                job.train.global_batch * job.stream.segments * (batch.signal_BLT.shape[-1] // 16),
+                job.train.global_batch * job.stream.segments * (batch.signal_BLT.shape[-1] // SAMPLES_PER_PATCH),
             )
             last = step == job.train.steps
             if last or step % job.train.log_every == 0:
@@ -213,8 +214,7 @@ def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skippe
         "versions": {name: version(name) for name in ("ecgscale", "torch", "deepspeed")}
         | {"python": platform.python_version()},
     }
-    if not (folder / f"step-{step:08d}").exists():  # a run that is resumed at its last step has nothing to add
-        checkpoint.save(folder, engine, step, state)
+    checkpoint.save(folder, engine, step, state)
     if engine.ranks.first:
         checkpoint.prune(folder, job.train.keep_last, job.train.keep_every)
     monitor.event("saved", step=step)
