@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
+    from ecgscale.data.ingest import IngestOptions
     from ecgscale.data.sources import Source
 
 
@@ -50,7 +51,7 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
     except (InputError, OSError) as error:
         if debug:
             raise
-        print(f"{name}:", str(error).replace("\n", " "), file=sys.stderr)
+        print(f"{name}:", _one_line(str(error)), file=sys.stderr)
         return 2
     except RuntimeError as error:
         if debug or not any(sign in str(error) for sign in _LOST_RANK):
@@ -63,6 +64,11 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
             file=sys.stderr,
         )
         return 130
+
+
+def _one_line(text: str) -> str:
+    """Without what would move a terminal's cursor: file names and their content may be anybody's."""
+    return "".join(one if one.isprintable() else " " if one == "\n" else ascii(one)[1:-1] for one in text)
 
 
 def _overview() -> str:
@@ -92,9 +98,16 @@ def _parser(command: str, what: str | None) -> argparse.ArgumentParser:
     )
 
 
-def _add_split_options(parser: argparse.ArgumentParser) -> None:
+def _add_shard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate-hz", type=float, default=500.0, help="sample rate of the shards (default 500)")
     parser.add_argument("--records-per-shard", type=int, default=512, help="source records per tar (default 512)")
+    parser.add_argument(
+        "--payload", choices=("pco", "npy"), default="pco", help="samples losslessly compressed, or plain (default pco)"
+    )
+    _add_split_options(parser)
+
+
+def _add_split_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-fraction",
         type=float,
@@ -112,27 +125,58 @@ def _add_split_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--validation-values", default="", metavar="A,B", help="values of --split-by for validation")
     parser.add_argument("--test-values", default="", metavar="A,B", help="values of --split-by for test")
+
+
+def _add_ingest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         help="processes (default: all cores); bytes do not depend on it",
     )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--part", type=_part, metavar="I/N", help="write only the shards of part I of N (1/N to N/N) and do not finish"
+    )
+    how.add_argument("--merge", action="store_true", help="finish the data set, when all its parts have been written")
+    how.add_argument(
+        "--restart", action="store_true", help="throw away what an interrupted ingest has done instead of going on"
+    )
+    parser.add_argument(
+        "--append", action="store_true", help="add to the data set in OUT, which stays usable until this is done"
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give 1/N to N/N")
+    return int(i), int(n)
 
 
 def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
-    from ecgscale.data.ingest import IngestOptions, ingest
+    from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
 
     chosen = IngestOptions(
         options.rate_hz,
         options.records_per_shard,
+        options.payload,
         options.validation_fraction,
         options.test_fraction,
         options.split_by,
         _listed(options.validation_values),
         _listed(options.test_values),
     )
-    done = ingest(source, out, chosen, options.workers)
+    about = {"append": options.append, "arguments": _source_arguments(options, chosen)}
+    if options.part:
+        missing = ingest_part(source, out, chosen, options.part, options.workers, **about)
+        what = f"{missing} shards of other parts are missing" if missing else "all shards are there, --merge finishes"
+        print(f"{out}: part {'/'.join(map(str, options.part))} is done; {what}")
+        return
+    if options.merge:
+        done = merge_parts(source, out, chosen, **about)
+    else:
+        done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     print(
@@ -141,45 +185,42 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     )
 
 
+def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dict[str, str]:
+    """What else the bytes of a record depend on; of a file, such as a table of labels, its content."""
+    from ecgscale.data.shards import file_sha256
+
+    # The source itself counts by the names of its records: it may be mounted elsewhere on another machine.
+    others = {"source", "out", "workers", "part", "merge", "restart", "append", *vars(chosen)}
+    return {
+        f"--{name.replace('_', '-')}": f"of sha256 {file_sha256(value)}"
+        if isinstance(value, Path) and value.is_file()
+        else str(value)
+        for name, value in vars(options).items()
+        if name not in others and value not in (None, "")
+    }
+
+
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
 
 
 def ingest(argv: list[str]) -> None:
-    """A folder of WFDB records becomes tar shards with a manifest and an index."""
-    parser = _parser("ingest", ingest.__doc__)
-    parser.add_argument("source", type=Path, help="folder tree with .hea + .dat/.mat records")
-    parser.add_argument("out", type=Path, help="folder to make; refused where it holds a data set already")
-    parser.add_argument(
-        "--dataset",
-        help="name of the data set (default: name of the source folder); patients are (data set, id)",
-    )
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="labels by record name; values are split at |")
-    parser.add_argument("--record-column", metavar="NAME", help="column of the CSV that names the record")
-    parser.add_argument(
-        "--patient-key",
-        metavar="KEY",
-        help="CSV column or header comment that names the patient; @folder: the record's folder",
-    )
-    parser.add_argument(
-        "--ignore-leads",
-        default="",
-        metavar="A,B",
-        help="signals to leave out, such as vx,vy,vz; other unknown leads reject a record",
-    )
-    _add_split_options(parser)
-    options = parser.parse_args(argv)
-    from ecgscale.data.sources import WfdbFolder
+    """Recordings (WFDB, known data sets, HDF5, .npy) become tar shards with a manifest and an index."""
+    from ecgscale.data.source_options import add_source_arguments, source_from
 
-    dataset = options.dataset or options.source.resolve().name
-    source = WfdbFolder(
-        options.source,
-        dataset,
-        options.labels,
-        options.record_column,
-        options.patient_key,
-        _listed(options.ignore_leads),
-    )
+    parser = _parser("ingest", ingest.__doc__)
+    add_source_arguments(parser)
+    parser.add_argument("out", type=Path, help="folder to make; where it was interrupted, the same command goes on")
+    _add_shard_options(parser)
+    _add_ingest_options(parser)
+    options = parser.parse_args(argv)
+    source = source_from(options)
+    from ecgscale.data.sources import implausible_unit
+
+    about = [source.description]
+    if warning := implausible_unit(source):
+        about.append(f"{options.source}: {warning}")
+    print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding
     _run_ingest(source, options.out, options)
     if options.labels and (without := source.unlabelled()):
         print(f"{len(without)} records have no row in {options.labels}, such as {without[0]}")
@@ -194,7 +235,8 @@ def simulate(argv: list[str]) -> None:
     parser.add_argument("--duration-s", type=float, default=10.0, help="length of a recording in seconds (default 10)")
     parser.add_argument("--noise", type=float, default=1.0, help="factor on all noise (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal bytes (default 0)")
-    _add_split_options(parser)
+    _add_shard_options(parser)
+    _add_ingest_options(parser)
     parser.set_defaults(test_fraction=0.2)
     options = parser.parse_args(argv)
     from ecgscale.simulate import Simulation
@@ -210,10 +252,57 @@ def simulate(argv: list[str]) -> None:
     _run_ingest(source, options.out, options)
 
 
+def index(argv: list[str]) -> None:
+    """Tars that others wrote with the webdataset library become a data set, by an index beside them.
+
+    A sample is KEY.npy, int16 counts (leads, samples), and KEY.json with the rate (rate_hz, fs, sampling_rate ...), the
+    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV), patient and labels.
+    """
+    parser = _parser("index", index.__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the *.tar files, which are not changed")
+    parser.add_argument("--dataset", default="", help="name of the data set (default: name of the folder)")
+    parser.add_argument("--rate-hz", type=float, help="sample rate, where the JSON does not say it")
+    parser.add_argument(
+        "--leads", default="", metavar="I,II,...", help="rows of the arrays, where the JSON does not (default: the 12)"
+    )
+    parser.add_argument("--mv-per-count", type=float, help="millivolts per count, where the JSON does not say it")
+    parser.add_argument("--patient-key", default="", metavar="KEY", help="JSON key that names the patient")
+    parser.add_argument("--label-keys", default="", metavar="A,B", help="JSON keys that are labels, beside `labels`")
+    parser.add_argument("--signal-ext", default="npy", help="extension of the arrays, such as ecg.npy (default npy)")
+    parser.add_argument("--meta-ext", default="json", help="extension of the JSON (default json)")
+    _add_split_options(parser)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    options = parser.parse_args(argv)
+    from ecgscale.data.foreign import Rules
+    from ecgscale.data.indexing import index_folder
+    from ecgscale.data.ingest_options import IngestOptions
+
+    rules = Rules(
+        rate_hz=options.rate_hz,
+        leads=_listed(options.leads),
+        mv_per_count=options.mv_per_count,
+        patient_key=options.patient_key,
+        label_keys=_listed(options.label_keys),
+        signal_ext=options.signal_ext.lstrip(".").lower(),
+        meta_ext=options.meta_ext.lstrip(".").lower(),
+    )
+    splits = IngestOptions(
+        validation_fraction=options.validation_fraction,
+        test_fraction=options.test_fraction,
+        split_by=options.split_by,
+        validation_values=_listed(options.validation_values),
+        test_values=_listed(options.test_values),
+    )
+    done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
+    if not done.patients_known:
+        print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")
+    print(f"{options.folder}: {done.records} records at {done.rate_hz:g} Hz in {done.shards} tars")
+
+
 def verify(argv: list[str]) -> None:
     """Check all counts and checksums of a data set."""
     parser = _parser("verify", verify.__doc__)
-    parser.add_argument("shards", type=Path, help="folder that ingest has written")
+    parser.add_argument("shards", help="folder or URL that ingest has written")
     options = parser.parse_args(argv)
     from ecgscale.inspection import verify_dataset
 
@@ -223,7 +312,7 @@ def verify(argv: list[str]) -> None:
 def inspect(argv: list[str]) -> None:
     """Summarise a data set, or plot one of its recordings as on paper."""
     parser = _parser("inspect", inspect.__doc__)
-    parser.add_argument("shards", type=Path, help="folder that ingest has written")
+    parser.add_argument("shards", help="folder or URL that ingest has written")
     parser.add_argument(
         "--plot",
         nargs=2,
@@ -352,6 +441,29 @@ def compare(argv: list[str]) -> None:
     )
 
 
+def bench(argv: list[str]) -> None:
+    """Measure a part beside honest baselines: `ecgscale bench stream`."""
+    parser = _parser("bench", bench.__doc__)
+    stream = parser.add_subparsers(dest="part", required=True, metavar="PART").add_parser(
+        "stream", help="the stream beside a bare loop and the webdataset library", allow_abbrev=False
+    )
+    stream.add_argument(
+        "--shards", default="", metavar="A,B", help="data sets whose recordings are read (default: simulated ones)"
+    )
+    stream.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder for the report (default runs/bench)"
+    )
+    stream.add_argument("--seconds", type=float, default=0.5, help="of each candidate in each round (default 0.5)")
+    stream.add_argument("--quick", action="store_true", help="only show that it runs, in 20 seconds")
+    options = parser.parse_args(argv)
+    from dataclasses import replace
+
+    from ecgscale.bench.stream import Effort, bench_stream
+
+    effort = Effort.quick() if options.quick else replace(Effort(), seconds=options.seconds)
+    print(bench_stream(list(_listed(options.shards)), options.out, effort).markdown())
+
+
 def _wants_help(argv: list[str]) -> bool:
     return not argv or "-h" in argv or "--help" in argv
 
@@ -363,6 +475,7 @@ def _first_rank() -> bool:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "ingest": ingest,
     "simulate": simulate,
+    "index": index,
     "verify": verify,
     "inspect": inspect,
     "pretrain": pretrain,
@@ -371,6 +484,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": export,
     "embed": embed,
     "compare": compare,
+    "bench": bench,
 }
 
 if __name__ == "__main__":

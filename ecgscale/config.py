@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from ecgscale.data.stream import DataConfig
+from ecgscale.data.selection import DataConfig
 from ecgscale.downstream.tasks import InitConfig, TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
@@ -95,7 +95,7 @@ def help_text(config_type: type, command: str) -> str:
     parser.usage = f"ecgscale {command} [--config FILE] [--any.key VALUE ...]"
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys; later arguments win")
     # jsonargparse offers every group as a file of its own and --list+ to append; ``load`` does not.
-    text = re.sub(r"\n +--\w+ CONFIG\s+Path\s+to\s+a\s+configuration\s+file\.", "", parser.format_help())
+    text = re.sub(r"\n +--[\w.]+ CONFIG\s+Path\s+to\s+a\s+configuration\s+file\.", "", parser.format_help())
     return re.sub(r", --\S+\+ \[ITEM,\.\.\.\]", "", text).replace("[ITEM,...]", "A,B")
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ecgscale.data.selection import Normalisation
 from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
@@ -33,7 +34,7 @@ class Profile:
 
     rate_hz: float
     segment_s: float
-    normalisation: str  # mv or zscore
+    normalisation: Normalisation
     leads: tuple[str, ...] = LEADS
 
     def __post_init__(self) -> None:

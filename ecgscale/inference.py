@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.stream import zscore_gain
+from ecgscale.data.selection import zscore_gain
 from ecgscale.errors import InputError
 from ecgscale.export import Profile, read_model
 from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
@@ -197,6 +197,7 @@ def _batch(windows: list[_Window]) -> ECGBatch:
         patient_B=torch.zeros(rows, dtype=torch.int64),
         segment_B=torch.zeros(rows, dtype=torch.int64),
         position_B=torch.arange(rows),
+        record_B=torch.zeros(rows, dtype=torch.int64),
         padded=min(lengths) < signals[0].shape[1],
     )
 

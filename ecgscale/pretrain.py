@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from ecgscale.config import PretrainConfig
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.shards import ShardSet
-from ecgscale.data.stream import Selection, TrainStream
+from ecgscale.data.selection import Selection
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.stream import TrainStream
 from ecgscale.export import Profile, about_model, export_engine
 from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.objectives import Pretraining, build_objective
@@ -28,7 +29,7 @@ SEGMENTS = 2  # the global objective contrasts two adjacent segments of each rec
 def pretrain(config: PretrainConfig) -> Path:
     """Train to the end, resuming where the run folder holds a checkpoint; returns the folder of the export."""
     ranks = start_ranks()
-    shards = ShardSet.open(config.data.shards)
+    shards = ShardSet.open(config.data.shards, config.data.cache)
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
     torch.manual_seed(config.train.seed)

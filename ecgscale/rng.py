@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     NEGATIVES = 7
     GUMBEL = 8
     TIME_MASK_SPANS = 9
+    MIXTURE = 10
 
 
 def philox_4x32(counter: tuple[Words, Words, Words, Words], seed: int) -> tuple[Words, Words, Words, Words]:
@@ -76,32 +77,37 @@ def permute(
 ) -> npt.NDArray[np.int64]:
     """Where a pseudo-random permutation of ``range(size)`` sends ``index``; ``stream`` numbers the permutation.
 
-    An eight-round Feistel network over the next even power of two, with Philox as its round function; values that fall
-    outside are sent round again (cycle walking). O(1) per element and no table, for any size up to 2⁶².
+    An eight-round Feistel network over the cells of a table of about √size columns, with Philox as its round function;
+    the few values that fall behind the last are sent round again (cycle walking). O(1) per element, for any size up to
+    2⁶². A table over powers of two would be up to four times as large, and took up to eight times as long.
     """
     value, size_, stream_ = np.broadcast_arrays(
         np.asarray(index, np.uint64), np.asarray(size, np.uint64), np.asarray(stream, np.uint64)
     )
-    value = np.array(value)  # a writable copy
-    bits = np.ceil(np.log2(np.maximum(size_, 2).astype(np.float64))).astype(np.uint64)
-    bits += (np.uint64(1) << bits) < size_  # beyond 2⁵³ the float may have been rounded down
-    half_bits = (bits + np.uint64(1)) // np.uint64(2)
-    todo = np.ones(value.shape, bool)
-    while todo.any():
-        value[todo] = _feistel(value[todo], half_bits[todo], seed, purpose, stream_[todo])
-        todo = value >= size_
+    columns = np.ceil(np.sqrt(size_.astype(np.float64))).astype(np.uint64)
+    rows = (size_ + columns - np.uint64(1)) // columns
+    value = _feistel(value, rows, columns, seed, purpose, stream_)
+    while (again := value >= size_).any():
+        value[again] = _feistel(value[again], rows[again], columns[again], seed, purpose, stream_[again])
     return value.astype(np.int64)
 
 
-def _feistel(value: Words, half_bits: Words, seed: int, purpose: int, stream: Words) -> Words:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = value >> half_bits, value & mask
+def _feistel(value: Words, rows: Words, columns: Words, seed: int, purpose: int, stream: Words) -> Words:
+    """A permutation of ``range(rows · columns)``: row and column are shifted in turn by what the other one says."""
+    row, column = np.divmod(value, columns)
     for feistel_round in range(8):
+        other, size = (column, rows) if feistel_round % 2 == 0 else (row, columns)
         counter = (
-            right & _WORD,
-            np.full_like(right, 2 * purpose),
+            other & _WORD,
+            np.full_like(other, 2 * purpose),
             stream & _WORD,
             (stream >> _SHIFT) | np.uint64(feistel_round << 28),
         )
-        left, right = right, left ^ (philox_4x32(counter, seed)[0] & mask)
-    return (left << half_bits) | right
+        shift = (philox_4x32(counter, seed)[0] * size) >> _SHIFT
+        if feistel_round % 2 == 0:
+            row = row + shift
+            row -= np.where(row >= size, size, np.uint64(0))
+        else:
+            column = column + shift
+            column -= np.where(column >= size, size, np.uint64(0))
+    return row * columns + column

@@ -17,6 +17,13 @@ from ecgscale.training.ranks import Ranks, first_rank
 # later part of a schedule that falls to the end of the run).
 _MAY_CHANGE = {
     "data.shards",  # may have moved; their identity is checked
+    "data.workers",
+    "data.unreadable",
+    "data.cache.folder",
+    "data.cache.limit_gb",
+    "data.cache.attempts",
+    "data.cache.timeout_s",
+    "data.cache.downloads",
     "engine.zero_stage",
     "engine.whole_below",
     "engine.activation_checkpointing",
@@ -27,6 +34,7 @@ _MAY_CHANGE = {
     "train.keep_last",
     "train.keep_every",
     "train.max_skipped",
+    "train.log_recordings",
     "run.dir",
 }
 

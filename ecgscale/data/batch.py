@@ -27,6 +27,7 @@ class ECGBatch:
     patient_B: Tensor  # int64 codes
     segment_B: Tensor  # int64, 0 or 1
     position_B: Tensor  # int64
+    record_B: Tensor  # int64, number of the recording in the data set
     padded: bool  # whether any row is shorter than T; known without asking the device
     target_BC: Tensor | None = None  # labels, for fine-tuning
 

@@ -1,179 +1,189 @@
-"""A source of records -> a folder of shards, by several processes, with bytes that do not depend on how many.
+"""A source of records -> a folder of shards, by any number of processes, with bytes that do not depend on how many.
 
-Each shard is the work of one process: a fixed slice of the source's sorted items. Splits need all patients, so they
-are set when all tars stand; then come the indexes, and last the manifest.
+Each shard is the work of one process: a fixed slice of the source's sorted items, with a part file when it is done.
+Splits need all patients, so they are set when all parts are there; then comes the index, and last the manifest. An
+ingest that was killed goes on with the slices that have no part file.
 """
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import io
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from ecgscale.data.shards import (
-    MANIFEST,
-    SPLITS,
-    Columns,
-    write_index,
-    write_manifest,
-    write_tar,
-    write_whole,
-)
-from ecgscale.data.sources import Source
+from ecgscale.data.ingest_job import Job, open_job
+from ecgscale.data.ingest_join import Ingested, check_all_there, finish
+from ecgscale.data.ingest_mark import Mark, claimed, sweep
+from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.ingest_slice import Part, Slice, convert, read_part
 from ecgscale.errors import InputError
-from ecgscale.record import Record
 
-_UNFINISHED = "ingest.unfinished"  # stands in the folder until the manifest does
+if TYPE_CHECKING:
+    from ecgscale.data.sources import Source
 
+__all__ = ["IngestOptions", "Ingested", "ingest", "ingest_part", "merge_parts"]
 
-@dataclass(frozen=True)
-class IngestOptions:
-    """How records become shards."""
-
-    rate_hz: float = 500.0
-    records_per_shard: int = 512
-    validation_fraction: float = 0.1  # of the patients, by hash
-    test_fraction: float = 0.0  # of the patients, by hash
-    split_by: str = ""  # label or metadata key that names the split instead of the hash, such as strat_fold
-    validation_values: tuple[str, ...] = ()
-    test_values: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rate_hz <= 100_000:
-            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between 1 and 100000 Hz")
-        if self.records_per_shard < 1:
-            raise InputError(f"records-per-shard {self.records_per_shard}: give 1 or more")
-        fractions = (self.validation_fraction, self.test_fraction)
-        if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
-            raise InputError(f"validation and test fractions {fractions}: both ≥ 0 and together below 1")
-        if bool(self.split_by) != bool(self.validation_values or self.test_values):
-            raise InputError("split-by goes together with validation-values or test-values")
+_NO_ARGUMENTS: Mapping[str, str] = MappingProxyType({})
+_PROBED = 64  # records that are asked for the key of the splits, over the whole source
+_AHEAD = 2  # slices per worker that are handed to the pool at once
 
 
-@dataclass(frozen=True)
-class Ingested:
-    """What came of it."""
+def ingest(
+    source: Source,
+    out: Path,
+    options: IngestOptions,
+    workers: int = 1,
+    *,
+    append: bool = False,
+    restart: bool = False,
+    arguments: Mapping[str, str] = _NO_ARGUMENTS,
+) -> Ingested:
+    """Write a source as a data set folder, or ``append`` it to one; goes on where an earlier call was interrupted.
 
-    records: int
-    rejected: int
-    shards: int
-    patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
-
-
-@dataclass
-class _Slice:
-    """One process's finished shard: its index columns, what it refused, and the key that names the split."""
-
-    columns: Columns
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    split_values: list[str] = field(default_factory=list)
-    patients: list[str | None] = field(default_factory=list)
-
-
-def ingest(source: Source, out: Path, options: IngestOptions, workers: int = 1) -> Ingested:
-    """Write a source as a data set folder; refuses a folder that already is one.
-
-    Raises InputError for an empty source, when no record can be read, when a patient falls into two splits, and when
-    the disk is full. What cannot be read is listed with its reason in ``rejected.csv``.
+    ``arguments`` is what else the records depend on, by the names that the user knows: an interrupted ingest goes on
+    only with the same. ``restart`` throws away what it has done. What cannot be read is listed with its reason in
+    ``rejected.csv``. Raises InputError for a folder that holds a data set, or none to append to; for one in which
+    another ingest works or was begun; when no record can be read, when a patient falls into two splits, when no record
+    has the key ``split_by``, and when the disk is full.
     """
-    _refuse_data_set(out)
+    job = _open(source, out, options, arguments, append, workers)
+    if job.finished:
+        assert job.base is not None
+        return Ingested.of(job.base["sources"][-1])
+    with claimed(job, restart=restart) as mark:
+        try:
+            _convert(job, range(len(job)), workers)
+        except _UnknownKeyError:
+            _abandon(job, mark)
+            raise
+        return finish(job, mark)
+
+
+def ingest_part(
+    source: Source,
+    out: Path,
+    options: IngestOptions,
+    part: tuple[int, int],
+    workers: int = 1,
+    *,
+    append: bool = False,
+    arguments: Mapping[str, str] = _NO_ARGUMENTS,
+) -> int:
+    """Write the shards of part i of n, (1, n) to (n, n), and leave the set unfinished; returns how many it still lacks.
+
+    Parts run in any order, at the same time, and on any machines that share the folder. Raises InputError as ``ingest``
+    does, and where another process writes the same shards.
+    """
+    i, n = part
+    if not 1 <= i <= n:
+        raise InputError(f"part {i}/{n}: give 1/{max(n, 1)} to {max(n, 1)}/{max(n, 1)}")
+    job = _open(source, out, options, arguments, append, workers)
+    if job.finished:
+        return 0
+    with claimed(job, part):
+        _convert(job, job.numbers_of_part(i, n), workers)
+        return sum(done is None for _, done in job.parts())
+
+
+def merge_parts(
+    source: Source,
+    out: Path,
+    options: IngestOptions,
+    *,
+    append: bool = False,
+    arguments: Mapping[str, str] = _NO_ARGUMENTS,
+) -> Ingested:
+    """Finish the data set whose parts are all there; raises InputError that names the first that is missing."""
+    job = _open(source, out, options, arguments, append, 1)
+    if job.finished:
+        assert job.base is not None
+        return Ingested.of(job.base["sources"][-1])
+    with claimed(job) as mark:
+        check_all_there(job, mark)
+        return finish(job, mark)
+
+
+def _open(
+    source: Source, out: Path, options: IngestOptions, arguments: Mapping[str, str], append: bool, workers: int
+) -> Job:
     if workers < 1:
         raise InputError(f"workers {workers}: give 1 or more processes")
-    _check_utf8(source.dataset)
-    items = source.items()
-    with _claimed(out):
-        return _ingest(source, items, out, options, workers)
+    return open_job(source, out, options, arguments, append)
 
 
-def _ingest(source: Source, items: list[str], out: Path, options: IngestOptions, workers: int) -> Ingested:
-    slices = [
-        items[start : start + options.records_per_shard] for start in range(0, len(items), options.records_per_shard)
-    ]
-    tars = [out / f"shard-{number:06d}.tar" for number in range(len(slices))]
-    tasks = [(source, tar, part, options) for tar, part in zip(tars, slices, strict=True)]
-    done = list(_run(tasks, workers, len(items)))
-    _write_rejected(out / "rejected.csv", [row for part in done for row in part.rejected])
-    rejected = sum(len(part.rejected) for part in done)
-    if rejected == len(items):
-        first = next((f", the first because: {reason}" for part in done for _, reason in part.rejected), "")
-        raise InputError(f"{out}: none of the {rejected} records could be read{first}")
-    splits = _splits(done, options)
-    entries = []
-    for tar, part, split_B in zip(tars, done, splits, strict=True):
-        if len(split_B):
-            entries.append(write_index(tar, part.columns | {"split": split_B}))
-        else:
-            tar.unlink()
-    write_manifest(
-        out, source.dataset, options.rate_hz, entries, rejected, {k: v for k, v in vars(options).items() if v}
-    )
-    known = any(patient is not None for part in done for patient in part.patients)
-    return Ingested(len(items) - rejected, rejected, len(entries), known)
+def _abandon(job: Job, mark: Mark) -> None:
+    sweep(job.out)
+    mark.remove()
 
 
-def _refuse_data_set(out: Path) -> None:
-    if (out / MANIFEST).exists():
-        raise InputError(f"{out}: holds a data set already; give another folder or remove it")
+# -- conversion ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """The folder, marked and locked while an ingest works in it; the mark stays where it was interrupted."""
-    _begin(out)
-    with (out / _UNFINISHED).open("w") as mark:
+def _convert(job: Job, numbers: range, workers: int) -> None:
+    """Convert those of the slices that are not done."""
+    to_do = [number for number in numbers if read_part(job.tar(number), job.identity) is None]
+    total, left = (sum(len(job.items_of(number)) for number in some) for some in (numbers, to_do))
+    finished = _run(map(job.slice, to_do), min(workers, len(to_do)))
+    with tqdm(total=total, initial=total - left, unit="rec", desc="ingest", disable=None) as bar, closing(finished):
+        key_is_known = not job.options.split_by
+        for part in finished:
+            bar.update(part.records + len(part.rejected))
+            if part.records and not key_is_known:
+                if part.split_values == [""]:
+                    _check_split_key(job)
+                key_is_known = True
+
+
+class _UnknownKeyError(InputError):
+    """No record has the key that should name its split."""
+
+
+def _check_split_key(job: Job) -> None:
+    """Ask records all over the source for the key, before hours are spent on converting them."""
+    keys: set[str] = set()
+    for item in job.items[:: -(-len(job.items) // _PROBED)]:
         try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{out}: another ingest is writing there; wait for it or give another folder") from error
-        _refuse_data_set(out)  # that another ingest has finished in the meantime
-        for path in {*out.glob("shard-*"), *out.glob("*.partial")}:
-            path.unlink()
-        yield
-        (out / _UNFINISHED).unlink()
+            record = job.source.read(item)
+        except InputError:
+            continue
+        keys |= {*record.labels, *record.metadata}
+    if keys and job.options.split_by not in keys:
+        some = ", ".join(sorted(keys)[:20])
+        raise _UnknownKeyError(f"split-by {job.options.split_by}: no record has that key; they have {some}")
 
 
-def _begin(out: Path) -> None:
-    """Make and mark the folder, unless it holds shards that somebody else made."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        leftovers = {*out.glob("shard-*"), *out.glob("*.partial")}
-        if leftovers and not (out / _UNFINISHED).exists():
-            raise InputError(f"{min(leftovers)}: not made by an interrupted ingest; give an empty or a new folder")
-        (out / _UNFINISHED).touch()
-    except OSError as error:
-        raise InputError(f"{out}: cannot make a data set there: {error.strerror or error}") from error
-
-
-def _run(tasks: list[tuple[Source, Path, list[str], IngestOptions]], workers: int, total: int) -> Iterator[_Slice]:
-    with tqdm(total=total, unit="rec", desc="ingest", disable=None) as bar:
-        if workers <= 1 or len(tasks) <= 1:
-            for task in tasks:
-                yield _write_slice(*task)
-                bar.update(len(task[2]))
-            return
-        # Forked from a process that has done the slow imports and nothing else, so that they are done once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, type(tasks[0][0]).__module__, "webdataset.writer"])
-        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-            try:
-                for task, part in zip(tasks, pool.map(_write_slice, *zip(*tasks, strict=True)), strict=True):
-                    yield part
-                    bar.update(len(task[2]))
-            except BrokenProcessPool as error:
-                raise InputError("a worker was killed, most likely for memory: give fewer --workers") from error
+def _run(tasks: Iterator[Slice], workers: int) -> Generator[Part]:
+    """Parts in any order."""
+    if workers <= 1:
+        yield from map(convert, tasks)
+        return
+    first = next(tasks)
+    # Forked from a process that has done the slow imports and nothing else, so that they are done once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, type(first.source).__module__])
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+        try:
+            waiting = {pool.submit(convert, first)}
+            waiting |= {pool.submit(convert, task) for task in islice(tasks, _AHEAD * workers - 1)}
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                waiting |= {pool.submit(convert, task) for task in islice(tasks, len(done))}
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise InputError("a worker was killed, most likely for memory: give fewer --workers") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
@@ -186,77 +196,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _write_slice(source: Source, tar: Path, items: list[str], options: IngestOptions) -> _Slice:
-    done = _Slice({})
-
-    def records() -> Iterator[tuple[str, Record]]:
-        for item in items:
-            try:
-                _check_utf8(item)
-                record = source.read(item).resampled(options.rate_hz)
-            except InputError as error:
-                done.rejected.append((item, str(error)))
-                continue
-            done.split_values.append(_split_value(record, options.split_by))
-            done.patients.append(record.patient)
-            yield f"{tar.stem}-{len(done.patients) - 1:06d}", record
-
-    done.columns = write_tar(tar, source.dataset, records())
-    return done
-
-
-def _check_utf8(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:  # a file name in an old encoding
-        raise InputError(f"the name {name!r} is not UTF-8; give another") from error
-
-
-def _split_value(record: Record, key: str) -> str:
-    if not key:
-        return ""
-    values = record.labels.get(key) or [record.metadata.get(key, "")]
-    return values[0]
-
-
-def _splits(parts: list[_Slice], options: IngestOptions) -> list[npt.NDArray[np.uint8]]:
-    """The split of each record, per shard. Every patient lies in one split."""
-    if not options.split_by:
-        return [_split_by_hash(part.columns["patient"], options) for part in parts]
-    code_of_patient: dict[int, int] = {}
-    splits = []
-    for part in parts:
-        codes = [_split_code(value, options) for value in part.split_values]
-        for patient, name, code in zip(part.columns["patient"].tolist(), part.patients, codes, strict=True):
-            if code_of_patient.setdefault(patient, code) != code:
-                both = f"{SPLITS[code_of_patient[patient]]} and {SPLITS[code]}"
-                raise InputError(
-                    f"patient {name!r} stands in two splits ({both}) by {options.split_by}; a patient may be in one"
-                )
-        splits.append(np.array(codes, np.uint8))
-    for code, values in ((1, options.validation_values), (2, options.test_values)):
-        if values and not any((split == code).any() for split in splits):
-            known = sorted({value for part in parts for value in part.split_values if value})
-            hint = f"the records have {', '.join(known[:10])}" if known else "no record has that key at all"
-            raise InputError(
-                f"no record has {options.split_by} in {list(values)}, so {SPLITS[code]} would be empty; {hint}"
-            )
-    return splits
-
-
-def _split_code(value: str, options: IngestOptions) -> int:
-    return 2 if value in options.test_values else 1 if value in options.validation_values else 0
-
-
-def _split_by_hash(patient_B: npt.NDArray[np.int64], options: IngestOptions) -> npt.NDArray[np.uint8]:
-    place_B = (patient_B % 1_000_003) / 1_000_003  # the code is a hash already
-    validation_B = place_B < options.test_fraction + options.validation_fraction
-    return np.where(place_B < options.test_fraction, 2, np.where(validation_B, 1, 0)).astype(np.uint8)
-
-
-def _write_rejected(path: Path, rows: list[tuple[str, str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows([("record", "reason"), *rows])
-    write_whole(path, text.getvalue().encode(errors="backslashreplace"))

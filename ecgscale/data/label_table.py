@@ -40,7 +40,7 @@ def load_label_table(path: Path, root: Path, items: Sequence[str], record_column
     Raises InputError if the file is no such CSV, lacks the record column, names no record at all, names one
     twice, or names one by a base name that several share.
     """
-    columns, rows = _read_rows(path)
+    columns, rows = read_rows(path)
     wanted = RECORD_COLUMNS if record_column is None else (record_column,)
     present = [column for name in wanted if (column := find_key(columns, name)) is not None]
     if not present:
@@ -137,7 +137,7 @@ def _first_known(places: Iterable[Mapping[str, str]], keys: Iterable[str]) -> st
     return ""
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """(column names, [(line number, column -> value)])."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

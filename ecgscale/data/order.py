@@ -8,12 +8,19 @@ size W except who reads what, so the same global batches come out for any W that
 An epoch permutes the shards, turns the resulting sequence of records by a random amount, cuts its first ⌊N/G⌋·G
 records into equal lanes, and shuffles each lane in windows over several shards. A lane's records are neighbours in
 the sequence, so a node needs only its part of the data.
+
+A mixture reads several data sets at given weights. Each lane's turns are cut into blocks of BLOCK turns, in which each
+set has a whole number of turns, its quota, permuted per block; a set's turns count through epochs of its own, which cut
+⌊N/lanes⌋·lanes of its records into lanes. So over its epochs every record of a set is drawn equally often.
+
+Shape suffixes: P positions, S shards, W windows, Q sets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from math import gcd
 from typing import NamedTuple
 
@@ -25,17 +32,33 @@ from ecgscale.rng import Purpose, below, permute, random_words
 
 Int64 = npt.NDArray[np.int64]
 
+BLOCK = 256  # turns of a lane in which the quotas of a mixture come out exactly
+_KEPT_EPOCHS = 4
+
 
 class Place(NamedTuple):
-    """Where records stand: shard number and number within the shard, each (P,)."""
+    """Where records stand: shard number and number among the shard's eligible records, each (P,)."""
 
     shard: Int64
     record: Int64
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Several data sets in one stream."""
+
+    shards: tuple[int, ...]  # (Q,) shards of each set; together all of the order's
+    quota: tuple[int, ...]  # (Q,) turns of each set in a block
+
+    def __post_init__(self) -> None:
+        assert len(self.shards) == len(self.quota)
+        assert sum(self.quota) == BLOCK
+        assert min(self.quota) > 0
+
+
+@dataclass(frozen=True)
 class Order:
-    """The order of one data set. ``shard_records`` counts the eligible records of each shard."""
+    """The order of a data set or a mixture. ``shard_records`` counts the eligible records of each shard."""
 
     shard_records: tuple[int, ...]
     global_batch: int  # G, positions
@@ -43,6 +66,7 @@ class Order:
     lanes: int
     seed: int
     window: int = 16384  # records that are shuffled among each other within a lane
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch < 1 or self.contrast_batch < 1 or self.global_batch % self.contrast_batch:
@@ -58,13 +82,16 @@ class Order:
                 f"train.global_batch {self.global_batch} is more than the {self.records} usable recordings; "
                 "set it lower or give more data"
             )
+        if any(sequence.lane_records < 1 for sequence in self._sequences):
+            raise InputError(f"a data set of the mixture has fewer usable recordings than the {self.lanes} lanes")
 
-    @property
+    @cached_property
     def records(self) -> int:
         return sum(self.shard_records)
 
     @property
     def batches_per_epoch(self) -> int:
+        """Global batches that read every record of a data set once; for a mixture, as many records as it has."""
         return self.records // self.global_batch
 
     @property
@@ -77,35 +104,175 @@ class Order:
         first = batch * self.global_batch + micro_step * self.contrast_batch + rank * rows
         return np.arange(first, first + rows, dtype=np.int64)
 
-    def places(self, positions: npt.ArrayLike) -> Place:
-        """The record at each of (P,) positions, which may span epochs."""
+    def places(self, positions: npt.ArrayLike, redraw: int = 0) -> Place:
+        """The record at each of (P,) positions, which may span epochs.
+
+        ``redraw`` k > 0 names the k-th substitute for a record that cannot be read: one that the same lane reads in
+        a later batch, ever further away.
+        """
         position_P = np.asarray(positions, np.int64)
-        epoch_P, in_epoch_P = np.divmod(position_P, self.positions_per_epoch)
-        batch_P, slot_P = np.divmod(in_epoch_P, self.global_batch)
+        batch_P, slot_P = np.divmod(position_P, self.global_batch)
         micro_P, c_P = np.divmod(slot_P, self.contrast_batch)
         lane_slots = self.contrast_batch // self.lanes
         lane_P, lane_slot_P = np.divmod(c_P, lane_slots)
-        turn_P = batch_P * (self.global_batch // self.lanes) + micro_P * lane_slots + lane_slot_P
+        turn_P = batch_P * self._turns_per_batch + micro_P * lane_slots + lane_slot_P
+        set_P, turn_P = self._deal(lane_P, turn_P)
+        place = Place(np.empty_like(position_P), np.empty_like(position_P))
+        for number, sequence in enumerate(self._sequences):
+            here = set_P == number
+            if here.any():
+                later = redraw * (redraw + 1) // 2 * self._turns_per_batch + redraw
+                found = sequence.places(lane_P[here], turn_P[here] + later)
+                place.shard[here], place.record[here] = found.shard + self._first_shard[number], found.record
+        return place
+
+    def draws(self, position: int) -> list[int]:
+        """(Q,) records that were drawn of each set before a position that begins a global batch."""
+        if self.mixture is None:
+            return [position]
+        blocks, rest = divmod(position // self.lanes, BLOCK)
+        lane_P, turn_P = np.divmod(np.arange(self.lanes * rest), max(rest, 1))
+        set_P, _ = self._deal(lane_P, turn_P + blocks * BLOCK)
+        partial_Q = np.bincount(set_P, minlength=len(self.mixture.quota))
+        return [
+            blocks * quota * self.lanes + int(part) for quota, part in zip(self.mixture.quota, partial_Q, strict=True)
+        ]
+
+    def stages(self, batch: int, rank: int, world_size: int) -> Iterator[tuple[int, Int64]]:
+        """(first batch, shards) from a batch on: all shards that a rank may need until the next stage begins.
+
+        A stage ends where a window of any set does.
+        """
+        while True:
+            windows_Q = [self._windows_of(batch, q) for q in range(len(self._sequences))]
+            shards = [
+                sequence.window_shards(window, rank, world_size) + first
+                for sequence, first, windows in zip(self._sequences, self._first_shard, windows_Q, strict=True)
+                for window in windows
+            ]
+            yield batch, np.unique(np.concatenate(shards))
+            batch = self._next_stage(batch, windows_Q)
+
+    def _next_stage(self, batch: int, windows_Q: list[range]) -> int:
+        """The first later batch with other windows. They only ever go up, so it is searched by halving."""
+
+        def same(later: int) -> bool:
+            return all(self._windows_of(later, q) == windows for q, windows in enumerate(windows_Q))
+
+        step = 1
+        while same(batch + step):
+            step *= 2
+        low, high = batch + step // 2, batch + step  # the first has the same windows, the second has others
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if same(middle) else (low, middle)
+        return high
+
+    def _windows_of(self, batch: int, set_number: int) -> range:
+        """The windows of a set, counted over all epochs, that a batch may touch."""
+        first, last = batch * self._turns_per_batch, (batch + 1) * self._turns_per_batch - 1
+        if self.mixture is not None:
+            quota = self.mixture.quota[set_number]
+            first, last = first // BLOCK * quota, (last // BLOCK + 1) * quota - 1
+        sequence = self._sequences[set_number]
+        return range(sequence.window_of(first), sequence.window_of(last) + 1)
+
+    def _deal(self, lane_P: Int64, turn_P: Int64) -> tuple[Int64, Int64]:
+        """The set that each turn of a lane reads, and the turn's number among that set's."""
+        if self.mixture is None:
+            return np.zeros_like(turn_P), turn_P
+        quota_Q = np.array(self.mixture.quota)
+        first_Q = np.cumsum(quota_Q) - quota_Q
+        block_P, inside_P = np.divmod(turn_P, BLOCK)
+        dealt_P = permute(inside_P, BLOCK, self.seed, Purpose.MIXTURE, block_P * self.lanes + lane_P)
+        set_P = np.searchsorted(first_Q, dealt_P, side="right") - 1
+        return set_P, block_P * quota_Q[set_P] + dealt_P - first_Q[set_P]
+
+    @property
+    def _turns_per_batch(self) -> int:
+        return self.global_batch // self.lanes
+
+    @cached_property
+    def _first_shard(self) -> list[int]:
+        shards = self.mixture.shards if self.mixture else (len(self.shard_records),)
+        return [sum(shards[:q]) for q in range(len(shards))]
+
+    @cached_property
+    def _sequences(self) -> list[_Sequence]:
+        if self.mixture is None:
+            lane_records = self.positions_per_epoch // self.lanes
+            return [_Sequence(self.shard_records, lane_records, self.lanes, self.seed, self.window, 0)]
+        return [
+            _Sequence(part, sum(part) // self.lanes, self.lanes, self.seed, self.window, q)
+            for q, (first, count) in enumerate(zip(self._first_shard, self.mixture.shards, strict=True))
+            for part in [self.shard_records[first : first + count]]
+        ]
+
+
+class _Sequence:
+    """The records of one data set, epoch after epoch, dealt to lanes and shuffled in windows."""
+
+    def __init__(
+        self, shard_records: Sequence[int], lane_records: int, lanes: int, seed: int, window: int, set_number: int
+    ) -> None:
+        self.shard_records = np.asarray(shard_records, np.int64)
+        self.lane_records, self.lanes, self.seed, self.window = lane_records, lanes, seed, window
+        self.windows_per_epoch = -(-lane_records // window) if lane_records else 0
+        self._set_number = set_number
+        self._epochs: dict[int, _Epoch] = {}
+
+    def places(self, lane_P: Int64, turn_P: Int64) -> Place:
+        """The record that each lane reads at its turn; shards count from the set's first."""
+        epoch_P, turn_P = np.divmod(turn_P, self.lane_records)
         sequence_P = self._shuffled_in_window(epoch_P, lane_P, turn_P)
-        shard_P, record_P = np.empty_like(sequence_P), np.empty_like(sequence_P)
+        place = Place(np.empty_like(sequence_P), np.empty_like(sequence_P))
         for epoch in np.unique(epoch_P):
             here = epoch_P == epoch
-            shard_P[here], record_P[here] = self._epoch(int(epoch)).locate(sequence_P[here])
-        return Place(shard_P, record_P)
+            place.shard[here], place.record[here] = self._epoch(int(epoch)).locate(sequence_P[here])
+        return place
 
     def _shuffled_in_window(self, epoch_P: Int64, lane_P: Int64, turn_P: Int64) -> Int64:
         """The place in the epoch's sequence of records that a lane reads at its turn."""
-        lane_records = self.positions_per_epoch // self.lanes
         window_P, inside_P = np.divmod(turn_P, self.window)
-        size_P = np.minimum(self.window, lane_records - window_P * self.window)
-        windows_per_epoch = self.lanes * -(-lane_records // self.window)
-        number_P = epoch_P * windows_per_epoch + lane_P * -(-lane_records // self.window) + window_P
-        shuffled_P = permute(inside_P, size_P, self.seed, Purpose.WINDOW, number_P)
-        sequence_P: Int64 = lane_P * lane_records + window_P * self.window + shuffled_P
+        size_P = np.minimum(self.window, self.lane_records - window_P * self.window)
+        number_P = (epoch_P * self.lanes + lane_P) * self.windows_per_epoch + window_P
+        shuffled_P = permute(inside_P, size_P, self.seed, Purpose.WINDOW, self._own(number_P))
+        sequence_P: Int64 = lane_P * self.lane_records + window_P * self.window + shuffled_P
         return sequence_P
 
+    def window_of(self, turn: int) -> int:
+        """The window, counted over all epochs, in which a turn falls."""
+        epoch, turn = divmod(turn, self.lane_records)
+        return epoch * self.windows_per_epoch + turn // self.window
+
+    def window_shards(self, number: int, rank: int, world_size: int) -> Int64:
+        """The shards over which a window of the rank's lanes stretches, in the order of the epoch."""
+        epoch, window = divmod(number, self.windows_per_epoch)
+        lane_W = np.arange(rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size)
+        first_W = lane_W * self.lane_records + window * self.window
+        last_W = np.minimum(first_W + self.window, (lane_W + 1) * self.lane_records) - 1
+        return self._epoch(epoch).shards_between(first_W, last_W)
+
     def _epoch(self, epoch: int) -> _Epoch:
-        return _epoch(self.shard_records, self.seed, epoch)
+        known = self._epochs.get(epoch)
+        if known is None:
+            known = self._plan(epoch)
+            self._epochs = dict([*self._epochs.items(), (epoch, known)][-_KEPT_EPOCHS:])
+        return known
+
+    def _plan(self, epoch: int) -> _Epoch:
+        filled_S = np.flatnonzero(self.shard_records)
+        own = self._own(np.int64(epoch))
+        word_S = random_words(self.seed, Purpose.SHARD_ORDER, own, filled_S.size)[0]
+        shard_at = filled_S[np.argsort(word_S, kind="stable")]
+        counts_S = self.shard_records[shard_at]
+        records = int(counts_S.sum())
+        rotation = int(below(random_words(self.seed, Purpose.ROTATION, own, 1), records)[0, 0])
+        return _Epoch(shard_at, np.cumsum(counts_S) - counts_S, records, rotation)
+
+    def _own(self, number: npt.ArrayLike) -> Int64:
+        """Numbers of random streams that no other set of a mixture uses."""
+        return np.asarray(number, np.int64) + (self._set_number << 52)
 
 
 @dataclass(frozen=True)
@@ -122,16 +289,32 @@ class _Epoch:
         place_P = np.searchsorted(self.first_record, turned_P, side="right") - 1
         return Place(self.shard_at[place_P], turned_P - self.first_record[place_P])
 
+    def shards_between(self, first_W: Int64, last_W: Int64) -> Int64:
+        """The shards from the first to the last place of some stretches of the sequence, both included."""
+        found = []
+        for first, last in zip(first_W + self.rotation, last_W + self.rotation, strict=True):
+            begin, end = (
+                int(np.searchsorted(self.first_record, place % self.records, side="right")) - 1
+                for place in (first, last)
+            )
+            wraps = first // self.records != last // self.records
+            count = (end - begin) % self.shard_at.size if not wraps else end - begin + self.shard_at.size
+            found.append(self.shard_at[(begin + np.arange(min(count + 1, self.shard_at.size))) % self.shard_at.size])
+        return np.concatenate(found)
 
-@lru_cache(maxsize=4)
-def _epoch(shard_records: tuple[int, ...], seed: int, epoch: int) -> _Epoch:
-    filled_S = np.flatnonzero(np.asarray(shard_records))
-    word_S = random_words(seed, Purpose.SHARD_ORDER, epoch, filled_S.size)[0]
-    shard_at = filled_S[np.argsort(word_S, kind="stable")]
-    counts_S = np.asarray(shard_records, np.int64)[shard_at]
-    records = int(counts_S.sum())
-    rotation = int(below(random_words(seed, Purpose.ROTATION, epoch, 1), records)[0, 0])
-    return _Epoch(shard_at, np.cumsum(counts_S) - counts_S, records, rotation)
+
+def mixture_quotas(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights -> turns of each set in a block, by largest remainder; every set gets at least one.
+
+    A quota is off by less than 1/BLOCK of the stream, except where the weight is smaller than that.
+    """
+    share_Q = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
+    quota_Q = np.maximum(1, np.floor(share_Q)).astype(np.int64)
+    while quota_Q.sum() != BLOCK:
+        step = 1 if quota_Q.sum() < BLOCK else -1
+        gap_Q = np.where(quota_Q + step > 0, step * (share_Q - quota_Q), -np.inf)
+        quota_Q[np.argmax(gap_Q)] += step
+    return tuple(map(int, quota_Q))
 
 
 def default_lanes(contrast_batch: int) -> int:

@@ -1,18 +1,17 @@
 """Order + shards -> batches, with a savable position.
 
-The state of a training stream is one number, the position of its next batch. Batches are made ahead of need by a
-thread: gathering is memory copies and checksums, which release Python's lock.
+The state of a training stream is one number, the position of its next batch. Batches are made ahead of need by
+threads: gathering is memory copies, checksums and decompression, all of which release Python's lock.
 
-Shape suffixes: P positions, B rows, L the twelve leads, T samples, C classes.
+Shape suffixes: P positions, B rows, L the twelve leads, T samples.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -20,133 +19,18 @@ import torch
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order
-from ecgscale.data.shards import Shard, ShardSet
+from ecgscale.data.remote import is_remote
+from ecgscale.data.selection import Selection
+from ecgscale.data.shard_set import UnreadableShardError
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
-from ecgscale.rng import Purpose, below, random_words
 
-Item = TypeVar("Item")
 Int64 = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which recordings are read and how windows are cut from them."""
-
-    shards: list[str] = field(default_factory=list)
-    """Data set folders that `ecgscale ingest` or `ecgscale simulate` has written; several are read as one set."""
-    segment_s: float = 5.0
-    """Length of one segment in seconds; pretraining cuts two adjacent ones from each recording."""
-    min_record_s: float = 10.0
-    """Shorter recordings are left out, and counted. Below two segments, segments become shorter and are padded."""
-    normalisation: Literal["mv", "zscore"] = "mv"
-    """mv: millivolts as they are. zscore: each lead minus its mean, over its standard deviation, over the recording."""
-    shuffle_window: int = 16384
-    """Recordings of one lane that are shuffled among each other."""
-
-    def __post_init__(self) -> None:
-        if self.segment_s <= 0:
-            raise InputError(f"data.segment_s {self.segment_s:g}: give a positive number of seconds")
-        if self.min_record_s <= 0:
-            raise InputError(f"data.min_record_s {self.min_record_s:g}: give a positive number of seconds")
-        if self.shuffle_window < 1:
-            raise InputError(f"data.shuffle_window {self.shuffle_window}: give 1 or more recordings")
-
-
-class Selection:
-    """The records of one split that are long enough, and how windows are cut from them."""
-
-    def __init__(
-        self, shards: ShardSet, config: DataConfig, split: str, keep: npt.NDArray[np.bool_] | None = None
-    ) -> None:
-        """``keep`` (records of the whole set,) narrows the selection further, to labelled records for example."""
-        self.shards, self.config, self.split = shards, config, split
-        sizes_S = [len(shard) for shard in shards.shards]
-        self.first_S = np.cumsum([0, *sizes_S])[:-1].astype(np.int64)  # whole-set number of each shard's record 0
-        self.records = shards.select(split, config.min_record_s)
-        if keep is not None:
-            self.records = [
-                numbers[keep[first + numbers]] for first, numbers in zip(self.first_S, self.records, strict=True)
-            ]
-        self.too_short = sum(map(len, shards.select(split))) - sum(map(len, shards.select(split, config.min_record_s)))
-        self.samples = round(config.segment_s * shards.rate_hz)  # T
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        return tuple(len(numbers) for numbers in self.records)
-
-    def in_order(self) -> list[tuple[int, int]]:
-        """(shard, record in shard) of every record, once."""
-        return [(s, int(r)) for s, numbers in enumerate(self.records) for r in numbers]
-
-    def numbers(self) -> Int64:
-        """Whole-set numbers of the records, in the order of ``in_order``."""
-        return np.concatenate([first + records for first, records in zip(self.first_S, self.records, strict=True)])
-
-    def batch(
-        self,
-        chosen: list[tuple[int, int]],
-        position_P: Int64,
-        segments: int,
-        seed: int,
-        target: npt.NDArray[np.float32] | None = None,
-    ) -> ECGBatch:
-        """Cut ``segments`` adjacent windows from each chosen (shard, record); where they begin is drawn by position.
-
-        Row s·P + p is segment s of position p. ``target`` (records of the whole set, C) gives rows their labels.
-        """
-        rows = len(chosen) * segments
-        signal_BLT = np.zeros((rows, len(LEADS), self.samples), np.int16)
-        gain_BL, offset_BL = np.zeros((2, rows, len(LEADS)), np.float32)
-        length_B, patient_B = np.zeros((2, rows), np.int64)
-        word_P = random_words(seed, Purpose.CROP, position_P, 1)[:, 0]
-        for p, (shard_number, record) in enumerate(chosen):
-            shard = self.shards.shards[shard_number]
-            source_LT = shard.signal(record)
-            at = shard.lead_positions(record)
-            length = min(self.samples, source_LT.shape[1] // segments)
-            start = int(below(word_P[p], source_LT.shape[1] - segments * length + 1))
-            gain_L, offset_L = self._worth(shard, record, at)
-            for row, first in zip(
-                range(p, rows, len(chosen)), range(start, start + segments * length, length), strict=True
-            ):
-                signal_BLT[row, at, :length] = source_LT[:, first : first + length]
-                signal_BLT[row, at, length:] = np.rint(offset_L)[:, None]
-                gain_BL[row, at], offset_BL[row, at] = gain_L, offset_L
-                length_B[row], patient_B[row] = length, shard.columns["patient"][record]
-        number_P = np.array([self.first_S[shard] + record for shard, record in chosen], np.int64)
-        return ECGBatch(
-            signal_BLT=torch.from_numpy(signal_BLT),
-            gain_BL=torch.from_numpy(gain_BL),
-            offset_BL=torch.from_numpy(offset_BL),
-            length_B=torch.from_numpy(length_B),
-            patient_B=torch.from_numpy(patient_B),
-            segment_B=torch.arange(segments).repeat_interleave(len(chosen)),
-            position_B=torch.from_numpy(np.tile(position_P, segments)),
-            padded=bool((length_B < self.samples).any()),
-            target_BC=None if target is None else torch.from_numpy(np.tile(target[number_P], (segments, 1))),
-        )
-
-    def _worth(
-        self, shard: Shard, record: int, at: list[int]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Gain and offset of the leads that are there."""
-        scale_L = shard.columns["scale"][record][at]
-        if self.config.normalisation == "mv":
-            return scale_L, np.zeros_like(scale_L)
-        return zscore_gain(shard.signal(record))
-
-
-def zscore_gain(
-    signal_LT: npt.NDArray[np.generic],
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Gain and offset that bring each lead to mean 0 and standard deviation 1; gain 0 for a flat lead."""
-    mean_L, std_L = signal_LT.mean(axis=1, dtype=np.float64), signal_LT.std(axis=1, dtype=np.float64)
-    gain_L = np.divide(1.0, std_L, out=np.zeros_like(std_L), where=std_L > 0)
-    return gain_L.astype(np.float32), mean_L.astype(np.float32)
+_PLANNED = 4096  # positions whose places are worked out at once: numpy's cost per call is spread over them
+_AHEAD = 3  # batches that are made ahead of need by each worker
+_REDRAWS = 200  # the last is 20,000 batches further on
+_LOOKED_AHEAD = 16  # batches at the begin of a stage that tell which shards are fetched first
 
 
 class TrainStream:
@@ -164,83 +48,206 @@ class TrainStream:
         """``target`` (records of the whole set, classes) gives rows their labels."""
         self.selection, self.order, self.segments, self.target = selection, order, segments, target
         self.rank, self.world_size = rank, world_size
+        self.unreadable: set[int] = set()  # shards that are skipped
+        self.redrawn = 0  # records that were read instead of others
+        self._plans: dict[int, tuple[Int64, Int64, npt.NDArray[np.bool_]]] = {}
+        self._lock = threading.Lock()
 
-    def from_batch(self, batch: int) -> Prefetch[ECGBatch]:
-        """The micro-batches from global batch number ``batch`` on."""
-        return Prefetch(self._micro_batches(batch))
+    @property
+    def micro_steps(self) -> int:
+        return self.order.global_batch // self.order.contrast_batch
 
-    def _micro_batches(self, batch: int) -> Iterator[ECGBatch]:
-        while True:
-            for micro_step in range(self.order.global_batch // self.order.contrast_batch):
-                yield self.micro_batch(batch, micro_step)
-            batch += 1
+    def from_batch(self, batch: int) -> Batches:
+        """The micro-batches from global batch number ``batch`` on; each holds until the next is asked for."""
+        return Batches(self, batch * self.micro_steps)
 
     def micro_batch(self, batch: int, micro_step: int) -> ECGBatch:
         """This rank's rows of one micro-step of a global batch."""
-        position_P = self.order.rank_positions(batch, micro_step, self.rank, self.world_size)
-        place = self.order.places(position_P)
-        chosen = [(int(s), int(self.selection.records[s][r])) for s, r in zip(place.shard, place.record, strict=True)]
-        rows = self.selection.batch(chosen, position_P, self.segments, self.order.seed, self.target)
-        return rows.pin_memory() if torch.cuda.is_available() else rows
+        return self.make(batch * self.micro_steps + micro_step)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, L, T) of a micro-batch."""
+        rows = self.order.contrast_batch // self.world_size
+        return self.segments * rows, len(LEADS), self.selection.samples
 
-def evaluation_batches(
-    selection: Selection,
-    batch: int,
-    segments: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    target: npt.NDArray[np.float32] | None = None,
-) -> Iterator[tuple[ECGBatch, bool]]:
-    """Every record of the selection once, ``batch`` positions at a time over all ranks.
-
-    Yields the rank's rows and whether they are a share: the last, incomplete batch goes to every rank whole.
-    """
-    chosen = selection.in_order()
-    for first in range(0, len(chosen), batch):
-        positions = np.arange(first, min(first + batch, len(chosen)), dtype=np.int64)
-        shared = len(positions) == batch
-        if shared:
-            positions = positions.reshape(world_size, -1)[rank]
-        yield selection.batch([chosen[p] for p in positions], positions, segments, seed, target), shared
-
-
-class Prefetch(Iterator[Item]):
-    """Runs an iterator ahead in a thread. Errors of the thread are raised where its items are taken."""
-
-    def __init__(self, items: Iterable[Item], ahead: int = 3) -> None:
-        self._queue: queue.Queue[Item | BaseException] = queue.Queue(ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(iter(items),), daemon=True, name="prefetch")
-        self._thread.start()
-
-    def _fill(self, items: Iterator[Item]) -> None:
-        try:
-            for item in items:
-                if not self._put(item):
-                    return
-            self._put(StopIteration())
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Item | BaseException) -> bool:
-        while not self._stop.is_set():
+    def make(self, micro_batch: int, buffer: torch.Tensor | None = None) -> ECGBatch:
+        """Micro-batch number ``micro_batch``, counted over all global batches."""
+        while True:
+            position_P, number_P, redrawn_P = self._planned(micro_batch)
             try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
+                batch = self.selection.batch(number_P, position_P, self.segments, self.order.seed, self.target, buffer)
+            except UnreadableShardError as error:
+                if self.selection.config.unreadable == "stop":
+                    raise
+                with self._lock:
+                    self.unreadable.add(error.shard)
+                    self._plans.clear()
                 continue
-            return True
-        return False
+            with self._lock:
+                self.redrawn += int(redrawn_P.sum())
+            return batch.pin_memory() if torch.cuda.is_available() else batch
 
-    def __next__(self) -> Item:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # the thread has ended: whoever asks again must not wait for it
-            raise item
-        return item
+    def counts(self, batch: int) -> dict[str, float]:
+        """Scalars: what was drawn of each data set before a global batch, and what of this rank's was replaced."""
+        drawn = self.order.draws(batch * self.order.global_batch)
+        scalars = {"data/skipped_shards": float(len(self.unreadable)), "data/replaced_recordings": float(self.redrawn)}
+        if self.order.mixture is None:
+            return scalars | {"data/epochs": batch / self.order.batches_per_epoch}
+        first_Q = np.cumsum([0, *self.order.mixture.shards])
+        for one, count, first, last in zip(self.selection.shards.sets, drawn, first_Q, first_Q[1:], strict=False):
+            name = f"{one.place.rstrip('/').rpartition('/')[2]}"
+            usable = int(self.selection.first_S[last] - self.selection.first_S[first])
+            scalars |= {f"data/recordings/{name}": float(count), f"data/epochs/{name}": count / usable}
+        return scalars
+
+    def _planned(self, micro_batch: int) -> tuple[Int64, Int64, npt.NDArray[np.bool_]]:
+        """Positions, record numbers and which of them are substitutes; worked out for several micro-batches at once."""
+        rows = self.order.contrast_batch // self.world_size
+        together = max(1, _PLANNED // rows)
+        plan, inside = divmod(micro_batch, together)
+        with self._lock:
+            if plan not in self._plans:
+                steps = range(plan * together, (plan + 1) * together)
+                positions = [
+                    self.order.rank_positions(*divmod(step, self.micro_steps), self.rank, self.world_size)
+                    for step in steps
+                ]
+                position_P = np.concatenate(positions)
+                self._plans = dict([*self._plans.items(), (plan, (position_P, *self._numbers(position_P)))][-2:])
+            position_P, number_P, redrawn_P = self._plans[plan]
+        rows_of = slice(inside * rows, (inside + 1) * rows)
+        return position_P[rows_of], number_P[rows_of], redrawn_P[rows_of]
+
+    def _numbers(self, position_P: Int64) -> tuple[Int64, npt.NDArray[np.bool_]]:
+        """Whole-set numbers of the records at positions; those of unreadable shards have substitutes."""
+        place = self.order.places(position_P)
+        bad_P = np.isin(place.shard, list(self.unreadable))
+        redrawn_P = bad_P.copy()
+        all_bad = self.unreadable >= set(np.flatnonzero(self.order.shard_records).tolist())
+        for redraw in range(1, 1 if all_bad else _REDRAWS):
+            if not bad_P.any():
+                break
+            other = self.order.places(position_P[bad_P], redraw)
+            place.shard[bad_P], place.record[bad_P] = other
+            bad_P[bad_P] = np.isin(other.shard, list(self.unreadable))
+        else:
+            if bad_P.any():
+                names = ", ".join(sorted(self.selection.shards.shards[shard].place for shard in self.unreadable)[:3])
+                raise InputError(f"no readable recording is left beside the unreadable shards {names}")
+        return self.selection.numbers[self.selection.first_S[place.shard] + place.record], redrawn_P
+
+
+class Batches(Iterator[ECGBatch]):
+    """The micro-batches of a stream in order, made ahead of need by threads into buffers that are used again.
+
+    A batch holds until the next one is asked for. Errors of a thread are raised where its batch is taken, and again
+    when asked once more.
+    """
+
+    def __init__(self, stream: TrainStream, first: int) -> None:
+        self._stream, self._workers = stream, stream.selection.config.workers
+        self._taken, self._asked = first, first
+        ahead = _AHEAD * self._workers
+        self._buffers = [_Buffer(stream.shape) for _ in range(ahead + 1)]
+        self._pool = ThreadPoolExecutor(max(1, self._workers), "batches")
+        self._made: deque[Future[ECGBatch]] = deque()
+        self._error: BaseException | None = None
+        self._stages = _Stages(stream, first // stream.micro_steps)
+        for _ in range(ahead):
+            self._ask()
+
+    def __next__(self) -> ECGBatch:
+        if self._error is not None:
+            raise self._error
+        self._buffers[(self._taken - 1) % len(self._buffers)].release()
+        self._taken += 1
+        try:
+            self._ask()
+            return self._made.popleft().result()
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _ask(self) -> None:
+        buffer, number = self._buffers[self._asked % len(self._buffers)], self._asked
+        self._stages.reach(number // self._stream.micro_steps)
+        self._asked += 1
+        if self._workers:
+            self._made.append(self._pool.submit(lambda: self._stream.make(number, buffer.ready())))
+            return
+        made: Future[ECGBatch] = Future()
+        made.set_result(self._stream.make(number, buffer.ready()))
+        self._made.append(made)
 
     def close(self) -> None:
-        """Stop the thread."""
-        self._stop.set()
-        self._thread.join()
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)
+        self._stages.close()
+
+
+class _Buffer:
+    """Samples of one batch, pinned where there is a device; used again when the copy to the device is done."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self._tensor = torch.empty(shape, dtype=torch.int16, pin_memory=torch.cuda.is_available())
+        self._copied: torch.cuda.Event | None = None
+
+    def release(self) -> None:
+        """The batch has been handed to the device's queue."""
+        if torch.cuda.is_available():
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def ready(self) -> torch.Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor
+
+
+class _Stages:
+    """Keeps the shards open that the stream is in, and fetches remote ones before the stream comes to them."""
+
+    def __init__(self, stream: TrainStream, batch: int) -> None:
+        self._stream, self._shards = stream, stream.selection.shards
+        self._plan = stream.order.stages(batch, stream.rank, stream.world_size)
+        self._stage, self._next = next(self._plan), next(self._plan)
+        remote = any(is_remote(one.place) for one in self._shards.sets)
+        downloads = stream.selection.config.cache.downloads
+        self._pool = ThreadPoolExecutor(downloads, "fetch") if remote else None
+        self._enter(self._stage)
+
+    def reach(self, batch: int) -> None:
+        while batch >= self._next[0]:
+            self._stage, self._next = self._next, next(self._plan)
+            self._enter(self._stage)
+
+    def _enter(self, stage: tuple[int, Int64]) -> None:
+        self._shards.keep_open(stage[1].tolist())
+        if self._pool is not None:
+            for first, shards in (stage, self._next):
+                for shard in self._in_order_of_use(first, shards):
+                    self._pool.submit(self._fetch, shard)
+
+    def _fetch(self, shard: int) -> None:
+        try:
+            self._shards.prefetch(shard)
+        except InputError:
+            return  # whoever needs the shard meets the same error, and knows what to do
+
+    def _in_order_of_use(self, batch: int, shards: Int64) -> list[int]:
+        """The shards of a stage; first those that are needed first."""
+        order, rank, world_size = self._stream.order, self._stream.rank, self._stream.world_size
+        position_P = np.concatenate(
+            [
+                order.rank_positions(batch + later, micro_step, rank, world_size)
+                for later in range(_LOOKED_AHEAD)
+                for micro_step in range(self._stream.micro_steps)
+            ]
+        )
+        used = order.places(position_P).shard.tolist()
+        return list(dict.fromkeys([*used, *shards.tolist()]))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ecgscale.config import FinetuneConfig, PretrainConfig, load
-from ecgscale.data.shards import ShardSet, file_sha256, write_whole
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import file_sha256, write_whole
 from ecgscale.downstream.finetune import finetune
 from ecgscale.errors import InputError
 from ecgscale.pretrain import pretrain

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from ecgscale.data.shards import SPLITS, ShardSet, write_whole
-from ecgscale.data.stream import DataConfig, Selection
+from ecgscale.data.selection import DataConfig, Selection
+from ecgscale.data.shard_set import ShardSet, lead_positions
+from ecgscale.data.shards import SPLITS, write_whole
 from ecgscale.downstream.metrics import best_thresholds
 from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
@@ -41,33 +42,34 @@ class LabelledSet:
 
         A model that was fine-tuned brings its classes along.
         """
-        shards, profile = ShardSet.open(data.shards), model.profile
+        shards, profile = ShardSet.open(data.shards, data.cache), model.profile
         if shards.rate_hz != profile.rate_hz:
             raise InputError(
                 f"the model takes {profile.rate_hz:g} Hz, the shards have {shards.rate_hz:g} Hz; ingest at its rate"
             )
-        given = asdict(data) | {"segment_s": profile.segment_s, "normalisation": profile.normalisation}
-        return LabelledSet(shards, DataConfig(**given), load_task(shards, config, _trained(model), splits))
+        read_as = replace(data, segment_s=profile.segment_s, normalisation=profile.normalisation)
+        return LabelledSet(shards, read_as, load_task(shards, config, _trained(model), splits))
 
     def selection(self, split: str) -> Selection:
         return Selection(self.shards, self.data, split, self.task.labelled_R)
 
     def recordings(self, split: str, shown: bool = True) -> Iterator[Recording]:
         """The labelled recordings of a split, in their order on disk, with a progress bar."""
-        chosen = self.selection(split).in_order()
-        bar = tqdm(chosen, desc=f"embed {split}", unit="rec", disable=None if shown else True, leave=False)
-        for shard_number, record in bar:
-            shard = self.shards.shards[shard_number]
-            at = shard.lead_positions(record)
-            yield Recording(shard.signal(record), shard.columns["scale"][record][at], at)
+        number_R, take = self.selection(split).numbers, self.shards.take
+        signals = self.shards.windows(number_R, [0] * len(number_R), take("samples", number_R).tolist())
+        described = zip(signals, take("leads", number_R).tolist(), take("scale", number_R), strict=True)
+        bar = tqdm(described, f"embed {split}", len(number_R), unit="rec", disable=None if shown else True, leave=False)
+        for signal_LT, bits, scale_L in bar:
+            at = lead_positions(bits)
+            yield Recording(signal_LT, scale_L[at], at)
 
     def targets(self, split: str) -> Floats:
         """(R, C) labels in the order of ``recordings``."""
-        return self.task.target_RC[self.selection(split).numbers()]
+        return self.task.target_RC[self.selection(split).numbers]
 
     def patients(self, split: str) -> npt.NDArray[np.int64]:
         """(R,) patient codes in the order of ``recordings``."""
-        codes: npt.NDArray[np.int64] = self.shards.column("patient")[self.selection(split).numbers()]
+        codes: npt.NDArray[np.int64] = self.shards.take("patient", self.selection(split).numbers)
         return codes
 
 

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.shards import SPLITS, ShardSet
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import SPLITS
 from ecgscale.downstream.metrics import labels_for_classes, load_challenge_weights
 from ecgscale.errors import InputError
 
@@ -82,7 +83,7 @@ def load_task(
 
     Raises InputError for an unknown label, no usable class, and a split among ``splits`` without labelled recordings.
     """
-    values = [shard.metadata(record)["labels"] for shard in shards.shards for record in range(len(shard))]
+    values = [shards.metadata(number)["labels"] for number in range(len(shards))]
     known = Counter(name for labels in values for name in labels)
     if config.label not in known:
         near = get_close_matches(config.label, known, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size, default_lanes
-from ecgscale.data.stream import Selection, TrainStream
+from ecgscale.data.selection import Selection
+from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
 from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.training import checkpoint
@@ -58,6 +60,8 @@ class TrainConfig:
     """Checkpoints at multiples of this step are kept too; 0: none."""
     max_skipped: int = 10
     """Steps in a row with a non-finite gradient after which the run stops."""
+    log_recordings: bool = False
+    """Write the numbers of the recordings that each rank has seen in each step to recordings/rank-N.jsonl."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "max_skipped"):
@@ -81,8 +85,7 @@ class TrainConfig:
         """The order in which a selection is read; raises InputError where batches, lanes and ranks do not fit."""
         lanes = self.lanes or default_lanes(self.contrast)
         check_world_size(world_size, lanes)
-        window = selection.config.shuffle_window
-        return Order(selection.counts, self.global_batch, self.contrast, lanes, self.seed, window)
+        return selection.order(self.global_batch, self.contrast, lanes, self.seed)
 
     @property
     def accumulation(self) -> int:
@@ -116,12 +119,16 @@ def train(job: Job, ranks: Ranks) -> Engine:
     if job.picture and resumed is None:
         monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
     batches = job.stream.from_batch(step)
+    seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
     try:
         while step < job.train.steps:
             learning_rate = job.engine.learning_rate * _factor(job.train, step)
             parts = []
             for micro_step in range(job.train.accumulation):
-                batch = monitor.waiting(batches).to(ranks.device)
+                batch = monitor.waiting(batches)
+                if seen:
+                    seen.write(step, micro_step, batch)
+                batch = batch.to(ranks.device)
                 _seed_dropout(job.train.seed, step, micro_step, ranks.rank)
                 loss, micro_parts = engine.forward(batch, step=step)
                 engine.backward(loss)
@@ -139,7 +146,8 @@ def train(job: Job, ranks: Ranks) -> Engine:
                     "train/learning_rate": learning_rate,
                     "train/gradient_norm": engine.gradient_norm(),
                 }
-                monitor.log(step, parts, scalars | {"train/skipped_steps": float(skipped.total)})
+                scalars |= {"train/skipped_steps": float(skipped.total)} | job.stream.counts(step)
+                monitor.log(step, parts, scalars)
             with monitor.pause():
                 if last or (job.train.validate_every and step % job.train.validate_every == 0):
                     monitor.write(step, job.validate(engine))
@@ -148,7 +156,26 @@ def train(job: Job, ranks: Ranks) -> Engine:
     finally:
         batches.close()
         monitor.close()
+        if seen:
+            seen.close()
     return engine
+
+
+class RecordingsLog:
+    """Which recordings a rank has seen, a line per micro-step, to hold a run against another or against its plan."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"rank-{rank}.jsonl").open("a")
+
+    def write(self, step: int, micro_step: int, batch: ECGBatch) -> None:
+        once = batch.segment_B == 0
+        line = {"step": step, "micro_step": micro_step, "first_position": int(batch.position_B[0])}
+        self._file.write(json.dumps(line | {"recordings": batch.record_B[once].tolist()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.stream import Selection, evaluation_batches
+from ecgscale.data.selection import Selection, evaluation_batches
 from ecgscale.training.engine import Engine
 from ecgscale.training.monitor import average_over_ranks
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +75,37 @@ def simulated(tmp_path_factory) -> Path:
 def copied(simulated, tmp_path) -> Path:
     """A copy of it, to be damaged."""
     return shutil.copytree(simulated, tmp_path / "copied")
+
+
+def _write_record(
+    folder: Path, name: str, record: Record, comments: Sequence[str] = (), leads: Sequence[str] = ()
+) -> Path:
+    """A WFDB record of format 16, its leads in the order of ``leads`` (default: the record's own)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = [record.leads.index(lead) for lead in leads or record.leads]
+    lines = [
+        f"{name}.dat 16 {1 / record.scale_L[i]:.6f}(0)/mV 16 0 {record.signal_LT[i, 0]} "
+        f"{int(record.signal_LT[i].sum(dtype=np.int64)) % 65536} 0 {record.leads[i]}"
+        for i in order
+    ]
+    head = f"{name} {len(order)} {record.rate_hz:g} {record.n_samples}"
+    (folder / f"{name}.hea").write_text("\n".join([head, *lines, *(f"# {comment}" for comment in comments), ""]))
+    (folder / f"{name}.dat").write_bytes(record.signal_LT[order].T.astype("<i2").tobytes())
+    return folder / f"{name}.hea"
+
+
+@pytest.fixture(scope="session")
+def write_record() -> Callable[..., Path]:
+    return _write_record
+
+
+def _assert_same(one: Record, other: Record) -> None:
+    """All fields, bit by bit."""
+    for field in fields(Record):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, field.name
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Record, Record], None]:
+    return _assert_same

@@ -5,13 +5,15 @@ Shape suffixes: N records of the data set, P positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from ecgscale.data.order import Order, check_world_size, default_lanes
+from ecgscale.data.order import BLOCK, Mixture, Order, check_world_size, default_lanes, mixture_quotas
 from ecgscale.errors import InputError
 
 
@@ -151,8 +153,116 @@ def test_the_order_of_stored_runs_stays() -> None:
     """A run that goes on after an upgrade must read on where it was: change this only with a new format."""
     order = Order((5, 0, 9, 4), 8, 4, 2, seed=12345, window=3)
     place = order.places([0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 10**12])
-    assert place.shard.tolist() == [0, 3, 2, 2, 3, 3, 2, 2, 2, 2, 0]
-    assert place.record.tolist() == [4, 0, 3, 5, 1, 2, 4, 6, 5, 4, 0]
+    assert place.shard.tolist() == [3, 0, 2, 2, 3, 2, 2, 2, 2, 2, 0]
+    assert place.record.tolist() == [1, 4, 5, 3, 0, 0, 4, 8, 6, 5, 2]
+    order = replace(order, mixture=Mixture((3, 1), (192, 64)))
+    place = order.places([0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 10**12])
+    assert place.shard.tolist() == [0, 2, 2, 0, 3, 2, 0, 3, 3, 2, 3]
+    assert place.record.tolist() == [3, 3, 4, 2, 3, 4, 0, 0, 0, 2, 2]
+
+
+# --- mixtures ---
+
+
+@st.composite
+def mixtures(draw) -> Order:
+    lanes = draw(st.sampled_from([1, 2, 4]))
+    contrast = lanes * draw(st.integers(1, 3))
+    sets = draw(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=4), min_size=2, max_size=4))
+    sets = [[*counts, lanes + draw(st.integers(0, 20))] for counts in sets]
+    weights = draw(st.lists(st.floats(0.01, 10), min_size=len(sets), max_size=len(sets)))
+    mixture = Mixture(tuple(map(len, sets)), mixture_quotas(weights))
+    global_batch = contrast * draw(st.integers(1, 2))
+    records = sum(map(sum, sets))
+    if global_batch > records:
+        sets[0][0] += global_batch
+    window = draw(st.one_of(st.integers(1, 40), st.just(16384)))
+    shard_records = tuple(count for counts in sets for count in counts)
+    return Order(shard_records, global_batch, contrast, lanes, draw(st.integers(0, 2**64 - 1)), window, mixture)
+
+
+def set_of(order: Order, shard_P: np.ndarray) -> np.ndarray:
+    return np.searchsorted(np.cumsum(order.mixture.shards), shard_P, side="right")
+
+
+@given(mixtures(), st.sampled_from([0, 3, 10**6]))
+def test_the_quotas_of_a_mixture_come_out_in_every_block_of_a_lane(order, block) -> None:
+    lane_slots = order.contrast_batch // order.lanes
+    position_P = np.arange(block * BLOCK * order.lanes, (block + 2) * BLOCK * order.lanes)
+    if len(position_P) % order.contrast_batch or position_P[0] % order.contrast_batch:
+        position_P = np.arange(2 * BLOCK * order.contrast_batch) + block * BLOCK * order.contrast_batch
+    lane_P = position_P % order.contrast_batch // lane_slots
+    set_P = set_of(order, order.places(position_P).shard)
+    for lane in range(order.lanes):
+        of_lane = set_P[lane_P == lane]
+        for part in of_lane.reshape(-1, BLOCK):
+            assert np.bincount(part, minlength=len(order.mixture.quota)).tolist() == list(order.mixture.quota)
+
+
+def test_every_recording_of_a_mixture_is_drawn_equally_often() -> None:
+    """Sets of very unequal size: 1,300 epochs of the small one fall into 119 of the large one."""
+    mixture = Mixture((3, 2), mixture_quotas([3, 1]))
+    order = Order((500, 400, 131, 20, 11), 32, 16, 4, seed=5, window=64, mixture=mixture)
+    drawn = np.bincount(numbers(order, np.arange(4 * 160 * BLOCK)), minlength=1062)
+    large, small = drawn[:1031], drawn[1031:]
+    assert large.sum() == 3 * small.sum()
+    for counts in (large, small):
+        # each epoch leaves out 3 of the set, others every time; the last epoch may have begun
+        epochs, share = counts.sum() / (len(counts) - 3), 3 / len(counts)
+        assert abs(counts - counts.mean()).max() <= 5 * (epochs * share * (1 - share)) ** 0.5 + 1
+
+
+@given(mixtures(), st.integers(0, 3000))
+def test_what_was_drawn_of_each_set_is_counted(order, batch) -> None:
+    before, after = (np.array(order.draws(at * order.global_batch)) for at in (batch, batch + 3))
+    position_P = np.arange(batch * order.global_batch, (batch + 3) * order.global_batch)
+    counted = np.bincount(set_of(order, order.places(position_P).shard), minlength=len(before))
+    assert (after - before).tolist() == counted.tolist()
+    assert before.sum() == batch * order.global_batch
+
+
+def test_a_mixture_of_one_weight_each_reads_as_often_from_each() -> None:
+    assert mixture_quotas([1, 1]) == (128, 128)
+    assert mixture_quotas([0.7, 0.2, 0.1]) == (179, 51, 26)
+    assert mixture_quotas([1e9, 1]) == (255, 1)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=BLOCK))
+def test_quotas_fill_the_block(weights) -> None:
+    quota_Q = np.array(mixture_quotas(weights))
+    share_Q = np.array(weights) / sum(weights) * BLOCK
+    assert quota_Q.sum() == BLOCK
+    assert quota_Q.min() >= 1
+    if share_Q.min() >= 1:
+        assert abs(quota_Q - share_Q).max() < 1 + 1e-9
+
+
+# --- what a rank needs ---
+
+
+@given(st.one_of(orders(), mixtures()), st.integers(0, 400), st.data())
+def test_a_stage_names_every_shard_that_its_batches_read(order, batch, data) -> None:
+    world_size = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if order.lanes % w == 0]))
+    rank = data.draw(st.integers(0, world_size - 1))
+    stages = order.stages(batch, rank, world_size)
+    begin, shards = next(stages)
+    assert begin == batch
+    for _ in range(4):
+        end, following = next(stages)
+        assert end > begin
+        for at in {begin, (begin + end) // 2, end - 1}:
+            for micro_step in range(order.global_batch // order.contrast_batch):
+                read = order.places(order.rank_positions(at, micro_step, rank, world_size)).shard
+                assert np.isin(read, shards).all()
+        begin, shards = end, following
+
+
+def test_a_stage_needs_a_few_shards_of_a_large_set() -> None:
+    order = Order((500,) * 2000, 512, 512, 64, seed=1, window=1000)
+    stages = order.stages(10**6, rank=3, world_size=8)
+    for _ in range(20):
+        _, shards = next(stages)
+        assert len(shards) <= 8 * 2 * (1000 // 500 + 2)  # 8 lanes, at most two windows each
 
 
 @settings(max_examples=20)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 import threading
-from concurrent.futures import Future
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ecgscale.data.order import Order
-from ecgscale.data.shards import ShardSet
-from ecgscale.data.stream import DataConfig, Prefetch, Selection, TrainStream, evaluation_batches
+from ecgscale.data.selection import DataConfig, Selection, evaluation_batches
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
 
@@ -62,8 +63,8 @@ def train(simulated) -> Selection:
 
 
 def all_of(selection: Selection, segments: int, seed: int = 0, first: int = 0, **options):
-    chosen = selection.in_order()
-    return selection.batch(chosen, np.arange(first, first + len(chosen)), segments, seed, **options)
+    position_P = np.arange(first, first + len(selection))
+    return selection.batch(selection.numbers, position_P, segments, seed, **options)
 
 
 def start_of(window_LT: np.ndarray, signal_LT: np.ndarray) -> int:
@@ -115,8 +116,7 @@ def test_what_lies_behind_a_short_record_is_zero(selection, records) -> None:
     for row, length in enumerate(batch.length_B.tolist()):
         assert not value(batch)[row, :, length:].any()
     long = [i for i, record in enumerate(records) if record.n_samples >= 2 * T]
-    chosen = [selection.in_order()[i] for i in long]
-    assert not selection.batch(chosen, np.arange(len(long)), 2, 0).padded
+    assert not selection.batch(np.array(long), np.arange(len(long)), 2, 0).padded
     assert all_of(selection, 1).length_B.min() == T  # a single segment fits into all of them
 
 
@@ -132,7 +132,7 @@ def test_missing_leads_have_gain_zero(selection, records) -> None:
 
 
 def test_every_start_is_drawn_and_depends_on_seed_and_position_alone(selection, records) -> None:
-    chosen = [(1, 4)] * 400  # record 9: 517 samples, so 18 starts
+    chosen = np.array([9] * 400)  # 517 samples, so 18 starts
     batch = selection.batch(chosen, np.arange(400), 2, seed=5)
     starts = [start_of(row[:, :20].numpy(), records[9].signal_LT) for row in batch.signal_BLT[:400]]
     assert set(starts) == set(range(18))
@@ -148,7 +148,7 @@ def test_zscore_brings_each_lead_to_mean_0_and_deviation_1(make_record, ingest_r
     flat.signal_LT[4] = flat.signal_LT[4] // 4 + 20_000
     shards = ShardSet.open(ingest_records(tmp_path / "flat", [flat], validation_fraction=0))
     config = DataConfig(segment_s=5, min_record_s=1, normalisation="zscore")
-    batch = Selection(shards, config, "train").batch([(0, 0)], np.array([0]), 1, 0)
+    batch = Selection(shards, config, "train").batch(np.array([0]), np.array([0]), 1, 0)
     z_LT = value(batch)[0]
     others = [lead for lead in range(12) if lead != 3]
     np.testing.assert_allclose(z_LT[others].mean(axis=1), 0, atol=1e-5)
@@ -161,7 +161,7 @@ def test_zscore_pads_with_the_mean(make_record, ingest_records, tmp_path) -> Non
     short.signal_LT[:] = short.signal_LT // 4 + 20_000
     shards = ShardSet.open(ingest_records(tmp_path / "set", [short], validation_fraction=0))
     config = DataConfig(segment_s=5, min_record_s=1, normalisation="zscore")
-    batch = Selection(shards, config, "train").batch([(0, 0)], np.array([0]), 1, 0)
+    batch = Selection(shards, config, "train").batch(np.array([0]), np.array([0]), 1, 0)
     assert batch.length_B.tolist() == [400]
     assert np.abs(value(batch)[0, :, 400:]).max() < 1e-3  # half a count
 
@@ -170,7 +170,7 @@ def test_targets_travel_with_their_rows(train) -> None:
     target_NC = np.stack([np.arange(len(train.shards)), np.arange(len(train.shards)) % 3], axis=1).astype(np.float32)
     batch = all_of(train, 2, target=target_NC)
     patient_N = train.shards.column("patient")
-    assert torch.equal(batch.target_BC[:, 0].long(), torch.from_numpy(np.tile(train.numbers(), 2)))
+    assert torch.equal(batch.target_BC[:, 0].long(), torch.from_numpy(np.tile(train.numbers.astype(np.int64), 2)))
     assert batch.patient_B.tolist() == patient_N[batch.target_BC[:, 0].long().numpy()].tolist()
     assert all_of(train, 2).target_BC is None
 
@@ -182,7 +182,7 @@ def test_short_recordings_are_left_out_and_counted(odd, records) -> None:
     for min_s in (3.0, 4.49, 5.0, 5.01, 7.33):
         selection = Selection(odd, DataConfig(min_record_s=min_s), "train")
         long = [i for i, record in enumerate(records) if record.n_samples >= round(min_s * 100)]
-        assert selection.numbers().tolist() == long
+        assert selection.numbers.tolist() == long
         assert len(selection) == sum(selection.counts) == len(long)
         assert selection.too_short == 12 - len(long)
 
@@ -191,22 +191,21 @@ def test_short_recordings_are_left_out_and_counted(odd, records) -> None:
 def test_a_recording_of_exactly_the_least_length_stays(make_record, ingest_records, tmp_path, samples) -> None:
     records = [make_record("just", samples), make_record("under", samples - 1)]
     shards = ShardSet.open(ingest_records(tmp_path / "set", records, validation_fraction=0))
-    assert Selection(shards, DataConfig(min_record_s=samples / 100), "train").numbers().tolist() == [0]
+    assert Selection(shards, DataConfig(min_record_s=samples / 100), "train").numbers.tolist() == [0]
 
 
 def test_a_selection_holds_one_split_and_what_is_kept(simulated) -> None:
     shards = ShardSet.open(simulated)
     split_N = shards.column("split")
-    numbers = [Selection(shards, CONFIG, split).numbers() for split in ("train", "validation", "test")]
+    numbers = [Selection(shards, CONFIG, split).numbers for split in ("train", "validation", "test")]
     assert sorted(np.concatenate(numbers).tolist()) == list(range(40))
     assert [set(split_N[chosen]) for chosen in numbers if len(chosen)] == [
         {c} for c in range(3) if (split_N == c).any()
     ]
     keep = np.arange(40) % 3 == 0
     kept = Selection(shards, CONFIG, "train", keep)
-    assert kept.numbers().tolist() == [n for n in numbers[0] if n % 3 == 0]
-    at = [shards.locate(int(number)) for number in kept.numbers()]
-    assert [(shards.shards[s], r) for s, r in kept.in_order()] == at
+    assert kept.numbers.tolist() == [n for n in numbers[0] if n % 3 == 0]
+    assert kept.counts == tuple(np.bincount(shards.shard_of(kept.numbers), minlength=len(shards.shards)))
 
 
 @pytest.mark.parametrize(
@@ -241,10 +240,11 @@ def joined(batches):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_global_batches_are_the_same_for_every_world_size(train, world_size) -> None:
     assert len(train) >= 16
+    whole, streams = stream(train), [stream(train, rank, world_size) for rank in range(world_size)]
     for batch, micro_step in itertools.product((0, 1, 5, 10**10), (0, 1)):
-        ranks = [stream(train, rank, world_size).micro_batch(batch, micro_step) for rank in range(world_size)]
+        ranks = [one.micro_batch(batch, micro_step) for one in streams]
         assert {rank.rows for rank in ranks} == {2 * 8 // world_size}
-        assert_equal(joined(ranks), stream(train).micro_batch(batch, micro_step))
+        assert_equal(joined(ranks), whole.micro_batch(batch, micro_step))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 6])
@@ -272,75 +272,90 @@ def test_an_epoch_of_batches_reads_each_record_once(selection) -> None:
 
 
 def threads() -> int:
-    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+    return sum(thread.name.startswith("batches") for thread in threading.enumerate())
 
 
-def soon(call):
-    """What comes of it; waiting for ever is a failure too."""
-    outcome = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return outcome.result(timeout=30)
+def with_workers(selection: Selection, workers: int, **options) -> Selection:
+    return Selection(selection.shards, replace(selection.config, workers=workers, **options), "train")
 
 
-def test_prefetch_gives_all_items_in_order_and_then_ends() -> None:
-    items = Prefetch(range(50), ahead=3)
-    assert list(items) == list(range(50))
-    for _ in range(2):
-        with pytest.raises(StopIteration):
-            soon(lambda: next(items))
-    items.close()
-
-
-def test_prefetch_stays_only_a_few_items_ahead_and_closes() -> None:
-    made = []
-
-    def endless():
-        for i in itertools.count():
-            made.append(i)
-            yield i
-
-    before = threads()
-    items = Prefetch(endless(), ahead=3)
-    assert next(items) == 0
-    assert threads() == before + 1
-    soon(items.close)  # while the thread waits for room
-    assert threads() == before
-    assert len(made) <= 6
-
-
-@pytest.mark.parametrize("error", [InputError("a tar is damaged"), RuntimeError("a defect")])
-def test_prefetch_raises_what_its_thread_raised(error) -> None:
-    def broken():
-        yield 1
-        raise error
-
-    items = Prefetch(broken())
-    assert next(items) == 1
-    for _ in range(3):  # whoever asks again must not wait for ever
-        with pytest.raises(type(error), match=str(error)):
-            soon(lambda: next(items))
-    items.close()
-
-
-def test_a_damaged_shard_ends_a_stream_by_name(copied) -> None:
-    tar = copied / "shard-000002.tar"
-    columns = ShardSet.open(copied).shards[2].columns
-    content = bytearray(tar.read_bytes())
-    for start in columns["offset"]:
-        content[int(start) + 500] ^= 4
-    tar.write_bytes(content)
-    selection = Selection(ShardSet.open(copied), replace(CONFIG, min_record_s=5), "train")
-    batches = stream(selection).from_batch(0)
-    with pytest.raises(InputError, match=f"{tar}: record . is damaged"):
-        list(batches)
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_workers_change_nothing(train, workers) -> None:
+    batches = stream(with_workers(train, workers)).from_batch(2)
+    for number, batch in zip(range(4, 24), batches, strict=False):
+        assert_equal(batch, stream(train).micro_batch(*divmod(number, 2)))
     batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_buffers_are_used_again(train, workers) -> None:
+    batches = stream(with_workers(train, workers)).from_batch(0)
+    places = [next(batches).signal_BLT.data_ptr() for _ in range(30)]
+    assert len(set(places)) == 3 * workers + 1
+    assert places[: len(set(places))] * 2 == places[: 2 * len(set(places))]
+    batches.close()
+
+
+def test_threads_end_with_their_stream(train) -> None:
+    before = threads()
+    batches = stream(with_workers(train, 2)).from_batch(0)
+    next(batches)
+    assert before < threads() <= before + 2
+    batches.close()
+    assert threads() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_ends_a_stream_by_name(copied, workers) -> None:
+    damaged = damage(copied, 2, 500)
+    selection = Selection(ShardSet.open(copied), replace(CONFIG, min_record_s=5, workers=workers), "train")
+    batches = stream(selection).from_batch(0)
+    with pytest.raises(InputError, match=f"{damaged}: record . is damaged"):
+        list(batches)
+    with pytest.raises(InputError, match=f"{damaged}: record . is damaged"):
+        next(batches)  # whoever asks again must not wait for ever
+    batches.close()
+
+
+def test_unreadable_shards_are_skipped_where_configured(copied, train) -> None:
+    """Every other row is what it would have been, and the substitutes are the same on any number of ranks."""
+    damage(copied, 2, 500)
+    skipping = replace(CONFIG, min_record_s=5, unreadable="skip")
+
+    def skipped(rank: int = 0, world_size: int = 1) -> TrainStream:
+        return stream(Selection(ShardSet.open(copied), skipping, "train"), rank, world_size)
+
+    one, halves, undisturbed = skipped(), [skipped(rank, 2) for rank in range(2)], stream(train)
+    assert one.selection.numbers.tolist() == train.numbers.tolist()
+    first, last = ShardSet.open(copied).first_S[2:4]
+    for batch, micro_step in itertools.product((0, 1, 2), (0, 1)):
+        whole, right = one.micro_batch(batch, micro_step), undisturbed.micro_batch(batch, micro_step)
+        hit = (right.record_B >= first) & (right.record_B < last)
+        assert not ((whole.record_B >= first) & (whole.record_B < last)).any()
+        assert torch.equal(whole.signal_BLT[~hit], right.signal_BLT[~hit])
+        assert torch.equal(whole.record_B != right.record_B, hit)
+        assert_equal(joined([half.micro_batch(batch, micro_step) for half in halves]), whole)
+    assert one.unreadable == {2}
+    assert one.redrawn > 0
+
+
+def test_when_nothing_is_readable_the_shards_are_named(copied) -> None:
+    for shard in range(5):
+        damage(copied, shard, 500)
+    selection = Selection(ShardSet.open(copied), replace(CONFIG, min_record_s=5, unreadable="skip"), "train")
+    with pytest.raises(InputError, match=r"no readable recording is left.*shard-00000"):
+        stream(selection).micro_batch(0, 0)
+
+
+def damage(folder: Path, shard: int, at: int) -> Path:
+    """Flip one bit in every payload of a shard, ``at`` bytes from its begin."""
+    shards = ShardSet.open(folder)
+    tar = folder / f"shard-{shard:06d}.tar"
+    content = bytearray(tar.read_bytes())
+    for start in shards.column("offset")[shards.first_S[shard] : shards.first_S[shard + 1]]:
+        content[int(start) + at] ^= 4
+    tar.write_bytes(content)
+    return tar
 
 
 # --- evaluation ---
@@ -366,7 +381,7 @@ def test_evaluation_reads_every_record_once(selection, world_size, batch) -> Non
         for share in shares if shared else shares[:1]:
             assert share.rows == 2 * (batch // world_size if shared else 11 % batch)
             read += share.target_BC[: share.rows // 2, 0].int().tolist()
-    assert read == selection.numbers().tolist()
+    assert read == selection.numbers.tolist()
     assert [shared for _, shared in ranks[0]] == [True] * (11 // batch) + [False]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.data.shards import SPLITS, Shard, ShardSet, check_patient_disjoint
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import SPLITS, check_patient_disjoint
 from ecgscale.data.sources import WfdbFolder
 from ecgscale.downstream.tasks import TaskConfig, TrainedTask, load_task
 from ecgscale.errors import InputError
@@ -185,7 +186,7 @@ def test_the_official_weights_fit_real_recordings(shared_data, tmp_path):
     config = TaskConfig("Dx", challenge_weights=str(shared_data / "cinc_scoring" / "weights.csv"))
     task = load_task(shards, config)
     assert len(task.classes) == 26
-    codes_R = [shard.metadata(record)["labels"]["Dx"] for shard in shards.shards for record in range(len(shard))]
+    codes_R = [shards.metadata(number)["labels"]["Dx"] for number in range(len(shards))]
     for codes, target_C in zip(codes_R, task.target_RC, strict=True):
         scored = {name for name in task.classes if set(name.split("|")) & set(codes)}
         assert {name for name, target in zip(task.classes, target_C, strict=True) if target} == scored
@@ -226,16 +227,10 @@ def test_min_positives_below_one_is_refused():
         TaskConfig(min_positives=0)
 
 
-def shard_list(*shards: tuple[list[int], list[int]]) -> list[Shard]:
-    """Patients and splits of each shard."""
-    columns = [
-        {"samples": np.array(splits), "patient": np.array(patients), "split": np.array(splits, np.uint8)}
-        for patients, splits in shards
-    ]
-    return [Shard(Path("absent.tar"), each, "made-up") for each in columns]
-
-
 def test_a_patient_in_two_splits_is_refused():
-    check_patient_disjoint(shard_list(([5, 5, 6], [0, 0, 2]), ([6, 2**62], [2, 1])))
-    with pytest.raises(InputError, match=r"1 patients stand in two splits \(first: code 6\)"):
-        check_patient_disjoint(shard_list(([5, 5, 6], [0, 0, 2]), ([7, 6], [1, 0])))
+    patient, split = np.array([5, 5, 6, 6, 2**62]), np.array([0, 0, 2, 2, 1], np.uint8)
+    check_patient_disjoint(patient, split, "here")
+    split[3] = 0
+    with pytest.raises(InputError, match=r"here: 1 patients stand in two splits, train and test \(first: code 6\)"):
+        check_patient_disjoint(patient, split, "here")
+    check_patient_disjoint(patient[:0], split[:0], "nowhere")

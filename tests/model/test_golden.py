@@ -42,6 +42,7 @@ def batch_of(signal_BLT: Tensor, **rows: Tensor) -> ECGBatch:
     zeros = torch.zeros(n, dtype=torch.long)
     length_B = rows.pop("length_B", torch.full((n,), signal_BLT.shape[-1]))
     fields = {"patient_B": zeros, "segment_B": zeros, "position_B": torch.arange(n)} | rows
+    fields |= {"record_B": zeros}
     return ECGBatch(
         signal_BLT,
         torch.ones(n, 12),

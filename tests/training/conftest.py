@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,43 +33,41 @@ def shards(tmp_path_factory) -> Path:
 
 
 class Jobs:
-    """Starts jobs on a number of ranks and reads what they wrote."""
+    """Runs jobs as real processes, forked from one that has done the slow imports."""
 
-    def start(self, world_size: int, *jobs: list[str]) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command = [sys.executable, str(Path(__file__).parent / "run_jobs.py"), json.dumps(jobs)]
-        ranks = [
-            os.environ
-            | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world_size)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-            for r in range(world_size)
-        ]
-        return [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in ranks]
+    def __init__(self, server: subprocess.Popen, errors: Path) -> None:
+        self.server, self.errors = server, errors
 
     def run(self, world_size: int, *jobs: list[str], code: int = 0) -> str:
-        """Run to the end; what rank 0 wrote to stderr."""
-        processes = self.start(world_size, *jobs)
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-        codes = [process.returncode for process in processes]
-        assert codes == [code] * world_size, "\n".join(error[-2000:] for error in errors)
-        return errors[0]
+        """Run jobs one after the other to the end; what rank 0 wrote."""
+        codes = self._answer(world_size, jobs, None)
+        said = [path.read_text() for path in self._error_files(world_size)]
+        assert codes == [code] * world_size, "\n".join(text[-3000:] for text in said)
+        return said[0]
 
-    def killed_after(self, step: int, run: Path, world_size: int, *jobs: list[str]) -> None:
-        """Start and kill all ranks with SIGKILL once ``step`` is logged."""
-        processes = self.start(world_size, *jobs)
-        while step not in losses(run):
-            assert all(process.poll() is None for process in processes), processes[0].communicate()[1][-3000:]
-            time.sleep(0.02)
-        for process in processes:
-            process.kill()
-            process.communicate()
+    def killed_after(self, step: int, run: Path, world_size: int, *jobs: list[str], later_s: float = 0.0) -> None:
+        """Start and kill all ranks with SIGKILL, some seconds after ``step`` is logged."""
+        codes = self._answer(world_size, jobs, (str(run), step, later_s))
+        assert codes == [-9] * world_size, self._error_files(1)[0].read_text()[-3000:]
+
+    def _answer(self, world_size: int, jobs: tuple[list[str], ...], kill: tuple[str, int, float] | None) -> list[int]:
+        errors = list(map(str, self._error_files(world_size)))
+        asked = {"world_size": world_size, "jobs": jobs, "errors": errors, "kill": kill}
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def _error_files(self, world_size: int) -> list[Path]:
+        return [self.errors / f"rank-{rank}" for rank in range(world_size)]
 
 
 @pytest.fixture(scope="session")
-def jobs() -> Jobs:
-    return Jobs()
+def jobs(tmp_path_factory) -> Iterator[Jobs]:
+    command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
+        yield Jobs(server, tmp_path_factory.mktemp("errors"))
+        server.stdin.close()
 
 
 def events(run: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Folders of raw recordings -> Records. The sole importer of wfdb.
+"""WFDB records, and folders of them -> Records. The sole importer of wfdb.
 
 wfdb decodes the samples; everything that can be wrong before that (header, file names, sizes) is checked here
 first, so that nothing is allocated, followed or defaulted on the word of a broken header. What is refused, is
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,30 +37,16 @@ from ecgscale.record import LEADS, Record, fit_counts, in_canonical_order
 with warnings.catch_warnings():
     # wfdb 4.3.1 does so while it is imported; pandas 3 warns.
     warnings.filterwarnings("ignore", "The inplace keyword in DataFrame.set_index", DeprecationWarning)
-    import wfdb
+    import wfdb as wfdb
 
-_MAX_HEADER_BYTES = 1 << 24
+MAX_HEADER_BYTES = 1 << 24
 _MAX_VALUES = 1 << 29  # leads x samples of one record: 12 leads, 24 hours, 500 Hz
-_PEEK_BYTES = 4096
+PEEK_BYTES = 4096
 
 # What wfdb and the libraries below it raise for damaged files. Its own HeaderSyntaxError is a ValueError,
 # soundfile's LibsndfileError a RuntimeError, as is RecursionError.
 _DECODING_ERRORS: tuple[type[Exception], ...] = (ArithmeticError, AttributeError, EOFError, LookupError)
 _DECODING_ERRORS += (MemoryError, OSError, RuntimeError, TypeError, ValueError)
-
-
-class Source(Protocol):
-    """A data set of recordings. Instances travel to worker processes, so they must be picklable."""
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set."""
-
-    def items(self) -> list[str]:
-        """The names of the records, sorted."""
-
-    def read(self, item: str) -> Record:
-        """One record; raises InputError that names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +71,24 @@ class WfdbFolder:
     verify_checksums: bool = True
     """Refuse data that miss the header's checksums; of 2,843 real records 9 do, all truly damaged."""
 
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        labels = f", labels from {self.labels_csv}" if self.labels_csv else ""
+        return f"{self.root}: a folder of WFDB records{labels}"
+
     def items(self) -> list[str]:
         """Sorted names of the records; segments of multi-segment records are no records of their own.
 
         Links to folders are not followed, nor are links to files outside of ``root``. Raises InputError if
         there is no record or if ``labels_csv`` does not fit.
         """
-        names = _headers_below(self.root)
+        names = headers_below(self.root)
         if not names:
             raise InputError(f"{self.root}: no WFDB header (*.hea) in or below it; links are not followed")
         if self.labels_csv is not None:
             self._labels()
-        segments = {segment for name in names for segment in _segments_of(self.root, name)}
-        return [name for name in names if name not in segments]
+        return without_segments(self.root, names)
 
     def read(self, item: str) -> Record:
         """The record of that name; raises InputError that names the file and the reason (see read_wfdb)."""
@@ -127,7 +117,7 @@ class WfdbFolder:
 @functools.lru_cache(maxsize=4)
 def _label_table(root: Path, labels_csv: Path, record_column: str | None) -> LabelTable:
     # Once per process, and outside of WfdbFolder, so that a pickled source stays a few hundred bytes.
-    return load_label_table(labels_csv, root, _headers_below(root), record_column)
+    return load_label_table(labels_csv, root, headers_below(root), record_column)
 
 
 def read_wfdb(
@@ -140,6 +130,7 @@ def read_wfdb(
     ignore_leads: Sequence[str] = (),
     max_invalid_fraction: float = 0.01,
     verify_checksums: bool = True,
+    shown: Path | None = None,
 ) -> Record:
     """Read one WFDB record, single- or multi-segment, by the path of its header (with or without ``.hea``).
 
@@ -147,7 +138,7 @@ def read_wfdb(
     Where the header leaves the gain out it is 200 counts per mV, as header(5) defines; gain 0 is refused.
     Samples that are marked as invalid are interpolated along the lead and counted in ``invalid_samples``. If
     ``root`` is given, files outside of it are refused. ``name`` (default: the file's) finds the record's row
-    in ``labels``.
+    in ``labels``. ``shown`` is what errors call the header; None: its path.
 
     Raises InputError that names the header and the reason: unreadable or implausible header, missing or
     truncated data, leads that are unknown, repeated or sampled at unequal rates, unknown units, a checksum
@@ -158,7 +149,7 @@ def read_wfdb(
     header_path = path if path.suffix == ".hea" else path.with_name(f"{path.name}.hea")
     record_name = header_path.stem if name is None else name
     reader = _Reader(root, tuple(lead.strip().casefold() for lead in ignore_leads), verify_checksums)
-    with _naming(header_path):
+    with _naming(shown or header_path):
         header = reader.header(header_path)
         signals = reader.signals(header, header_path)
         filled_LT, n_invalid = fill_invalid(signals, max_invalid_fraction)
@@ -197,7 +188,7 @@ def _naming(path: Path) -> Iterator[None]:
 # --- finding records ---
 
 
-def _headers_below(root: Path) -> list[str]:
+def headers_below(root: Path) -> list[str]:
     """Sorted names of all headers, segments included."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
@@ -209,14 +200,20 @@ def _headers_below(root: Path) -> list[str]:
     for folder, _, files in os.walk(root, onerror=refuse):
         for file in files:
             path = Path(folder, file)
-            if file.endswith(".hea") and file != ".hea" and (not path.is_symlink() or _stays_inside(path, root)):
+            if file.endswith(".hea") and file != ".hea" and (not path.is_symlink() or stays_inside(path, root)):
                 names.append(path.relative_to(root).as_posix().removesuffix(".hea"))
     return sorted(names)
 
 
-def _stays_inside(path: Path, root: Path) -> bool:
+def stays_inside(path: Path, root: Path) -> bool:
     # realpath, because Path.resolve raises RuntimeError for links that lead in a circle
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def without_segments(root: Path, names: list[str]) -> list[str]:
+    """The names without those of records that are segments of another."""
+    segments = {segment for name in names for segment in _segments_of(root, name)}
+    return [name for name in names if name not in segments]
 
 
 def _segments_of(root: Path, name: str) -> list[str]:
@@ -225,20 +222,32 @@ def _segments_of(root: Path, name: str) -> list[str]:
     if not path.is_file():
         return []
     with path.open("rb") as file:
-        lines = file.read(_PEEK_BYTES).splitlines()
-    record_line = next((line for line in lines if line.strip() and not line.lstrip().startswith(b"#")), b"")
-    if b"/" not in record_line.split(b" ", 1)[0]:
-        return []
+        if not is_multi_segment(file.read(PEEK_BYTES)):
+            return []
     try:
-        segments = _Reader(root).header(path).segments
+        return segment_names(_Reader(root).header(path), name)
     except InputError:
         return []  # read() will say why
+
+
+def is_multi_segment(beginning: bytes) -> bool:
+    """Whether a header that begins so is that of a record with segments."""
+    lines = beginning.splitlines()
+    record_line = next((line for line in lines if line.strip() and not line.lstrip().startswith(b"#")), b"")
+    return b"/" in record_line.split(b" ", 1)[0]
+
+
+def segment_names(header: Header, name: str) -> list[str]:
+    """Names of the segments of the record ``name``; gaps are named "~", and a record is no segment of itself."""
     folder = name.rpartition("/")[0]
-    names = [f"{folder}/{segment}" if folder else segment for segment, _ in segments]
+    names = [f"{folder}/{segment}" if folder else segment for segment, _ in header.segments]
     return [segment for segment in names if segment != name]
 
 
 # --- samples ---
+
+# An archive needs a record's header to know which files to unpack, and then it is read from there.
+known_header = functools.lru_cache(maxsize=4)(parse_header)
 
 
 @dataclass(frozen=True)
@@ -253,9 +262,9 @@ class _Reader:
         self._check_place(path)
         if not path.is_file():
             raise InputError("no such header")
-        if (size := path.stat().st_size) > _MAX_HEADER_BYTES:
-            raise InputError(f"{size} bytes; a header has at most {_MAX_HEADER_BYTES}")
-        return parse_header(path.read_bytes())
+        if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+            raise InputError(f"{size} bytes; a header has at most {MAX_HEADER_BYTES}")
+        return known_header(path.read_bytes())
 
     def signals(self, header: Header, path: Path) -> Signals:
         if not header.segments:
@@ -323,7 +332,7 @@ class _Reader:
         return n_frames
 
     def _check_place(self, path: Path) -> None:
-        if self.root is not None and not _stays_inside(path, self.root):
+        if self.root is not None and not stays_inside(path, self.root):
             raise InputError(f"lies outside of {self.root}; links may not lead out")
 
 

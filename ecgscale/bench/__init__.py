@@ -1,0 +1,1 @@
+"""Measurements beside honest baselines; they report and never decide."""

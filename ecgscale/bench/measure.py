@@ -1,0 +1,251 @@
+"""What all benches share: interleaved rounds, medians with quartiles, the machine, and the report.
+
+Other programs use the machine too, so candidates take turns round by round, and a ratio is the median of the ratios
+within rounds: what slows a whole round down cancels. Where readers run on one core and their files are in the system's
+cache, CPU time is what a quiet machine would take, so their ratios are given by both clocks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ecgscale.data.shards import write_whole
+from ecgscale.errors import InputError
+
+_PACKAGES = ("ecgscale", "numpy", "torch", "triton", "webdataset", "pcodec", "soundfile", "xxhash", "deepspeed")
+
+
+class Round(NamedTuple):
+    """What one candidate did in one round."""
+
+    units: int  # records, samples, calls: what the bench counts
+    wall_s: float
+    cpu_s: float
+
+    @property
+    def per_s(self) -> float:
+        return self.units / self.wall_s
+
+    @property
+    def cpu_us(self) -> float:
+        """Microseconds of CPU per unit."""
+        return 1e6 * self.cpu_s / self.units
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 0) -> str:
+        return f"{self.median:,.{digits}f} ({self.low:,.{digits}f} – {self.high:,.{digits}f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return Spread(float(median), float(low), float(high))
+
+
+def ratios(rounds: Sequence[Round], others: Sequence[Round], cpu: bool = False) -> Spread:
+    """How many times as fast, by the wall's clock or by CPU time, round by round."""
+    pairs = zip(rounds, others, strict=True)
+    return spread([other.cpu_us / one.cpu_us if cpu else one.per_s / other.per_s for one, other in pairs])
+
+
+def timed(work: Callable[[], int], at_least_s: float, cpu_s: Callable[[], float] = time.process_time) -> Round:
+    """Repeat ``work``, which says how many units it did, for at least so long."""
+    units, wall, cpu = 0, time.perf_counter(), cpu_s()
+    while True:
+        units += work()
+        elapsed_s = time.perf_counter() - wall
+        if elapsed_s >= at_least_s:
+            return Round(units, elapsed_s, cpu_s() - cpu)
+
+
+def interleaved(candidates: Mapping[str, Callable[[], Round]], rounds: int, what: str) -> dict[str, list[Round]]:
+    """``rounds`` rounds of each candidate, after one that is thrown away; every second one in reverse order."""
+    done: dict[str, list[Round]] = {name: [] for name in candidates}
+    if not sys.stderr.isatty():
+        print(f"measuring {what}", file=sys.stderr, flush=True)  # where no bar is drawn
+    with tqdm(total=(rounds + 1) * len(candidates), desc=what, unit="run", disable=None, leave=False) as bar:
+        for number in range(rounds + 1):
+            for name in list(candidates)[:: -1 if number % 2 else 1]:
+                result = candidates[name]()
+                if number:
+                    done[name].append(result)
+                bar.update()
+    return done
+
+
+@contextmanager
+def one_core() -> Iterator[int]:
+    """This process on one CPU, and torch with one thread, while it lasts; yields the CPU's number."""
+    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {max(allowed)})
+    torch.set_num_threads(1)
+    try:
+        yield max(allowed)
+    finally:
+        os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(threads)
+
+
+# -- machine ---------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Where, when and with what a measurement was made."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.release()}",
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["ecgscale", *sys.argv[1:]]),
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a plus where it was changed since; None outside of a checkout of ours."""
+    package = Path(__file__).parents[1]
+    try:
+        if _git(package, "ls-files", "errors.py") != "errors.py":
+            return None
+        return _git(package, "rev-parse", "HEAD") + ("+" if _git(package, "status", "--porcelain", "..") else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+# -- report ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number that the project must reach."""
+
+    what: str
+    value: float
+    bound: float
+    at_least: bool = True
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def text(self) -> str:
+        sign, word = "≥" if self.at_least else "≤", "reached" if self.passed else "MISSED"
+        return f"{self.what}: {self.value:.3g}, must be {sign} {self.bound:g}: **{word}**"
+
+
+@dataclass
+class Section:
+    """A table with what it says. ``scalars`` go to TensorBoard, under stable names."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def keep(self, rounds: Mapping[str, list[Round]], prefix: str = "") -> None:
+        """Keep every raw round."""
+        for name, each in rounds.items():
+            self.raw[prefix + name] = [one._asdict() for one in each]
+
+    def markdown(self) -> str:
+        table = [self.header, tuple("---" if i == 0 else "---:" for i in range(len(self.header))), *self.rows]
+        lines = [f"## {self.title}", "", *(f"| {' | '.join(row)} |" for row in table), ""]
+        lines += [f"- {line}" for line in [*(check.text() for check in self.checks), *self.notes]]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass
+class Report:
+    """Sections and the machine they were measured on."""
+
+    name: str  # "stream": of its files and the prefix of its scalars
+    title: str
+    machine: dict[str, Any]
+    sections: list[Section]
+
+    def markdown(self) -> str:
+        known = self.machine
+        versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items() if version)
+        head = [
+            f"# {self.title}",
+            "",
+            f"{known['cpu']}, {known['cores']} cores, {known['memory_gb']} GB{', '.join(['', *known['gpus']])}; "
+            f"{known['system']}; load {' '.join(map(str, known['load']))} at the begin; {known['date']}; "
+            f"commit {known['commit'] or 'unknown'}.",
+            f"{versions}. Numbers are medians with quartiles.",
+            "",
+        ]
+        return "\n".join([*head, *(section.markdown() for section in self.sections)])
+
+    def write(self, folder: Path) -> None:
+        """NAME.md, NAME.json and TensorBoard scalars ``bench/NAME/...``. Raises InputError where it cannot."""
+        from torch.utils.tensorboard import SummaryWriter  # imports slowly
+
+        make_folder(folder)
+        write_whole(folder / f"{self.name}.md", self.markdown().encode())
+        content = {"machine": self.machine, "sections": [_plain(section) for section in self.sections]}
+        write_whole(folder / f"{self.name}.json", json.dumps(content, indent=1, allow_nan=False).encode())
+        with SummaryWriter(str(folder / "tensorboard")) as board:
+            for section in self.sections:
+                for name, value in section.scalars.items():
+                    board.add_scalar(f"bench/{self.name}/{name}", value, 0)
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    return asdict(section) | {"checks": [asdict(check) | {"passed": check.passed} for check in section.checks]}
+
+
+def make_folder(folder: Path) -> None:
+    """Raises InputError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot make the folder: {error.strerror or error}") from error

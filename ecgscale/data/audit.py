@@ -1,0 +1,115 @@
+"""Checks of whole shards: the tar's bytes, its structure and every record in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ecgscale.data.payload import BLOCK
+from ecgscale.data.scan import Found, as_columns, scan_foreign, scan_own
+from ecgscale.data.shard_set import DataSet, Int64, ShardSet
+from ecgscale.data.shards import COLUMNS, check_patient_disjoint
+from ecgscale.errors import InputError
+
+_TOGETHER = 1024  # records whose rows are compared at once
+_WINDOW = 64 * BLOCK  # samples that are decoded at once: a header may claim more than there is memory
+
+
+def verify_set(shards: ShardSet) -> None:
+    """Raises InputError where a patient stands in two splits of a data set."""
+    for one in shards.sets:
+        check_patient_disjoint(one.columns["patient"], one.columns["split"], one.place)
+
+
+def verify_shard(shards: ShardSet, shard: int) -> None:
+    """Raises InputError unless tar, index and manifest agree in every byte, count and value.
+
+    A set whose checksums are right but whose tar, JSON or arrays are not those of a shard is named too.
+    """
+    one = shards.shards[shard]
+    if hashlib.sha256(shards.tar(shard).data).hexdigest() != one.sha256:
+        culprit = _first_damaged(shards, shard)
+        raise InputError(
+            f"{one.place}: damaged, its sha256 differs from the manifest{culprit}; copy or ingest it again"
+        )
+    found = _scanned(shards, shard)
+    number, last = int(shards.first_S[shard]), int(shards.first_S[shard + 1])
+    while part := list(islice(found, _TOGETHER)):
+        if number + len(part) > last:
+            raise InputError(f"{one.place}: holds more than the {one.records} records of its index; ingest it again")
+        _compare(shards, part, number, one.place)
+        number += len(part)
+    if number < last:
+        raise InputError(f"{one.place}: holds fewer than the {one.records} records of its index; ingest it again")
+    if one.payload != "npy":  # whose every byte has been compared by now
+        _decode(shards, np.arange(int(shards.first_S[shard]), last))
+
+
+def _scanned(shards: ShardSet, shard: int) -> Iterator[Found]:
+    one, owner = shards.shards[shard], _set_of(shards, shard)
+    tar, rate_hz = shards.tar(shard), owner.manifest["rate_hz"]
+    rules = owner.rules
+    found = (
+        scan_own(tar, one.place, one.payload, one.dataset)
+        if rules is None
+        else scan_foreign(tar, one.place, rules, one.dataset)
+    )
+    for record in found:
+        leads_L = record.described.leads_L
+        if record.described.rate_hz != rate_hz:
+            said = f"{record.described.rate_hz:g} Hz, its manifest {rate_hz:g} Hz"
+            raise InputError(f"{one.place}: record {record.name!r} says {said}; ingest it again")
+        if rules is not None and sorted(leads_L, key=rules.lead_order.index) != list(leads_L):
+            raise InputError(
+                f"{one.place}: record {record.name!r} has other rows than its manifest says; index it again"
+            )
+        yield record
+
+
+def _set_of(shards: ShardSet, shard: int) -> DataSet:
+    for one in shards.sets:
+        if shard < len(one.shards):
+            return one
+        shard -= len(one.shards)
+    raise IndexError(shard)
+
+
+def _compare(shards: ShardSet, found: list[Found], first: int, place: str) -> None:
+    """Raises InputError where the index says something else than the tar."""
+    number_R = np.arange(first, first + len(found))
+    for name, column in as_columns(record.row for record in found).items():
+        differs_R = (column != shards.take(name, number_R)).reshape(len(found), -1).any(axis=1)
+        if differs_R.any() or not _plausible(name, column):
+            at = int(np.argmax(differs_R))
+            raise InputError(
+                f"{place}: record {found[at].name!r}: its {name} is not that of the index, or not one; ingest it again"
+            )
+
+
+def _plausible(name: str, column: np.ndarray[Any, Any]) -> bool:
+    return COLUMNS[name][0] != np.float32 or bool(np.isfinite(column).all() and (column >= 0).all())
+
+
+def _decode(shards: ShardSet, number_R: Int64) -> None:
+    """Read every sample, of long records a part at a time. Raises InputError that names the record."""
+    samples_R = shards.take("samples", number_R).astype(np.int64)
+    for start in range(0, int(samples_R.max()), _WINDOW):
+        long_R = samples_R > start
+        stop_R = np.minimum(samples_R[long_R], start + _WINDOW)
+        for _ in shards.windows(number_R[long_R], [start] * len(stop_R), stop_R.tolist()):
+            pass
+
+
+def _first_damaged(shards: ShardSet, shard: int) -> str:
+    first, last = int(shards.first_S[shard]), int(shards.first_S[shard + 1])
+    for number in range(first, last):
+        try:
+            _decode(shards, np.array([number]))
+            shards.metadata(number)
+        except InputError:
+            return f" (first damaged record: {number - first})"
+    return " (the records are whole: the damage is in a tar header)"

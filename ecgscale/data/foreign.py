@@ -1,0 +1,263 @@
+"""Tars that others wrote with the webdataset library: what their JSON means, by rules that the manifest keeps.
+
+A sample is an ``.npy`` of int16 counts (leads, samples) and a ``.json``. The JSON says rate, leads, scale and patient
+under one of the usual names, or an option says it for the whole set. Where both speak they must agree.
+
+Shape suffixes: L the leads of a record, in the order of its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from ecgscale.data.tar import split_name
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS, canonical_leads, in_canonical_order
+
+RATE_KEYS = ("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency")
+LEAD_KEYS = ("leads", "lead_names", "sig_name")
+SCALE_KEYS = ("scale_mv", "mv_per_count")
+GAIN_KEYS = ("gain",)  # counts per mV
+PATIENT_KEYS = ("patient", "patient_id", "subject_id")
+JSON_LIMIT_BYTES = 1 << 24
+
+T = TypeVar("T")
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds for all samples of a set; None and (): their JSON says it."""
+
+    rate_hz: float | None = None
+    leads: tuple[str, ...] = ()
+    mv_per_count: float | None = None
+    patient_key: str = ""
+    label_keys: tuple[str, ...] = ()
+    signal_ext: str = "npy"
+    meta_ext: str = "json"
+    lead_order: tuple[str, ...] = LEADS
+    """The order of rows in all arrays; a record that lacks leads has the others in this order."""
+
+    def __post_init__(self) -> None:
+        if self.rate_hz is not None and not 1 <= self.rate_hz <= 100_000:
+            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between 1 and 100000 Hz")
+        if self.mv_per_count is not None and not 0 < self.mv_per_count < math.inf:
+            raise InputError(f"mv-per-count {self.mv_per_count:g}: give a finite number above 0")
+        if not self.signal_ext or not self.meta_ext or self.signal_ext == self.meta_ext:
+            raise InputError(f"signal-ext {self.signal_ext!r}, meta-ext {self.meta_ext!r}: give two extensions")
+        if self.leads and canonical_leads(self.leads) != self.leads:
+            raise InputError(f"leads {','.join(self.leads)}: write {','.join(canonical_leads(self.leads))}")
+        if sorted(self.lead_order) != sorted(LEADS):
+            raise InputError(f"lead_order {','.join(self.lead_order)}: name each of the twelve leads once")
+
+    def to_manifest(self) -> Fields:
+        return asdict(self)
+
+    @staticmethod
+    def from_manifest(fields: Any, place: str) -> Rules:
+        """Raises InputError that names ``place`` for anything but what ``to_manifest`` gives."""
+        types: dict[str, type | tuple[type, ...]] = {"rate_hz": (int, float), "mv_per_count": (int, float)}
+        lists = ("leads", "label_keys", "lead_order")
+        if not isinstance(fields, dict) or fields.keys() != asdict(Rules()).keys():
+            raise InputError(f"{place}: its rules for foreign tars are not those of this version; index the tars again")
+        for name, value in fields.items():
+            if name in lists:
+                right = isinstance(value, list) and all(isinstance(one, str) for one in value)
+            elif name in types:
+                right = value is None or (isinstance(value, types[name]) and not isinstance(value, bool))
+            else:
+                right = isinstance(value, str)
+            if not right:
+                raise InputError(f"{place}: its rule {name} is {value!r}; index the tars again")
+        try:
+            given: Fields = {name: tuple(value) if name in lists else value for name, value in fields.items()}
+            return Rules(**given)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+
+    def rows(self, bits: int) -> list[int]:
+        """The rows of an array with the leads of a bit mask, in the order in which they are canonical."""
+        return _rows(self.lead_order, bits)
+
+
+@lru_cache(maxsize=4096)
+def _rows(lead_order: tuple[str, ...], bits: int) -> list[int]:
+    return in_canonical_order([lead for lead in lead_order if bits >> LEADS.index(lead) & 1])
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a sample, its leads as its rows have them."""
+
+    rate_hz: float
+    leads_L: tuple[str, ...]
+    scale_L: tuple[float, ...]  # mV per count
+    patient: str | None
+    labels: dict[str, list[str]]
+    metadata: dict[str, str]
+
+
+def parse_json(content: bytes) -> Fields:
+    """Raises InputError unless it is one JSON object of plain text."""
+    try:
+        fields = json.loads(content)
+        if b"\\u" in content:
+            json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # no JSON, or half a UTF-16 pair; nested without end
+        raise InputError(f"it cannot be read as JSON ({str(error)[:80]}); write it again") from error
+    if not isinstance(fields, dict):
+        raise InputError("it is no JSON object; write keys such as rate_hz, leads, mv_per_count and patient")
+    return fields
+
+
+def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Described:
+    """What a sample's JSON says under the rules. Raises InputError for what is missing, unusable or contradictory."""
+    leads_L = _leads(fields, rules, n_leads)
+    rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(fields, rules.rate_hz is not None))
+    scale_L = _scale(fields, rules, len(leads_L))
+    patient_keys = (rules.patient_key,) if rules.patient_key else PATIENT_KEYS
+    patient_name = _first(fields, patient_keys)
+    if rules.patient_key and rules.patient_key not in fields:
+        raise InputError(f"it has no key {rules.patient_key!r}, the --patient-key; it has {', '.join(fields)[:200]}")
+    patient = "" if patient_name is None else _text(patient_name, "patient").strip()
+    labels = _labels(fields, rules.label_keys)
+    taken = {*RATE_KEYS, *LEAD_KEYS, *SCALE_KEYS, *GAIN_KEYS, *patient_keys, *labels, "labels"}
+    metadata = {
+        key: _text(value, key) for key, value in fields.items() if key not in taken and _is_scalar(value)
+    }  # fmt: skip
+    return Described(rate_hz, leads_L, scale_L, patient or None, labels, metadata)
+
+
+def as_own(described: Described, name: str, dataset: str, samples: int) -> Fields:
+    """The same under the keys, and with the leads in the order, of our own JSON."""
+    at = in_canonical_order(described.leads_L)
+    return {
+        "name": name,
+        "dataset": dataset,
+        "patient": described.patient,
+        "leads": [described.leads_L[i] for i in at],
+        "rate_hz": described.rate_hz,
+        "scale_mv": [described.scale_L[i] for i in at],
+        "samples": samples,
+        "invalid_samples": 0,
+        "labels": described.labels,
+        "metadata": described.metadata,
+    }
+
+
+def foreign_name(place: str, member: str) -> str:
+    """A sample's name, which is its own in the whole set: keys may begin anew in each tar."""
+    return f"{PurePosixPath(place).stem}/{split_name(member)[0]}"
+
+
+def common_order(kinds: Iterable[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """An order of the twelve leads in which the leads of each kind of record stand; None where there is none."""
+    listed = [*kinds]
+    if all([*leads] == [lead for lead in LEADS if lead in leads] for leads in listed):
+        return LEADS
+    behind: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(LEADS, ()))
+    for leads in listed:
+        for one, next_one in pairwise(leads):
+            behind.add(next_one, one)
+    try:
+        return tuple(behind.static_order())
+    except CycleError:
+        return None
+
+
+def _leads(fields: Fields, rules: Rules, n_leads: int | None) -> tuple[str, ...]:
+    said = _first(fields, LEAD_KEYS)
+    if isinstance(said, list) and said and all(isinstance(name, str) for name in said):
+        leads = canonical_leads(said)
+        if rules.leads and leads != rules.leads:
+            raise InputError(f"it says the leads {','.join(leads)[:100]}, --leads says {','.join(rules.leads)}")
+    elif rules.leads or said is None:
+        leads = rules.leads or LEADS
+    else:
+        raise InputError(f"its leads are {str(said)[:100]!r}, not a list of names; give --leads I,II,...")
+    if n_leads is not None and len(leads) != n_leads:
+        raise InputError(f"its array has {n_leads} rows for the {len(leads)} leads {','.join(leads)}; {_hint(said)}")
+    return leads
+
+
+def _hint(said: Any) -> str:
+    return "give --leads I,II,..." if said is None else "store (leads, samples), one row for each lead that it names"
+
+
+def _rate(fields: Fields, has_option: bool) -> float | None:
+    said = _first(fields, RATE_KEYS)
+    if _is_number(said) and 1 <= said <= 100_000:
+        return float(said)
+    if not has_option:
+        raise InputError(
+            f"its sample rate is {str(said)[:40]!r}; write rate_hz, in Hz, into the JSON or give --rate-hz"
+        )
+    return None
+
+
+def _scale(fields: Fields, rules: Rules, n_leads: int) -> tuple[float, ...]:
+    """mV per count of each row."""
+    option = None if rules.mv_per_count is None else (rules.mv_per_count,) * n_leads
+    said, gain = _first(fields, SCALE_KEYS), _first(fields, GAIN_KEYS)
+    values = _numbers(said if said is not None else gain, n_leads)
+    if values is None:
+        if option is None:
+            raise InputError(
+                f"its scale is {str(said if said is not None else gain)[:40]!r}; write mv_per_count, or gain in counts "
+                f"per mV, one number above 0 or {n_leads}, into the JSON or give --mv-per-count"
+            )
+        return option
+    return _agreed("mv-per-count", option, values if said is not None else tuple(1 / value for value in values))
+
+
+def _numbers(said: Any, n_leads: int) -> tuple[float, ...] | None:
+    values = said if isinstance(said, list) else [said] * n_leads
+    # float32 holds them on the way to the model
+    if len(values) != n_leads or not all(_is_number(value) and 1e-30 < value < 1e30 for value in values):
+        return None
+    return tuple(float(value) for value in values)
+
+
+def _agreed(name: str, option: T | None, said: T | None) -> T:
+    if option is not None and said is not None and option != said:
+        raise InputError(f"its JSON says {said}, --{name} says {option}; leave out the option or correct the JSON")
+    agreed = said if option is None else option
+    assert agreed is not None
+    return agreed
+
+
+def _labels(fields: Fields, keys: Sequence[str]) -> dict[str, list[str]]:
+    """The ``labels`` and the listed keys: a list, the keys of an object, or one value."""
+    said = fields.get("labels")
+    found = dict(said) if isinstance(said, dict) else {} if said is None else {"labels": said}
+    found |= {key: fields[key] for key in keys if fields.get(key) is not None}
+    values = {key: value if isinstance(value, list | dict) else [value] for key, value in found.items()}
+    texts = {key: [_text(one, key) for one in value if one is not None] for key, value in values.items()}
+    return {key: value for key, value in texts.items() if value and value != [""]}
+
+
+def _text(value: Any, key: str) -> str:
+    if not _is_scalar(value):
+        raise InputError(f"its {key[:40]!r} is {str(value)[:40]!r}; write text, a number, or a list of these")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _first(fields: Fields, keys: Sequence[str]) -> Any:
+    return next((fields[key] for key in keys if fields.get(key) is not None), None)

@@ -1,0 +1,220 @@
+"""`ecgscale index`: a folder of tars that others wrote becomes a data set, by an index and a manifest beside them.
+
+Every tar is read once, its headers walked and its samples checked and hashed, by several processes; the tars are
+never changed. The two files are complete or absent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ecgscale.data.foreign import Rules, common_order
+from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.scan import as_columns, scan_foreign
+from ecgscale.data.shards import (
+    MANIFEST,
+    Columns,
+    check_patient_disjoint,
+    shard_entry,
+    write_index_in_parts,
+    write_manifest,
+)
+from ecgscale.data.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
+from ecgscale.errors import InputError
+
+_PARTIALS = ("index.safetensors.partial", f"{MANIFEST}.partial")
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What came of it."""
+
+    records: int
+    shards: int
+    rate_hz: float
+    patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
+
+
+@dataclass
+class _Tar:
+    """What one process found in one tar."""
+
+    path: Path
+    entry: dict[str, Any]
+    columns: Columns  # all but the split
+    split_values: list[str]
+    leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
+    rates: dict[float, str] = field(default_factory=dict)  # likewise
+    patients_known: bool = False
+
+
+def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
+    """Write the index and manifest of all ``*.tar`` of a folder. Of the options, those on splits count.
+
+    Raises InputError that names the file, and the member, for anything that cannot be read exactly: see ``scan``.
+    """
+    if workers < 1:
+        raise InputError(f"workers {workers}: give 1 or more processes")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the local folder that holds the tars")
+    with _locked(folder):
+        dataset = dataset or folder.resolve().name
+        found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
+        rate_hz = _only_rate(found)
+        rules = replace(rules, lead_order=_lead_order(found))
+        splits = _splits(found, options)
+        records = sum(len(split_B) for split_B in splits)
+        parts = (one.columns | {"split": split_B} for one, split_B in zip(found, splits, strict=True))
+        index = write_index_in_parts(folder, records, parts)
+        source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
+        write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
+    return Indexed(records, len(found), rate_hz, any(one.patients_known for one in found))
+
+
+def _given(options: IngestOptions) -> dict[str, Any]:
+    about_tars = ("rate_hz", "records_per_shard", "payload")
+    return {name: value for name, value in asdict(options).items() if value and name not in about_tars}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises InputError for a folder that holds a data set, in which another `index` works, or that is a trap."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.lexists(folder / MANIFEST):
+            raise InputError(f"{folder}: holds a data set already; remove its {MANIFEST} to index it anew")
+        for name in _PARTIALS:
+            if (folder / name).is_symlink():
+                raise InputError(f"{folder / name}: a symbolic link where a file is to be written; remove it")
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"{folder}: another `ecgscale index` works there; wait for it") from error
+    finally:
+        os.close(handle)
+
+
+def _tars(folder: Path) -> list[Path]:
+    tars = sorted(folder.glob("*.tar"))
+    for tar in tars:
+        if tar.is_symlink() or not tar.is_file() or not tar.name.isprintable():
+            raise InputError(f"{str(tar)!r}: no plain file of that folder, or an odd name; copy the tar itself there")
+    if not tars:
+        packed = [path for ending in ("*.tar.*", "*.tgz") for path in folder.glob(ending)]
+        hint = f"{min(packed).name} is compressed: unpack it with gunzip or the like" if packed else "give their folder"
+        raise InputError(f"{folder}: no *.tar in it; {hint}")
+    return tars
+
+
+def _run(tars: Sequence[Path], rules: Rules, dataset: str, split_by: str, workers: int) -> Iterator[_Tar]:
+    tasks = [(tar, rules, dataset, split_by) for tar in tars]
+    with tqdm(
+        total=sum(tar.stat().st_size for tar in tars), desc="index", unit="B", unit_scale=True, disable=None
+    ) as bar:
+        if workers == 1 or len(tasks) == 1:
+            for task in tasks:
+                yield _index_tar(*task, progress=bar.update)
+            return
+        from ecgscale.data.ingest import _end_with_parent
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _end_with_parent) as pool:
+            try:
+                for one in pool.map(_index_tar, *zip(*tasks, strict=True)):
+                    yield one
+                    bar.update(one.entry["bytes"])
+            except BrokenProcessPool as error:
+                raise InputError("a worker was killed, most likely for memory: give fewer --workers") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _index_tar(
+    path: Path, rules: Rules, dataset: str, split_by: str, progress: Callable[[int], object] = lambda n_bytes: None
+) -> _Tar:
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(f"{path}: empty; copy or write it again")
+    tar = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    digest, hashed = hashlib.sha256(), 0
+    done, rows = _Tar(path, {}, {}, []), []
+    for record in scan_foreign(tar, str(path), rules, dataset):
+        # Hashed as it is read: each page comes from the disk once.
+        digest.update(tar[hashed : record.end].data)
+        progress(record.end - hashed)
+        hashed = record.end
+        rows.append(record.row)
+        about = record.described
+        done.leads.setdefault(about.leads_L, record.name)
+        done.rates.setdefault(about.rate_hz, record.name)
+        done.patients_known |= about.patient is not None
+        if split_by:
+            done.split_values.append((about.labels.get(split_by) or [about.metadata.get(split_by, "")])[0])
+    if not rows:
+        raise InputError(f"{path}: no sample in it; remove it")
+    digest.update(tar[hashed:].data)
+    progress(size - hashed)
+    done.columns = as_columns(rows)
+    done.entry = shard_entry(path, len(rows), dataset, "npy", size, digest.hexdigest())
+    return done
+
+
+def _only_rate(found: Sequence[_Tar]) -> float:
+    rates: dict[float, str] = {}
+    for one in found:
+        for rate_hz, name in one.rates.items():
+            rates.setdefault(rate_hz, f"{one.path}: {name!r}")
+    (rate_hz, first), *others = rates.items()
+    if others:
+        raise InputError(
+            f"{others[0][1]} has {others[0][0]:g} Hz, {first} has {rate_hz:g} Hz; a data set has one rate: write the "
+            "tars of each rate into a folder of their own"
+        )
+    return rate_hz
+
+
+def _lead_order(found: Sequence[_Tar]) -> tuple[str, ...]:
+    kinds = {leads: f"{one.path}: {name!r}" for one in found for leads, name in one.leads.items()}
+    order = common_order(kinds)
+    if order is None:
+        torn = next((pair for pair in combinations(kinds, 2) if common_order(pair) is None), [*kinds][:2])
+        said = " and ".join(f"{','.join(leads)} ({kinds[leads]})" for leads in torn)
+        raise InputError(
+            f"{_folder(found)}: rows in contradicting orders: {said}; write all tars in one order of leads"
+        )
+    return order
+
+
+def _folder(found: Sequence[_Tar]) -> Path:
+    return found[0].path.parent
+
+
+def _splits(found: Sequence[_Tar], options: IngestOptions) -> list[Splits]:
+    """The split of each record, per tar. Raises InputError where a patient would stand in two, or a split be empty."""
+    if not options.split_by:
+        return [splits_by_hash(one.columns["patient"], options) for one in found]
+    check_not_empty({value for one in found for value in one.split_values}, options)
+    values_V = sorted({value for one in found for value in one.split_values})
+    place = {value: number for number, value in enumerate(values_V)}
+    splits = [
+        splits_by_value(values_V, np.array([place[value] for value in one.split_values], np.uint32), options)
+        for one in found
+    ]
+    patient = np.concatenate([one.columns["patient"] for one in found])
+    check_patient_disjoint(patient, np.concatenate(splits), f"{_folder(found)}, split by {options.split_by}")
+    return splits

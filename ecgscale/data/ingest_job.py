@@ -1,0 +1,128 @@
+"""What an ingest has to do, and what of it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecgscale.data.ingest_mark import NAMES, UNFINISHED, Asked, read_base, tidied, version
+from ecgscale.data.ingest_options import SPLIT_OPTIONS, IngestOptions
+from ecgscale.data.ingest_slice import Part, Slice, check_utf8, read_part
+from ecgscale.data.shards import MANIFEST, file_sha256
+from ecgscale.errors import InputError
+
+if TYPE_CHECKING:
+    from ecgscale.data.sources import Source
+
+
+@dataclass(frozen=True)
+class Job:
+    """An ingest; equal in all processes that take part in it."""
+
+    source: Source
+    items: Sequence[str]
+    out: Path
+    options: IngestOptions
+    asked: Asked
+    """Of the ``conversion``, on which the tars depend, and of the ``splits``, which are made at the end."""
+    base: dict[str, Any] | None
+    """Manifest of the set that is appended to."""
+    identity: str
+    """Hash of what the tars depend on."""
+    first_shard: int
+    finished: bool
+    """The set is there already: an earlier process was killed after its last step but one."""
+
+    @property
+    def items_sha256(self) -> str:
+        return self.asked["conversion"][NAMES]
+
+    def __len__(self) -> int:
+        """Number of slices."""
+        return -(-len(self.items) // self.options.records_per_shard)
+
+    def tar(self, number: int) -> Path:
+        return self.out / f"shard-{self.first_shard + number:06d}.tar"
+
+    def slice(self, number: int) -> Slice:
+        return Slice(self.source, self.items_of(number), self.tar(number), self.options, self.identity)
+
+    def items_of(self, number: int) -> Sequence[str]:
+        first = number * self.options.records_per_shard
+        return self.items[first : first + self.options.records_per_shard]
+
+    def numbers_of_part(self, i: int, n: int) -> range:
+        """The slices of part i of n, counted from 1: consecutive ones, as sources are read fastest."""
+        return range(len(self) * (i - 1) // n, len(self) * i // n)
+
+    def parts(self) -> Iterator[tuple[Path, Part | None]]:
+        """Each tar with what is known of it; None: not converted yet."""
+        for number in range(len(self)):
+            yield self.tar(number), read_part(self.tar(number), self.identity)
+
+
+def open_job(source: Source, out: Path, options: IngestOptions, arguments: Mapping[str, str], append: bool) -> Job:
+    """Find out what there is to do, and tidy up behind an ingest that was killed when it had finished.
+
+    Raises InputError for a folder that holds a set, and with ``append`` for one that holds none or none that fits.
+    """
+    unfinished = (out / UNFINISHED).exists()
+    if not append and not unfinished:
+        _refuse_data_set(out)
+    check_utf8(source.dataset)
+    items = source.items()
+    asked = _asked(source.dataset, items, options, arguments)
+    finished = unfinished and (out / MANIFEST).exists() and tidied(out) == asked
+    if not append and not finished:
+        _refuse_data_set(out)
+    base = read_base(out) if append or finished else None
+    if append and not finished:
+        assert base is not None
+        _check_appendable(out, base, asked, options)
+    identity = hashlib.sha256(json.dumps([version(base), asked["conversion"]]).encode()).hexdigest()
+    return Job(source, items, out, options, asked, base, identity, _after(base["shards"]) if base else 0, finished)
+
+
+def _after(shards: Sequence[Mapping[str, Any]]) -> int:
+    """The number behind the last shard's; tars of others may have other names."""
+    named = [re.fullmatch(r"shard-(\d+)\.tar", shard["file"]) for shard in shards]
+    return max((int(match[1]) + 1 for match in named if match), default=0)
+
+
+def _refuse_data_set(out: Path) -> None:
+    if (out / MANIFEST).exists():
+        more = "an interrupted --append goes on with --append; else " if (out / UNFINISHED).exists() else ""
+        raise InputError(f"{out}: holds a data set already; {more}give another folder, --append or remove it")
+
+
+def _check_appendable(out: Path, base: dict[str, Any], asked: Asked, options: IngestOptions) -> None:
+    if base.get("foreign"):
+        raise InputError(f"{out}: tars that others wrote are not added to; give a new folder and train on both")
+    if base["rate_hz"] != options.rate_hz:
+        held = f"{base['rate_hz']:g}"
+        raise InputError(f"{out}: its records have {held} Hz, not {options.rate_hz:g}; append with --rate-hz {held}")
+    conversion = asked["conversion"]
+    for source in base["sources"]:
+        if (source["dataset"], source.get("items_sha256")) == (conversion["dataset"], conversion[NAMES]):
+            raise InputError(f"{out}: these records of {source['dataset']!r} are in it already; append others")
+    index = out / base["index"]["file"]
+    if not index.is_file() or file_sha256(index) != base["index"]["sha256"]:
+        raise InputError(f"{index}: missing or damaged, its sha256 differs from the manifest; ingest the data again")
+
+
+def _asked(dataset: str, items: Sequence[str], options: IngestOptions, arguments: Mapping[str, str]) -> Asked:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item.encode(errors="surrogateescape") + b"\0")
+    said = {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in vars(options).items()}
+    splits = {name.replace("_", "-"): said.pop(name) for name in SPLIT_OPTIONS}
+    conversion = {"dataset": dataset, "records": str(len(items)), NAMES: digest.hexdigest()}
+    return {
+        "conversion": conversion | {name.replace("_", "-"): value for name, value in said.items()} | dict(arguments),
+        "splits": splits,
+    }

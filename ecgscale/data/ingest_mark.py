@@ -1,0 +1,213 @@
+"""``ingest.unfinished``: what was asked for, so that only the same ingest goes on, and who works on it.
+
+It stands in the folder from the first step of an ingest to the last. Its bytes are the locks: byte n for slice n, all
+of them for whoever joins the parts. So parts need no other coordination, and a killed process holds no lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ecgscale.data.shards import MANIFEST, read_manifest
+from ecgscale.errors import InputError
+
+if TYPE_CHECKING:
+    from ecgscale.data.ingest_job import Job
+
+UNFINISHED = "ingest.unfinished"
+NAMES = "the sha256 of their names"
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that know none
+
+Asked = dict[str, dict[str, str]]
+
+
+class Mark:
+    """``ingest.unfinished``, open and locked."""
+
+    def __init__(self, file: IO[bytes], job: Job) -> None:
+        self._file, self._job = file, job
+
+    def parts(self) -> int:
+        """In how many parts the ingest was begun."""
+        said = _read_mark(self._file)
+        return said["parts"] if said else 1
+
+    def check_same(self) -> None:
+        """Raises InputError that says in what the ingest differs from the one that was begun."""
+        said = _read_mark(self._file)
+        if said is None:  # of an older version, or half-written: part files are checked one by one anyway
+            self.write(self._job.asked, 1)
+            return
+        if said["base"] != version(self._job.base):
+            begun, now = ("--append", "a new set") if said["base"] else ("a new set", "--append")
+            raise self._differs(f"was begun as {begun}, this is {now}")
+        for kind, asked in said["asked"].items():
+            for name in sorted({*asked, *self._job.asked[kind]}, key=lambda name: (name == NAMES, name)):
+                begun, now = (fields.get(name, "unset") or "none" for fields in (asked, self._job.asked[kind]))
+                if begun != now:
+                    raise self._differs(f"has {name} {begun}, this one {now}")
+        if said["asked"].keys() != self._job.asked.keys():
+            self.write(self._job.asked, said["parts"])
+
+    def _differs(self, how: str) -> InputError:
+        return InputError(f"{self._job.out}: the unfinished ingest there {how}; give the same, or --restart to redo it")
+
+    def write(self, asked: Mapping[str, object], parts: int) -> None:
+        """Say in place what is asked for: the locks belong to this very file."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(_mark_content(self._job, asked, parts))
+        self._file.flush()
+
+    def allow_other_splits(self) -> None:
+        """The tars are good, only the splits were not: let them be joined with others."""
+        self.write({"conversion": self._job.asked["conversion"]}, self.parts())
+
+    def remove(self) -> None:
+        """The last step."""
+        (self._job.out / UNFINISHED).unlink()
+
+
+@contextmanager
+def claimed(job: Job, part: tuple[int, int] | None = None, restart: bool = False) -> Iterator[Mark]:
+    """The folder, marked, while this process works on a part of the slices, or on all and on what follows.
+
+    Raises InputError where another process works on them, and where another ingest was begun.
+    """
+    _begin(job, part[1] if part else 1)
+    with _locked(job.out, job.numbers_of_part(*part) if part else None) as file:
+        if version(read_base(job.out) if (job.out / MANIFEST).exists() else None) != version(job.base):
+            raise _just_finished(job.out)
+        mark = Mark(file, job)
+        if restart:
+            sweep(job.out)
+            mark.write(job.asked, 1)
+        mark.check_same()
+        if part is None:
+            for path in job.out.glob("shard-*.partial"):
+                path.unlink()
+        yield mark
+
+
+def _begin(job: Job, parts: int) -> None:
+    """Make and mark the folder, unless it holds shards that somebody else made."""
+    mark = job.out / UNFINISHED
+    try:
+        job.out.mkdir(parents=True, exist_ok=True)
+        leftovers = {path for path in _leftovers(job.out) if not path.name.startswith(UNFINISHED)}
+        if mark.exists():
+            return
+        if leftovers:
+            raise InputError(f"{min(leftovers)}: not made by an interrupted ingest; give an empty or a new folder")
+        whole = mark.with_name(f"{mark.name}.{uuid.uuid4().hex}.partial")
+        whole.write_bytes(_mark_content(job, job.asked, parts))
+        try:
+            os.link(whole, mark)  # complete or absent, and never over that of another process
+        except FileExistsError:
+            pass
+        finally:
+            whole.unlink()
+    except OSError as error:
+        raise InputError(f"{job.out}: cannot make a data set there: {error.strerror or error}") from error
+
+
+def _mark_content(job: Job, asked: Mapping[str, object], parts: int) -> bytes:
+    return json.dumps({"base": version(job.base), "parts": parts, "asked": asked}, indent=1).encode()
+
+
+def _read_mark(file: IO[bytes]) -> dict[str, Any] | None:
+    file.seek(0)
+    try:
+        said = json.loads(file.read())
+    except ValueError:
+        return None
+    assert isinstance(said, dict)
+    return said
+
+
+@contextmanager
+def _locked(out: Path, numbers: range | None) -> Iterator[IO[bytes]]:
+    """The mark, locked for these slices or for all. Closing any other handle of it would end the lock."""
+    with (out / UNFINISHED).open("r+b") as file:
+        if numbers is None or numbers:
+            _lock(file, out, numbers)
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), (out / UNFINISHED).stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise _just_finished(out)
+        yield file
+
+
+def _lock(file: IO[bytes], out: Path, numbers: range | None) -> None:
+    try:
+        first, count = (numbers.start, len(numbers)) if numbers else (0, 0)  # 0 bytes: all of them
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        what = "another ingest is writing there" if numbers is None else "another ingest is writing the same shards"
+        raise InputError(f"{out}: {what}; wait for it or give another folder") from error
+
+
+def _just_finished(out: Path) -> InputError:
+    return InputError(f"{out}: another ingest has just finished there; look at it with `ecgscale inspect`")
+
+
+# -- tidying up ------------------------------------------------------------------------------------------------------
+
+
+def tidied(out: Path) -> Asked | None:
+    """Where the manifest is newer than the mark, remove what the mark's ingest left; returns what it was asked for."""
+    said = _read_mark_of(out)
+    if said is not None and said["base"] == version(read_base(out)):
+        return None  # an --append that goes on
+    with _locked(out, None):
+        sweep(out)
+        (out / UNFINISHED).unlink()
+    return said["asked"] if said else None
+
+
+def _read_mark_of(out: Path) -> dict[str, Any] | None:
+    with (out / UNFINISHED).open("rb") as file:
+        return _read_mark(file)
+
+
+def sweep(out: Path) -> None:
+    """Remove all that an ingest has written and that no manifest names."""
+    for path in _leftovers(out):
+        path.unlink(missing_ok=True)
+
+
+def _leftovers(out: Path) -> Iterator[Path]:
+    named: set[str] = set()
+    if (out / MANIFEST).exists():
+        manifest = read_base(out)
+        named = {manifest["index"]["file"], *(shard["file"] for shard in manifest["shards"])}
+    for pattern in ("shard-*", "index-*", "*.partial"):
+        for path in out.glob(pattern):
+            if path.name not in named:
+                yield path
+
+
+def read_base(out: Path) -> dict[str, Any]:
+    path = out / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{out}: no {MANIFEST} there, so no data set to append to; leave --append out")
+    return read_manifest(path.read_bytes(), str(path))
+
+
+def version(manifest: dict[str, Any] | None) -> str:
+    return "" if manifest is None else str(manifest["sha256"])

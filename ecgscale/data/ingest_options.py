@@ -1,0 +1,37 @@
+"""How records become shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ecgscale.data.payload import Payload
+from ecgscale.errors import InputError
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """How records become shards."""
+
+    rate_hz: float = 500.0
+    records_per_shard: int = 512
+    payload: Payload = "pco"
+    validation_fraction: float = 0.1  # of the patients, by hash
+    test_fraction: float = 0.0  # of the patients, by hash
+    split_by: str = ""  # label or metadata key that names the split instead of the hash, such as strat_fold
+    validation_values: tuple[str, ...] = ()
+    test_values: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rate_hz <= 100_000:
+            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between 1 and 100000 Hz")
+        if self.records_per_shard < 1:
+            raise InputError(f"records-per-shard {self.records_per_shard}: give 1 or more")
+        fractions = (self.validation_fraction, self.test_fraction)
+        if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
+            raise InputError(f"validation and test fractions {fractions}: both ≥ 0 and together below 1")
+        if bool(self.split_by) != bool(self.validation_values or self.test_values):
+            raise InputError("split-by goes together with validation-values or test-values")
+
+
+# They say nothing about a tar: an ingest that failed over them goes on with others.
+SPLIT_OPTIONS = ("validation_fraction", "test_fraction", "validation_values", "test_values")

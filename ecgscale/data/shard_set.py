@@ -1,0 +1,478 @@
+"""Data set folders, opened for reading: every record by its number, straight from memory-mapped tars.
+
+Records are numbered through all folders, shard by shard. Members are read by offset, never extracted, and nothing is
+ever unpickled. Everything that an index claims is held against the sizes of its tars when a set is opened.
+
+Shape suffixes: R records asked for, S shards, L leads that are there, T samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from collections.abc import Collection, Iterator, Sequence
+from ctypes import memmove
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ecgscale.data.foreign import Rules, as_own, describe, foreign_name
+from ecgscale.data.payload import BLOCK, Bytes, DamagedError, decode_window, header_bytes
+from ecgscale.data.remote import CacheConfig, Held, ShardCache, Unreadable, check_place, is_remote, join
+from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
+from ecgscale.data.shards import (
+    MANIFEST,
+    SPLITS,
+    Columns,
+    check_patient_disjoint,
+    file_sha256,
+    map_index,
+    read_manifest,
+)
+from ecgscale.data.tar import name_before
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS, Counts, Record
+
+Int64 = npt.NDArray[np.int64]
+
+_CHUNK = 1 << 18  # records that are checked or selected at once: ten million must not cost ten temporary arrays
+_MANIFEST_LIMIT_BYTES = 1 << 30
+_OPEN_TARS = 64  # that stay mapped beside those in use
+_CHECKED = ("offset", "length", "json_offset", "json_length", "samples", "leads", "split")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    place: str  # path or URL
+    bytes: int
+    sha256: str
+    records: int
+    payload: str
+    dataset: str
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """One folder: its shards, and its index columns, mapped into memory."""
+
+    place: str
+    manifest: dict[str, Any]
+    columns: Columns
+    shards: tuple[Shard, ...]
+    identity: str  # sha256 of the manifest
+    rules: Rules | None = None  # of tars that others wrote
+
+    @staticmethod
+    def open(place: str, cache: ShardCache) -> DataSet:
+        check_place(place)
+        where = join(place, MANIFEST) if is_remote(place) else str(Path(place) / MANIFEST)
+        content = cache.read(where) if is_remote(place) else _read_local_manifest(Path(place))
+        manifest = read_manifest(content, where)
+        shards = tuple(_shard(place, entry) for entry in manifest["shards"])
+        for shard in shards:
+            if not is_remote(place):
+                _check_local(Path(shard.place), shard.bytes, where)
+        columns = _open_index(place, manifest["index"], sum(shard.records for shard in shards), where, cache)
+        _check_columns(columns, shards)
+        foreign = manifest.get("foreign")
+        rules = None if foreign is None else Rules.from_manifest(foreign, where)
+        if rules is not None and any(shard.payload != "npy" for shard in shards):
+            raise InputError(f"{where}: its rules for foreign tars go with .npy arrays only; index the tars again")
+        return DataSet(place, manifest, columns, shards, hashlib.sha256(content).hexdigest(), rules)
+
+    def __len__(self) -> int:
+        return len(self.columns["samples"])
+
+
+def _read_local_manifest(folder: Path) -> bytes:
+    path = folder / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        hint = "its ingest was not finished; run it again" if any(folder.glob("shard-*")) else "see `ecgscale ingest`"
+        raise InputError(f"{path}: no such file, so {folder} is no data set: {hint}")
+    if path.stat().st_size > _MANIFEST_LIMIT_BYTES:
+        raise InputError(f"{path}: larger than 1 GiB, so no manifest of ecgscale shards; ingest the data again")
+    return path.read_bytes()
+
+
+def _shard(place: str, entry: dict[str, Any]) -> Shard:
+    file = join(place, entry["file"]) if is_remote(place) else str(Path(place) / entry["file"])
+    return Shard(file, entry["bytes"], entry["sha256"], entry["records"], entry["payload"], entry["dataset"])
+
+
+def _check_local(path: Path, size: int, manifest: str) -> None:
+    if not path.is_file() or path.is_symlink():
+        raise InputError(f"{path}: named by {manifest} but no file of that folder")
+    if path.stat().st_size != size:
+        raise InputError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}; copy or ingest it again")
+
+
+def _open_index(place: str, entry: dict[str, Any], records: int, manifest: str, cache: ShardCache) -> Columns:
+    if is_remote(place):
+        held = cache.hold(join(place, entry["file"]), entry["sha256"], entry["bytes"])
+        columns = map_index(held.path, records)
+        held.release()  # an evicted file stays mapped
+        return columns
+    path = Path(place) / entry["file"]
+    _check_local(path, entry["bytes"], manifest)
+    if file_sha256(path) != entry["sha256"]:
+        raise InputError(f"{path}: damaged, its sha256 differs from the manifest; copy or ingest it again")
+    return map_index(path, records)
+
+
+def _check_columns(columns: Columns, shards: Sequence[Shard]) -> None:
+    """Raises InputError where an index points outside of a tar or claims more samples than a member holds."""
+    first = 0
+    for group in _groups(shards):
+        records_S = np.array([shard.records for shard in group])
+        part = {name: columns[name][first : first + records_S.sum()].astype(np.int64) for name in _CHECKED}
+        first += int(records_S.sum())
+        size_R = np.repeat([shard.bytes for shard in group], records_S)
+        numbers_R = 2 * np.bitwise_count(part["leads"]).astype(np.int64) * part["samples"]
+        plain_R = np.repeat([shard.payload == "npy" for shard in group], records_S)
+        least_R = np.where(plain_R, numbers_R, header_bytes(1))
+        # No sums: a large offset would wrap around.
+        wrong_R = (part["offset"] > size_R - part["length"]) | (part["json_offset"] > size_R - part["json_length"])
+        wrong_R |= (part["offset"] < 0) | (part["json_offset"] < 0) | (least_R > part["length"])
+        wrong_R |= (part["leads"] == 0) | (part["leads"] >> len(LEADS) != 0) | (part["samples"] == 0)
+        wrong_R |= (part["split"] >= len(SPLITS)) | (part["json_length"] > JSON_LIMIT_BYTES)
+        wrong_R |= plain_R & ((part["offset"] + part["length"]) % 2 == 1)  # int16 stand at even bytes
+        if wrong_R.any():
+            at = int(np.flatnonzero(wrong_R)[0])
+            shard = group[int(np.searchsorted(np.cumsum(records_S), at, side="right"))]
+            raise InputError(f"{shard.place}: its index points outside of it or is implausible; ingest the data again")
+
+
+def _groups(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+    """Consecutive shards of about _CHUNK records together."""
+    group: list[Shard] = []
+    for shard in shards:
+        group.append(shard)
+        if sum(one.records for one in group) >= _CHUNK:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class ShardSet:
+    """The records of one or several data set folders at one sample rate, in the order of their manifests."""
+
+    def __init__(self, sets: Sequence[DataSet], cache: ShardCache) -> None:
+        self.sets = tuple(sets)
+        self.rate_hz: float = sets[0].manifest["rate_hz"]
+        # A run continues only on the data it began with.
+        self.identity = hashlib.sha256("".join(one.identity for one in sets).encode()).hexdigest()
+        self.shards = tuple(shard for one in sets for shard in one.shards)
+        self.first_S = _first([shard.records for shard in self.shards])  # (S + 1,) number of each shard's first record
+        self._first_of_set = _first([len(one) for one in sets])
+        self._verified = np.zeros(len(self), bool)  # plain payloads that this process has checked
+        self._plain_S = [shard.payload == "npy" for shard in self.shards]
+        # Rules where rows stand in another order than LEADS
+        self._reordered_S = [
+            one.rules if one.rules and one.rules.lead_order != LEADS else None for one in sets for _ in one.shards
+        ]
+        plain_S = np.array(self._plain_S, bool)
+        self._straight_S = plain_S & np.array([rules is None for rules in self._reordered_S], bool)
+        self._packed_S = ~plain_S
+        self._tars = _Tars(self.shards, cache)
+
+    @staticmethod
+    def open(folders: str | Path | Sequence[str | Path], cache: CacheConfig | None = None) -> ShardSet:
+        """Open data set folders; raises InputError for missing, incomplete, damaged or mixed-rate ones."""
+        places = [str(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+        if not places:
+            raise InputError("data.shards names no folder; give the output folder of `ecgscale ingest`")
+        for place in places:
+            check_place(place)
+            if "\0" in place:
+                raise InputError(f"{place!r}: no path; give a local folder or a URL")
+        if len({place if is_remote(place) else str(Path(place).resolve()) for place in places}) < len(places):
+            raise InputError(f"data.shards names a folder twice: {', '.join(places)}")
+        store = ShardCache(cache or CacheConfig())
+        sets = [DataSet.open(place, store) for place in places]
+        rates = {one.manifest["rate_hz"] for one in sets}
+        if len(rates) > 1:
+            raise InputError(
+                f"data sets of different rates {sorted(rates)} Hz cannot be mixed; ingest them at one --rate-hz"
+            )
+        _check_disjoint_across(sets)
+        return ShardSet(sets, store)
+
+    def __len__(self) -> int:
+        return int(self.first_S[-1])
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One index column over all records."""
+        parts = [one.columns[name] for one in self.sets]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def take(self, name: str, number_R: Int64) -> npt.NDArray[Any]:
+        """One index column at some records."""
+        if len(self.sets) == 1:
+            return self.sets[0].columns[name][number_R]
+        set_R = np.searchsorted(self._first_of_set, number_R, side="right") - 1
+        sample = self.sets[0].columns[name]
+        taken = np.empty((len(number_R), *sample.shape[1:]), sample.dtype)
+        for s in np.unique(set_R):
+            here = set_R == s
+            taken[here] = self.sets[s].columns[name][number_R[here] - self._first_of_set[s]]
+        return taken
+
+    def shard_of(self, number_R: Int64) -> Int64:
+        """The shard that holds each record."""
+        return np.searchsorted(self.first_S, number_R, side="right") - 1
+
+    def select(self, split: str, min_s: float = 0.0) -> Int64:
+        """Sorted numbers of the records of a split that are at least ``min_s`` seconds long."""
+        code, found = SPLITS.index(split), []
+        width = np.uint32 if len(self) < 1 << 32 else np.int64
+        for one, first in zip(self.sets, self._first_of_set, strict=False):
+            for start in range(0, len(one), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                long_R = one.columns["samples"][part] / self.rate_hz >= min_s
+                chosen_R = np.flatnonzero((one.columns["split"][part] == code) & long_R)
+                found.append((chosen_R + (first + start)).astype(width))  # each chunk, not ten million at once
+        return np.concatenate(found)
+
+    # -- one record --
+
+    def lead_positions(self, number: int) -> list[int]:
+        """Which of the twelve leads the rows of a record's signal are."""
+        return lead_positions(int(self.take("leads", np.array([number]))[0]))
+
+    def signal(self, number: int) -> Counts:
+        """(L, T) int16 counts, L the leads that are there. Raises InputError for a damaged record."""
+        samples = int(self.take("samples", np.array([number]))[0])
+        return next(self.windows(np.array([number]), [0], [samples]))
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """What a record's JSON says. Verified: raises InputError for a damaged one."""
+        at = np.array([number])
+        start, length, checksum = (
+            int(self.take(name, at)[0]) for name in ("json_offset", "json_length", "json_checksum")
+        )
+        shard = int(self.shard_of(at)[0])
+        content = self._tars.bytes_of(shard)[start : start + length].tobytes()
+        if xxhash.xxh3_64_intdigest(content) != checksum:
+            raise self._damage(number, "the JSON of ", "its checksum differs from the index")
+        try:
+            return self._fields(number, content, start)
+        except InputError as error:
+            raise self._damage(number, "the JSON of ", str(error)) from error
+
+    def _fields(self, number: int, content: bytes, start: int) -> dict[str, Any]:
+        """A record's JSON, under our own keys where others wrote it."""
+        one = self.sets[int(np.searchsorted(self._first_of_set, number, side="right")) - 1]
+        if one.rules is None:
+            return read_metadata(content)
+        shard = int(self.shard_of(np.array([number]))[0])
+        place = self.shards[shard].place
+        name = foreign_name(place, name_before(self._tars.bytes_of(shard), start, place))
+        samples = int(self.take("samples", np.array([number]))[0])
+        return as_own(describe(parse_json(content), one.rules), name, self.shards[shard].dataset, samples)
+
+    def record(self, number: int) -> Record:
+        """The whole record, as it was before it was written."""
+        fields = self.metadata(number)
+        return Record(
+            name=fields["name"],
+            signal_LT=self.signal(number),
+            scale_L=np.array(fields["scale_mv"], np.float32),
+            rate_hz=fields["rate_hz"],
+            leads=tuple(fields["leads"]),
+            patient=fields["patient"],
+            labels=fields["labels"],
+            metadata=fields["metadata"],
+            invalid_samples=fields["invalid_samples"],
+        )
+
+    # -- many records --
+
+    def windows(
+        self,
+        number_R: Int64,
+        start_R: Sequence[int],
+        stop_R: Sequence[int],
+        scratch_R: Sequence[Counts | None] | None = None,
+    ) -> Iterator[Counts]:
+        """Samples ``start`` to ``stop`` of each record, (L, stop − start), views where that is possible.
+
+        Compressed payloads are verified on every read, plain ones when this process first touches them. ``scratch``
+        (L · min(T, BLOCK) numbers) is where a compressed record may be unpacked; what is yielded is then a view of it.
+        Raises InputError for a damaged record.
+        """
+        columns = ("offset", "length", "samples", "leads", "checksum")
+        offset_R, length_R, samples_R, leads_R, checksum_R = (self.take(name, number_R).tolist() for name in columns)
+        verified_R = self._verified[number_R].tolist()
+        reordered = self._reordered_S
+        rows = zip(
+            number_R.tolist(), self.shard_of(number_R).tolist(), offset_R, length_R, samples_R, leads_R, checksum_R,
+            verified_R, start_R, stop_R, scratch_R or [None] * len(number_R), strict=True,
+        )  # fmt: skip
+        tar_of, open_tar, is_plain, array = self._tars.open, self._tars.bytes_of, self._plain_S, np.ndarray
+        for number, shard, offset, length, samples, bits, checksum, verified, start, stop, scratch in rows:
+            tar, leads = tar_of.get(shard), bits.bit_count()
+            if tar is None:
+                tar = open_tar(shard)
+            if is_plain[shard]:
+                if not verified:
+                    self._verify(number, tar[offset : offset + length], checksum)
+                first = offset + length - 2 * (samples * leads - start)
+                window = array((leads, stop - start), np.int16, tar, first, (2 * samples, 2))
+                rules = reordered[shard]
+                yield window if rules is None else window[rules.rows(bits)]
+            else:
+                try:
+                    member = tar[offset : offset + length]
+                    yield decode_window(member, checksum, leads, samples, start, stop, scratch)
+                except DamagedError as error:
+                    raise self._damage(number, "", str(error)) from error
+
+    def read_whole(self, number_R: Int64, out_RLT: Counts) -> None:
+        """All of the signals, which have twelve leads and T samples each, straight into the rows of a batch."""
+        shard_R, samples = self.shard_of(number_R), out_RLT.shape[2]
+        if self._straight_S[shard_R].all():
+            self._copy_whole(number_R, shard_R, out_RLT)
+            return
+        unpacked = samples <= BLOCK and bool(self._packed_S[shard_R].all())
+        scratch_R = [row_LT.reshape(-1) for row_LT in out_RLT] if unpacked else None
+        signals = self.windows(number_R, [0] * len(number_R), [samples] * len(number_R), scratch_R)
+        for row_LT, signal_LT in zip(out_RLT, signals, strict=True):
+            if not unpacked:
+                row_LT[...] = signal_LT
+
+    def _copy_whole(self, number_R: Int64, shard_R: Int64, out_RLT: Counts) -> None:
+        """One memmove a record: numpy's own copy of a row costs a microsecond more, which is a fifth of it."""
+        size = out_RLT[0].nbytes
+        offset_R, length_R = self.take("offset", number_R).astype(np.int64), self.take("length", number_R)
+        used = np.unique(shard_R)
+        tars = [self._tars.bytes_of(shard) for shard in used.tolist()]  # held here, they stay mapped
+        for i in np.flatnonzero(~self._verified[number_R]).tolist():
+            member = tars[np.searchsorted(used, shard_R[i])][offset_R[i] : offset_R[i] + length_R[i]]
+            self._verify(int(number_R[i]), member, int(self.take("checksum", number_R[i : i + 1])[0]))
+        base_R = np.array([tar.ctypes.data for tar in tars])[np.searchsorted(used, shard_R)]
+        from_R = (base_R + offset_R + length_R - size).tolist()
+        to = out_RLT.ctypes.data
+        for row, source in enumerate(from_R):
+            memmove(to + row * size, source, size)
+
+    def _verify(self, number: int, member: Bytes, checksum: int) -> None:
+        if xxhash.xxh3_64_intdigest(member.data) != checksum:
+            raise self._damage(number, "", "its checksum differs from the index")
+        self._verified[number] = True
+
+    def _damage(self, number: int, what: str, why: str) -> UnreadableShardError:
+        shard = int(self.shard_of(np.array([number]))[0])
+        inside = number - int(self.first_S[shard])
+        place = self.shards[shard].place
+        return UnreadableShardError(shard, f"{place}: {what}record {inside} is damaged: {why}; copy or ingest it again")
+
+    def keep_open(self, shards: Collection[int]) -> None:
+        """Keep these shards mapped, and in the cache, until the next call; others are closed when many are open."""
+        self._tars.keep(frozenset(shards))
+
+    def prefetch(self, shard: int) -> None:
+        """Bring a remote shard into the cache. Raises InputError where that fails for good."""
+        self._tars.prefetch(shard)
+
+    def tar(self, shard: int) -> Bytes:
+        """All bytes of a shard."""
+        return self._tars.bytes_of(shard)
+
+
+class UnreadableShardError(InputError):
+    """A shard that cannot be fetched, or with wrong bytes in it."""
+
+    def __init__(self, shard: int, message: str) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
+class _Tars:
+    """Mapped tars: those to keep, and the last few others. Safe under threads."""
+
+    def __init__(self, shards: Sequence[Shard], cache: ShardCache) -> None:
+        self._shards, self._cache = shards, cache
+        self.open: dict[int, Bytes] = {}  # in order of opening
+        self._held: dict[int, Held] = {}
+        weakref.finalize(self, _release_all, self._held)
+        self._kept: frozenset[int] = frozenset()
+        self._lock = threading.Lock()
+
+    def bytes_of(self, shard: int) -> Bytes:
+        known = self.open.get(shard)
+        return self._map(shard) if known is None else known
+
+    def keep(self, shards: frozenset[int]) -> None:
+        with self._lock:
+            self._kept = shards
+            self._close_others(0)
+
+    def prefetch(self, shard: int) -> None:
+        if shard not in self.open and is_remote(self._shards[shard].place):
+            self._fetch(shard, wait=False).release()
+
+    def _fetch(self, shard: int, wait: bool = True) -> Held:
+        one = self._shards[shard]
+        try:
+            return self._cache.hold(one.place, one.sha256, one.bytes, wait)
+        except Unreadable as error:
+            raise UnreadableShardError(shard, str(error)) from error
+
+    def _map(self, shard: int) -> Bytes:
+        one = self._shards[shard]
+        held = self._fetch(shard) if is_remote(one.place) else None
+        mapped = np.memmap(held.path if held else one.place, np.uint8, "r").view(np.ndarray)
+        if mapped.size != one.bytes:  # offsets were checked against the manifest
+            raise UnreadableShardError(shard, f"{one.place}: {mapped.size} bytes, was {one.bytes} when it was opened")
+        with self._lock:
+            if shard in self.open:  # another thread was faster
+                if held:
+                    held.release()
+                return self.open[shard]
+            self._close_others(_OPEN_TARS)
+            self.open[shard] = mapped
+            if held:
+                self._held[shard] = held
+        return mapped
+
+    def _close_others(self, at_most: int) -> None:
+        """Whoever still has a view of a closed tar keeps its pages."""
+        others = [shard for shard in self.open if shard not in self._kept]
+        for shard in others[: max(0, len(others) - at_most)]:
+            del self.open[shard]
+            if shard in self._held:
+                self._held.pop(shard).release()
+
+
+def _release_all(held: dict[int, Held]) -> None:
+    for one in held.values():
+        one.release()
+
+
+def lead_positions(bits: int) -> list[int]:
+    """The leads of a bit mask, as positions in LEADS."""
+    return [i for i in range(len(LEADS)) if bits >> i & 1]
+
+
+def _first(counts: Sequence[int]) -> Int64:
+    return np.cumsum([0, *counts], dtype=np.int64)
+
+
+def _check_disjoint_across(sets: Sequence[DataSet]) -> None:
+    """A patient is (data set, id): only folders that share a data set's name can share a patient."""
+    folders_of: dict[str, list[DataSet]] = {}
+    for one in sets:
+        for dataset in {shard.dataset for shard in one.shards}:
+            folders_of.setdefault(dataset, []).append(one)
+    for dataset, sharing in folders_of.items():
+        if len(sharing) > 1:
+            patient, split = (np.concatenate([one.columns[name] for one in sharing]) for name in ("patient", "split"))
+            check_patient_disjoint(patient, split, f"data set {dataset!r} in {len(sharing)} folders")

@@ -1,0 +1,137 @@
+"""Tables on disk that all worker processes share: the files of an archive, and what a data set says of its records.
+
+A pickled source carries the path of the tables and each process looks rows up by name, so that memory does not grow
+with the number of records or of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ecgscale.data.label_table import Description
+from ecgscale.errors import InputError
+
+_SCHEMA = """
+CREATE TABLE files (name TEXT PRIMARY KEY, offset INT, packed INT, size INT, method INT, crc INT) WITHOUT ROWID;
+CREATE TABLE records (item TEXT PRIMARY KEY, said TEXT) WITHOUT ROWID;
+CREATE TABLE notes (key INTEGER PRIMARY KEY, said TEXT);
+"""
+_NOTHING = Description(None, {}, {})
+_LAST = "\U0010ffff"  # sorts behind every other character
+
+
+class Member(NamedTuple):
+    """Where a file lies in an archive."""
+
+    offset: int  # of the data in a tar, of the local header in a zip
+    packed: int  # bytes in the archive
+    size: int  # bytes unpacked
+    method: int  # a zip's number for the compression; TAR
+    crc: int  # of a zip
+
+
+TAR = -1
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The tables. ``Catalogue.make`` fills them once; afterwards they are only read."""
+
+    path: Path
+
+    @classmethod
+    def make(cls, path: Path) -> Catalogue:
+        """Empty tables in a new file."""
+        with closing(sqlite3.connect(path)) as tables:
+            tables.executescript(_SCHEMA)
+        return cls(path)
+
+    def add_files(self, members: Iterable[tuple[str, Member]]) -> None:
+        """Raises InputError for a name that stands twice."""
+        rows = ((name, *member) for name, member in members)
+        self._insert("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", rows, "two files have the same name")
+
+    def add_records(self, described: Iterable[tuple[str, Description]]) -> None:
+        """Raises InputError for a record that stands twice."""
+        rows = (
+            (item, "" if said == _NOTHING else json.dumps((said.patient, said.labels, said.metadata)))
+            for item, said in described
+        )
+        self._insert("INSERT INTO records VALUES (?, ?)", rows, "a record stands twice")
+
+    def add_notes(self, notes: Iterable[tuple[int, list[str]]]) -> None:
+        """Lines of text by number, for tables whose rows have to find each other; of a repeated number the first."""
+        rows = ((key, json.dumps(lines)) for key, lines in notes)
+        self._insert("INSERT OR IGNORE INTO notes VALUES (?, ?)", rows, "")
+
+    def _insert(self, statement: str, rows: Iterable[tuple[object, ...]], conflict: str) -> None:
+        with closing(sqlite3.connect(self.path)) as tables:
+            tables.execute("PRAGMA journal_mode=OFF")  # a table that is not finished is thrown away
+            tables.execute("PRAGMA synchronous=OFF")
+            latest = ""
+
+            def remembered() -> Iterator[tuple[object, ...]]:
+                nonlocal latest
+                for row in rows:
+                    latest = str(row[0])
+                    yield row
+
+            try:
+                with tables:
+                    tables.executemany(statement, remembered())
+            except sqlite3.IntegrityError as error:
+                raise InputError(f"{conflict}: {latest!r}") from error
+            except sqlite3.OperationalError as error:
+                raise InputError(f"{self.path.parent}: {error}; set TMPDIR to a folder with more room") from error
+
+    def file(self, name: str) -> Member | None:
+        row = _open(self.path).execute("SELECT * FROM files WHERE name = ?", (name,)).fetchone()
+        return None if row is None else Member(*row[1:])
+
+    def headers(self, prefix: str) -> list[str]:
+        """Names of the WFDB headers that start so, sorted, without the prefix."""
+        bounds = (prefix, prefix + _LAST)
+        found = _open(self.path).execute("SELECT name FROM files WHERE name >= ? AND name < ? ORDER BY name", bounds)
+        return [name[len(prefix) :] for (name,) in found if name.endswith(".hea") and not name.endswith("/.hea")]
+
+    def children(self, folder: str) -> frozenset[str]:
+        """Names of what stands directly in a folder, which is "" or ends with a slash."""
+        found = set()
+        after = folder
+        query = "SELECT name FROM files WHERE name > ? ORDER BY name LIMIT 1"
+        while (row := _open(self.path).execute(query, (after,)).fetchone()) and row[0].startswith(folder):
+            child, slash, _ = row[0][len(folder) :].partition("/")
+            found.add(child)
+            after = f"{folder}{child}/{_LAST}" if slash else row[0]  # past all that the child holds
+        return frozenset(found)
+
+    def items(self) -> list[str]:
+        """The records, sorted."""
+        return [item for (item,) in _open(self.path).execute("SELECT item FROM records ORDER BY item")]
+
+    def n_records(self) -> int:
+        (count,) = _open(self.path).execute("SELECT count(*) FROM records").fetchone()
+        return int(count)
+
+    def describe(self, item: str) -> Description:
+        """What is known of a record; nothing for one that is not there."""
+        row = _open(self.path).execute("SELECT said FROM records WHERE item = ?", (item,)).fetchone()
+        return Description(*json.loads(row[0])) if row is not None and row[0] else _NOTHING
+
+    def note(self, key: int) -> list[str]:
+        row = _open(self.path).execute("SELECT said FROM notes WHERE key = ?", (key,)).fetchone()
+        lines: list[str] = json.loads(row[0]) if row else []
+        return lines
+
+
+@functools.lru_cache(maxsize=4)
+def _open(path: Path) -> sqlite3.Connection:
+    # Once per process. Read only, and never while the tables are being filled by another connection.
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)

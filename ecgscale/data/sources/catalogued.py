@@ -1,0 +1,108 @@
+"""WFDB records of a tree, with what the data set's own tables say about each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ecgscale.data.label_table import Description, LabelTable, load_label_table
+from ecgscale.data.source_options import SourceOptions
+from ecgscale.data.sources.archive import Archive
+from ecgscale.data.sources.catalogue import Catalogue
+from ecgscale.data.sources.scratch import Scratch
+from ecgscale.data.sources.tree import Folder, Tree
+from ecgscale.errors import InputError
+from ecgscale.record import Record
+
+Described = Iterator[tuple[str, Description]]
+
+
+@dataclass(frozen=True)
+class CataloguedWfdb:
+    """WFDB records that were listed when the source was opened.
+
+    Where several speak of a record, the user's own table wins over the header, and both over the data set's tables;
+    of the patient the data set's tables know best.
+    """
+
+    tree: Folder | Archive
+    catalogue: Catalogue
+    scratch: Scratch  # holds the catalogue
+    dataset: str
+    description: str
+    labels_csv: Path | None = None
+    record_column: str | None = None
+    patient_key: str | None = None
+    ignore_leads: tuple[str, ...] = ()
+
+    def items(self) -> list[str]:
+        """Sorted names of the records; raises InputError if ``labels_csv`` does not fit."""
+        self._labels()
+        return self.catalogue.items()
+
+    def read(self, item: str) -> Record:
+        """The record of that name; raises InputError that names the file and the reason (see read_wfdb)."""
+        said = self.catalogue.describe(item)
+        record = self.tree.read(
+            item, labels=self._labels(), patient_key=self.patient_key, ignore_leads=self.ignore_leads
+        )
+        return replace(
+            record,
+            patient=said.patient or record.patient,
+            labels=said.labels | record.labels,
+            metadata=said.metadata | record.metadata,
+        )
+
+    def unlabelled(self) -> list[str]:
+        """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
+        labels = self._labels()
+        return [item for item in self.items() if labels is None or item not in labels.rows]
+
+    def _labels(self) -> LabelTable | None:
+        if self.labels_csv is None:
+            return None
+        return _label_table(self.tree.where, self.catalogue, self.labels_csv, self.record_column)
+
+
+@functools.lru_cache(maxsize=4)
+def _label_table(where: Path, catalogue: Catalogue, labels_csv: Path, record_column: str | None) -> LabelTable:
+    return load_label_table(labels_csv, where, catalogue.items(), record_column)
+
+
+def catalogued(
+    tree: Folder | Archive, scratch: Scratch, described: Described, description: str, options: SourceOptions
+) -> CataloguedWfdb:
+    """The source of the records that ``described`` gives; ``{n}`` in the description becomes their number."""
+    catalogue = Catalogue.make(scratch.path / "records.sqlite")
+    try:
+        catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
+    except InputError as error:
+        raise error if str(error).startswith(str(tree.where)) else InputError(f"{tree.where}: {error}") from error
+    if not (n := catalogue.n_records()):
+        raise InputError(f"{tree.where}: no WFDB record (*.hea) in it, or none that its tables name")
+    return CataloguedWfdb(
+        tree,
+        catalogue,
+        scratch,
+        options.dataset or "",
+        description.replace("{n}", str(n)),
+        options.labels_csv,
+        options.record_column,
+        options.patient_key,
+        options.ignore_leads,
+    )
+
+
+class Presence:
+    """Which files of a table are there, asked folder by folder."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._children = functools.lru_cache(maxsize=8)(tree.children)
+
+    def __contains__(self, name: str) -> bool:
+        folder, _, child = name.rpartition("/")
+        return child in self._children(folder)

@@ -1,0 +1,224 @@
+"""CODE-15 % (Ribeiro et al., Zenodo 4916206): exams.csv and exams_part*.hdf5. The sole importer of h5py.
+
+Each part holds ``exam_id`` (N,) and ``tracings`` (N, T, 12) at 400 Hz, padded with zeros at both ends.
+
+The unit. The data set's page gives the scale as "1e-4V" and in the same sentence says that volts times 1,000, so
+millivolts, are meant; the PhysioNet/CinC Challenge 2025 takes the values as mV, and so does this module. However, the
+authors' own conversion is documented as having run with ``--scale 2`` (README of antonior92/ecg-preprocessing), and
+users found amplitudes twice as high as elsewhere (antonior92/ecg-age-prediction, issues 1 and 5): ``--unit 0.5mV``
+undoes that.
+
+Shape suffixes: L leads, T samples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from ecgscale.data.label_table import Description, is_known
+from ecgscale.data.source_options import SourceOptions
+from ecgscale.data.sources.catalogue import Catalogue
+from ecgscale.data.sources.scratch import Scratch
+from ecgscale.data.sources.tables import Table, whole_number
+from ecgscale.data.sources.tree import Folder
+from ecgscale.data.sources.units import parse_unit, to_counts
+from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS, Record
+
+EXAMS = "exams.csv"
+PARTS = "exams_part*.hdf5"
+RATE_HZ = 400.0
+ABNORMALITIES = ("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF")
+DESCRIPTION = (
+    "CODE-15 %: {n} exams in {parts} parts, labels abnormality and normal_ecg from exams.csv; values taken as {unit} "
+    "(the authors' conversion doubled them: --unit 0.5mV undoes it)"
+)
+_MAX_EXAMS = 1 << 24
+_MAX_SAMPLES = 1 << 20
+_MAX_CHUNK_BYTES = 1 << 28
+_SEX = {True: "male", False: "female"}
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+# What is part of HDF5 or of h5py: gzip, shuffle, checksum, szip, n-bit, scale-offset, LZF. Others are plugins, that is
+# foreign code.
+_FILTERS = {1, 2, 3, 4, 5, 6, 32000}
+_BROKEN: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, LookupError, TypeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Code15:
+    """Exams by the name ``<part>/<row>_<exam_id>``, so that sorted names stand in the order of the files."""
+
+    root: Path
+    catalogue: Catalogue  # exam_id -> what exams.csv says
+    scratch: Scratch  # holds the catalogue
+    dataset: str
+    description: str
+    parts: tuple[str, ...]  # names of the files
+    mv_per_value: float
+
+    @classmethod
+    def open(cls, root: Path, parts: tuple[str, ...], options: SourceOptions) -> Code15:
+        """The parts with that name in ``root``; raises InputError for a missing or broken table."""
+        _part.cache_clear()  # a file may have been replaced since
+        unit = options.unit or "mV"
+        mv_per_value = parse_unit(unit)
+        scratch = Scratch.make()
+        catalogue = Catalogue.make(scratch.path / "exams.sqlite")
+        try:
+            catalogue.add_records(_exams(root))
+        except InputError as error:
+            raise error if str(error).startswith(str(root)) else InputError(f"{root / EXAMS}: {error}") from error
+        n = sum(len(_part(root, part).exam_ids) for part in parts)
+        description = DESCRIPTION.format(n=n, parts=len(parts), unit=unit)
+        return cls(root, catalogue, scratch, options.dataset or "", description, parts, mv_per_value)
+
+    def items(self) -> list[str]:
+        """Sorted names; raises InputError for a part that is no such file."""
+        return sorted(item for part in self.parts for item in _items_of(self.root, part))
+
+    def read(self, item: str) -> Record:
+        """One exam without its padding.
+
+        Raises InputError, which names the part and the row, where it cannot be read, is zero throughout, holds NaN or
+        has no row in exams.csv: its patient would be unknown.
+        """
+        stem, _, place = item.rpartition("/")
+        part_name, row, exam_id = f"{stem}.hdf5", *map(int, place.split("_"))
+        shown = f"{self.root / part_name}: row {row}, exam {exam_id}"
+        said = self.catalogue.describe(str(exam_id))
+        try:
+            values_TL = _padding_removed(_part(self.root, part_name).read(row))
+            if said.patient is None:
+                raise InputError(f"no row in {EXAMS}, so its patient is unknown")
+            signal_LT, scale_L, leads = to_counts(values_TL.T, LEADS, self.mv_per_value)
+        except InputError as error:
+            raise InputError(f"{shown}: {error}") from error
+        return Record(item, signal_LT, scale_L, RATE_HZ, leads, said.patient, said.labels, said.metadata)
+
+    def unlabelled(self) -> list[str]:
+        """All: there is no table of the user's."""
+        return self.items()
+
+
+def parts_in(root: Path) -> tuple[str, ...]:
+    """Names of the parts, as far as they do not lead out of the folder."""
+    return tuple(sorted(path.name for path in root.glob(PARTS) if stays_inside(path, root)))
+
+
+def _items_of(root: Path, part: str) -> Iterator[str]:
+    exam_ids = _part(root, part).exam_ids
+    width = len(str(len(exam_ids)))
+    for row, exam_id in enumerate(exam_ids.tolist()):
+        yield f"{part.removesuffix('.hdf5')}/{row:0{width}d}_{exam_id}"
+
+
+def _padding_removed(values_TL: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    used = np.flatnonzero(values_TL.any(axis=1))
+    if not len(used):
+        raise InputError("all samples are zero")
+    return values_TL[used[0] : used[-1] + 1]
+
+
+# --- exams.csv ---
+
+
+def _exams(root: Path) -> Iterator[tuple[str, Description]]:
+    with Folder(root).table(EXAMS) as stream:
+        table = Table(stream, str(root / EXAMS), ("exam_id", "patient_id", *ABNORMALITIES))
+        for cells in table:
+            row = {name: cells[i].strip() for name, i in table.columns.items()}
+            yield str(whole_number(row["exam_id"], table.where())), _description(row, table.where())
+
+
+def _description(row: dict[str, str], where: str) -> Description:
+    labels = {"abnormality": [name for name in ABNORMALITIES if _truth(row[name], f"{where}: {name}")]}
+    if is_known(row.get("normal_ecg", "")):
+        labels["normal_ecg"] = [str(_truth(row["normal_ecg"], f"{where}: normal_ecg")).lower()]
+    metadata = {
+        name: row[name] for name in ("age", "nn_predicted_age", "death", "timey") if is_known(row.get(name, ""))
+    }
+    if is_known(row.get("is_male", "")):
+        metadata["sex"] = _SEX[_truth(row["is_male"], f"{where}: is_male")]
+    known = {label: values for label, values in labels.items() if values}
+    return Description(str(whole_number(row["patient_id"], where)), known, metadata)
+
+
+def _truth(text: str, where: str) -> bool:
+    truth = _TRUTH.get(text.strip().casefold())
+    if truth is None:
+        raise InputError(f"{where} is {text!r}; it must be True or False")
+    return truth
+
+
+# --- HDF5 ---
+
+
+class _Part(NamedTuple):
+    """An open part. h5py's objects cannot be pickled, nor survive a fork: each process opens its own."""
+
+    exam_ids: npt.NDArray[np.int64]
+    tracings: Any  # h5py.Dataset (N, T, L)
+
+    def read(self, row: int) -> npt.NDArray[np.floating]:
+        """(T, L), nothing else of the file."""
+        try:
+            values: npt.NDArray[np.floating] = self.tracings[row]
+        except _BROKEN as error:
+            raise InputError(f"cannot be read ({_first_line(error)})") from error
+        return values
+
+
+@functools.lru_cache(maxsize=4)
+def _part(root: Path, name: str) -> _Part:
+    path = root / name
+    try:
+        file = h5py.File(path, "r", locking=False)  # nobody writes; some network file systems have no locks
+        exam_id = _dataset(file, "exam_id", 1, "iu")
+        tracings = _dataset(file, "tracings", 3, "f")
+        if len(exam_id) != len(tracings):
+            raise InputError(f"{len(exam_id)} exam_id, {len(tracings)} tracings; each tracing has one")
+        if tracings.shape[2] != len(LEADS) or not 0 < tracings.shape[1] <= _MAX_SAMPLES:
+            raise InputError(f"tracings of shape {tracings.shape}; it must be (exams, samples, {len(LEADS)})")
+        return _Part(exam_id[:].astype(np.int64), tracings)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except _BROKEN as error:
+        raise InputError(f"{path}: not a readable HDF5 file ({_first_line(error)})") from error
+
+
+def _dataset(file: Any, name: str, n_axes: int, kinds: str) -> Any:
+    """A data set that lies in the file itself; raises InputError for any other, without following it."""
+    if name not in file:
+        raise InputError(f"no data set {name}; it holds {', '.join(sorted(file)[:5]) or 'nothing'}")
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise InputError(f"{name} is a link; the data must lie in the file itself")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise InputError(f"{name} is a group; it must be a data set")
+    if dataset.is_virtual or dataset.external:
+        raise InputError(f"{name} lies in other files; the data must lie in the file itself")
+    stored = dataset.id.get_create_plist()
+    filters = {stored.get_filter(i)[0] for i in range(stored.get_nfilters())}
+    if foreign := sorted(filters - _FILTERS):
+        raise InputError(f"{name} needs the foreign filter {foreign[0]}; only HDF5's own are used")
+    if dataset.dtype.kind not in kinds or dataset.ndim != n_axes:
+        raise InputError(f"{name} is {dataset.dtype} of shape {dataset.shape}; that is no CODE-15 part")
+    if len(dataset) > _MAX_EXAMS or (dataset.size and not dataset.id.get_storage_size()):
+        raise InputError(f"{name} claims {len(dataset)} rows, which the file does not hold")
+    chunk_bytes = int(np.prod(dataset.chunks or (0,), dtype=np.float64)) * dataset.dtype.itemsize
+    if chunk_bytes > _MAX_CHUNK_BYTES:
+        raise InputError(f"{name} in chunks of {chunk_bytes} bytes; at most {_MAX_CHUNK_BYTES}")
+    return dataset
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

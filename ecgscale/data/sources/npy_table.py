@@ -1,0 +1,174 @@
+"""Arrays in .npy files: a folder with one per record, or one file with a record in each row.
+
+What such files do not say, the options do: rate, leads, and what a 1 is worth. Shape suffixes: L leads, T samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ecgscale.data.label_table import LabelTable, describe, find_key, load_label_table, read_rows
+from ecgscale.data.source_options import SourceOptions
+from ecgscale.data.sources.units import parse_unit, to_counts
+from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.wfdb_header import MAX_RATE_HZ
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS, Record, canonical_leads
+
+_ROW = "row"  # what the record column of a stacked array is called; its table names no records
+_BROKEN: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError)
+_BROKEN += (RecursionError, SyntaxError, tokenize.TokenError)
+
+
+@dataclass(frozen=True)
+class NpyTable:
+    """A folder of arrays (leads, samples) or (samples, leads), or one array with an axis for the records before.
+
+    A record's name is its path below the folder without suffix, or the number of its row, with leading zeros.
+    """
+
+    path: Path
+    dataset: str
+    rate_hz: float
+    leads: tuple[str, ...]  # canonical names, in the order of the arrays
+    mv_per_float: float = 1.0
+    mv_per_count: float | None = None
+    labels_csv: Path | None = None
+    """Of a folder as in load_label_table; of one array, the n-th row is that of the n-th record."""
+    record_column: str | None = None
+    patient_key: str | None = None
+
+    @classmethod
+    def open(cls, path: Path, options: SourceOptions) -> NpyTable:
+        """Raises InputError where the options do not say what the arrays leave open."""
+        _stacked.cache_clear()  # a file may have been replaced since
+        rate_hz = options.source_rate_hz
+        if rate_hz is None or rate_hz > MAX_RATE_HZ:
+            raise InputError(f"{path}: .npy arrays say no sample rate; give --source-rate-hz, at most {MAX_RATE_HZ:g}")
+        source = cls(
+            path,
+            options.dataset or "",
+            rate_hz,
+            canonical_leads(options.source_leads or LEADS),
+            parse_unit(options.unit or "mV"),
+            options.mv_per_count,
+            options.labels_csv,
+            options.record_column,
+            options.patient_key,
+        )
+        if source.is_stacked and (options.record_column or options.patient_key == "@folder"):
+            raise InputError(f"{path}: one array; its table goes by row, without --record-column or @folder")
+        return source
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.path.suffix.lower() == ".npy"
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        what = f"{len(self.items())} records in one array" if self.is_stacked else f"{len(self.items())} arrays"
+        labels = f", labels from {self.labels_csv}" if self.labels_csv else ", no labels"
+        return f"npy: {what}, {len(self.leads)} leads at {self.rate_hz:g} Hz{labels}"
+
+    def items(self) -> list[str]:
+        """Sorted names; raises InputError where there is no array, or if ``labels_csv`` does not fit."""
+        if self.labels_csv is not None:
+            self._labels()
+        return self._names()
+
+    def read(self, item: str) -> Record:
+        """One record; raises InputError that names the file and the reason, such as a shape, a type or NaN."""
+        path = self.path if self.is_stacked else self.path / f"{item}.npy"
+        shown = f"{path}: row {int(item)}" if self.is_stacked else str(path)
+        try:
+            array = _stacked(path)[int(item)] if self.is_stacked else _array(path, self.path)
+            signal_LT, scale_L, leads = to_counts(self._leads_first(array), self.leads, self._mv_per_value(array))
+            folder = Path(item).parent.name or None
+            known = describe((), self._labels(), item, self.patient_key, folder)
+        except InputError as error:
+            raise error if str(error).startswith(str(path)) else InputError(f"{shown}: {error}") from error
+        return Record(item, signal_LT, scale_L, self.rate_hz, leads, known.patient, known.labels, known.metadata)
+
+    def unlabelled(self) -> list[str]:
+        """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
+        labels = self._labels()
+        return [item for item in self.items() if labels is None or item not in labels.rows]
+
+    def _names(self) -> list[str]:
+        if not self.is_stacked:
+            return _arrays_below(self.path)
+        n = len(_stacked(self.path))
+        return [f"{row:0{len(str(n))}d}" for row in range(n)]
+
+    def _leads_first(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        n = len(self.leads)
+        if array.ndim != 2 or n not in array.shape or not array.size:
+            raise InputError(f"of shape {array.shape}; a record is (leads, samples) or reverse, with {n} leads")
+        if array.shape[0] == array.shape[1]:
+            raise InputError(f"of shape {array.shape}: leads and samples cannot be told apart")
+        return array if array.shape[0] == n else array.T
+
+    def _mv_per_value(self, array: npt.NDArray[np.generic]) -> float:
+        if array.dtype.kind == "f":
+            return self.mv_per_float
+        if array.dtype.kind not in "iu" or array.dtype.itemsize > 4:
+            raise InputError(f"of type {array.dtype}; floats, or integers of at most 32 bits, are needed")
+        if self.mv_per_count is None:
+            raise InputError(f"integers ({array.dtype}) say no unit; give --mv-per-count")
+        return self.mv_per_count
+
+    def _labels(self) -> LabelTable | None:
+        return None if self.labels_csv is None else _label_table(self, self.labels_csv)
+
+
+@functools.lru_cache(maxsize=4)
+def _label_table(source: NpyTable, labels_csv: Path) -> LabelTable:
+    names = source._names()
+    if not source.is_stacked:
+        return load_label_table(labels_csv, source.path, names, source.record_column)
+    columns, rows = read_rows(labels_csv)
+    if len(rows) != len(names):
+        raise InputError(f"{labels_csv}: {len(rows)} rows, {source.path} holds {len(names)} records; each needs one")
+    return LabelTable(
+        find_key(columns, _ROW) or _ROW,
+        tuple(columns),
+        {name: row for name, (_, row) in zip(names, rows, strict=True)},
+    )
+
+
+def _arrays_below(root: Path) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+    paths = [Path(folder, file) for folder, _, files in os.walk(root, onerror=refuse) for file in files]
+    arrays = [path for path in paths if path.suffix == ".npy" and (not path.is_symlink() or stays_inside(path, root))]
+    if not arrays:
+        raise InputError(f"{root}: no .npy in or below it; links are not followed")
+    return sorted(path.relative_to(root).as_posix().removesuffix(".npy") for path in arrays)
+
+
+@functools.lru_cache(maxsize=4)
+def _stacked(path: Path) -> npt.NDArray[np.generic]:
+    array = _array(path)
+    if array.ndim != 3 or not len(array):
+        raise InputError(f"{path}: of shape {array.shape}; it must be (records, leads, samples) or their reverse")
+    return array
+
+
+def _array(path: Path, root: Path | None = None) -> npt.NDArray[np.generic]:
+    """Mapped, so that a header that promises more than the file holds is refused before anything is allocated."""
+    if root is not None and not stays_inside(path, root):
+        raise InputError(f"{path}: lies outside of {root}; links may not lead out")
+    try:
+        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
+    except _BROKEN as error:
+        raise InputError(f"{path}: not a readable .npy of numbers ({' '.join(str(error).split())})") from error
+    return array

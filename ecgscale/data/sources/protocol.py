@@ -1,0 +1,32 @@
+"""What a source of recordings is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ecgscale.record import Record
+
+
+class Source(Protocol):
+    """A data set of recordings. Instances travel to worker processes, so they must be picklable."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+
+    def items(self) -> list[str]:
+        """The names of the records, sorted."""
+
+    def read(self, item: str) -> Record:
+        """One record; raises InputError that names the file and the reason."""
+
+
+class OpenedSource(Source, Protocol):
+    """A source of files that were recognised."""
+
+    @property
+    def description(self) -> str:
+        """One line for people: what was recognised, and what its labels are good for."""
+
+    def unlabelled(self) -> list[str]:
+        """Names of the records without a row in the user's table of labels; all of them where there is none."""

@@ -1,0 +1,94 @@
+"""PTB-XL (Wagner et al., Scientific Data 2020): ptbxl_database.csv, scp_statements.csv, records500/, records100/.
+
+A record's codes come with a likelihood in percent, which is 0 where the report did not say one and for all statements
+of form and rhythm. As in the data set's own example and in the benchmark of Strodthoff et al. (2021), a code counts as
+soon as it is listed. The classes are those of scp_statements.csv; they are given for statements with diagnostic = 1.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+
+from ecgscale.data.label_table import Description, is_known
+from ecgscale.data.sources.catalogued import Described, Presence
+from ecgscale.data.sources.tables import Table, whole_number
+from ecgscale.data.sources.tree import Tree
+from ecgscale.errors import InputError
+
+DATABASE, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
+DESCRIPTION = (
+    "PTB-XL: {n} records, labels scp, superclass, subclass, form and rhythm from ptbxl_database.csv; "
+    "its folds: --split-by strat_fold --validation-values 9 --test-values 10"
+)
+_COLUMNS = ("patient_id", "age", "sex", "scp_codes", "strat_fold")
+_STATEMENT_COLUMNS = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
+_SEX = {"0": "male", "1": "female"}
+_OLDEST = 89  # the data set writes 300 for whoever is older
+
+
+def described(tree: Tree) -> Described:
+    """The records that are there, of the 500 Hz folder or, where that is absent, of the 100 Hz one.
+
+    Raises InputError for tables that are not PTB-XL's.
+    """
+    statements = _statements(tree)
+    path_column = "filename_hr" if tree.children("records500") else "filename_lr"
+    shown = str(tree.where / DATABASE)
+    there = Presence(tree)
+    with tree.table(DATABASE) as stream:
+        table = Table(stream, shown, (*_COLUMNS, path_column))
+        at = table.columns
+        for row in table:
+            item = row[at[path_column]].strip()
+            if f"{item}.hea" in there:
+                yield item, _description({name: row[at[name]].strip() for name in _COLUMNS}, statements, table.where())
+
+
+def _description(row: Mapping[str, str], statements: Mapping[str, Mapping[str, str]], where: str) -> Description:
+    codes = _codes(row["scp_codes"], where)
+    labels = {"scp": codes}
+    for code in codes:
+        for label, value in statements.get(code, {}).items():
+            if value not in labels.setdefault(label, []):
+                labels[label].append(value)
+    labels["strat_fold"] = [str(whole_number(row["strat_fold"], where))]
+    metadata = {}
+    if is_known(row["age"]):
+        age = whole_number(row["age"], where)
+        metadata["age"] = str(age) if age <= _OLDEST else f">{_OLDEST}"
+    if is_known(row["sex"]):
+        sex = str(whole_number(row["sex"], where))
+        metadata["sex"] = _SEX.get(sex, sex)
+    patient = str(whole_number(row["patient_id"], where)) if is_known(row["patient_id"]) else None
+    return Description(patient, {label: values for label, values in labels.items() if values}, metadata)
+
+
+def _codes(text: str, where: str) -> list[str]:
+    """``"{'NORM': 100.0, 'SR': 0.0}"`` -> ["NORM", "SR"]."""
+    try:
+        codes = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise InputError(f"{where}: scp_codes {text[:60]!r} are no codes with likelihoods") from error
+    if not isinstance(codes, dict) or not all(isinstance(code, str) for code in codes):
+        raise InputError(f"{where}: scp_codes {text[:60]!r} are no codes with likelihoods")
+    return list(codes)
+
+
+def _statements(tree: Tree) -> dict[str, dict[str, str]]:
+    """Code -> label -> what the code adds to it."""
+    statements = {}
+    with tree.table(STATEMENTS) as stream:
+        table = Table(stream, str(tree.where / STATEMENTS), _STATEMENT_COLUMNS)
+        at = table.columns
+        for row in table:
+            code, is_a = (
+                row[0].strip(),
+                {name: row[at[name]].strip() in ("1", "1.0") for name in _STATEMENT_COLUMNS[:3]},
+            )
+            labels = {name: code for name in ("form", "rhythm") if is_a[name]}
+            if is_a["diagnostic"]:
+                labels["superclass"] = row[at["diagnostic_class"]].strip()
+                labels["subclass"] = row[at["diagnostic_subclass"]].strip()
+            statements[code] = {label: value for label, value in labels.items() if value}
+    return statements

@@ -1,0 +1,52 @@
+"""Rows of a CSV, one at a time."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from ecgscale.errors import InputError
+
+
+class Table:
+    """A CSV that must have certain columns; iterating gives its rows as lists, ``columns`` where in them to look.
+
+    Raises InputError, which names ``shown`` and the line, for anything that is no such table.
+    """
+
+    def __init__(self, stream: TextIO, shown: str, needed: Sequence[str]) -> None:
+        self._shown = shown
+        self._reader = csv.reader(stream, strict=True)
+        names = [name.strip() for name in next(self._lines(), [])]
+        self.columns = {name: i for i, name in enumerate(names)}
+        if missing := [name for name in needed if name not in self.columns]:
+            raise InputError(f"{shown}: no column {missing[0]}; the columns are {', '.join(names) or 'none'}")
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for row in self._lines():
+            if len(row) != len(self.columns):
+                raise InputError(
+                    f"{self.where()} has {len(row)} fields, the first line names {len(self.columns)} columns"
+                )
+            yield row
+
+    def where(self) -> str:
+        """The file and the line that was read last."""
+        return f"{self._shown}: line {self._reader.line_num}"
+
+    def _lines(self) -> Iterator[list[str]]:
+        try:
+            for row in self._reader:
+                if row:
+                    yield row
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{self.where()}: not a readable CSV ({error})") from error
+
+
+def whole_number(text: str, where: str) -> int:
+    """``"15709"`` and ``"15709.0"``, as pandas writes whole numbers beside empty cells -> 15709."""
+    digits = text.strip().removesuffix(".0")
+    if not digits.removeprefix("-").isascii() or not digits.removeprefix("-").isdigit() or len(digits) > 18:
+        raise InputError(f"{where}: {text!r} is not a whole number")
+    return int(digits)

@@ -1,0 +1,68 @@
+"""Where the files of a data set lie: in a folder, or (archive.py) in an archive as if it had been unpacked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from ecgscale.data.sources.wfdb_source import headers_below, read_wfdb, stays_inside, without_segments
+from ecgscale.errors import InputError
+from ecgscale.record import Record
+
+
+class Tree(Protocol):
+    """Files below a place. Names are relative to it, with slashes."""
+
+    @property
+    def where(self) -> Path:
+        """What errors call the place."""
+
+    def children(self, folder: str) -> frozenset[str]:
+        """Names of what stands directly in a folder ("" is the place itself); none where there is no such folder."""
+
+    def headers(self) -> list[str]:
+        """The WFDB records, sorted, without those that are segments of another."""
+
+    def table(self, name: str) -> AbstractContextManager[TextIO]:
+        """A text file to read from; raises InputError where it cannot be."""
+
+    def read(self, item: str, **options: Any) -> Record:
+        """The WFDB record of that name; options as in read_wfdb."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on disk. Links that lead out of it are refused."""
+
+    where: Path
+
+    def children(self, folder: str) -> frozenset[str]:
+        path = self.where / folder
+        try:
+            return frozenset(child.name for child in path.iterdir()) if stays_inside(path, self.where) else frozenset()
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be listed ({error.strerror})") from error
+
+    def headers(self) -> list[str]:
+        return without_segments(self.where, headers_below(self.where))
+
+    @contextmanager
+    def table(self, name: str) -> Iterator[TextIO]:
+        path = self.where / name
+        if not stays_inside(path, self.where):
+            raise InputError(f"{path}: lies outside of {self.where}; links may not lead out")
+        try:
+            stream = io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", newline="")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        with stream:
+            yield stream
+
+    def read(self, item: str, **options: Any) -> Record:
+        return read_wfdb(self.where / f"{item}.hea", name=item, root=self.where, **options)

@@ -1,0 +1,335 @@
+"""CODE-15 % in miniature: padding, labels, units, and HDF5 files that are not what they should be."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from ecgscale import cli
+from ecgscale.data.sources import SourceOptions, implausible_unit, open_source
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS, Record
+from ecgscale.simulate import Simulation
+
+EXAMS = """exam_id,age,is_male,nn_predicted_age,1dAVb,RBBB,LBBB,SB,ST,AF,patient_id,death,timey,normal_ecg,trace_file
+11,38,True,40.16,False,False,False,False,False,False,523632,False,2.1,True,exams_part0.hdf5
+7,73,True,67.05,True,True,False,False,False,False,1724173,False,6.6,False,exams_part0.hdf5
+9,67,False,79.62,False,False,False,False,False,True,523632,,,False,exams_part1.hdf5
+"""
+N_SAMPLES = 4096
+
+
+@pytest.fixture(scope="module")
+def ecgs() -> list[Record]:
+    """7 s at 400 Hz."""
+    simulation = Simulation(patients=3, records_per_patient=1, rate_hz=400.0, duration_s=7.0)
+    return [simulation.read(item) for item in simulation.items()]
+
+
+def tracings(ecgs: list[Record], dtype: str = "f4") -> np.ndarray:
+    """(N + 1, 4096, 12), centred between zeros, and a row of zeros as the files end with."""
+    values = np.zeros((len(ecgs) + 1, N_SAMPLES, 12), dtype)
+    start = (N_SAMPLES - ecgs[0].n_samples) // 2
+    for row, ecg in zip(values, ecgs, strict=False):
+        row[start : start + ecg.n_samples] = ecg.millivolts().T
+    return values
+
+
+@pytest.fixture
+def root(tmp_path, ecgs) -> Path:
+    root = tmp_path / "code15"
+    root.mkdir()
+    (root / "exams.csv").write_text(EXAMS)
+    for part, exam_ids, some in (("0", [11, 7, 0], ecgs[:2]), ("1", [9, 0], ecgs[2:])):
+        with h5py.File(root / f"exams_part{part}.hdf5", "w") as file:
+            file["exam_id"] = np.array(exam_ids)
+            file["tracings"] = tracings(some)
+    return root
+
+
+def change(root: Path, edit: Callable[[h5py.File], None]) -> Path:
+    with h5py.File(root / "exams_part0.hdf5", "a") as file:
+        edit(file)
+    return root
+
+
+def refusal(path: Path, **options: object) -> str:
+    with pytest.raises(InputError) as caught:
+        open_source(path, SourceOptions(**options)).items()  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_records_labels_and_patients(root: Path, ecgs: list[Record]) -> None:
+    source = open_source(root, SourceOptions())
+    assert source.dataset == "code15"
+    assert source.description.startswith("CODE-15 %: 5 exams in 2 parts")
+    assert "values taken as mV" in source.description
+    items = source.items()
+    assert items == sorted(items)
+    assert items == [
+        "exams_part0/0_11",
+        "exams_part0/1_7",
+        "exams_part0/2_0",
+        "exams_part1/0_9",
+        "exams_part1/1_0",
+    ]
+    assert source.unlabelled() == items
+    records = [source.read(items[i]) for i in (0, 1, 3)]
+    for item, record, ecg in zip((items[0], items[1], items[3]), records, ecgs, strict=True):
+        assert record.name == item
+        assert (record.rate_hz, record.leads) == (400, LEADS)
+        assert record.n_samples == ecg.n_samples
+        np.testing.assert_allclose(record.millivolts(), ecg.millivolts(), atol=0.001)
+    assert [record.patient for record in records] == ["523632", "1724173", "523632"]
+    assert [record.labels for record in records] == [
+        {"normal_ecg": ["true"]},
+        {"abnormality": ["1dAVb", "RBBB"], "normal_ecg": ["false"]},
+        {"abnormality": ["AF"], "normal_ecg": ["false"]},
+    ]
+    assert records[0].metadata == {
+        "age": "38",
+        "nn_predicted_age": "40.16",
+        "death": "False",
+        "timey": "2.1",
+        "sex": "male",
+    }
+    assert records[2].metadata == {"age": "67", "nn_predicted_age": "79.62", "sex": "female"}
+
+
+def test_many_rows_sort_as_they_stand_in_the_file(root: Path, ecgs: list[Record]) -> None:
+    def more(file: h5py.File) -> None:
+        del file["exam_id"], file["tracings"]
+        file["exam_id"] = np.arange(120)[::-1]
+        file["tracings"] = np.ones((120, 5, 12), "f4")
+
+    items = [item for item in open_source(change(root, more), SourceOptions()).items() if "part0" in item]
+    assert items == sorted(items)
+    assert [int(item.split("_")[-1]) for item in items] == list(range(120))[::-1]
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"), [("mV", 1), ("0.5mV", 0.5), ("1e-4V", 0.1), ("uV", 0.001), ("100 µV", 0.1)]
+)
+def test_units(root: Path, ecgs: list[Record], unit: str, factor: float) -> None:
+    source = open_source(root, SourceOptions(unit=unit))
+    np.testing.assert_allclose(source.read("exams_part0/0_11").millivolts(), ecgs[0].millivolts() * factor, atol=0.001)
+    assert f"values taken as {unit}" in source.description
+    assert implausible_unit(source) is None
+
+
+@pytest.mark.parametrize("unit", ["", "mm", "0mV", "-1mV", "1e999mV", "mV mV"])
+def test_units_that_are_none(root: Path, unit: str) -> None:
+    if unit:
+        assert "unit" in refusal(root, unit=unit)
+
+
+@pytest.mark.parametrize("storage", [{}, {"chunks": (1, 4096, 12), "compression": "gzip"}, {"compression": "lzf"}])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4"])
+def test_types_and_storage(root: Path, ecgs: list[Record], dtype: str, storage: dict[str, object]) -> None:
+    def store(file: h5py.File) -> None:
+        del file["tracings"]
+        file.create_dataset("tracings", data=tracings(ecgs[:2], dtype), **storage)
+
+    record = open_source(change(root, store), SourceOptions()).read("exams_part0/1_7")
+    np.testing.assert_allclose(record.millivolts(), ecgs[1].millivolts(), atol=0.003)
+
+
+def test_one_part_alone(root: Path) -> None:
+    source = open_source(root / "exams_part1.hdf5", SourceOptions())
+    assert source.dataset == "exams_part1"
+    assert source.items() == ["exams_part1/0_9", "exams_part1/1_0"]
+
+
+def test_a_pickled_source_reads_and_is_small(root: Path) -> None:
+    source = open_source(root, SourceOptions())
+    source.read("exams_part0/0_11")
+    assert len(pickle.dumps(source)) < 1500
+    assert pickle.loads(pickle.dumps(source)).read("exams_part0/0_11").patient == "523632"
+
+
+def test_ingest(root: Path, tmp_path, capsys) -> None:
+    assert cli.main(["ingest", str(root), str(tmp_path / "out"), "--workers=2", "--records-per-shard=2"]) == 0
+    out = capsys.readouterr().out
+    assert "3 records in" in out
+    assert "2 rejected" in out  # the rows of zeros
+    assert "all samples are zero" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_microvolts_are_noticed(root: Path, tmp_path, capsys) -> None:
+    def scale(file: h5py.File) -> None:
+        file["tracings"][...] *= 1000
+
+    assert "--unit uV" in (implausible_unit(open_source(change(root, scale), SourceOptions())) or "")
+    assert cli.main(["ingest", str(root), str(tmp_path / "out"), "--workers=1"]) == 0
+    assert "are they microvolts?" in capsys.readouterr().out
+
+
+# --- rows that are refused ---
+
+
+def test_rows_that_are_refused(root: Path) -> None:
+    def damage(file: h5py.File) -> None:
+        file["tracings"][0, 2000, 3] = np.nan
+        file["exam_id"][1] = 8
+
+    source = open_source(change(root, damage), SourceOptions())
+    for item, reason in (
+        ("exams_part0/0_11", "row 0, exam 11: the signal holds NaN"),
+        ("exams_part0/1_8", "row 1, exam 8: no row in exams.csv"),
+        ("exams_part0/2_0", "row 2, exam 0: all samples are zero"),
+    ):
+        with pytest.raises(InputError) as caught:
+            source.read(item)
+        assert str(caught.value).startswith(f"{root}/exams_part0.hdf5: {reason}")
+
+
+# --- files that are refused ---
+
+
+def elsewhere(root: Path) -> Path:
+    with h5py.File(root.parent / "other.hdf5", "w") as file:
+        file["tracings"] = np.ones((3, N_SAMPLES, 12), "f4")
+    return root.parent / "other.hdf5"
+
+
+def without(file: h5py.File, name: str = "tracings") -> h5py.File:
+    del file[name]
+    return file
+
+
+def soft(file: h5py.File) -> None:
+    file["there"] = file["tracings"]
+    without(file)["tracings"] = h5py.SoftLink("/there")
+
+
+def external_link(file: h5py.File) -> None:
+    without(file)["tracings"] = h5py.ExternalLink("../other.hdf5", "/tracings")
+
+
+def virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((3, N_SAMPLES, 12), "f4")
+    layout[:] = h5py.VirtualSource("../other.hdf5", "tracings", (3, N_SAMPLES, 12))
+    without(file).create_virtual_dataset("tracings", layout)
+
+
+def external_storage(file: h5py.File) -> None:
+    external = [("/etc/passwd", 0, h5py.h5f.UNLIMITED)]
+    without(file).create_dataset("tracings", (3, N_SAMPLES, 12), "f4", external=external)
+
+
+def foreign_filter(file: h5py.File) -> None:
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk((1, N_SAMPLES, 12))
+    plist.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))
+    space = h5py.h5s.create_simple((3, N_SAMPLES, 12))
+    h5py.h5d.create(without(file).id, b"tracings", h5py.h5t.IEEE_F32LE, space, plist)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (soft, "tracings is a link"),
+        (external_link, "tracings is a link"),
+        (virtual, "tracings lies in other files"),
+        (external_storage, "tracings lies in other files"),
+        (foreign_filter, "tracings needs the foreign filter 32015"),
+        (without, "no data set tracings; it holds exam_id"),
+        (lambda file: without(file).create_group("tracings"), "tracings is a group"),
+        (lambda file: without(file).create_dataset("tracings", data=np.ones((3, 9), "f4")), "of shape (3, 9)"),
+        (lambda file: without(file).create_dataset("tracings", data=np.ones((3, 9, 8), "f4")), "of shape (3, 9, 8)"),
+        (
+            lambda file: without(file).create_dataset("tracings", data=np.ones((2, 9, 12), "f4")),
+            "3 exam_id, 2 tracings",
+        ),
+        (lambda file: without(file).create_dataset("tracings", data=np.ones((3, 9, 12), "i4")), "tracings is int32"),
+        (lambda file: without(file).create_dataset("tracings", data=np.full((3, 9, 12), b"x")), "tracings is |S1"),
+        (lambda file: without(file).create_dataset("tracings", (1 << 25, 9, 12), "f4"), "claims 33554432 rows"),
+        (lambda file: without(file).create_dataset("tracings", (3, 9, 12), "f4"), "which the file does not hold"),
+        (
+            lambda file: without(file).create_dataset("tracings", (1 << 20, 99, 12), "f4", chunks=(1 << 20, 99, 12)),
+            "which the file does not hold",
+        ),
+        (
+            lambda file: without(file, "exam_id").create_dataset("exam_id", data=[1.5, 2, 3]),
+            "exam_id is float64",
+        ),
+    ],
+)
+def test_files_that_are_refused(root: Path, edit: Callable[[h5py.File], None], reason: str) -> None:
+    elsewhere(root)
+    said = refusal(change(root, edit))
+    assert said.startswith(f"{root}/exams_part0.hdf5: ")
+    assert reason in said
+
+
+def test_the_folder_must_be_whole(root: Path) -> None:
+    (root / "exams_part0.hdf5").write_bytes(b"no HDF5")
+    assert "exams_part0.hdf5: not a readable HDF5 file" in refusal(root)
+    (root / "exams_part0.hdf5").unlink()
+    (root / "exams_part0.hdf5").symlink_to(elsewhere(root))  # leads out
+    assert open_source(root, SourceOptions()).items() == ["exams_part1/0_9", "exams_part1/1_0"]
+    (root / "exams_part0.hdf5").unlink()
+    (root / "exams_part1.hdf5").rename(root / "exams_part1.zip")
+    assert "unpack exams_part*.zip first" in refusal(root)
+    (root / "exams_part1.zip").rename(root / "exams_part1.hdf5")
+    (root / "exams.csv").unlink()
+    assert "no exams.csv beside the parts" in refusal(root / "exams_part1.hdf5")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("exam_id", "id", "no column exam_id"),
+        ("7,73", "11,73", "a record stands twice: '11'"),
+        ("9,67", "x,67", "line 4: 'x' is not a whole number"),
+        ("67.05,True", "67.05,maybe", "line 3: 1dAVb is 'maybe'; it must be True or False"),
+        ("38,True", "38,man", "line 2: is_male is 'man'"),
+        ("9,67,", "9,67", "line 4 has 14 fields"),
+    ],
+)
+def test_broken_tables(root: Path, old: str, new: str, reason: str) -> None:
+    assert old in EXAMS
+    (root / "exams.csv").write_text(EXAMS.replace(old, new))
+    said = refusal(root)
+    assert said.startswith(f"{root / 'exams.csv'}: ")
+    assert reason in said
+
+
+def test_options_that_do_not_fit(root: Path, tmp_path) -> None:
+    assert "--labels does not go with layout code15" in refusal(root, labels_csv=tmp_path / "x.csv")
+    assert "layout ptbxl is not that of .hdf5" in refusal(root / "exams_part0.hdf5", layout="ptbxl")
+
+
+def test_mutated_files_are_read_or_refused(root: Path, ecgs: list[Record]) -> None:
+    def shorter(file: h5py.File) -> None:
+        del file["tracings"]
+        file["tracings"] = tracings(ecgs[:2])[:, 2000:2030]
+
+    content = change(root, shorter).joinpath("exams_part0.hdf5").read_bytes()
+    random_ = random.Random(0)
+    for _ in range(60):
+        mutated = bytearray(content)
+        for _ in range(random_.randint(1, 8)):
+            mutated[random_.randrange(min(len(content), 3000))] = random_.randrange(256)
+        # A new file each time: HDF5 keeps what it knows of an inode that is open.
+        (root / "new").write_bytes(mutated)
+        (root / "new").replace(root / "exams_part0.hdf5")
+        try:
+            source = open_source(root, SourceOptions())
+        except InputError as error:
+            said = [str(error)]
+        else:
+            said = []
+            for item in source.items():
+                try:
+                    source.read(item)
+                except InputError as error:
+                    said.append(str(error))
+        assert all(line.startswith(str(root)) for line in said)

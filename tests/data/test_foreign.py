@@ -1,0 +1,432 @@
+"""Tars of the webdataset library: what was put in is read, exactly; what cannot be read exactly is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from webdataset import ShardWriter
+
+from ecgscale import cli
+from ecgscale.data.foreign import Rules, common_order
+from ecgscale.data.indexing import index_folder
+from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.selection import DataConfig, Selection
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.stream import TrainStream
+from ecgscale.downstream.tasks import TaskConfig, load_task
+from ecgscale.errors import InputError
+from ecgscale.inspection import summarise, verify_dataset
+from ecgscale.record import LEADS
+
+MIMIC = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
+ALL_TRAIN = IngestOptions(validation_fraction=0)
+SOME_LEADS = st.sets(st.sampled_from(LEADS), min_size=1)
+ABOUT = {"rate_hz": 100, "leads": LEADS, "mv_per_count": 0.001, "patient": "p"}
+
+
+def counts(seed: int, leads: int = 12, samples: int = 700) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-32768, 32768, (leads, samples), np.int16)
+
+
+def write_tars(folder: Path, samples: list[dict], per_tar: int = 4) -> Path:
+    """By webdataset's own writer and encoders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(str(folder / "part-%03d.tar"), maxcount=per_tar, verbose=0) as writer:
+        for i, sample in enumerate(samples):
+            writer.write({"__key__": f"s{i:03d}"} | sample)
+    return folder
+
+
+def index(folder: Path, options: IngestOptions = ALL_TRAIN, workers: int = 1, **rules: object) -> ShardSet:
+    index_folder(folder, Rules(**rules), options, workers=workers)
+    return ShardSet.open(folder)
+
+
+def refused(folder: Path, *culprits: str, **rules: object) -> str:
+    """The one line with which it is refused, by names. The folder stays as it was."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError) as caught:
+        index(folder, **rules)
+    text = str(caught.value)
+    assert "\n" not in text
+    for culprit in (str(folder), *culprits):
+        assert culprit in text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    return text
+
+
+def in_canonical_order(signal: np.ndarray, leads: tuple[str, ...]) -> np.ndarray:
+    return signal[[leads.index(lead) for lead in LEADS if lead in leads]]
+
+
+# --- what was put in comes out ---
+
+
+def test_a_set_of_the_webdataset_library_is_a_data_set(tmp_path, capsys) -> None:
+    samples = [
+        {
+            "npy": counts(i, samples=600 + i),
+            "json": {"fs": 100, "sig_name": MIMIC, "gain": 200.0, "subject_id": i // 2, "dx": ["SR", "AF"][i % 2 :]},
+        }
+        for i in range(10)
+    ]
+    folder = write_tars(tmp_path / "mimic", samples)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert cli.main(["index", str(folder), "--label-keys", "dx", "--workers=2", "--validation-fraction=0.3"]) == 0
+    assert "10 records at 100 Hz in 3 tars" in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 2
+    shards = ShardSet.open(folder)
+    for i, sample in enumerate(samples):
+        record = shards.record(i)
+        np.testing.assert_array_equal(record.signal_LT, in_canonical_order(sample["npy"], MIMIC))
+        assert record.leads == LEADS
+        assert record.name == f"part-{i // 4:03d}/s{i:03d}"
+        assert (record.rate_hz, record.patient, record.labels) == (100, str(i // 2), {"dx": ["SR", "AF"][i % 2 :]})
+        np.testing.assert_array_equal(record.scale_L, np.full(12, 1 / 200, np.float32))
+    split, patient = shards.column("split"), shards.column("patient")
+    assert len(set(patient.tolist())) == 5
+    assert all(len(set(split[patient == one].tolist())) == 1 for one in patient)
+    assert cli.main(["verify", str(folder)]) == 0
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "AF 10, SR 5" in capsys.readouterr().out
+    assert cli.main(["index", str(folder)]) == 2
+    assert "holds a data set already" in capsys.readouterr().err
+    task = load_task(shards, TaskConfig(label="dx", classes=["SR", "AF"]), splits=["train"])
+    np.testing.assert_array_equal(task.target_RC[:, 0], [1, 0] * 5)
+
+
+@pytest.mark.parametrize("normalisation", ["mv", "zscore"])
+@pytest.mark.parametrize("order", [LEADS, MIMIC])
+def test_the_stream_gives_the_samples_that_were_put_in(tmp_path, order, normalisation) -> None:
+    scales = np.linspace(0.001, 0.002, 12).tolist()
+    leads = [order if i % 3 else order[2:9] for i in range(12)]
+    samples = [
+        {"npy": counts(i, len(leads[i])), "json": ABOUT | {"leads": leads[i], "mv_per_count": scales[: len(leads[i])]}}
+        for i in range(12)
+    ]
+    shards = index(write_tars(tmp_path / "set", samples))
+    selection = Selection(shards, DataConfig(segment_s=2, min_record_s=4, normalisation=normalisation), "train")
+    stream = TrainStream(selection, selection.order(4, 4, 1, 0), 0, 1, 2)
+    seen = set()
+    for number in range(3):
+        batch = stream.make(number)
+        for row, i in enumerate(batch.record_B.tolist()):
+            seen.add(i)
+            there = [LEADS.index(lead) for lead in LEADS if lead in leads[i]]
+            expected_LT = in_canonical_order(samples[i]["npy"], leads[i])
+            window_LT = batch.signal_BLT[row, there].numpy()
+            starts = np.flatnonzero((expected_LT[0, :501][:, None] == window_LT[0, :1]).all(axis=1))
+            start = next(s for s in starts if (expected_LT[0, s : s + 200] == window_LT[0]).all())
+            np.testing.assert_array_equal(window_LT, expected_LT[:, start : start + 200])
+            assert (batch.gain_BL[row].numpy() != 0).tolist() == [i in there for i in range(12)]
+            if normalisation == "mv":
+                scale_L = [scales[leads[i].index(LEADS[at])] for at in there]
+                np.testing.assert_array_equal(batch.gain_BL[row, there].numpy(), np.array(scale_L, np.float32))
+    assert seen == set(range(12))
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations(LEADS), st.lists(st.tuples(SOME_LEADS, st.integers(1, 40)), min_size=1))
+def test_any_order_of_rows_is_read_exactly(tmp_path, order, shapes) -> None:
+    folder = tmp_path / "set"
+    shutil.rmtree(folder, ignore_errors=True)
+    leads = [tuple(lead for lead in order if lead in some) for some, _ in shapes]
+    scales = [list(range(1, len(leads_L) + 1)) for leads_L in leads]
+    samples = [
+        {"npy": counts(i, len(leads[i]), n), "json": ABOUT | {"leads": leads[i], "scale_mv": scales[i]}}
+        for i, (_, n) in enumerate(shapes)
+    ]
+    shards = index(write_tars(folder, samples))
+    verify_dataset(folder)
+    for i, sample in enumerate(samples):
+        record = shards.record(i)
+        np.testing.assert_array_equal(record.signal_LT, in_canonical_order(sample["npy"], leads[i]))
+        assert record.scale_L.tolist() == [1 + leads[i].index(lead) for lead in record.leads]
+        scale_L = shards.column("scale")[i]
+        assert scale_L[shards.lead_positions(i)].tolist() == record.scale_L.tolist()
+
+
+@given(st.lists(st.lists(st.sampled_from(LEADS[:7]), unique=True, min_size=1), max_size=5))
+def test_a_common_order_is_found_exactly_where_there_is_one(kinds) -> None:
+    order = common_order([tuple(kind) for kind in kinds])
+    behind = {lead: {one for kind in kinds for one, two in pairwise(kind) if two == lead} for lead in LEADS}
+    left = set(LEADS)
+    while free := {lead for lead in left if not behind[lead] & left}:
+        left -= free
+    assert (order is None) == bool(left)  # bool: a circle
+    if order is not None:
+        assert sorted(order) == sorted(LEADS)
+        assert all(sorted(kind, key=order.index) == kind for kind in kinds)
+    if all(sorted(kind, key=LEADS.index) == kind for kind in kinds):
+        assert order == LEADS
+
+
+@pytest.mark.parametrize(
+    "json_keys",
+    [
+        {"rate_hz": 100, "leads": LEADS, "scale_mv": [0.005] * 12, "patient": "a"},
+        {"fs": 100.0, "lead_names": [lead.upper() for lead in LEADS], "mv_per_count": 0.005, "patient_id": "a"},
+        {"sampling_rate": 100, "sig_name": LEADS, "gain": 200, "subject_id": "a"},
+        {"sample_rate": 100, "gain": [200.0] * 12, "subject_id": "a"},
+        {"sampling_frequency": 100, "mv_per_count": 0.005, "patient": None, "patient_id": "a"},
+    ],
+)
+def test_the_usual_names_are_known(tmp_path, json_keys) -> None:
+    more = {
+        "labels": {"Dx": ["1", 2], "n": 3, "none": None, "scp": {"NORM": 100.0}},
+        "age": 61,
+        "sex": "F",
+        "list": [1],
+    }
+    record = index(write_tars(tmp_path / "set", [{"npy": counts(0), "json": json_keys | more}])).record(0)
+    assert (record.rate_hz, record.leads, record.patient) == (100, LEADS, "a")
+    np.testing.assert_array_equal(record.scale_L, np.full(12, 0.005, np.float32))
+    assert record.labels == {"Dx": ["1", "2"], "n": ["3"], "scp": ["NORM"]}
+    assert record.metadata == {"age": "61", "sex": "F"}
+
+
+def test_options_say_what_the_json_does_not(tmp_path) -> None:
+    samples = [
+        {"ecg.npy": counts(i, 2), "meta.json": {"who": i, "AF": True, "leads": 2}, "jpg": b"x", "txt": "y"}
+        for i in range(3)
+    ]
+    rules = {
+        **{"rate_hz": 250.0, "leads": ("V1", "II"), "mv_per_count": 0.005, "patient_key": "who", "label_keys": ("AF",)},
+        **{"signal_ext": "ecg.npy", "meta_ext": "meta.json"},
+    }
+    shards = index(write_tars(tmp_path / "set", samples), **rules)
+    record = shards.record(1)
+    assert (record.rate_hz, record.leads, record.patient, record.labels) == (250, ("II", "V1"), "1", {"AF": ["true"]})
+    np.testing.assert_array_equal(record.signal_LT, samples[1]["ecg.npy"][::-1])
+    verify_dataset(tmp_path / "set")
+
+
+def test_splits_by_a_key(tmp_path) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | {"patient": i, "fold": i % 3}} for i in range(9)]
+    folder = write_tars(tmp_path / "set", samples)
+    by_fold = IngestOptions(split_by="fold", validation_values=("1",), test_values=("2",))
+    shards = index(folder, by_fold)
+    assert shards.column("split").tolist() == [0, 1, 2] * 3
+    for key, value in (("fold", "7"), ("nothing", "1")):
+        (folder / "manifest.json").unlink()
+        with pytest.raises(InputError, match="no record has"):
+            index(folder, IngestOptions(split_by=key, validation_values=(value,)))
+        index(folder)
+    same = [{"npy": counts(i), "json": ABOUT | {"fold": i % 3}} for i in range(3)]
+    with pytest.raises(InputError, match="two splits"):
+        index(write_tars(tmp_path / "torn", same), by_fold)
+
+
+def test_processes_do_not_change_the_bytes(tmp_path) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(i), "json": ABOUT} for i in range(9)], per_tar=2)
+    one = index(folder).identity
+    (folder / "manifest.json").unlink()
+    assert index(folder, workers=2).identity == one
+
+
+def test_keys_may_begin_anew_in_each_tar(tmp_path) -> None:
+    """Records without patients stay persons of their own."""
+    samples = [{"__key__": f"{i % 4}", "npy": counts(i), "json": ABOUT | {"patient": None}} for i in range(8)]
+    shards = index(write_tars(tmp_path / "set", samples))
+    assert len(set(shards.column("patient").tolist())) == 8
+    assert [shards.metadata(i)["name"] for i in (3, 4)] == ["part-000/3", "part-001/0"]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_other_programs(tmp_path, form) -> None:
+    """With folders, ./ before the names, fractions of seconds in pax headers, and files that are no samples."""
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "a.tar", "w", format=form) as tar:
+        folder = tarfile.TarInfo("./ecgs")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        tar.addfile(folder)
+        for name, content in (
+            ("./ecgs/README", b"hello"),
+            ("./ecgs/.DS_Store", b"x"),
+            ("./ecgs/ß1.json", json.dumps(ABOUT).encode()),
+            ("./ecgs/ß1.npy", npy(counts(1))),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1_700_000_000.25
+            tar.addfile(info, io.BytesIO(content))
+    if form == tarfile.PAX_FORMAT:  # which says such a name in a header of its own
+        assert "ustar" in refused(tmp_path / "set", "a.tar", "path")
+        return
+    shards = index(tmp_path / "set")
+    np.testing.assert_array_equal(shards.signal(0), counts(1))
+    assert shards.metadata(0)["name"] == "a/./ecgs/ß1"
+    verify_dataset(tmp_path / "set")
+
+
+def test_pax_headers_that_tell_the_time(tmp_path) -> None:
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in (("1.json", json.dumps(ABOUT).encode()), ("1.npy", npy(counts(1)))):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1_700_000_000.25
+            tar.addfile(info, io.BytesIO(content))
+    np.testing.assert_array_equal(index(tmp_path / "set").signal(0), counts(1))
+
+
+def test_own_tars_can_be_indexed_too(make_record, ingest_records, tmp_path) -> None:
+    records = [make_record(f"r{i}", 600, LEADS[i:], labels={"Dx": ["1", "2"]}) for i in range(5)]
+    own = ingest_records(tmp_path / "own", records, payload="npy", validation_fraction=0)
+    (tmp_path / "again").mkdir()
+    for tar in own.glob("*.tar"):
+        shutil.copy(tar, tmp_path / "again")
+    shards = index(tmp_path / "again")
+    for i, record in enumerate(records):
+        again = shards.record(i)
+        np.testing.assert_array_equal(again.signal_LT, record.signal_LT)
+        np.testing.assert_array_equal(again.scale_L, record.scale_L)
+        assert (again.leads, again.patient, again.labels) == (record.leads, record.patient, record.labels)
+    both = ShardSet.open([own, tmp_path / "again"])
+    np.testing.assert_array_equal(both.signal(7), records[2].signal_LT)
+    assert "rejected" in summarise(tmp_path / "again")
+
+
+# --- what is refused ---
+
+
+def npy(array: np.ndarray) -> bytes:
+    with io.BytesIO() as file:
+        np.save(file, array)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        *((counts(0).astype(t), "not int16") for t in (np.int32, np.float32, np.uint16, np.int8, ">i2")),
+        *((np.asfortranarray(counts(0)), "Fortran"), (counts(0)[0], "shape"), (counts(0)[None], "shape")),
+        *((counts(0, 12, 0), "shape"), (np.ascontiguousarray(counts(0).T), "700 rows"), (counts(0, 13), "13 rows")),
+        *(
+            (counts(0, 11), "11 rows for the 12 leads"),
+            (b"not numpy", "no .npy"),
+            (npy(counts(0))[:-1], "bytes follow"),
+        ),
+        *((npy(counts(0)) + b"x", "bytes follow"), (b"", "no .npy"), (npy(counts(0))[:9], "no .npy")),
+        (np.zeros(12, [("a", "<i2")]), "not int16"),
+    ],
+)
+def test_arrays_that_are_not_counts_are_refused(tmp_path, array, why) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT} for i in range(6)]
+    samples[5]["npy"] = array if isinstance(array, bytes) else npy(array)
+    assert why in refused(write_tars(tmp_path / "set", samples), "part-001.tar", "member 's005.")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        *(({"rate_hz": None}, "--rate-hz"), ({"rate_hz": "100"}, "--rate-hz"), ({"rate_hz": 0}, "--rate-hz")),
+        *(({"mv_per_count": None}, "--mv-per-count"), ({"mv_per_count": 0}, "mv_per_count")),
+        *(({"mv_per_count": [0.1] * 11}, "or 12"), ({"mv_per_count": float("nan")}, "nan")),
+        *(({"leads": LEADS[:11]}, "11 leads"), ({"leads": [*LEADS[:11], "X"]}, "'X'"), ({"leads": 12}, "--leads")),
+        *(({"leads": [*LEADS[:11], "I"]}, "lead I stands"), ({"patient": ["a"]}, "'patient'")),
+        *(({"labels": {"Dx": [["1"]]}}, "'Dx'"), (b"{", "JSON"), (b"[]", "no JSON object"), (b"\xff{}", "JSON")),
+        *((b"[" * 100_000, "JSON"), (b'{"patient": "\\ud800"}', "JSON")),
+    ],
+)
+def test_json_that_says_too_little_is_refused(tmp_path, change, why) -> None:
+    samples = [{"npy": counts(i), "json": dict(ABOUT)} for i in range(6)]
+    samples[4]["json"] = change if isinstance(change, bytes) else ABOUT | change
+    assert why in refused(write_tars(tmp_path / "set", samples), "part-001.tar", "'s004.json'")
+
+
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [
+        *(({"rate_hz": 250.0}, "--rate-hz"), ({"mv_per_count": 0.1}, "--mv-per-count"), ({"leads": MIMIC}, "--leads")),
+        *(
+            ({"patient_key": "who"}, "--patient-key"),
+            ({"signal_ext": "ecg.npy"}, ".ecg.npy"),
+            ({"meta_ext": "x"}, ".x"),
+        ),
+    ],
+)
+def test_options_that_contradict_are_refused(tmp_path, rules, why) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT}])
+    assert why in refused(folder, "part-000.tar", "s000", **rules)
+
+
+def test_rates_and_orders_that_differ_are_refused(tmp_path) -> None:
+    rates = [{"npy": counts(i), "json": ABOUT | {"rate_hz": 100 + 25 * (i == 5)}} for i in range(6)]
+    text = refused(write_tars(tmp_path / "rates", rates), "part-001.tar: 'part-001/s005'", "part-000.tar")
+    assert "125 Hz" in text
+    orders = [{"npy": counts(i), "json": ABOUT | {"leads": MIMIC if i == 5 else LEADS}} for i in range(6)]
+    assert "order" in refused(write_tars(tmp_path / "orders", orders), "part-001.tar: 'part-001/s005'")
+
+
+def test_other_processes_name_the_culprit_too(tmp_path) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT} for i in range(9)]
+    del samples[6]["npy"]
+    folder = write_tars(tmp_path / "set", samples, per_tar=2)
+    with pytest.raises(InputError, match=r"part-003\.tar: key 's006' has no member \.npy"):
+        index(folder, workers=2)
+    assert len(list(folder.iterdir())) == 5
+
+
+@pytest.mark.parametrize("missing", ["npy", "json"])
+def test_incomplete_samples_are_refused(tmp_path, missing) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT} for i in range(3)]
+    del samples[1][missing]
+    refused(write_tars(tmp_path / "set", samples), "part-000.tar", "'s001'", f".{missing}")
+
+
+def test_folders_without_tars_are_refused(tmp_path) -> None:
+    refused(tmp_path)
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    assert "gunzip" in refused(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert "empty" in refused(tmp_path, "a.tar")
+    with pytest.raises(InputError, match="no such folder"):
+        index(tmp_path / "absent")
+    with pytest.raises(InputError, match="no such folder"):
+        index(Path("pipe:cat x"))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        *({"rate_hz": 0.0}, {"rate_hz": float("nan")}, {"mv_per_count": 0.0}, {"mv_per_count": float("inf")}),
+        *({"leads": ("I", "X")}, {"leads": ("AVR",)}, {"signal_ext": ""}, {"meta_ext": "npy"}, {"lead_order": ("I",)}),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(rules) -> None:
+    with pytest.raises(InputError):
+        Rules(**rules)
+    with pytest.raises(InputError, match="place"):
+        Rules.from_manifest(json.loads(json.dumps(Rules().to_manifest() | rules)), "place")
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT}])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert "No space left" in refused(folder)
+    monkeypatch.undo()
+    index(folder)
+
+
+def test_nothing_is_appended_to_tars_that_others_wrote(tmp_path, capsys) -> None:
+    """Their rules would not hold for what is appended."""
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT}])
+    index(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert cli.main(["simulate", str(folder), "--patients=2", "--rate-hz=100", "--append", "--workers=1"]) == 2
+    assert f"{folder}: tars that others wrote" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

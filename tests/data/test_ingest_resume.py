@@ -1,0 +1,540 @@
+"""Ingest that is killed, done in parts or added to: the folder ends as that of one undisturbed ingest, bit by bit."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from ecgscale.cli import main
+from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import write_manifest
+from ecgscale.errors import InputError
+from ecgscale.inspection import verify_dataset
+from ecgscale.record import Record
+from ecgscale.simulate import Simulation
+
+OPTIONS = IngestOptions(rate_hz=100.0, records_per_shard=2, split_by="fold", validation_values=("1",))
+SIMULATE = ("--patients=60", "--rate-hz=100", "--duration-s=5", "--records-per-shard=5")
+UNFINISHED = "ingest.unfinished"
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Records of one lead and five samples; those whose name ends in "bad" cannot be read."""
+
+    names: tuple[str, ...]
+    dataset: str = "tiny"
+    key: str = "fold"
+    read_items: list[str] | None = None
+
+    def items(self) -> list[str]:
+        return list(self.names)
+
+    def read(self, item: str) -> Record:
+        if self.read_items is not None:
+            self.read_items.append(item)
+        if item.endswith("bad"):
+            raise InputError(f"{item}: cannot be read")
+        fold = {self.key: str(len(item) % 2)}
+        signal_LT = np.frombuffer(item.ljust(10).encode()[:10], np.int16)[None]
+        return Record(item, signal_LT, np.ones(1, np.float32), 100.0, ("I",), patient=item, metadata=fold)
+
+
+FIRST = Tiny(("a", "bbbbbb", "c-bad", "d-bad", "ee", "f", "g-bad", "h", "iii"))  # the second of five shards is empty
+SECOND = Tiny(("1", "22", "3", "4-bad", "5"), "other")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stamps(out: Path, names: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
+    """Inode and time of the last change of some tars, by default those that have a part file."""
+    if names is None:
+        tars = (part.with_suffix("").with_suffix(".tar") for part in out.glob("*.part.safetensors"))
+        names = [tar.name for tar in tars if tar.exists()]
+    return {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in names}
+
+
+class Killed(BaseException):
+    """A process that was killed does nothing any more, not even tidy up."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """Die before the step-th change of the folder's list of files."""
+    done = 0
+
+    def dying(change: Callable[..., object]) -> Callable[..., object]:
+        def changed(*arguments: object, **options: object) -> object:
+            nonlocal done
+            done += 1
+            if done >= step:
+                raise Killed
+            return change(*arguments, **options)
+
+        return changed
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((Path, "replace"), (Path, "unlink"), (os, "link")):
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        yield
+
+
+def killed_everywhere(run: Callable[[Path], object], folder: Path, begin: Callable[[Path], object]) -> Iterator[Path]:
+    """Yields folders in which ``run`` was killed after 0, 1, 2 ... steps, until it is no more."""
+    for step in range(1, 200):
+        out = folder / f"{step}"
+        begin(out)
+        try:
+            with killed_at(step):
+                run(out)
+        except Killed:
+            yield out
+            continue
+        assert step > 15
+        return
+    raise AssertionError
+
+
+# --- killed ---
+
+
+def test_killed_at_any_step_and_gone_on(tmp_path) -> None:
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    undisturbed = contents(tmp_path / "undisturbed")
+    assert len([name for name in undisturbed if name.endswith(".tar")]) == 4
+    assert json.loads(undisturbed["manifest.json"])["rejected"] == 3
+    for out in killed_everywhere(lambda out: ingest(FIRST, out, OPTIONS), tmp_path, lambda out: None):
+        finished, read = stamps(out), []
+        result = ingest(Tiny(FIRST.names, read_items=read), out, OPTIONS)
+        assert (result.records, result.rejected, result.shards, result.patients_known) == (6, 3, 4, True)
+        assert contents(out) == undisturbed
+        assert stamps(out, finished) == finished
+        assert len(read) < len(FIRST.names) or not finished
+    # The last of them had its manifest already.
+    with pytest.raises(InputError, match="holds a data set already"):
+        ingest(FIRST, out, OPTIONS)
+
+
+def test_finished_slices_are_not_read_again(tmp_path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Killed), killed_at(10):
+        ingest(FIRST, out, OPTIONS)
+    finished = len(list(out.glob("*.part.safetensors")))
+    assert finished == 2
+    read: list[str] = []
+    ingest(Tiny(FIRST.names, read_items=read), out, OPTIONS)
+    assert read == list(FIRST.names[2 * finished :])
+
+
+def test_what_is_damaged_is_done_again(tmp_path) -> None:
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    out = tmp_path / "out"
+    for part in (1, 2):
+        ingest_part(FIRST, out, OPTIONS, (part, 2))
+    (out / "shard-000000.part.safetensors").write_bytes(b"")
+    (out / "shard-000002.part.safetensors").write_bytes((out / "shard-000003.part.safetensors").read_bytes()[:100])
+    (out / "shard-000003.tar").write_bytes(b"short")
+    (out / "shard-000004.tar").unlink()
+    with pytest.raises(InputError, match=r"4 of 5 shards.*shard-000000\.tar of --part 1/2"):
+        merge_parts(FIRST, out, OPTIONS)
+    ingest(FIRST, out, OPTIONS)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("mark", [b"", b'{"base": "', b"ingest"])
+def test_the_mark_of_an_older_version_does_not_block(tmp_path, mark) -> None:
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / UNFINISHED).write_bytes(mark)
+    for name in ("shard-000000.tar", "shard-000099.tar", "shard-000001.index.safetensors", "shard-000001.tar.partial"):
+        (out / name).write_bytes(b"old")
+    ingest(FIRST, out, OPTIONS)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "import sys; from ecgscale.cli import main; sys.exit(main())"]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *map(str, arguments)], start_new_session=True, **output)
+
+
+def wait_for_parts(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.part.safetensors"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """What ``simulate`` with SIMULATE makes."""
+    out = tmp_path_factory.mktemp("simulated") / "whole"
+    options = IngestOptions(rate_hz=100.0, records_per_shard=5, test_fraction=0.2)
+    ingest(Simulation(patients=60, rate_hz=100.0, duration_s=5.0), out, options)
+    return out
+
+
+def test_killed_by_the_system(whole, tmp_path) -> None:
+    """Parent or worker, at random moments; the shards that were finished stay as they are."""
+    out, rng = tmp_path / "out", random.Random(time.time_ns())
+    finished: dict[str, tuple[int, int]] = {}
+    for killed, count in (("parent", 2), ("worker", 8)):
+        with start("simulate", out, *SIMULATE, "--workers=2") as process:
+            wait_for_parts(process, out, count)
+            time.sleep(0.02 * rng.random())
+            children = psutil.Process(process.pid).children(recursive=True)
+            if killed == "parent":
+                process.kill()
+            else:  # the workers are the children of the fork server
+                next(child for child in children if child.ppid() != process.pid).kill()
+            _, error = process.communicate()
+        assert process.returncode == (-signal.SIGKILL if killed == "parent" else 2)
+        assert killed == "parent" or "a worker was killed, most likely for memory" in error
+        assert not psutil.wait_procs(children, timeout=20)[1]  # orphans would go on writing there
+        assert stamps(out, finished) == finished
+        finished = stamps(out)
+        assert len(finished) >= count
+    with start("simulate", out, *SIMULATE, "--workers=2") as process:
+        assert process.communicate()[0] == f"{out}: 120 records in 24 shards, 0 rejected\n"
+    assert contents(out) == contents(whole)
+    assert stamps(out, finished) == finished
+
+
+# --- what is asked for ---
+
+
+@pytest.mark.parametrize(
+    ("source", "changed", "named"),
+    [
+        (FIRST, {"rate_hz": 50.0}, r"rate-hz 100\.0, this one 50\.0"),
+        (FIRST, {"payload": "npy"}, "payload pco, this one npy"),
+        (FIRST, {"records_per_shard": 3}, "records-per-shard 2, this one 3"),
+        (FIRST, {"split_by": "", "validation_values": ()}, "split-by fold, this one none"),
+        (FIRST, {"validation_values": ("0",), "test_values": ("1", "3")}, "test-values none, this one 1,3"),
+        (Tiny(FIRST.names[:-1]), {}, "records 9, this one 8"),
+        (Tiny((*FIRST.names[:-1], "k")), {}, "the sha256 of their names 444117.*"),
+        (Tiny(FIRST.names, "other"), {}, "dataset tiny, this one other"),
+    ],
+)
+def test_only_the_same_ingest_goes_on(tmp_path, source, changed, named) -> None:
+    out = tmp_path / "out"
+    ingest_part(FIRST, out, OPTIONS, (1, 2))
+    before = contents(out)
+    options = IngestOptions(**vars(OPTIONS) | changed)
+    with pytest.raises(InputError, match=f"out: .*has {named}; give the same, or --restart"):
+        ingest(source, out, options)
+    assert contents(out) == before
+    ingest(source, tmp_path / "new", options)
+    ingest(source, out, options, restart=True)
+    assert contents(out) == contents(tmp_path / "new")
+
+
+def test_other_arguments_are_named(tmp_path) -> None:
+    ingest_part(FIRST, tmp_path, OPTIONS, (1, 2), arguments={"--seed": "0"})
+    with pytest.raises(InputError, match="has --seed 0, this one 1;"):
+        ingest(FIRST, tmp_path, OPTIONS, arguments={"--seed": "1"})
+    with pytest.raises(InputError, match="has --seed 0, this one unset;"):
+        ingest(FIRST, tmp_path, OPTIONS)
+
+
+def test_an_unknown_key_is_noticed_after_one_shard(tmp_path) -> None:
+    out, read = tmp_path / "out", []
+    source = Tiny(tuple(f"{i:05d}" for i in range(1000)), key="strat_fold", read_items=read)
+    with pytest.raises(InputError, match="split-by fold: no record has that key; they have strat_fold"):
+        ingest(source, out, OPTIONS)
+    assert len(read) < 100
+    assert not list(out.iterdir())  # it may be given another key at once
+    ingest_part(source, out, IngestOptions(**vars(OPTIONS) | {"split_by": "strat_fold"}), (1, 50))
+
+
+def test_a_key_that_the_first_records_lack_is_no_mistake(tmp_path) -> None:
+    @dataclass(frozen=True)
+    class Late(Tiny):
+        def read(self, item: str) -> Record:
+            return Tiny(self.names, key="fold" if item > "01" else "sex").read(item)
+
+    result = ingest(Late(tuple(f"{i:02d}" + "x" * (i % 2) for i in range(20))), tmp_path, OPTIONS)
+    assert result.records == 20
+
+
+def test_wrong_splits_cost_no_second_conversion(tmp_path) -> None:
+    wrong = IngestOptions(**vars(OPTIONS) | {"validation_values": ("7",)})
+    with pytest.raises(InputError, match=r"no record has fold in \['7'\].*; the records have 0, 1"):
+        ingest(FIRST, tmp_path / "out", wrong)
+    read: list[str] = []
+    ingest(Tiny(FIRST.names, read_items=read), tmp_path / "out", OPTIONS)
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    assert not read
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+# --- parts ---
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_parts_in_any_order_give_the_same_bytes(tmp_path, n) -> None:
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    out, order = tmp_path / "out", random.Random(n).sample(range(1, n + 1), n)
+    missing = [ingest_part(FIRST, out, OPTIONS, (i, n)) for i in order]
+    assert missing == sorted(missing, reverse=True)
+    assert missing[-1] == 0
+    assert ingest_part(FIRST, out, OPTIONS, (order[0], n)) == 0  # twice is harmless
+    with pytest.raises(InputError, match="ingest was not finished"):
+        ShardSet.open(out)
+    result = merge_parts(FIRST, out, OPTIONS)
+    assert (result.records, result.rejected, result.shards) == (6, 3, 4)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_a_missing_part_is_named_and_plain_ingest_does_it(tmp_path) -> None:
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    out = tmp_path / "out"
+    ingest_part(FIRST, out, OPTIONS, (1, 3))
+    ingest_part(FIRST, out, OPTIONS, (3, 3))
+    with pytest.raises(InputError, match=r"out: 2 of 5 shards.*shard-000001\.tar of --part 2/3"):
+        merge_parts(FIRST, out, OPTIONS)
+    ingest(FIRST, out, OPTIONS)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_processes_write_parts_at_the_same_time(whole, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    processes = [start("simulate", out, *SIMULATE, f"--part={i}/3", "--workers=1") for i in (2, 3, 1)]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert any("all shards are there, --merge finishes" in line for line, _ in said)
+    assert main(["simulate", str(out), *SIMULATE, "--merge"]) == 0
+    assert capsys.readouterr().out == f"{out}: 120 records in 24 shards, 0 rejected\n"
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "-1/3", "1/3/5"])
+def test_wrong_parts_are_refused(tmp_path, capsys, part) -> None:
+    assert main(["simulate", str(tmp_path / "out"), f"--part={part}"]) == 2
+    assert "--part" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@contextmanager
+def locked(out: Path, first: int, count: int) -> Iterator[None]:
+    """Another process that works on these shards."""
+    script = "import fcntl, sys; file = open(sys.argv[1], 'r+b'); "
+    script += f"fcntl.lockf(file, fcntl.LOCK_EX, {count}, {first}); print('locked', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script, str(out / UNFINISHED)], **pipes) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield
+        process.stdin.close()
+
+
+def test_no_two_processes_write_the_same_shards(tmp_path) -> None:
+    out = tmp_path / "out"
+    ingest_part(FIRST, out, OPTIONS, (1, 5))
+    with locked(out, 1, 2):
+        for part in ((2, 5), (3, 5), (1, 2), (2, 3)):
+            with pytest.raises(InputError, match="out: another ingest is writing the same shards; wait"):
+                ingest_part(FIRST, out, OPTIONS, part)
+        ingest_part(FIRST, out, OPTIONS, (4, 5))
+        ingest_part(FIRST, out, OPTIONS, (5, 5))
+        for finishing in (ingest, merge_parts):
+            with pytest.raises(InputError, match="out: another ingest is writing there; wait"):
+                finishing(FIRST, out, OPTIONS)
+    ingest(FIRST, out, OPTIONS)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    assert ingest(FIRST, tmp_path, OPTIONS).records == 6
+
+
+# --- append ---
+
+
+def appended(out: Path) -> None:
+    ingest(FIRST, out, OPTIONS)
+    ingest(SECOND, out, IngestOptions(rate_hz=100.0, records_per_shard=2, test_fraction=0.5), append=True)
+
+
+def append(out: Path) -> None:
+    ingest(SECOND, out, IngestOptions(rate_hz=100.0, records_per_shard=2, test_fraction=0.5), append=True)
+
+
+def test_records_are_added_behind_the_old_ones(tmp_path) -> None:
+    out = tmp_path / "out"
+    ingest(FIRST, out, OPTIONS)
+    old = contents(out)
+    append(out)
+    new = contents(out)
+    changed = {name for name in old if new.get(name) != old[name]}
+    assert changed == {"manifest.json", "rejected.csv", next(name for name in old if name.startswith("index-"))}
+    assert {name for name in new if name.endswith(".tar")} - set(old) == {f"shard-00000{i}.tar" for i in (5, 6, 7)}
+    shards = ShardSet.open(out)
+    verify_dataset(str(out))
+    names = [name for source in (FIRST, SECOND) for name in source.names if not name.endswith("bad")]
+    assert [shards.metadata(i)["name"] for i in range(len(shards))] == names
+    assert [shard.dataset for shard in shards.shards] == 4 * ["tiny"] + 3 * ["other"]
+    manifest = json.loads(new["manifest.json"])
+    described = [(one["dataset"], one["records"], one["rejected"], one["shards"]) for one in manifest["sources"]]
+    assert described == [("tiny", 6, 3, 4), ("other", 4, 1, 3)]
+    assert manifest["sources"][1]["options"]["test_fraction"] == 0.5
+    rows = new["rejected.csv"].decode().split("\r\n")
+    assert rows[0] == "record,reason,dataset"
+    assert [row.split(",")[0] for row in rows[1:-1]] == ["c-bad", "d-bad", "g-bad", "4-bad"]
+    assert rows[4].endswith(",other")
+    read = load_file(out / manifest["index"]["file"])  # any reader of safetensors takes it
+    assert all(np.array_equal(column, shards.column(name)) for name, column in read.items())
+
+
+def test_killed_while_adding_the_old_set_stays(tmp_path) -> None:
+    appended(tmp_path / "undisturbed")
+    undisturbed = contents(tmp_path / "undisturbed")
+    for out in killed_everywhere(append, tmp_path, lambda out: ingest(FIRST, out, OPTIONS)):
+        assert len(ShardSet.open(out)) in (6, 10)
+        verify_dataset(str(out))
+        append(out)  # also where all was done but the tidying up
+        assert contents(out) == undisturbed
+    with pytest.raises(InputError, match="these records of 'other' are in it already"):
+        append(out)
+
+
+def test_adding_in_parts(tmp_path) -> None:
+    appended(tmp_path / "undisturbed")
+    out, options = tmp_path / "out", IngestOptions(rate_hz=100.0, records_per_shard=2, test_fraction=0.5)
+    ingest(FIRST, out, OPTIONS)
+    for i in (2, 1):
+        ingest_part(SECOND, out, options, (i, 2), append=True)
+        assert len(ShardSet.open(out)) == 6
+    merge_parts(SECOND, out, options, append=True)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_what_cannot_be_added_is_refused(tmp_path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"out: no manifest\.json there"):
+        append(out)
+    ingest_part(FIRST, out, OPTIONS, (1, 2))
+    with pytest.raises(InputError, match=r"out: no manifest\.json there"):
+        append(out)
+    ingest(FIRST, out, OPTIONS)
+    before = contents(out)
+    refused = {
+        "its records have 100 Hz, not 50; append with --rate-hz 100": (SECOND, {"rate_hz": 50.0}),
+        "these records of 'tiny' are in it already": (FIRST, {}),
+        "none of the 1 records": (Tiny(("x-bad",), "other"), {}),
+    }
+    for named, (source, changed) in refused.items():
+        with pytest.raises(InputError, match=named):
+            ingest(source, out, IngestOptions(**vars(OPTIONS) | changed), append=True)
+        after = contents(out)
+        assert after | {"rejected.csv": b""} == before | {"rejected.csv": b""}
+    index = next(out.glob("index-*"))
+    manifest = json.loads(before["manifest.json"])
+    write_manifest(out, 100.0, manifest["index"], manifest["shards"], manifest["sources"], {"mv": 1.0})
+    with pytest.raises(InputError, match="tars that others wrote"):
+        append(out)
+    (out / "manifest.json").write_bytes(before["manifest.json"])
+    index.write_bytes(bytes(index.stat().st_size))
+    with pytest.raises(InputError, match=f"{index}: missing or damaged"):
+        append(out)
+
+
+def test_patients_stay_in_their_split_when_records_are_added(tmp_path) -> None:
+    """The same patient ids, split by a fold before and by a hash now."""
+    out = tmp_path / "out"
+    ingest(FIRST, out, OPTIONS)
+    before = contents(out)
+    more = Tiny((*FIRST.names, "zz"))
+    hashed = IngestOptions(rate_hz=100.0, validation_fraction=0.0, test_fraction=0.9)
+    with pytest.raises(
+        InputError, match=r"patient '\w+' stands in two splits .* with the split options of the earlier"
+    ):
+        ingest(more, out, hashed, append=True)
+    assert len(ShardSet.open(out)) == 6
+    ingest(more, out, IngestOptions(**vars(OPTIONS) | {"records_per_shard": 9}), append=True, restart=True)
+    assert len(ShardSet.open(out)) == 6 + 7
+    assert contents(out).items() >= {name: old for name, old in before.items() if name.endswith(".tar")}.items()
+
+
+# --- resources ---
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "shards", "records_per_shard", "named"),
+    [
+        (8_000, 1, 2, "shard-000000.tar: cannot write"),
+        (24_000, 100, 3, "out: cannot write the index"),
+        (12_000, 60, 1, "manifest.json: cannot write"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, limit_bytes, shards, records_per_shard, named) -> None:
+    """A limit on the size of files stands for the disk."""
+    source = Tiny(tuple(f"{i:04d}" + "x" * (i % 2) for i in range(shards * records_per_shard)))
+    out, options = tmp_path / "out", IngestOptions(rate_hz=100.0, records_per_shard=records_per_shard)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        with pytest.raises(InputError, match=f"{named}.*File too large"):
+            ingest(source, out, options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(out.glob("*.partial"))
+    assert not (out / "manifest.json").exists()
+    ingest(source, out, options)
+    ingest(source, tmp_path / "undisturbed", options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+PEAK = """
+import sys, tempfile
+from pathlib import Path
+import numpy as np
+from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.record import Record
+
+class Tiny:
+    dataset = "tiny"
+    def items(self):
+        return [f"{i:06d}" for i in range(int(sys.argv[1]))]
+    def read(self, item):
+        signal_LT, scale_L = np.ones((1, 5), np.int16), np.ones(1, np.float32)
+        return Record(item, signal_LT, scale_L, 100.0, ("I",), item[:-1], {"fold": [item[-2]]})
+
+options = IngestOptions(rate_hz=100.0, records_per_shard=100, split_by="fold", test_values=("1",))
+with tempfile.TemporaryDirectory(dir=sys.argv[2]) as folder:
+    ingest(Tiny(), Path(folder) / "set", options)
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(peak)  # ru_maxrss would be that of the parent
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_records(tmp_path) -> None:
+    command = [sys.executable, "-c", PEAK]
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, f"{n}", str(tmp_path)], **pipes) for n in (1_000, 16_000)]
+    small, large = (int(process.communicate()[0]) for process in both)
+    print(small, large)
+    assert large - small < 6_000  # KiB; a name is 60 bytes, what was kept of a record a thousand

@@ -1,0 +1,363 @@
+"""Known data sets of WFDB records, in miniature: who the patients are and what the tables say."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale import cli
+from ecgscale.data.sources import OpenedSource, SourceOptions, WfdbFolder, open_source
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS, Record
+from ecgscale.simulate import Simulation
+
+KINDS = ("folder", "zip", "tar", "tar.gz", "topped.zip", "topped.tar.gz")
+MIMIC_LEADS = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
+
+# The columns of version 1.0.3, as far as they are needed, between some that are not.
+PTBXL = """ecg_id,patient_id,age,sex,height,r,scp_codes,strat_fold,filename_lr,filename_hr
+1,15709.0,56.0,1,,SR,"{'NORM': 100.0, 'LVOLT': 0.0, 'SR': 0.0}",3,records100/00000/00001_lr,records500/00000/00001_hr
+2,13243.0,300.0,0,,,"{'IMI': 35.0, 'ASMI': 0.0, 'ABQRS': 0.0}",9,records100/00000/00002_lr,records500/00000/00002_hr
+3,15709.0,nan,0,,,{},10.0,records100/00000/00003_lr,records500/00000/00003_hr
+4,7.0,20.0,0,,,"{'UNKNOWN': 50.0}",1,records100/00000/00004_lr,records500/00000/00004_hr
+"""
+STATEMENTS = """,description,diagnostic,form,rhythm,diagnostic_class,diagnostic_subclass,Statement Category
+NORM,normal ECG,1.0,,,NORM,NORM,Normal/abnormal
+IMI,inferior myocardial infarction,1.0,,,MI,IMI,Myocardial Infarction
+ASMI,anteroseptal myocardial infarction,1.0,,,MI,AMI,Myocardial Infarction
+NDT,non-diagnostic T abnormalities,1.0,1.0,,STTC,STTC,other
+ABQRS,abnormal QRS,,1.0,,,,QRS
+LVOLT,low QRS voltages,,1.0,,,,QRS
+SR,sinus rhythm,,,1.0,,,Rhythm
+"""
+MEASUREMENTS = """subject_id,study_id,cart_id,ecg_time,report_0,report_1,report_2,bandwidth,rr_interval
+10000032,40689238,6848296,2180-07-23 08:44:00,Sinus rhythm,,Borderline | ECG,0.005-150 Hz,659
+10000032,44458630,6848296,2180-07-23 09:54:00,,,,0.005-150 Hz,659
+10001725,49036311,6848296,2110-10-11 11:45:00,"Sinus, probably",Abnormal ECG,,0.005-150 Hz,659
+"""
+RECORD_LIST = """subject_id,study_id,file_name,ecg_time,path
+10000032,40689238,40689238,2180-07-23 08:44:00,files/p1000/p10000032/s40689238/40689238
+10000032,44458630,44458630,2180-07-23 09:54:00,files/p1000/p10000032/s44458630/44458630
+10001725,49036311,49036311,2110-10-11 11:45:00,files/p1000/p10001725/s49036311/49036311
+10009999,49999999,49999999,,files/p1000/p10009999/s49999999/49999999
+"""
+
+
+@pytest.fixture(scope="module")
+def ecgs() -> list[Record]:
+    """Simulated recordings of 10 s at 500 Hz."""
+    simulation = Simulation(patients=4, records_per_patient=1)
+    return [simulation.read(item) for item in simulation.items()]
+
+
+@pytest.fixture
+def ptbxl(tmp_path, ecgs, write_record) -> Path:
+    """Three of the table's four records."""
+    root = tmp_path / "ptb-xl"
+    for i, record in enumerate(ecgs[:3], 1):
+        write_record(root / "records500" / "00000", f"{i:05d}_hr", record)
+        write_record(root / "records100" / "00000", f"{i:05d}_lr", record.resampled(100))
+    (root / "ptbxl_database.csv").write_text(PTBXL)
+    (root / "scp_statements.csv").write_text(STATEMENTS)
+    return root
+
+
+@pytest.fixture
+def mimic(tmp_path, ecgs, write_record) -> Path:
+    root = tmp_path / "mimic"
+    for line, record in zip(RECORD_LIST.splitlines()[1:4], ecgs, strict=False):
+        path = root / line.split(",")[4]
+        write_record(path.parent, path.name, record, leads=MIMIC_LEADS)
+    (root / "record_list.csv").write_text(RECORD_LIST)
+    (root / "machine_measurements.csv").write_text(MEASUREMENTS)
+    return root
+
+
+@pytest.fixture
+def cinc2021(tmp_path, ecgs, write_record) -> Path:
+    root = tmp_path / "challenge" / "training"
+    for i, database in enumerate(("cpsc_2018", "cpsc_2018_extra", "georgia", "ptb-xl")):
+        write_record(root / database / "g1", f"X{i:04d}", ecgs[i], ["Age: 74", "Sex: Male", "Dx: 59118001,426783006"])
+    return root.parent
+
+
+def as_kind(root: Path, kind: str) -> Path:
+    """A folder as it is or packed; "topped" has the folder itself in the archive."""
+    if kind == "folder":
+        return root
+    suffix = kind.removeprefix("topped.")
+    out = root.with_name(f"{root.name}.{suffix}")
+    top = f"{root.name}-1.0" if kind.startswith("topped") else ""
+    if suffix == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+            for path in sorted(root.rglob("*")):
+                packed.write(path, Path(top, path.relative_to(root)))
+    else:
+        with tarfile.open(out, "w:gz" if suffix.endswith("gz") else "w") as packed:
+            packed.add(root, top or ".")
+    return out
+
+
+def opened(path: Path, **options: object) -> OpenedSource:
+    return open_source(path, SourceOptions(**options))  # type: ignore[arg-type]
+
+
+def refusal(path: Path, **options: object) -> str:
+    with pytest.raises(InputError) as caught:
+        opened(path, **options).items()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- PTB-XL ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ptbxl(ptbxl: Path, ecgs: list[Record], kind: str) -> None:
+    source = opened(as_kind(ptbxl, kind))
+    assert source.dataset == "ptb-xl"
+    assert source.description.startswith("PTB-XL: 3 records")
+    assert "--split-by strat_fold --validation-values 9 --test-values 10" in source.description
+    names = [f"records500/00000/0000{i}_hr" for i in (1, 2, 3)]
+    assert source.items() == names
+    one, two, three = map(source.read, names)
+    assert [record.patient for record in (one, two, three)] == ["15709", "13243", "15709"]
+    assert one.labels == {
+        "scp": ["NORM", "LVOLT", "SR"],
+        "superclass": ["NORM"],
+        "subclass": ["NORM"],
+        "form": ["LVOLT"],
+        "rhythm": ["SR"],
+        "strat_fold": ["3"],
+    }
+    assert two.labels["superclass"] == ["MI"]  # once, though two codes are of it
+    assert two.labels["subclass"] == ["IMI", "AMI"]
+    assert three.labels == {"strat_fold": ["10"]}
+    assert [record.metadata for record in (one, two, three)] == [
+        {"age": "56", "sex": "female"},
+        {"age": ">89", "sex": "male"},
+        {"sex": "male"},
+    ]
+    np.testing.assert_array_equal(one.signal_LT, ecgs[0].signal_LT)
+    assert one.rate_hz == 500
+
+
+def test_ptbxl_at_100_hz_where_500_is_absent(ptbxl: Path) -> None:
+    (ptbxl / "records500").rename(ptbxl.parent / "elsewhere")
+    source = opened(ptbxl)
+    assert source.items()[0] == "records100/00000/00001_lr"
+    assert source.read(source.items()[0]).rate_hz == 100
+
+
+def test_the_folds_of_ptbxl_split_it(ptbxl: Path, tmp_path, capsys) -> None:
+    (ptbxl / "ptbxl_database.csv").write_text(PTBXL.replace("3,15709.0", "3,15710.0"))
+    split = ["--split-by=strat_fold", "--validation-values=9", "--test-values=10"]
+    assert cli.main(["ingest", str(ptbxl), str(tmp_path / "out"), "--workers=1", *split]) == 0
+    assert capsys.readouterr().out.startswith("PTB-XL: 3 records")
+
+
+def test_ptbxl_with_labels_of_ones_own(ptbxl: Path, tmp_path) -> None:
+    (tmp_path / "mine.csv").write_text("record,scp,mine\nrecords500/00000/00001_hr,MINE,a|b\n")
+    source = opened(ptbxl, labels_csv=tmp_path / "mine.csv")
+    labels = source.read("records500/00000/00001_hr").labels
+    assert labels["mine"] == ["a", "b"]
+    assert labels["scp"] == ["MINE"]  # the user's own word counts
+    assert labels["superclass"] == ["NORM"]
+    assert source.unlabelled() == source.items()[1:]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "reason"),
+    [
+        ("ptbxl_database.csv", "patient_id", "pid", "no column patient_id; the columns are ecg_id, pid"),
+        ("ptbxl_database.csv", "{'NORM': 100.0,", "{'NORM': foo(),", "line 2: scp_codes .* are no codes"),
+        ("ptbxl_database.csv", "13243.0", "abc", "line 3: 'abc' is not a whole number"),
+        ("ptbxl_database.csv", ",3,records100", ",3,x,records100", "line 2 has 11 fields"),
+        ("ptbxl_database.csv", "00002_hr", "00001_hr", "a record stands twice: 'records500/00000/00001_hr'"),
+        ("ptbxl_database.csv", "records500", "records", "no WFDB record"),
+        ("scp_statements.csv", "rhythm", "r", "no column rhythm"),
+        ("scp_statements.csv", STATEMENTS, "", "no column diagnostic; the columns are none"),
+    ],
+)
+def test_broken_tables_of_ptbxl(ptbxl: Path, file: str, old: str, new: str, reason: str) -> None:
+    text = (ptbxl / file).read_text()
+    assert old in text
+    (ptbxl / file).write_text(text.replace(old, new))
+    for kind in ("folder", "zip"):
+        with pytest.raises(InputError, match=reason) as caught:
+            opened(as_kind(ptbxl, kind))
+        assert str(caught.value).startswith(str(as_kind(ptbxl, kind)))
+
+
+def test_missing_and_unreadable_tables(ptbxl: Path) -> None:
+    (ptbxl / "scp_statements.csv").write_bytes(b"\xff\xfe")
+    assert "not a readable CSV" in refusal(ptbxl)
+    (ptbxl / "scp_statements.csv").unlink()
+    assert "scp_statements.csv: cannot be read" in refusal(ptbxl)
+    assert "holds no scp_statements.csv" in refusal(as_kind(ptbxl, "zip"))
+    (ptbxl / "scp_statements.csv").symlink_to("/etc/hostname")
+    assert "links may not lead out" in refusal(ptbxl)
+
+
+# --- MIMIC-IV-ECG ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mimic(mimic: Path, ecgs: list[Record], kind: str) -> None:
+    source = opened(as_kind(mimic, kind))
+    assert source.description.startswith("MIMIC-IV-ECG: 3 records")
+    items = source.items()
+    assert items == [line.split(",")[4] for line in RECORD_LIST.splitlines()[1:4]]
+    records = [source.read(item) for item in items]
+    assert [record.patient for record in records] == ["10000032", "10000032", "10001725"]
+    assert [record.labels for record in records] == [
+        {"report": ["Sinus rhythm", "Borderline | ECG"]},
+        {},
+        {"report": ["Sinus, probably", "Abnormal ECG"]},
+    ]
+    assert records[2].metadata == {"ecg_time": "2110-10-11 11:45:00"}
+    for record, made in zip(records, ecgs, strict=False):
+        assert record.leads == LEADS
+        np.testing.assert_array_equal(record.signal_LT, made.signal_LT)
+
+
+def test_mimic_without_measurements(mimic: Path) -> None:
+    (mimic / "machine_measurements.csv").unlink()
+    source = opened(mimic)
+    assert "missing" in source.description
+    assert source.read(source.items()[0]).labels == {}
+
+
+def test_mimic_with_invalid_samples(mimic: Path) -> None:
+    item = opened(mimic).items()[0]
+    data = mimic / f"{item}.dat"
+    frames_TL = np.fromfile(data, "<i2").reshape(-1, 12)
+    for n_invalid in (20, 200):
+        frames_TL[100 : 100 + n_invalid, 3] = -32768
+        frames_TL.tofile(data)
+        header = mimic / f"{item}.hea"
+        lines = header.read_text().splitlines()
+        fields = lines[4].split()
+        fields[6] = str(int(frames_TL[:, 3].sum(dtype=np.int64)) % 65536)
+        header.write_text("\n".join([*lines[:4], " ".join(fields), *lines[5:], ""]))
+        if n_invalid == 20:
+            assert opened(mimic).read(item).invalid_samples == 20
+        else:
+            with pytest.raises(InputError, match="200 of 5000 samples are marked invalid"):
+                opened(mimic).read(item)
+
+
+def test_mimic_with_a_record_that_is_gone(mimic: Path) -> None:
+    source = opened(mimic)
+    (mimic / f"{source.items()[0]}.hea").unlink()
+    with pytest.raises(InputError, match=r"40689238.hea: no such header"):
+        source.read(source.items()[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "reason"),
+    [
+        ("record_list.csv", "subject_id", "sid", "no column subject_id"),
+        ("record_list.csv", "files/p1000/p10001725/s49036311/", "", "it must read like files/p1000"),
+        ("record_list.csv", "10001725,49036311", "10001725,x", "line 4: 'x' is not a whole number"),
+        ("machine_measurements.csv", "report_0", "note", "no column report_0"),
+        ("machine_measurements.csv", "Abnormal ECG", '"Abnormal" ECG', "not a readable CSV"),
+    ],
+)
+def test_broken_tables_of_mimic(mimic: Path, file: str, old: str, new: str, reason: str) -> None:
+    text = (mimic / file).read_text()
+    assert old in text
+    (mimic / file).write_text(text.replace(old, new))
+    said = refusal(mimic)
+    assert reason in said
+    assert said.startswith(str(mimic / file))
+
+
+def test_paths_of_a_table_may_not_lead_out(mimic: Path, ecgs: list[Record], write_record) -> None:
+    write_record(mimic.parent / "other" / "p" / "s", "1", ecgs[0])
+    (mimic / "record_list.csv").write_text(RECORD_LIST + "1,1,1,,../other/p/s/1\n")
+    assert not any(item.startswith("..") for item in opened(mimic).items())
+
+
+# --- CinC 2021 ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cinc2021(cinc2021: Path, kind: str) -> None:
+    source = opened(as_kind(cinc2021, kind))
+    assert source.description.startswith("CinC 2021: 4 records")
+    items = source.items()
+    assert [item.removeprefix("training/") for item in items] == [
+        "cpsc_2018/g1/X0000",
+        "cpsc_2018_extra/g1/X0001",
+        "georgia/g1/X0002",
+        "ptb-xl/g1/X0003",
+    ]
+    for item in items:
+        record = source.read(item)
+        assert record.labels == {"Dx": ["59118001", "426783006"]}
+        assert record.metadata == {"age": "74", "sex": "Male", "database": item.removeprefix("training/").split("/")[0]}
+        assert record.patient is None
+
+
+def test_cinc2021_from_below_training(cinc2021: Path) -> None:
+    source = opened(cinc2021 / "training")
+    assert source.read("georgia/g1/X0002").metadata["database"] == "georgia"
+
+
+def test_real_challenge_records(cinc2021: Path, shared_data: Path) -> None:
+    for name in ("E07500", "E07501"):
+        for suffix in ("hea", "mat"):
+            content = (shared_data / "cinc2021" / f"{name}.{suffix}").read_bytes()
+            (cinc2021 / "training" / "georgia" / "g1" / f"{name}.{suffix}").write_bytes(content)
+    source = opened(as_kind(cinc2021, "tar.gz"))
+    (item,) = [item for item in source.items() if item.endswith("E07500")]
+    plain = WfdbFolder(shared_data / "cinc2021", "plain").read("E07500")
+    record = source.read(item)
+    np.testing.assert_array_equal(record.signal_LT, plain.signal_LT)
+    assert record.labels == plain.labels
+    assert record.metadata == plain.metadata | {"database": "georgia"}
+
+
+# --- which it is ---
+
+
+def test_a_layout_can_be_forced(ptbxl: Path) -> None:
+    source = opened(ptbxl, layout="wfdb")
+    assert isinstance(source, WfdbFolder)
+    assert len(source.items()) == 6
+    assert len(opened(as_kind(ptbxl, "zip"), layout="wfdb").items()) == 6
+    for kind in ("folder", "zip"):
+        said = refusal(as_kind(ptbxl, kind), layout="mimic-iv-ecg")
+        assert "no record_list.csv in it, so not layout mimic-iv-ecg" in said
+    assert "no training/<database>/g1 in it" in refusal(ptbxl, layout="cinc2021")
+    assert "layout npy is not read from an archive" in refusal(as_kind(ptbxl, "zip"), layout="npy")
+    assert "no exams_part*.hdf5 in it" in refusal(ptbxl, layout="code15")
+    assert "no .npy in or below it" in refusal(ptbxl, layout="npy", source_rate_hz=500.0)
+    assert "layout 'ptb': give auto or one of wfdb, ptbxl" in refusal(ptbxl, layout="ptb")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"patient_key": "pid"}, "--patient-key"),
+        ({"source_rate_hz": 500.0}, "--source-rate-hz"),
+        ({"source_leads": ("I",)}, "--source-leads"),
+        ({"unit": "mV"}, "--unit"),
+        ({"mv_per_count": 0.001}, "--mv-per-count"),
+    ],
+)
+def test_options_that_say_nothing_about_a_layout(ptbxl: Path, options: dict[str, object], named: str) -> None:
+    assert f"{named} does not go with layout ptbxl, only with" in refusal(ptbxl, **options)
+
+
+def test_other_paths(tmp_path: Path) -> None:
+    assert "no such file or folder" in refusal(tmp_path / "absent")
+    (tmp_path / "x.csv").write_text("")
+    assert "give a folder, an archive (.zip, .tar, " in refusal(tmp_path / "x.csv")
+    (tmp_path / "empty").mkdir()
+    assert "no WFDB header" in refusal(tmp_path / "empty")

@@ -1,0 +1,232 @@
+"""Arrays in .npy: which axis is which, what a 1 is worth, whose it is, and what is no such array."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale import cli
+from ecgscale.data.sources import OpenedSource, SourceOptions, implausible_unit, open_source
+from ecgscale.errors import InputError
+from ecgscale.record import LEADS
+from ecgscale.simulate import Simulation
+
+RATE_HZ = 250.0
+
+
+@pytest.fixture(scope="module")
+def mv_NLT() -> np.ndarray:
+    """Four recordings of 5 s."""
+    simulation = Simulation(patients=4, records_per_patient=1, rate_hz=RATE_HZ, duration_s=5.0)
+    return np.stack([simulation.read(item).millivolts() for item in simulation.items()])
+
+
+@pytest.fixture
+def folder(tmp_path, mv_NLT) -> Path:
+    """One array per record, leads first or samples first."""
+    root = tmp_path / "arrays"
+    (root / "b").mkdir(parents=True)
+    for name, mv_LT in zip(("a", "b/c", "b/d", "e"), mv_NLT, strict=True):
+        np.save(root / f"{name}.npy", mv_LT if name in "ab/c" else mv_LT.T)
+    return root
+
+
+def opened(path: Path, **options: object) -> OpenedSource:
+    return open_source(path, SourceOptions(**{"source_rate_hz": RATE_HZ} | options))  # type: ignore[arg-type]
+
+
+def refusal(path: Path, item: str = "", **options: object) -> str:
+    def read() -> None:
+        source = opened(path, **options)
+        source.read(item or source.items()[0])
+
+    with pytest.raises(InputError) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder(folder: Path, mv_NLT: np.ndarray) -> None:
+    source = opened(folder)
+    assert source.dataset == "arrays"
+    assert source.description == "npy: 4 arrays, 12 leads at 250 Hz, no labels"
+    assert source.items() == ["a", "b/c", "b/d", "e"] == source.unlabelled()
+    for item, mv_LT in zip(source.items(), mv_NLT, strict=True):
+        record = source.read(item)
+        assert (record.name, record.rate_hz, record.leads, record.patient) == (item, RATE_HZ, LEADS, None)
+        np.testing.assert_allclose(record.millivolts(), mv_LT, atol=0.001)
+
+
+@pytest.mark.parametrize("samples_first", [False, True])
+def test_one_array(tmp_path, mv_NLT: np.ndarray, samples_first: bool) -> None:
+    path = tmp_path / "all.npy"
+    np.save(path, mv_NLT.transpose(0, 2, 1) if samples_first else mv_NLT)
+    source = opened(path)
+    assert source.dataset == "all"
+    assert source.description == "npy: 4 records in one array, 12 leads at 250 Hz, no labels"
+    assert source.items() == ["0", "1", "2", "3"]
+    np.testing.assert_allclose(source.read("2").millivolts(), mv_NLT[2], atol=0.001)
+    assert len(pickle.dumps(source)) < 1000
+
+
+def test_names_of_many_rows_sort(tmp_path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((101, 12, 20), "f4"))
+    items = opened(tmp_path / "x.npy").items()
+    assert items == sorted(items)
+    assert items[100] == "100"
+
+
+def test_labels_of_a_folder(folder: Path, tmp_path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("record,patient_id,age,rhythm\na,4,50,SR|AF\nb/c,5,,\nd,4,,SR\n")
+    source = opened(folder, labels_csv=table)
+    record = source.read("a")
+    assert (record.patient, record.labels, record.metadata) == ("4", {"rhythm": ["SR", "AF"]}, {"age": "50"})
+    assert source.read("b/d").patient == "4"
+    assert source.unlabelled() == ["e"]
+    assert opened(folder, labels_csv=table, patient_key="age").read("a").patient == "50"
+    assert opened(folder, patient_key="@folder").read("b/c").patient == "b"
+    assert "in the root itself" in refusal(folder, "a", patient_key="@folder")
+    assert "no patient 'pid'" in refusal(folder, "a", labels_csv=table, patient_key="pid")
+    table.write_text("record\nnobody\n")
+    with pytest.raises(InputError, match="names no record"):
+        opened(folder, labels_csv=table, record_column="record").items()
+
+
+def test_the_nth_row_is_that_of_the_nth_record(tmp_path, mv_NLT: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", mv_NLT)
+    table = tmp_path / "labels.csv"
+    table.write_text("record,subject_id,kind\n" + "".join(f"r{i},{i // 2},k{i}\n" for i in range(4)))
+    source = opened(tmp_path / "x.npy", labels_csv=table)
+    assert [source.read(item).patient for item in source.items()] == ["0", "0", "1", "1"]
+    assert source.read("3").labels == {"record": ["r3"], "kind": ["k3"]}
+    assert source.unlabelled() == []
+    table.write_text("record\nr0\n")
+    with pytest.raises(InputError, match=r"labels.csv: 1 rows, .* holds 4 records"):
+        opened(tmp_path / "x.npy", labels_csv=table, dataset="other").items()
+    assert "without --record-column" in refusal(tmp_path / "x.npy", record_column="record")
+
+
+def test_integers_are_kept_as_they_are(tmp_path) -> None:
+    counts_LT = np.random.default_rng(0).integers(-3000, 3000, (2, 500), dtype=np.int16)
+    np.save(tmp_path / "x.npy", counts_LT[None])
+    source = opened(tmp_path / "x.npy", source_leads=("V1", "II"), mv_per_count=0.005)
+    record = source.read("0")
+    assert record.leads == ("II", "V1")
+    np.testing.assert_array_equal(record.signal_LT, counts_LT[::-1])
+    np.testing.assert_allclose(record.scale_L, 0.005)
+    assert "integers (int16) say no unit; give --mv-per-count" in refusal(tmp_path / "x.npy", source_leads=("V1", "II"))
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("V", 1000), ("mV", 1), ("uV", 0.001), (None, 1)])
+@pytest.mark.parametrize("dtype", ["f4", "f8", ">f4"])
+def test_units(tmp_path, mv_NLT: np.ndarray, unit: str | None, factor: float, dtype: str) -> None:
+    np.save(tmp_path / "x.npy", (mv_NLT / factor).astype(dtype))
+    np.testing.assert_allclose(opened(tmp_path / "x.npy", unit=unit).read("1").millivolts(), mv_NLT[1], atol=0.001)
+
+
+def test_microvolts_are_noticed(tmp_path, mv_NLT: np.ndarray, capsys) -> None:
+    np.save(tmp_path / "x.npy", mv_NLT * 1000)
+    assert implausible_unit(opened(tmp_path / "x.npy", unit="uV")) is None
+    command = ["ingest", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--source-rate-hz=250", "--workers=1"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("npy: 4 records in one array")
+    assert out[1].startswith(f"{tmp_path / 'x.npy'}: the first records deviate")
+    assert "--unit uV" in out[1]
+
+
+def test_a_folder_of_arrays_and_headers_is_one_of_wfdb(folder: Path) -> None:
+    (folder / "r.hea").write_text("x")
+    assert "--source-rate-hz does not go with layout wfdb" in refusal(folder)
+    assert opened(folder, layout="npy").items()[0] == "a"
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.ones((12, 12)), "of shape (12, 12): leads and samples cannot be told apart"),
+        (np.ones((8, 500)), "of shape (8, 500); a record is (leads, samples) or reverse, with 12 leads"),
+        (np.ones(500), "of shape (500,)"),
+        (np.ones((1, 12, 500)), "of shape (1, 12, 500)"),
+        (np.full((12, 500), np.nan), "NaN or infinity"),
+        (np.full((12, 500), np.inf), "NaN or infinity"),
+        (np.zeros((12, 500)), "all samples are zero"),
+        (np.ones((12, 500), complex), "of type complex128"),
+        (np.ones((12, 500), np.int64), "of type int64"),
+        (np.ones((12, 500), bool), "of type bool"),
+        (np.full((12, 500), "x"), "of type <U1"),
+        (np.ones((12, 500), [("a", "f4")]), "of type [('a', '<f4')]"),
+        (np.empty((12, 500), object), "not a readable .npy of numbers"),
+        (np.ones((12, 0)), "of shape (12, 0)"),
+        (np.float64(1), "of shape ()"),
+    ],
+)
+def test_arrays_that_are_refused(tmp_path, array: np.ndarray, reason: str) -> None:
+    (tmp_path / "f").mkdir()
+    np.save(tmp_path / "f" / "a.npy", array, allow_pickle=True)
+    said = refusal(tmp_path / "f")
+    assert said.startswith(f"{tmp_path / 'f' / 'a.npy'}: ")
+    assert reason in said
+
+
+@pytest.mark.parametrize("shape", [(12, 500), (0, 12, 500), (2, 12, 12), (2, 8, 500)])
+def test_stacks_that_are_refused(tmp_path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "x.npy", np.ones(shape))
+    assert refusal(tmp_path / "x.npy").startswith(f"{tmp_path / 'x.npy'}: ")
+
+
+def test_a_header_that_claims_more_than_the_file_holds(tmp_path) -> None:
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 12, 5000)})
+    (tmp_path / "x.npy").write_bytes(head.getvalue() + bytes(4096))
+    assert "not a readable .npy" in refusal(tmp_path / "x.npy")
+
+
+def test_options_that_are_missing_or_wrong(folder: Path, tmp_path) -> None:
+    with pytest.raises(InputError, match="give --source-rate-hz"):
+        open_source(folder, SourceOptions())
+    assert "source-rate-hz -1: give a finite number above 0" in refusal(folder, source_rate_hz=-1.0)
+    assert "mv-per-count nan" in refusal(folder, mv_per_count=float("nan"))
+    assert "at most 100000" in refusal(folder, source_rate_hz=1e9)
+    assert "unknown lead 'X'" in refusal(folder, source_leads=("X",))
+    assert "lead I stands 2 times" in refusal(folder, source_leads=("I", "I"))
+    assert "unit 'mm'" in refusal(folder, unit="mm") or "unknown unit" in refusal(folder, unit="mm")
+    assert "--ignore-leads does not go with layout npy" in refusal(folder, ignore_leads=("V1",))
+    np.save(tmp_path / "x.npy", np.ones((2, 12, 50)))
+    assert "layout wfdb is not that of .npy arrays" in refusal(tmp_path / "x.npy", layout="wfdb")
+
+
+def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path, mv_NLT: np.ndarray) -> None:
+    np.save(tmp_path / "out.npy", mv_NLT[0])
+    (folder / "z.npy").symlink_to(tmp_path / "out.npy")
+    assert "z" not in opened(folder).items()
+    assert "links may not lead out" in refusal(folder, "z")
+
+
+def test_mutated_arrays_are_read_or_refused(tmp_path) -> None:
+    (tmp_path / "f").mkdir()
+    np.save(tmp_path / "a.npy", np.ones((12, 30), "f4"))
+    content = (tmp_path / "a.npy").read_bytes()
+    source = opened(tmp_path, unit="mV")
+    random_ = random.Random(0)
+    for _ in range(400):
+        mutated = bytearray(content)
+        for _ in range(random_.randint(1, 4)):
+            mutated[random_.randrange(128)] = random_.randrange(256)
+        (tmp_path / "a.npy").write_bytes(mutated)
+        try:
+            source.read("a")
+        except InputError as error:
+            said = str(error)
+        else:
+            said = str(tmp_path)
+        assert said.startswith(str(tmp_path))
