@@ -275,7 +275,7 @@ def index(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
-    from ecgscale.data.ingest_options import IngestOptions
+    from ecgscale.data.ingest.options import IngestOptions
 
     rules = Rules(
         rate_hz=options.rate_hz,

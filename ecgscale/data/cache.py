@@ -1,6 +1,6 @@
 """A folder of files known by their sha256, of bounded size, that all threads, processes and jobs of a node share.
 
-    <folder>/lock                        held while space is given out
+    <folder>/lock                        held while space is given out and while a file gets its name
     <folder>/ab/ab12...                  a complete file; who uses it holds a shared lock on it
     <folder>/ab/ab12....lock             held by the one who fetches that file; goes away with the lock
     <folder>/ab/ab12....<name>.partial   a file being fetched, as large from the start as it will be; its writer holds
@@ -69,8 +69,8 @@ class Held:
 class Partial:
     """A file that is being written, its space reserved; gone on leaving the context unless completed."""
 
-    def __init__(self, path: Path, target: Path, size: int) -> None:
-        self._path, self._target = path, target
+    def __init__(self, path: Path, target: Path, size: int, lock: Path) -> None:
+        self._path, self._target, self._lock = path, target, lock
         # Unbuffered, so that closing it writes nothing, which could fail.
         self._file = path.open("x+b", buffering=0)
         _unshared.add(self._file)
@@ -92,7 +92,8 @@ class Partial:
     def complete(self) -> Held:
         """Make it the cache's file, which is held already: no eviction comes in between."""
         os.fdatasync(self._file.fileno())  # a node that loses its power must not keep a file of zeros
-        self._path.rename(self._target)
+        with _locked(self._lock):  # else who counts what is there could miss it under either name
+            self._path.rename(self._target)
         _unshared.discard(self._file)
         return Held(self._target, self._file)
 
@@ -155,14 +156,14 @@ class FileCache:
             raise InputError(
                 f"data.cache.limit_gb is {self.limit_bytes / 1e9:g}, but one file has {size / 1e9:.3g} GB; raise it"
             )
-        target = self._path(sha256)
+        target, lock = self._path(sha256), self.folder / "lock"
         target.unlink(missing_ok=True)  # there only if of a wrong size
         deadline = time.monotonic() + patience_s
         while True:
-            with _locked(self.folder / "lock"):
+            with _locked(lock):
                 used = self._make_room(size)
                 if used + size <= self.limit_bytes:
-                    return Partial(target.with_suffix(f".{uuid.uuid4().hex}.partial"), target, size)
+                    return Partial(target.with_suffix(f".{uuid.uuid4().hex}.partial"), target, size, lock)
             if time.monotonic() > deadline:
                 raise InputError(
                     f"{self.folder}: {used / 1e9:.3g} GB are in use at once and {size / 1e9:.3g} GB more are needed, "

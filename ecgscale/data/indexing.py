@@ -23,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ecgscale.data.foreign import Rules, common_order
-from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.ingest.options import IngestOptions
+from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.scan import as_columns, scan_foreign
 from ecgscale.data.shards import (
     MANIFEST,
@@ -33,7 +34,6 @@ from ecgscale.data.shards import (
     write_index_in_parts,
     write_manifest,
 )
-from ecgscale.data.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.errors import InputError
 
 _PARTIALS = ("index.safetensors.partial", f"{MANIFEST}.partial")
@@ -129,11 +129,11 @@ def _run(tars: Sequence[Path], rules: Rules, dataset: str, split_by: str, worker
             for task in tasks:
                 yield _index_tar(*task, progress=bar.update)
             return
-        from ecgscale.data.ingest import _end_with_parent
+        from ecgscale.data.ingest.run import end_with_parent
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, _end_with_parent) as pool:
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, end_with_parent) as pool:
             try:
                 for one in pool.map(_index_tar, *zip(*tasks, strict=True)):
                     yield one

@@ -23,8 +23,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
-from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
+from pcodec import ChunkConfig, DeltaSpec, ModeSpec
+from pcodec.standalone import simple_compress, simple_decompress_into
+from xxhash import xxh3_64_intdigest
 
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Counts
@@ -37,6 +38,7 @@ _MAGIC = b"ECGp"
 _HEAD = struct.Struct("<4sIII")
 _ENTRY = np.dtype([("bytes", "<u4"), ("xxh3", "<u8")])
 _ONE = struct.Struct("<IQ")  # the same, where there is one block
+_ONE_BLOCK_HEAD = _HEAD.size + _ONE.size
 _CODEC = ChunkConfig(delta_spec=DeltaSpec.try_consecutive(1), mode_spec=ModeSpec.classic())
 
 _NPY_LIMIT_BYTES = 4096  # of an .npy header: numpy's take 128
@@ -51,15 +53,15 @@ def encode(signal_LT: Counts, payload: Payload) -> tuple[bytes, int]:
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, np.ascontiguousarray(signal_LT), allow_pickle=False)
         content = buffer.getvalue()
-        return content, xxhash.xxh3_64_intdigest(content)
+        return content, xxh3_64_intdigest(content)
     leads, samples = signal_LT.shape
     blocks = [
-        standalone.simple_compress(np.ascontiguousarray(signal_LT[:, first : first + BLOCK]).reshape(-1), _CODEC)
+        simple_compress(np.ascontiguousarray(signal_LT[:, first : first + BLOCK]).reshape(-1), _CODEC)
         for first in range(0, samples, BLOCK)
     ]
-    table = np.array([(len(block), xxhash.xxh3_64_intdigest(block)) for block in blocks], _ENTRY)
+    table = np.array([(len(block), xxh3_64_intdigest(block)) for block in blocks], _ENTRY)
     header = _HEAD.pack(_MAGIC, leads, samples, BLOCK) + table.tobytes()
-    return header + b"".join(blocks), xxhash.xxh3_64_intdigest(header)
+    return header + b"".join(blocks), xxh3_64_intdigest(header)
 
 
 class DamagedError(InputError):
@@ -79,17 +81,20 @@ def decode_window(
     The shape is the caller's word, from the index; a header that says otherwise is refused. With ``scratch``
     (leads · BLOCK numbers or more) the result may be a view of it, which the next call overwrites.
     """
-    head = header_bytes(samples)
-    header = member[:head].tobytes()
-    if xxhash.xxh3_64_intdigest(header) != checksum or len(header) < head:
+    content = member.data
+    head = _ONE_BLOCK_HEAD if samples <= BLOCK else header_bytes(samples)
+    header = bytes(content[:head])
+    if xxh3_64_intdigest(header) != checksum or len(header) < head:
         raise DamagedError("its checksum differs from the index")
-    if _HEAD.unpack_from(header) != (_MAGIC, leads, samples, BLOCK):
+    if header[: _HEAD.size] != _expected_head(leads, samples):
         raise DamagedError(f"its header does not say {leads} leads of {samples} samples in blocks of {BLOCK}")
-    if samples <= BLOCK:
-        (length, digest), first = _ONE.unpack_from(header, _HEAD.size), head
-        if head + length != member.size:
+    if samples <= BLOCK:  # nearly all recordings: spelled out, because every call of Python counts here
+        length, digest = _ONE.unpack_from(header, _HEAD.size)
+        block = bytes(content[head:])
+        if len(block) != length:
             raise DamagedError("its blocks do not fill it")
-        return _block(member[first : first + length], digest, leads, samples, scratch)[:, start:stop]
+        signal_LT = _block(block, digest, leads, samples, scratch)
+        return signal_LT if stop - start == samples else signal_LT[:, start:stop]
     table = np.frombuffer(header, _ENTRY, offset=_HEAD.size)
     end = head + np.cumsum(table["bytes"], dtype=np.int64)
     if end[-1] != member.size:
@@ -97,18 +102,23 @@ def decode_window(
     pieces = []
     for number in range(start // BLOCK, -(-stop // BLOCK)):
         first = number * BLOCK
-        block = member[int(end[number]) - int(table["bytes"][number]) : int(end[number])]
+        block = bytes(content[int(end[number]) - int(table["bytes"][number]) : int(end[number])])
         piece_LT = _block(block, int(table["xxh3"][number]), leads, min(BLOCK, samples - first), None)
         pieces.append(piece_LT[:, max(0, start - first) : stop - first])
     return np.concatenate(pieces, axis=1) if pieces else np.empty((leads, 0), np.int16)
 
 
-def _block(block: Bytes, digest: int, leads: int, samples: int, scratch: Counts | None) -> Counts:
-    if xxhash.xxh3_64_intdigest(block.data) != digest:
+@lru_cache(maxsize=1024)
+def _expected_head(leads: int, samples: int) -> bytes:
+    return _HEAD.pack(_MAGIC, leads, samples, BLOCK)
+
+
+def _block(block: bytes, digest: int, leads: int, samples: int, scratch: Counts | None) -> Counts:
+    if xxh3_64_intdigest(block) != digest:
         raise DamagedError("its checksum differs from its header")
     values = np.empty(leads * samples, np.int16) if scratch is None else scratch[: leads * samples]
     try:
-        progress = standalone.simple_decompress_into(block.tobytes(), values)
+        progress = simple_decompress_into(block, values)
     except (RuntimeError, TypeError) as error:  # what pcodec raises for bytes of another shape or type
         raise DamagedError(f"its samples cannot be read ({error})") from error
     if progress.n_processed != values.size or not progress.finished:
@@ -127,7 +137,7 @@ def decode(member: bytes) -> Counts:
         raise InputError(f"{len(member)} bytes are no .pco member of ecgscale") from error
     if magic != _MAGIC or block != BLOCK or not 0 < leads <= len(LEADS) or not samples:
         raise InputError("not a .pco member of ecgscale")
-    checksum = xxhash.xxh3_64_intdigest(member[: header_bytes(samples)])
+    checksum = xxh3_64_intdigest(member[: header_bytes(samples)])
     return decode_window(np.frombuffer(member, np.uint8), checksum, leads, samples, 0, samples)
 
 

@@ -18,7 +18,7 @@ from webdataset import ShardWriter
 from ecgscale import cli
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.indexing import index_folder
-from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream

@@ -28,7 +28,7 @@ import pytest
 from ecgscale import cli
 from ecgscale.data.foreign import Rules
 from ecgscale.data.indexing import index_folder
-from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import shard_entry, write_index, write_manifest, write_tar
 from ecgscale.record import LEADS, Record

@@ -18,7 +18,7 @@ def test_failure_of_the_ranks_is_the_exit_code_and_ends_the_job() -> None:
     began = time.monotonic()
     done = launch("--local", "2", "--", "pretrain", "--data.shards", "nowhere", "--run.dir", "run")
     assert done.returncode == 2
-    assert "nowhere: no manifest.json there" in done.stderr
+    assert "nowhere is no data set" in done.stderr
     assert "exit code 2; the others were ended" in done.stderr
     assert time.monotonic() - began < 60
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ecgscale.data.ingest_job import Job
-from ecgscale.data.ingest_mark import Mark, sweep
-from ecgscale.data.ingest_options import IngestOptions
-from ecgscale.data.ingest_slice import SPLIT_VALUE, Part, read_columns
+from ecgscale.data.ingest.job import Job
+from ecgscale.data.ingest.mark import Mark, sweep
+from ecgscale.data.ingest.options import IngestOptions
+from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
+from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.shards import Columns, map_index, shard_entry, torn_patients, write_index_in_parts, write_manifest
-from ecgscale.data.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.errors import InputError
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once

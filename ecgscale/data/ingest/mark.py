@@ -20,7 +20,7 @@ from ecgscale.data.shards import MANIFEST, read_manifest
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
-    from ecgscale.data.ingest_job import Job
+    from ecgscale.data.ingest.job import Job
 
 UNFINISHED = "ingest.unfinished"
 NAMES = "the sha256 of their names"

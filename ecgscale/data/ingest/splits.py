@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
 from ecgscale.record import Record

@@ -21,17 +21,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ecgscale.data.ingest_job import Job, open_job
-from ecgscale.data.ingest_join import Ingested, check_all_there, finish
-from ecgscale.data.ingest_mark import Mark, claimed, sweep
-from ecgscale.data.ingest_options import IngestOptions
-from ecgscale.data.ingest_slice import Part, Slice, convert, read_part
+from ecgscale.data.ingest.job import Job, open_job
+from ecgscale.data.ingest.join import Ingested, check_all_there, finish
+from ecgscale.data.ingest.mark import Mark, claimed, sweep
+from ecgscale.data.ingest.options import IngestOptions
+from ecgscale.data.ingest.slice import Part, Slice, convert, read_part
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
     from ecgscale.data.sources import Source
-
-__all__ = ["IngestOptions", "Ingested", "ingest", "ingest_part", "merge_parts"]
 
 _NO_ARGUMENTS: Mapping[str, str] = MappingProxyType({})
 _PROBED = 64  # records that are asked for the key of the splits, over the whole source
@@ -171,7 +169,7 @@ def _run(tasks: Iterator[Slice], workers: int) -> Generator[Part]:
     # Forked from a process that has done the slow imports and nothing else, so that they are done once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(first.source).__module__])
-    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
         try:
             waiting = {pool.submit(convert, first)}
             waiting |= {pool.submit(convert, task) for task in islice(tasks, _AHEAD * workers - 1)}
@@ -186,7 +184,7 @@ def _run(tasks: Iterator[Slice], workers: int) -> Generator[Part]:
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed ingest takes its workers along: they would finish their shards in the folder and then wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ecgscale.data.ingest_options import IngestOptions
+from ecgscale.data.ingest.options import IngestOptions
+from ecgscale.data.ingest.splits import split_value
 from ecgscale.data.shards import Columns, write_tar, write_whole
-from ecgscale.data.splits import split_value
 from ecgscale.errors import InputError
 from ecgscale.record import Record
 

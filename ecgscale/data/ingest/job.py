@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecgscale.data.ingest_mark import NAMES, UNFINISHED, Asked, read_base, tidied, version
-from ecgscale.data.ingest_options import SPLIT_OPTIONS, IngestOptions
-from ecgscale.data.ingest_slice import Part, Slice, check_utf8, read_part
+from ecgscale.data.ingest.mark import NAMES, UNFINISHED, Asked, read_base, tidied, version
+from ecgscale.data.ingest.options import SPLIT_OPTIONS, IngestOptions
+from ecgscale.data.ingest.slice import Part, Slice, check_utf8, read_part
 from ecgscale.data.shards import MANIFEST, file_sha256
 from ecgscale.errors import InputError
 
