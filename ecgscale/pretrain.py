@@ -52,7 +52,10 @@ def pretrain(config: PretrainConfig) -> Path:
         about=about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)),
         identity=shards.identity,
         validate=Validation(
-            Selection(shards, config.data, "validation"), config.train.contrast, SEGMENTS, config.train.seed
+            Selection(shards, config.data, "validation").some(config.train.validation_recordings, config.train.seed),
+            config.train.contrast,
+            SEGMENTS,
+            config.train.seed,
         ),
         picture=lambda batch: masked_picture(batch, objective, config.data.segment_s),
     )

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     GUMBEL = 8
     TIME_MASK_SPANS = 9
     MIXTURE = 10
+    SOME_SHARDS = 11
 
 
 def philox_4x32(counter: tuple[Words, Words, Words, Words], seed: int) -> tuple[Words, Words, Words, Words]:

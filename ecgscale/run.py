@@ -30,6 +30,7 @@ _MAY_CHANGE = {
     "train.steps",
     "train.log_every",
     "train.validate_every",
+    "train.validation_recordings",
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",

@@ -91,6 +91,19 @@ class Selection:
         """(S,) records of each shard."""
         return tuple(np.diff(self.first_S).tolist())
 
+    def some(self, recordings: int, seed: int) -> Selection:
+        """So many of these records, all of them for 0, from as few shards as hold them, which are chosen at random."""
+        if not 0 < recordings < len(self):
+            return self
+        word_S = random_words(seed, Purpose.SOME_SHARDS, 0, len(self.shards.shards))[0]
+        order_S = np.argsort(word_S, kind="stable")
+        enough = int(np.searchsorted(np.cumsum(np.array(self.counts)[order_S]), recordings)) + 1
+        keep = np.zeros(len(self.shards), bool)
+        for shard in sorted(order_S[:enough].tolist()):
+            keep[self.numbers[self.first_S[shard] : self.first_S[shard + 1]]] = True
+        keep[np.flatnonzero(keep)[recordings:]] = False
+        return Selection(self.shards, self.config, self.split, keep)
+
     def order(self, global_batch: int, contrast_batch: int, lanes: int, seed: int) -> Order:
         """The order in which these records are read for training."""
         window = self.config.shuffle_window

@@ -52,6 +52,8 @@ class TrainConfig:
     """Steps between two log lines."""
     validate_every: int = 0
     """Steps between two validations; 0: at the end only."""
+    validation_recordings: int = 0
+    """Recordings of the validation split that are scored, from as few shards as hold them; 0: all."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; there is always one at the end."""
     keep_last: int = 2
@@ -67,7 +69,15 @@ class TrainConfig:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "max_skipped"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} {getattr(self, name)}: give 1 or more")
-        for name in ("contrast_batch", "lanes", "warmup_steps", "validate_every", "keep_every", "seed"):
+        for name in (
+            "contrast_batch",
+            "lanes",
+            "warmup_steps",
+            "validate_every",
+            "validation_recordings",
+            "keep_every",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name} {getattr(self, name)}: give 0 or more")
         if not 0 <= self.final_lr_ratio <= 1:

@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,23 @@ def test_webdataset_reads_the_same_samples(make_record, tmp_path, payload) -> No
         np.testing.assert_array_equal(signal_LT, records[i].signal_LT)
         assert json.loads(sample["json"]) == shards.metadata(i)
         assert sample.keys() == {"__key__", "__url__", "__local_path__", "json", payload}
+
+
+@PAYLOADS
+def test_the_bytes_are_those_of_the_writer_of_webdataset(make_record, tmp_path, payload) -> None:
+    """Tars of many sizes, so that every padding of members and of the end occurs."""
+    from webdataset.writer import TarWriter
+
+    for count in (1, 2, 9, 10):
+        records = [(f"key-{i}", make_record(f"r{i}", 100 + 7 * i)) for i in range(count)]
+        write_tar(tmp_path / "ours.tar", "set", records, payload)
+        with tarfile.open(tmp_path / "ours.tar") as ours:
+            members = {member.name: ours.extractfile(member).read() for member in ours}
+        usual = {"mtime": 0, "user": "ecgscale", "group": "ecgscale", "mode": 0o444, "encoder": False}
+        with (tmp_path / "theirs.tar").open("wb") as file, TarWriter(file, **usual) as writer:
+            for key, _ in records:
+                writer.write({"__key__": key} | {ext: members[f"{key}.{ext}"] for ext in ("json", payload)})
+        assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
 def test_several_sets_are_one(make_record, simulated, tmp_path) -> None:

@@ -208,6 +208,17 @@ def test_a_selection_holds_one_split_and_what_is_kept(simulated) -> None:
     assert kept.counts == tuple(np.bincount(shards.shard_of(kept.numbers), minlength=len(shards.shards)))
 
 
+@pytest.mark.parametrize("recordings", [1, 5, 8, 9, 20])
+def test_some_recordings_come_from_few_shards(train, recordings) -> None:
+    some = train.some(recordings, seed=1)
+    assert len(some) == recordings
+    assert set(some.numbers) <= set(train.numbers)
+    fewest = np.searchsorted(np.cumsum(sorted(train.counts, reverse=True)), recordings) + 1
+    assert fewest <= np.count_nonzero(some.counts) <= fewest + 1
+    assert len({tuple(train.some(recordings, seed).numbers) for seed in range(20)}) > 1
+    assert train.some(0, 1) is train.some(1000, 1) is train
+
+
 @pytest.mark.parametrize(
     ("field", "wrong"), [("segment_s", 0.0), ("segment_s", -5.0), ("min_record_s", 0.0), ("shuffle_window", 0)]
 )
