@@ -116,7 +116,11 @@ def _train(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: 
         about=_about(model, labelled, config),
         identity=labelled.shards.identity,
         validate=Validation(
-            labelled.selection("validation"), config.train.contrast, 1, config.train.seed, task.target_RC
+            labelled.selection("validation").some(config.train.validation_recordings, config.train.seed),
+            config.train.contrast,
+            1,
+            config.train.seed,
+            task.target_RC,
         ),
     )
     export_engine(run / "export", train(job, ranks), job.about, config.train.steps)
