@@ -19,6 +19,10 @@ _SHIFT = np.uint64(32)
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+# A permutation needs less of its round function than a draw that is used as it is: seven rounds of Philox pass BigCrush
+# (Salmon et al. 2011), and a Feistel network mixes their results again and again.
+_PERMUTATION_ROUNDS = 7
+_FEISTEL_ROUNDS = 6
 
 
 class Purpose(IntEnum):
@@ -38,11 +42,13 @@ class Purpose(IntEnum):
     SOME_SHARDS = 11
 
 
-def philox_4x32(counter: tuple[Words, Words, Words, Words], seed: int) -> tuple[Words, Words, Words, Words]:
+def philox_4x32(
+    counter: tuple[Words, Words, Words, Words], seed: int, rounds: int = _ROUNDS
+) -> tuple[Words, Words, Words, Words]:
     """Four random words (uint64 holding 32 bits) for each counter; counter words broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         c0, c1, c2, c3 = (
             (product_1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
@@ -78,7 +84,7 @@ def permute(
 ) -> npt.NDArray[np.int64]:
     """Where a pseudo-random permutation of ``range(size)`` sends ``index``; ``stream`` numbers the permutation.
 
-    An eight-round Feistel network over the cells of a table of about √size columns, with Philox as its round function;
+    A Feistel network over the cells of a table of about √size columns, with Philox as its round function;
     the few values that fall behind the last are sent round again (cycle walking). O(1) per element, for any size up to
     2⁶². A table over powers of two would be up to four times as large, and took up to eight times as long.
     """
@@ -96,7 +102,7 @@ def permute(
 def _feistel(value: Words, rows: Words, columns: Words, seed: int, purpose: int, stream: Words) -> Words:
     """A permutation of ``range(rows · columns)``: row and column are shifted in turn by what the other one says."""
     row, column = np.divmod(value, columns)
-    for feistel_round in range(8):
+    for feistel_round in range(_FEISTEL_ROUNDS):
         other, size = (column, rows) if feistel_round % 2 == 0 else (row, columns)
         counter = (
             other & _WORD,
@@ -104,7 +110,7 @@ def _feistel(value: Words, rows: Words, columns: Words, seed: int, purpose: int,
             stream & _WORD,
             (stream >> _SHIFT) | np.uint64(feistel_round << 28),
         )
-        shift = (philox_4x32(counter, seed)[0] * size) >> _SHIFT
+        shift = (philox_4x32(counter, seed, _PERMUTATION_ROUNDS)[0] * size) >> _SHIFT
         if feistel_round % 2 == 0:
             row = row + shift
             row -= np.where(row >= size, size, np.uint64(0))

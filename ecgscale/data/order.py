@@ -291,16 +291,16 @@ class _Epoch:
 
     def shards_between(self, first_W: Int64, last_W: Int64) -> Int64:
         """The shards from the first to the last place of some stretches of the sequence, both included."""
-        found = []
-        for first, last in zip(first_W + self.rotation, last_W + self.rotation, strict=True):
-            begin, end = (
-                int(np.searchsorted(self.first_record, place % self.records, side="right")) - 1
-                for place in (first, last)
-            )
-            wraps = first // self.records != last // self.records
-            count = (end - begin) % self.shard_at.size if not wraps else end - begin + self.shard_at.size
-            found.append(self.shard_at[(begin + np.arange(min(count + 1, self.shard_at.size))) % self.shard_at.size])
-        return np.concatenate(found)
+        (lap_W, first_W), (last_lap_W, last_W) = (
+            np.divmod(place_W + self.rotation, self.records) for place_W in (first_W, last_W)
+        )
+        begin_W, end_W = (
+            np.searchsorted(self.first_record, place_W, side="right") - 1 for place_W in (first_W, last_W)
+        )
+        size = self.shard_at.size
+        count_W = np.minimum(end_W - begin_W + (last_lap_W - lap_W) * size + 1, size)
+        inside = np.arange(count_W.sum()) - np.repeat(np.cumsum(count_W) - count_W, count_W)
+        return self.shard_at[(np.repeat(begin_W, count_W) + inside) % size]
 
 
 def mixture_quotas(weights: Sequence[float]) -> tuple[int, ...]:

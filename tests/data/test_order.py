@@ -153,12 +153,12 @@ def test_the_order_of_stored_runs_stays() -> None:
     """A run that goes on after an upgrade must read on where it was: change this only with a new format."""
     order = Order((5, 0, 9, 4), 8, 4, 2, seed=12345, window=3)
     place = order.places([0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 10**12])
-    assert place.shard.tolist() == [3, 0, 2, 2, 3, 2, 2, 2, 2, 2, 0]
-    assert place.record.tolist() == [1, 4, 5, 3, 0, 0, 4, 8, 6, 5, 2]
+    assert place.shard.tolist() == [0, 3, 2, 2, 3, 3, 2, 2, 2, 2, 0]
+    assert place.record.tolist() == [4, 0, 5, 4, 1, 3, 3, 7, 4, 5, 2]
     order = replace(order, mixture=Mixture((3, 1), (192, 64)))
     place = order.places([0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 10**12])
-    assert place.shard.tolist() == [0, 2, 2, 0, 3, 2, 0, 3, 3, 2, 3]
-    assert place.record.tolist() == [3, 3, 4, 2, 3, 4, 0, 0, 0, 2, 2]
+    assert place.shard.tolist() == [2, 2, 2, 0, 3, 2, 0, 2, 0, 2, 3]
+    assert place.record.tolist() == [6, 4, 4, 3, 2, 6, 2, 2, 1, 5, 3]
 
 
 # --- mixtures ---
