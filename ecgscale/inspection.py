@@ -33,7 +33,10 @@ def summarise(folder: str) -> str:
     samples, split = shards.column("samples"), shards.column("split")
     duration_s = samples / shards.rate_hz
     lead_bits = shards.column("leads")
-    stored, raw = sum(shard.bytes for shard in shards.shards), 2 * (np.bitwise_count(lead_bits) * samples).sum()
+    stored, raw = (
+        sum(shard.bytes for shard in shards.shards),
+        2 * (np.bitwise_count(lead_bits) * samples.astype(np.int64)).sum(),
+    )
     payloads = sorted({shard.payload for shard in shards.shards})
     rejected = sum(one.manifest["rejected"] for one in shards.sets)
     lines = [

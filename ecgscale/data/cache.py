@@ -40,6 +40,10 @@ def _close_unshared() -> None:
 os.register_at_fork(after_in_child=_close_unshared)
 
 
+class NoRoomError(InputError):
+    """All of the cache stays in use."""
+
+
 class Held:
     """A complete file of the cache, which stays there until it is released or the process ends.
 
@@ -150,7 +154,8 @@ class FileCache:
     def reserve(self, sha256: str, size: int, patience_s: float) -> Partial:
         """Space for a file, made by evicting what nobody uses; to be called only by who is ``alone`` with it.
 
-        Raises InputError where the file is larger than the cache, or all of the cache stays in use for ``patience_s``.
+        Raises InputError where the file is larger than the cache, NoRoomError where all of it stays in use for
+        ``patience_s``.
         """
         if size > self.limit_bytes:
             raise InputError(
@@ -165,7 +170,7 @@ class FileCache:
                 if used + size <= self.limit_bytes:
                     return Partial(target.with_suffix(f".{uuid.uuid4().hex}.partial"), target, size, lock)
             if time.monotonic() > deadline:
-                raise InputError(
+                raise NoRoomError(
                     f"{self.folder}: {used / 1e9:.3g} GB are in use at once and {size / 1e9:.3g} GB more are needed, "
                     f"data.cache.limit_gb is {self.limit_bytes / 1e9:g}; raise it or lower data.shuffle_window"
                 )

@@ -27,7 +27,6 @@ LEAD_KEYS = ("leads", "lead_names", "sig_name")
 SCALE_KEYS = ("scale_mv", "mv_per_count")
 GAIN_KEYS = ("gain",)  # counts per mV
 PATIENT_KEYS = ("patient", "patient_id", "subject_id")
-JSON_LIMIT_BYTES = 1 << 24
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -104,19 +103,6 @@ class Described:
     patient: str | None
     labels: dict[str, list[str]]
     metadata: dict[str, str]
-
-
-def parse_json(content: bytes) -> Fields:
-    """Raises InputError unless it is one JSON object of plain text."""
-    try:
-        fields = json.loads(content)
-        if b"\\u" in content:
-            json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # no JSON, or half a UTF-16 pair; nested without end
-        raise InputError(f"it cannot be read as JSON ({str(error)[:80]}); write it again") from error
-    if not isinstance(fields, dict):
-        raise InputError("it is no JSON object; write keys such as rate_hz, leads, mv_per_count and patient")
-    return fields
 
 
 def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Described:

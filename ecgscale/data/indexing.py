@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ecgscale.data.foreign import Rules, common_order
+from ecgscale.data.ingest.mark import NO_LOCKS
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.scan import as_columns, scan_foreign
@@ -90,20 +91,28 @@ def _given(options: IngestOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if value and name not in about_tars}
 
 
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{folder}: another `ecgscale index` works there; wait for it") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Raises InputError for a folder that holds a data set, in which another `index` works, or that is a trap."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, folder)
         if os.path.lexists(folder / MANIFEST):
             raise InputError(f"{folder}: holds a data set already; remove its {MANIFEST} to index it anew")
         for name in _PARTIALS:
             if (folder / name).is_symlink():
                 raise InputError(f"{folder / name}: a symbolic link where a file is to be written; remove it")
         yield
-    except BlockingIOError as error:
-        raise InputError(f"{folder}: another `ecgscale index` works there; wait for it") from error
     finally:
         os.close(handle)
 

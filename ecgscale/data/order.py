@@ -9,9 +9,10 @@ An epoch permutes the shards, turns the resulting sequence of records by a rando
 records into equal lanes, and shuffles each lane in windows over several shards. A lane's records are neighbours in
 the sequence, so a node needs only its part of the data.
 
-A mixture reads several data sets at given weights. Each lane's turns are cut into blocks of BLOCK turns, in which each
-set has a whole number of turns, its quota, permuted per block; a set's turns count through epochs of its own, which cut
-⌊N/lanes⌋·lanes of its records into lanes. So over its epochs every record of a set is drawn equally often.
+A mixture reads several data sets at given weights. Each lane's turns are cut into blocks of MIXTURE_BLOCK turns, in
+which each set has a whole number of turns, its quota, permuted per block; a set's turns count through epochs of its
+own, which cut ⌊N/lanes⌋·lanes of its records into lanes. So over its epochs every record of a set is drawn equally
+often.
 
 Shape suffixes: P positions, S shards, W windows, Q sets.
 """
@@ -32,7 +33,7 @@ from ecgscale.rng import Purpose, below, permute, random_words
 
 Int64 = npt.NDArray[np.int64]
 
-BLOCK = 256  # turns of a lane in which the quotas of a mixture come out exactly
+MIXTURE_BLOCK = 256  # turns of a lane in which the quotas of a mixture come out exactly
 _KEPT_EPOCHS = 4
 
 
@@ -52,7 +53,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         assert len(self.shards) == len(self.quota)
-        assert sum(self.quota) == BLOCK
+        assert sum(self.quota) == MIXTURE_BLOCK
         assert min(self.quota) > 0
 
 
@@ -130,9 +131,9 @@ class Order:
         """(Q,) records that were drawn of each set before a position that begins a global batch."""
         if self.mixture is None:
             return [position]
-        blocks, rest = divmod(position // self.lanes, BLOCK)
+        blocks, rest = divmod(position // self.lanes, MIXTURE_BLOCK)
         lane_P, turn_P = np.divmod(np.arange(self.lanes * rest), max(rest, 1))
-        set_P, _ = self._deal(lane_P, turn_P + blocks * BLOCK)
+        set_P, _ = self._deal(lane_P, turn_P + blocks * MIXTURE_BLOCK)
         partial_Q = np.bincount(set_P, minlength=len(self.mixture.quota))
         return [
             blocks * quota * self.lanes + int(part) for quota, part in zip(self.mixture.quota, partial_Q, strict=True)
@@ -173,7 +174,7 @@ class Order:
         first, last = batch * self._turns_per_batch, (batch + 1) * self._turns_per_batch - 1
         if self.mixture is not None:
             quota = self.mixture.quota[set_number]
-            first, last = first // BLOCK * quota, (last // BLOCK + 1) * quota - 1
+            first, last = first // MIXTURE_BLOCK * quota, (last // MIXTURE_BLOCK + 1) * quota - 1
         sequence = self._sequences[set_number]
         return range(sequence.window_of(first), sequence.window_of(last) + 1)
 
@@ -183,8 +184,8 @@ class Order:
             return np.zeros_like(turn_P), turn_P
         quota_Q = np.array(self.mixture.quota)
         first_Q = np.cumsum(quota_Q) - quota_Q
-        block_P, inside_P = np.divmod(turn_P, BLOCK)
-        dealt_P = permute(inside_P, BLOCK, self.seed, Purpose.MIXTURE, block_P * self.lanes + lane_P)
+        block_P, inside_P = np.divmod(turn_P, MIXTURE_BLOCK)
+        dealt_P = permute(inside_P, MIXTURE_BLOCK, self.seed, Purpose.MIXTURE, block_P * self.lanes + lane_P)
         set_P = np.searchsorted(first_Q, dealt_P, side="right") - 1
         return set_P, block_P * quota_Q[set_P] + dealt_P - first_Q[set_P]
 
@@ -300,18 +301,19 @@ class _Epoch:
         size = self.shard_at.size
         count_W = np.minimum(end_W - begin_W + (last_lap_W - lap_W) * size + 1, size)
         inside = np.arange(count_W.sum()) - np.repeat(np.cumsum(count_W) - count_W, count_W)
-        return self.shard_at[(np.repeat(begin_W, count_W) + inside) % size]
+        shards: Int64 = self.shard_at[(np.repeat(begin_W, count_W) + inside) % size]
+        return shards
 
 
 def mixture_quotas(weights: Sequence[float]) -> tuple[int, ...]:
     """Weights -> turns of each set in a block, by largest remainder; every set gets at least one.
 
-    A quota is off by less than 1/BLOCK of the stream, except where the weight is smaller than that.
+    A quota is off by less than 1/MIXTURE_BLOCK of the stream, except where the weight is smaller than that.
     """
-    share_Q = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
+    share_Q = np.asarray(weights, np.float64) / np.sum(weights) * MIXTURE_BLOCK
     quota_Q = np.maximum(1, np.floor(share_Q)).astype(np.int64)
-    while quota_Q.sum() != BLOCK:
-        step = 1 if quota_Q.sum() < BLOCK else -1
+    while quota_Q.sum() != MIXTURE_BLOCK:
+        step = 1 if quota_Q.sum() < MIXTURE_BLOCK else -1
         gap_Q = np.where(quota_Q + step > 0, step * (share_Q - quota_Q), -np.inf)
         quota_Q[np.argmax(gap_Q)] += step
     return tuple(map(int, quota_Q))

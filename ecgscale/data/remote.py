@@ -14,15 +14,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ecgscale.data.cache import FileCache, Held, Partial
+from ecgscale.data.cache import FileCache, Held, NoRoomError, Partial
 from ecgscale.data.fetch import FetchError, RemoteFiles
 from ecgscale.errors import InputError
 
-__all__ = ["CacheConfig", "CacheStats", "Held", "ShardCache", "Unreadable", "check_place", "is_remote", "join"]
+__all__ = ["CacheConfig", "CacheStats", "Held", "NoRoomError", "ShardCache", "Unreadable"]
+__all__ += ["check_place", "is_remote", "join"]
 
 T = TypeVar("T")
 
@@ -85,7 +87,7 @@ class CacheConfig:
     """A connection that brings no byte for this long has stalled; also how long to wait for space in the cache."""
 
     downloads: int = 4
-    """Files that one process fetches at the same time."""
+    """Files that one process fetches ahead at the same time; what a batch waits for comes besides."""
 
     def __post_init__(self) -> None:
         for field in ("limit_gb", "timeout_s"):
@@ -139,6 +141,7 @@ class ShardCache:
         self._sources: dict[str, RemoteFiles] = {}
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(self.config.downloads)
+        self.stopping = threading.Event()  # set: what is being fetched is given up
 
     def read(self, url: str) -> bytes:
         """The content of a small file as it is now. Raises Unreadable; InputError for more than 1 GiB."""
@@ -157,7 +160,7 @@ class ShardCache:
     def hold(self, url: str, sha256: str, size: int, wait: bool = True) -> Held:
         """The file in the cache, complete and, when fetched now, verified; fetched unless there. Blocks until then.
 
-        Raises Unreadable where it cannot be had, InputError where the cache has no place for it, even after a while,
+        Raises Unreadable where it cannot be had, NoRoomError where the cache has no place for it, even after a while,
         or, without ``wait``, at once.
         """
         _check_remote(url)
@@ -169,7 +172,7 @@ class ShardCache:
         try:
             held = self._disk.find(sha256, size)
             if held is None:
-                return self._fetch(url, sha256, size, self.config.timeout_s if wait else 0.0)
+                return self._fetch(url, sha256, size, wait)
         except OSError as error:
             raise InputError(
                 f"{self._disk.folder}: the cache cannot be used: {error.strerror or error}; "
@@ -180,13 +183,16 @@ class ShardCache:
         self._count(hits=1)
         return held
 
-    def _fetch(self, url: str, sha256: str, size: int, patience_s: float) -> Held:
+    def _fetch(self, url: str, sha256: str, size: int, wait: bool) -> Held:
         with self._disk.alone(sha256):
             held = self._disk.find(sha256, size)
             if held is not None:
                 self._count(hits=1)
                 return held
-            with self._slots, self._disk.reserve(sha256, size, patience_s) as partial:
+            # What is fetched ahead takes its turn; what somebody waits for does not.
+            turn = nullcontext() if wait else self._slots
+            patience_s = self.config.timeout_s if wait else 0.0
+            with turn, self._disk.reserve(sha256, size, patience_s) as partial:
                 self._persist(url, lambda: self._download(url, sha256, size, partial))
                 self._count(downloads=1)
                 return partial.complete()
@@ -214,8 +220,13 @@ class ShardCache:
             if scheme not in self._sources:
                 self._sources[scheme] = RemoteFiles(scheme, self.config.timeout_s, self.config.downloads)
         for block in self._sources[scheme].blocks(url, size):
+            self._check_stopping(url)
             self._count(bytes=len(block))
             yield block
+
+    def _check_stopping(self, url: str) -> None:
+        if self.stopping.is_set():
+            raise Unreadable(f"{url}: given up, since its stream was closed")
 
     def _persist(self, url: str, download: Callable[[], T]) -> T:
         """Repeat a download until it succeeds; raises Unreadable when it has failed often enough."""
@@ -224,7 +235,8 @@ class ShardCache:
                 self._count(retries=1)
                 # Unseeded: the ranks of a job must not come back all at once.
                 pause_s = min(_BACKOFF_LIMIT_S, _BACKOFF_S * 2 ** (attempt - 1))
-                time.sleep(pause_s * random.SystemRandom().uniform(0.5, 1.0))
+                self.stopping.wait(pause_s * random.SystemRandom().uniform(0.5, 1.0))
+                self._check_stopping(url)
             try:
                 return download()
             except FetchError as failed:

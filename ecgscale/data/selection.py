@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.order import BLOCK, Mixture, Order, mixture_quotas
-from ecgscale.data.payload import BLOCK as PAYLOAD_BLOCK
+from ecgscale.data.order import MIXTURE_BLOCK, Mixture, Order, mixture_quotas
+from ecgscale.data.payload import BLOCK
 from ecgscale.data.remote import CacheConfig
-from ecgscale.data.shard_set import ShardSet, lead_positions
+from ecgscale.data.shard_set import DamagedRecordError, ShardSet, UnreadableShardError, lead_positions
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Counts
 from ecgscale.rng import Purpose, below, random_words
@@ -48,7 +48,8 @@ class DataConfig:
     workers: int = 1
     """Threads that make batches ahead of need; 0: none, batches are made when they are asked for."""
     unreadable: Literal["stop", "skip"] = "stop"
-    """A shard that stays unreadable. stop: ends the run. skip: other recordings are read instead, and counted."""
+    """Damaged recordings, shards that cannot be fetched. stop: end the run. skip: read others instead, and count them;
+    in validation they are blank."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
@@ -118,8 +119,8 @@ class Selection:
             empty = self.shards.sets[int(np.argmin(records))].place
             raise InputError(f"{empty}: no usable recording for {self.split}ing; leave it out of the mixture")
         weights = self.config.weights or (records ** (1 / self.config.temperature)).tolist()
-        if len(weights) > BLOCK:
-            raise InputError(f"data.shards names {len(weights)} sets; a mixture has at most {BLOCK}")
+        if len(weights) > MIXTURE_BLOCK:
+            raise InputError(f"data.shards names {len(weights)} sets; a mixture has at most {MIXTURE_BLOCK}")
         return Mixture(tuple(shards_of_set), mixture_quotas(weights))
 
     def batch(
@@ -223,7 +224,7 @@ _of_thread = threading.local()
 def _scratch() -> Counts:
     """Room to decompress one block, of this thread's own."""
     if not hasattr(_of_thread, "scratch"):
-        _of_thread.scratch = np.empty(len(LEADS) * PAYLOAD_BLOCK, np.int16)
+        _of_thread.scratch = np.empty(len(LEADS) * BLOCK, np.int16)
     scratch: Counts = _of_thread.scratch
     return scratch
 
@@ -255,4 +256,29 @@ def evaluation_batches(
         shared = len(positions) == batch
         if shared:
             positions = positions.reshape(world_size, -1)[rank]
-        yield selection.batch(selection.numbers[positions], positions, segments, seed, target), shared
+        read = _readable if selection.config.unreadable == "skip" else Selection.batch
+        yield read(selection, selection.numbers[positions], positions, segments, seed, target), shared
+
+
+def _readable(
+    selection: Selection,
+    number_P: Int64,
+    position_P: Int64,
+    segments: int,
+    seed: int,
+    target: npt.NDArray[np.float32] | None,
+) -> ECGBatch:
+    """A batch in which unreadable records are blank, every lead missing: all ranks must go on with as many rows."""
+    bad_P = np.zeros(len(number_P), bool)
+    while not bad_P.all():
+        try:
+            shown_P = np.where(bad_P, number_P[np.argmin(bad_P)], number_P)
+            batch = selection.batch(shown_P, position_P, segments, seed, target)
+        except UnreadableShardError as error:
+            bad_P |= selection.shards.shard_of(number_P) == error.shard
+        except DamagedRecordError as error:
+            bad_P |= number_P == error.number
+        else:
+            bad_B = torch.from_numpy(np.tile(bad_P, segments))
+            return batch.with_gain(batch.gain_BL * ~bad_B[:, None])
+    raise InputError(f"none of {len(number_P)} recordings for {selection.split} can be read, see data.unreadable")

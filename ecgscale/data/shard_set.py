@@ -8,7 +8,9 @@ Shape suffixes: R records asked for, S shards, L leads that are there, T samples
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import resource
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
@@ -23,7 +25,7 @@ import xxhash
 
 from ecgscale.data.foreign import Rules, as_own, describe, foreign_name
 from ecgscale.data.payload import BLOCK, Bytes, DamagedError, decode_window, header_bytes
-from ecgscale.data.remote import CacheConfig, Held, ShardCache, Unreadable, check_place, is_remote, join
+from ecgscale.data.remote import CacheConfig, Held, NoRoomError, ShardCache, Unreadable, check_place, is_remote, join
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
 from ecgscale.data.shards import (
     MANIFEST,
@@ -43,6 +45,7 @@ Int64 = npt.NDArray[np.int64]
 _CHUNK = 1 << 18  # records that are checked or selected at once: ten million must not cost ten temporary arrays
 _MANIFEST_LIMIT_BYTES = 1 << 30
 _OPEN_TARS = 64  # that stay mapped beside those in use
+_HELD_TARS = 4  # the same for remote ones, which cannot be evicted meanwhile
 _CHECKED = ("offset", "length", "json_offset", "json_length", "samples", "leads", "split")
 
 
@@ -195,6 +198,7 @@ class ShardSet:
                 raise InputError(f"{place!r}: no path; give a local folder or a URL")
         if len({place if is_remote(place) else str(Path(place).resolve()) for place in places}) < len(places):
             raise InputError(f"data.shards names a folder twice: {', '.join(places)}")
+        _allow_open_files()
         store = ShardCache(cache or CacheConfig())
         sets = [DataSet.open(place, store) for place in places]
         rates = {one.manifest["rate_hz"] for one in sets}
@@ -207,6 +211,12 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self.first_S[-1])
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each folder: its last part, with a number where several share it."""
+        last = [one.place.rstrip("/").rpartition("/")[2] for one in self.sets]
+        return [name if last.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(last)]
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One index column over all records."""
@@ -368,15 +378,23 @@ class ShardSet:
             raise self._damage(number, "", "its checksum differs from the index")
         self._verified[number] = True
 
-    def _damage(self, number: int, what: str, why: str) -> UnreadableShardError:
+    def _damage(self, number: int, what: str, why: str) -> DamagedRecordError:
         shard = int(self.shard_of(np.array([number]))[0])
         inside = number - int(self.first_S[shard])
         place = self.shards[shard].place
-        return UnreadableShardError(shard, f"{place}: {what}record {inside} is damaged: {why}; copy or ingest it again")
+        return DamagedRecordError(number, f"{place}: {what}record {inside} is damaged: {why}; copy or ingest it again")
 
-    def keep_open(self, shards: Collection[int]) -> None:
-        """Keep these shards mapped, and in the cache, until the next call; others are closed when many are open."""
-        self._tars.keep(frozenset(shards))
+    @property
+    def cache(self) -> ShardCache:
+        """Where remote shards are."""
+        return self._tars.cache
+
+    def keep_open(self, shards: Collection[int], lingering: Collection[int] = ()) -> None:
+        """Keep these shards mapped, and in the cache, until the next call; others are closed when many are open.
+
+        ``lingering`` ones too, unless the cache has no room without their space.
+        """
+        self._tars.keep(frozenset(shards), frozenset(lingering))
 
     def prefetch(self, shard: int) -> None:
         """Bring a remote shard into the cache. Raises InputError where that fails for good."""
@@ -388,56 +406,84 @@ class ShardSet:
 
 
 class UnreadableShardError(InputError):
-    """A shard that cannot be fetched, or with wrong bytes in it."""
+    """A shard that cannot be fetched or opened."""
 
     def __init__(self, shard: int, message: str) -> None:
         super().__init__(message)
         self.shard = shard
 
 
+class DamagedRecordError(InputError):
+    """A record whose bytes differ from their checksum."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class _Tars:
     """Mapped tars: those to keep, and the last few others. Safe under threads."""
 
     def __init__(self, shards: Sequence[Shard], cache: ShardCache) -> None:
-        self._shards, self._cache = shards, cache
+        self._shards, self.cache = shards, cache
         self.open: dict[int, Bytes] = {}  # in order of opening
         self._held: dict[int, Held] = {}
         weakref.finalize(self, _release_all, self._held)
         self._kept: frozenset[int] = frozenset()
+        self._lingering: frozenset[int] = frozenset()
         self._lock = threading.Lock()
 
     def bytes_of(self, shard: int) -> Bytes:
         known = self.open.get(shard)
         return self._map(shard) if known is None else known
 
-    def keep(self, shards: frozenset[int]) -> None:
+    def keep(self, shards: frozenset[int], lingering: frozenset[int]) -> None:
         with self._lock:
-            self._kept = shards
+            self._kept, self._lingering = shards, lingering
             self._close_others(0)
 
     def prefetch(self, shard: int) -> None:
         if shard not in self.open and is_remote(self._shards[shard].place):
             self._fetch(shard, wait=False).release()
 
-    def _fetch(self, shard: int, wait: bool = True) -> Held:
+    def _fetch_now(self, shard: int) -> Held:
+        try:
+            return self._fetch(shard, wait=False)
+        except NoRoomError:
+            with self._lock:
+                self._lingering = frozenset()
+                self._close_others(0)
+            return self._fetch(shard, wait=True)
+
+    def _fetch(self, shard: int, wait: bool) -> Held:
         one = self._shards[shard]
         try:
-            return self._cache.hold(one.place, one.sha256, one.bytes, wait)
+            return self.cache.hold(one.place, one.sha256, one.bytes, wait)
         except Unreadable as error:
             raise UnreadableShardError(shard, str(error)) from error
 
     def _map(self, shard: int) -> Bytes:
         one = self._shards[shard]
-        held = self._fetch(shard) if is_remote(one.place) else None
-        mapped = np.memmap(held.path if held else one.place, np.uint8, "r").view(np.ndarray)
+        held = self._fetch_now(shard) if is_remote(one.place) else None
+        try:
+            mapped = np.memmap(held.path if held else one.place, np.uint8, "r").view(np.ndarray)
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise InputError(
+                    f"{one.place}: {len(self.open)} shards are open and the system allows no more files; "
+                    "raise `ulimit -n`, start more ranks or lower data.shuffle_window"
+                ) from error
+            raise UnreadableShardError(shard, f"{one.place}: cannot be opened: {error.strerror or error}") from error
         if mapped.size != one.bytes:  # offsets were checked against the manifest
+            if held:
+                held.release()
             raise UnreadableShardError(shard, f"{one.place}: {mapped.size} bytes, was {one.bytes} when it was opened")
         with self._lock:
             if shard in self.open:  # another thread was faster
                 if held:
                     held.release()
                 return self.open[shard]
-            self._close_others(_OPEN_TARS)
+            self._close_others(_HELD_TARS if held else _OPEN_TARS)
             self.open[shard] = mapped
             if held:
                 self._held[shard] = held
@@ -445,7 +491,7 @@ class _Tars:
 
     def _close_others(self, at_most: int) -> None:
         """Whoever still has a view of a closed tar keeps its pages."""
-        others = [shard for shard in self.open if shard not in self._kept]
+        others = [shard for shard in self.open if shard not in self._kept and shard not in self._lingering]
         for shard in others[: max(0, len(others) - at_most)]:
             del self.open[shard]
             if shard in self._held:
@@ -464,6 +510,13 @@ def lead_positions(bits: int) -> list[int]:
 
 def _first(counts: Sequence[int]) -> Int64:
     return np.cumsum([0, *counts], dtype=np.int64)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us: each mapped shard takes one or two, and a rank of a large set maps thousands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_disjoint_across(sets: Sequence[DataSet]) -> None:

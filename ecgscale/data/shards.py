@@ -196,6 +196,8 @@ def write_index_in_parts(folder: Path, records: int, parts: Iterable[Columns]) -
                     file.write(np.ascontiguousarray(part[name]).data)
                 first += len(part["samples"])
             assert first == records
+            file.flush()
+            os.fsync(file.fileno())
         sha256 = file_sha256(partial)
         index = folder / f"index-{sha256[:12]}.safetensors"
         size = partial.stat().st_size
@@ -307,7 +309,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is complete or absent; raises InputError where the disk does not take it."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # what a power cut leaves under this name is whole
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ Shape suffixes: P positions, B rows, L the twelve leads, T samples.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -16,12 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.order import Order
+from ecgscale.data.order import Order, Place
 from ecgscale.data.remote import is_remote
 from ecgscale.data.selection import Selection
-from ecgscale.data.shard_set import UnreadableShardError
+from ecgscale.data.shard_set import DamagedRecordError, UnreadableShardError
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
 
@@ -49,6 +51,7 @@ class TrainStream:
         self.selection, self.order, self.segments, self.target = selection, order, segments, target
         self.rank, self.world_size = rank, world_size
         self.unreadable: set[int] = set()  # shards that are skipped
+        self.damaged: set[int] = set()  # numbers of records that are skipped
         self.redrawn = 0  # records that were read instead of others
         self._plans: dict[int, tuple[Int64, Int64, npt.NDArray[np.bool_]]] = {}
         self._lock = threading.Lock()
@@ -77,29 +80,49 @@ class TrainStream:
             position_P, number_P, redrawn_P = self._planned(micro_batch)
             try:
                 batch = self.selection.batch(number_P, position_P, self.segments, self.order.seed, self.target, buffer)
-            except UnreadableShardError as error:
-                if self.selection.config.unreadable == "stop":
+            except (UnreadableShardError, DamagedRecordError) as error:
+                if self.selection.config.unreadable == "stop" or self.selection.shards.cache.stopping.is_set():
                     raise
-                with self._lock:
-                    self.unreadable.add(error.shard)
-                    self._plans.clear()
+                self._skip(error)
                 continue
             with self._lock:
                 self.redrawn += int(redrawn_P.sum())
             return batch.pin_memory() if torch.cuda.is_available() else batch
 
+    def _skip(self, error: UnreadableShardError | DamagedRecordError) -> None:
+        """A damaged record is replaced wherever it is met, so that what is read depends on the data alone."""
+        with self._lock:
+            if isinstance(error, UnreadableShardError):
+                known = error.shard in self.unreadable
+                self.unreadable.add(error.shard)
+            else:
+                known = error.number in self.damaged
+                self.damaged.add(error.number)
+            self._plans.clear()
+        if not known:
+            tqdm.write(f"rank {self.rank} skips: {error}", file=sys.stderr)
+
     def counts(self, batch: int) -> dict[str, float]:
-        """Scalars: what was drawn of each data set before a global batch, and what of this rank's was replaced."""
+        """Scalars: what was drawn of each data set before a global batch."""
         drawn = self.order.draws(batch * self.order.global_batch)
-        scalars = {"data/skipped_shards": float(len(self.unreadable)), "data/replaced_recordings": float(self.redrawn)}
         if self.order.mixture is None:
-            return scalars | {"data/epochs": batch / self.order.batches_per_epoch}
-        first_Q = np.cumsum([0, *self.order.mixture.shards])
-        for one, count, first, last in zip(self.selection.shards.sets, drawn, first_Q, first_Q[1:], strict=False):
-            name = f"{one.place.rstrip('/').rpartition('/')[2]}"
-            usable = int(self.selection.first_S[last] - self.selection.first_S[first])
+            return {"data/epochs": batch / self.order.batches_per_epoch}
+        scalars: dict[str, float] = {}
+        first_Q = self.selection.first_S[np.cumsum([0, *self.order.mixture.shards])]
+        for name, count, usable in zip(self.selection.shards.names, drawn, np.diff(first_Q).tolist(), strict=True):
             scalars |= {f"data/recordings/{name}": float(count), f"data/epochs/{name}": count / usable}
         return scalars
+
+    def own_counts(self) -> dict[str, float]:
+        """Scalars of this rank alone: what was skipped and replaced since it was started, and what it fetched."""
+        stats = self.selection.shards.cache.stats
+        return {
+            "data/skipped_shards": float(len(self.unreadable)),
+            "data/skipped_recordings": float(len(self.damaged)),
+            "data/replaced_recordings": float(self.redrawn),
+            "data/downloads": float(stats.downloads),
+            "data/download_retries": float(stats.retries),
+        }
 
     def _planned(self, micro_batch: int) -> tuple[Int64, Int64, npt.NDArray[np.bool_]]:
         """Positions, record numbers and which of them are substitutes; worked out for several micro-batches at once."""
@@ -122,20 +145,36 @@ class TrainStream:
     def _numbers(self, position_P: Int64) -> tuple[Int64, npt.NDArray[np.bool_]]:
         """Whole-set numbers of the records at positions; those of unreadable shards have substitutes."""
         place = self.order.places(position_P)
-        bad_P = np.isin(place.shard, list(self.unreadable))
+        bad_P = self._bad(place)
         redrawn_P = bad_P.copy()
-        all_bad = self.unreadable >= set(np.flatnonzero(self.order.shard_records).tolist())
-        for redraw in range(1, 1 if all_bad else _REDRAWS):
+        for redraw in range(1, _REDRAWS if self._any_readable() else 1):
             if not bad_P.any():
                 break
             other = self.order.places(position_P[bad_P], redraw)
             place.shard[bad_P], place.record[bad_P] = other
-            bad_P[bad_P] = np.isin(other.shard, list(self.unreadable))
+            bad_P[bad_P] = self._bad(other)
         else:
             if bad_P.any():
                 names = ", ".join(sorted(self.selection.shards.shards[shard].place for shard in self.unreadable)[:3])
-                raise InputError(f"no readable recording is left beside the unreadable shards {names}")
-        return self.selection.numbers[self.selection.first_S[place.shard] + place.record], redrawn_P
+                raise InputError(
+                    f"no readable recording is left beside {len(self.unreadable)} unreadable shards ({names}) and "
+                    f"{len(self.damaged)} damaged recordings; fetch or ingest the data again"
+                )
+        return self._number(place), redrawn_P
+
+    def _any_readable(self) -> bool:
+        if not (self.unreadable or self.damaged):
+            return True
+        numbers = self.selection.numbers
+        bad_R = np.isin(self.selection.shards.shard_of(numbers), list(self.unreadable))
+        return not (bad_R | np.isin(numbers, list(self.damaged))).all()
+
+    def _bad(self, place: Place) -> npt.NDArray[np.bool_]:
+        return np.isin(place.shard, list(self.unreadable)) | np.isin(self._number(place), list(self.damaged))
+
+    def _number(self, place: Place) -> Int64:
+        numbers: Int64 = self.selection.numbers[self.selection.first_S[place.shard] + place.record]
+        return numbers
 
 
 class Batches(Iterator[ECGBatch]):
@@ -161,6 +200,7 @@ class Batches(Iterator[ECGBatch]):
         if self._error is not None:
             raise self._error
         self._buffers[(self._taken - 1) % len(self._buffers)].release()
+        self._stages.taken(self._taken // self._stream.micro_steps)
         self._taken += 1
         try:
             self._ask()
@@ -181,9 +221,16 @@ class Batches(Iterator[ECGBatch]):
         self._made.append(made)
 
     def close(self) -> None:
-        """Stop the threads."""
-        self._pool.shutdown(cancel_futures=True)
-        self._stages.close()
+        """Stop the threads; a download that is under way is given up."""
+        cache = self._stream.selection.shards.cache
+        cache.stopping.set()
+        pools = [self._pool, *self._stages.pools()]
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown()
+        cache.stopping.clear()
+        self._stream.selection.shards.keep_open(())
 
 
 class _Buffer:
@@ -215,15 +262,24 @@ class _Stages:
         remote = any(is_remote(one.place) for one in self._shards.sets)
         downloads = stream.selection.config.cache.downloads
         self._pool = ThreadPoolExecutor(downloads, "fetch") if remote else None
+        self._before: list[int] = []  # shards of the stages before, while batches of them are still being made
         self._enter(self._stage)
 
     def reach(self, batch: int) -> None:
+        """A batch is about to be made."""
         while batch >= self._next[0]:
+            self._before += self._stage[1].tolist()
             self._stage, self._next = self._next, next(self._plan)
             self._enter(self._stage)
 
+    def taken(self, batch: int) -> None:
+        """A batch was made, and with it all before it."""
+        if self._before and batch >= self._stage[0]:
+            self._before = []
+            self._shards.keep_open(self._stage[1].tolist())
+
     def _enter(self, stage: tuple[int, Int64]) -> None:
-        self._shards.keep_open(stage[1].tolist())
+        self._shards.keep_open(stage[1].tolist(), self._before)
         if self._pool is not None:
             for first, shards in (stage, self._next):
                 for shard in self._in_order_of_use(first, shards):
@@ -245,9 +301,8 @@ class _Stages:
                 for micro_step in range(self._stream.micro_steps)
             ]
         )
-        used = order.places(position_P).shard.tolist()
-        return list(dict.fromkeys([*used, *shards.tolist()]))
+        used = order.places(position_P).shard
+        return list(dict.fromkeys([*used[np.isin(used, shards)].tolist(), *shards.tolist()]))
 
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def pools(self) -> list[ThreadPoolExecutor]:
+        return [] if self._pool is None else [self._pool]

@@ -22,7 +22,7 @@ from ecgscale.errors import InputError
 from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.training import checkpoint
 from ecgscale.training.engine import Engine, EngineConfig
-from ecgscale.training.monitor import Monitor
+from ecgscale.training.monitor import Monitor, sum_over_ranks
 from ecgscale.training.ranks import Ranks, log
 from ecgscale.training.schedule import Schedule, learning_rate_factor
 from ecgscale.training.validation import Validation
@@ -128,8 +128,8 @@ def train(job: Job, ranks: Ranks) -> Engine:
     monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, yaml.safe_dump(job.config, sort_keys=False))
     if job.picture and resumed is None:
         monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
-    batches = job.stream.from_batch(step)
     seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
+    batches = job.stream.from_batch(step)
     try:
         while step < job.train.steps:
             learning_rate = job.engine.learning_rate * _factor(job.train, step)
@@ -157,6 +157,7 @@ def train(job: Job, ranks: Ranks) -> Engine:
                     "train/gradient_norm": engine.gradient_norm(),
                 }
                 scalars |= {"train/skipped_steps": float(skipped.total)} | job.stream.counts(step)
+                scalars |= sum_over_ranks(job.stream.own_counts(), ranks)
                 monitor.log(step, parts, scalars)
             with monitor.pause():
                 if last or (job.train.validate_every and step % job.train.validate_every == 0):
@@ -176,11 +177,14 @@ class RecordingsLog:
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"rank-{rank}.jsonl").open("a")
+        path = folder / f"rank-{rank}.jsonl"
+        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+        self._file = path.open("a")
+        self._file.write("\n" if cut_off else "")
 
     def write(self, step: int, micro_step: int, batch: ECGBatch) -> None:
         once = batch.segment_B == 0
-        line = {"step": step, "micro_step": micro_step, "first_position": int(batch.position_B[0])}
+        line = {"step": step + 1, "micro_step": micro_step, "first_position": int(batch.position_B[0])}
         self._file.write(json.dumps(line | {"recordings": batch.record_B[once].tolist()}) + "\n")
         self._file.flush()
 

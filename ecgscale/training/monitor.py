@@ -128,6 +128,12 @@ def write_evaluation(run: Path, step: int, values: dict[str, float]) -> None:
             board.add_scalar(name, value, step)
 
 
+def sum_over_ranks(counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """Sums over ranks of what each has counted."""
+    mean = average_over_ranks({name: torch.tensor(count, device=ranks.device) for name, count in counts.items()})
+    return {name: value * ranks.world_size for name, value in mean.items()}
+
+
 def average_over_ranks(parts: dict[str, Tensor]) -> dict[str, float]:
     """Means over ranks of scalars, in one all-reduce and one transfer."""
     stacked = torch.stack([part.detach().float() for part in parts.values()])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from ecgscale.data.order import BLOCK, Mixture, Order, check_world_size, default_lanes, mixture_quotas
+from ecgscale.data.order import MIXTURE_BLOCK, Mixture, Order, check_world_size, default_lanes, mixture_quotas
 from ecgscale.errors import InputError
 
 
@@ -188,14 +188,14 @@ def set_of(order: Order, shard_P: np.ndarray) -> np.ndarray:
 @given(mixtures(), st.sampled_from([0, 3, 10**6]))
 def test_the_quotas_of_a_mixture_come_out_in_every_block_of_a_lane(order, block) -> None:
     lane_slots = order.contrast_batch // order.lanes
-    position_P = np.arange(block * BLOCK * order.lanes, (block + 2) * BLOCK * order.lanes)
+    position_P = np.arange(block * MIXTURE_BLOCK * order.lanes, (block + 2) * MIXTURE_BLOCK * order.lanes)
     if len(position_P) % order.contrast_batch or position_P[0] % order.contrast_batch:
-        position_P = np.arange(2 * BLOCK * order.contrast_batch) + block * BLOCK * order.contrast_batch
+        position_P = np.arange(2 * MIXTURE_BLOCK * order.contrast_batch) + block * MIXTURE_BLOCK * order.contrast_batch
     lane_P = position_P % order.contrast_batch // lane_slots
     set_P = set_of(order, order.places(position_P).shard)
     for lane in range(order.lanes):
         of_lane = set_P[lane_P == lane]
-        for part in of_lane.reshape(-1, BLOCK):
+        for part in of_lane.reshape(-1, MIXTURE_BLOCK):
             assert np.bincount(part, minlength=len(order.mixture.quota)).tolist() == list(order.mixture.quota)
 
 
@@ -203,7 +203,7 @@ def test_every_recording_of_a_mixture_is_drawn_equally_often() -> None:
     """Sets of very unequal size: 1,300 epochs of the small one fall into 119 of the large one."""
     mixture = Mixture((3, 2), mixture_quotas([3, 1]))
     order = Order((500, 400, 131, 20, 11), 32, 16, 4, seed=5, window=64, mixture=mixture)
-    drawn = np.bincount(numbers(order, np.arange(4 * 160 * BLOCK)), minlength=1062)
+    drawn = np.bincount(numbers(order, np.arange(4 * 160 * MIXTURE_BLOCK)), minlength=1062)
     large, small = drawn[:1031], drawn[1031:]
     assert large.sum() == 3 * small.sum()
     for counts in (large, small):
@@ -227,11 +227,11 @@ def test_a_mixture_of_one_weight_each_reads_as_often_from_each() -> None:
     assert mixture_quotas([1e9, 1]) == (255, 1)
 
 
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=BLOCK))
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=MIXTURE_BLOCK))
 def test_quotas_fill_the_block(weights) -> None:
     quota_Q = np.array(mixture_quotas(weights))
-    share_Q = np.array(weights) / sum(weights) * BLOCK
-    assert quota_Q.sum() == BLOCK
+    share_Q = np.array(weights) / sum(weights) * MIXTURE_BLOCK
+    assert quota_Q.sum() == MIXTURE_BLOCK
     assert quota_Q.min() >= 1
     if share_Q.min() >= 1:
         assert abs(quota_Q - share_Q).max() < 1 + 1e-9

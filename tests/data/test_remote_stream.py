@@ -140,7 +140,7 @@ def test_a_shard_that_stays_unreadable_stops_the_run_or_is_skipped(place, cache,
         hit = torch.from_numpy(shard.shard_of(wanted.record_B.numpy()) == 3)
         assert torch.equal(got.record_B != wanted.record_B, hit)
         assert torch.equal(got.signal_BLT[~hit], wanted.signal_BLT[~hit])
-    counts = opened[1].counts(16)
+    counts = opened[1].own_counts()
     assert counts["data/skipped_shards"] == 1
     assert counts["data/replaced_recordings"] > 0
     batches.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from ecgscale.data import stream as stream_module
 from ecgscale.data.order import Order
 from ecgscale.data.selection import DataConfig, Selection, evaluation_batches
 from ecgscale.data.shard_set import ShardSet
@@ -318,7 +320,8 @@ def test_threads_end_with_their_stream(train) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_shard_ends_a_stream_by_name(copied, workers) -> None:
-    damaged = damage(copied, 2, 500)
+    damaged = copied / "shard-000002.tar"
+    damage(copied, range(16, 24))
     selection = Selection(ShardSet.open(copied), replace(CONFIG, min_record_s=5, workers=workers), "train")
     batches = stream(selection).from_batch(0)
     with pytest.raises(InputError, match=f"{damaged}: record . is damaged"):
@@ -328,45 +331,63 @@ def test_a_damaged_shard_ends_a_stream_by_name(copied, workers) -> None:
     batches.close()
 
 
-def test_unreadable_shards_are_skipped_where_configured(copied, train) -> None:
-    """Every other row is what it would have been, and the substitutes are the same on any number of ranks."""
-    damage(copied, 2, 500)
-    skipping = replace(CONFIG, min_record_s=5, unreadable="skip")
+@pytest.mark.parametrize("workers", [0, 4])
+def test_damaged_recordings_are_skipped_where_configured(copied, train, workers) -> None:
+    """What is read instead depends on the bytes alone: not on ranks, threads, nor on where a run was stopped."""
+    shards = ShardSet.open(copied)
+    bad = [int(n) for n in train.numbers if n == train.numbers[3] or shards.first_S[2] <= n < shards.first_S[3]]
+    damage(copied, bad)
+    skipping = replace(CONFIG, min_record_s=5, unreadable="skip", workers=workers)
 
     def skipped(rank: int = 0, world_size: int = 1) -> TrainStream:
         return stream(Selection(ShardSet.open(copied), skipping, "train"), rank, world_size)
 
-    one, halves, undisturbed = skipped(), [skipped(rank, 2) for rank in range(2)], stream(train)
-    assert one.selection.numbers.tolist() == train.numbers.tolist()
-    first, last = ShardSet.open(copied).first_S[2:4]
-    for batch, micro_step in itertools.product((0, 1, 2), (0, 1)):
-        whole, right = one.micro_batch(batch, micro_step), undisturbed.micro_batch(batch, micro_step)
-        hit = (right.record_B >= first) & (right.record_B < last)
-        assert not ((whole.record_B >= first) & (whole.record_B < last)).any()
-        assert torch.equal(whole.signal_BLT[~hit], right.signal_BLT[~hit])
-        assert torch.equal(whole.record_B != right.record_B, hit)
-        assert_equal(joined([half.micro_batch(batch, micro_step) for half in halves]), whole)
-    assert one.unreadable == {2}
-    assert one.redrawn > 0
+    one, undisturbed = skipped(), stream(train)
+    whole = one.from_batch(0)
+    for number in range(24):
+        batch, right = next(whole), undisturbed.make(number)
+        hit = torch.isin(right.record_B, torch.tensor(bad))
+        assert not torch.isin(batch.record_B, torch.tensor(bad)).any()
+        assert torch.equal(batch.signal_BLT[~hit], right.signal_BLT[~hit])
+        assert torch.equal(batch.record_B != right.record_B, hit)
+        if number % 8 == 5:  # as if begun here
+            assert_equal(joined([skipped(rank, 2).make(number) for rank in range(2)]), batch)
+    whole.close()
+    assert one.damaged <= set(bad)
+    assert one.own_counts()["data/replaced_recordings"] > 0
 
 
-def test_when_nothing_is_readable_the_shards_are_named(copied) -> None:
-    for shard in range(5):
-        damage(copied, shard, 500)
+def test_damaged_recordings_are_blank_in_evaluation(copied) -> None:
     selection = Selection(ShardSet.open(copied), replace(CONFIG, min_record_s=5, unreadable="skip"), "train")
-    with pytest.raises(InputError, match=r"no readable recording is left.*shard-00000"):
+    right = [batch for batch, _ in evaluation_batches(selection, 4, 2, 0)]
+    bad = [int(selection.numbers[i]) for i in (0, 4, 5, 9)]
+    damage(copied, bad)
+    selection = Selection(ShardSet.open(copied), selection.config, "train")
+    for (batch, _), whole in zip(evaluation_batches(selection, 4, 2, 0), right, strict=True):
+        hit = torch.isin(whole.record_B, torch.tensor(bad))
+        assert not batch.gain_BL[hit].any()
+        assert torch.equal(batch.signal_BLT[~hit], whole.signal_BLT[~hit])
+        assert torch.equal(batch.gain_BL[~hit], whole.gain_BL[~hit])
+
+
+def test_when_nothing_is_readable_that_is_said(copied, monkeypatch) -> None:
+    monkeypatch.setattr(stream_module, "_PLANNED", 8)
+    damage(copied, range(40))
+    selection = Selection(ShardSet.open(copied), replace(CONFIG, min_record_s=5, unreadable="skip"), "train")
+    with pytest.raises(InputError, match=rf"no readable recording.*{len(selection)} damaged recordings"):
         stream(selection).micro_batch(0, 0)
+    with pytest.raises(InputError, match="none of 4 recordings for train can be read"):
+        list(evaluation_batches(selection, 4, 2, 0))
 
 
-def damage(folder: Path, shard: int, at: int) -> Path:
-    """Flip one bit in every payload of a shard, ``at`` bytes from its begin."""
+def damage(folder: Path, numbers: Iterable[int]) -> None:
+    """Flip one bit in the payloads of some records."""
     shards = ShardSet.open(folder)
-    tar = folder / f"shard-{shard:06d}.tar"
-    content = bytearray(tar.read_bytes())
-    for start in shards.column("offset")[shards.first_S[shard] : shards.first_S[shard + 1]]:
-        content[int(start) + at] ^= 4
-    tar.write_bytes(content)
-    return tar
+    for number in numbers:
+        tar = folder / f"shard-{int(shards.shard_of(np.array([number]))[0]):06d}.tar"
+        content = bytearray(tar.read_bytes())
+        content[int(shards.column("offset")[number]) + 500] ^= 4
+        tar.write_bytes(content)
 
 
 # --- evaluation ---

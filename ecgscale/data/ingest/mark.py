@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 UNFINISHED = "ingest.unfinished"
 NAMES = "the sha256 of their names"
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that know none
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that know none
 
 Asked = dict[str, dict[str, str]]
 
@@ -154,7 +154,7 @@ def _lock(file: IO[bytes], out: Path, numbers: range | None) -> None:
         first, count = (numbers.start, len(numbers)) if numbers else (0, 0)  # 0 bytes: all of them
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             return
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
