@@ -60,7 +60,7 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
         return 1
     except KeyboardInterrupt:
         print(
-            f"{name}: interrupted; the same command goes on from the newest checkpoint, if any",
+            f"{name}: interrupted; the same command goes on where it can",
             file=sys.stderr,
         )
         return 130

@@ -39,6 +39,8 @@ def pretrain(config: PretrainConfig) -> Path:
     run = claim_run(config.run.dir, config, ranks)
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
+    if order.mixture is not None:
+        log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
     if config.data.min_record_s < SEGMENTS * config.data.segment_s:
         log(ranks, f"recordings shorter than {SEGMENTS * config.data.segment_s:g} s give shorter segments, padded")
     job = Job(

@@ -93,7 +93,8 @@ def _options(scheme: str, timeout_s: float, downloads: int) -> dict[str, Any]:
 
 def _own_errors(scheme: str) -> tuple[type[Exception], ...]:
     names = {
-        "s3": ("botocore.exceptions.BotoCoreError", "botocore.exceptions.ClientError"),
+        # ValueError: an endpoint that is no URL
+        "s3": ("botocore.exceptions.BotoCoreError", "botocore.exceptions.ClientError", "builtins.ValueError"),
         "gs": ("gcsfs.retry.HttpError", "google.auth.exceptions.GoogleAuthError", "builtins.ValueError"),
     }
     paths = [name.rpartition(".") for name in names.get(scheme.replace("gcs", "gs"), ())]

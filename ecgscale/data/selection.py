@@ -110,6 +110,12 @@ class Selection:
         window = self.config.shuffle_window
         return Order(self.counts, global_batch, contrast_batch, lanes, seed, window, self._mixture())
 
+    def shares(self, mixture: Mixture) -> list[str]:
+        """For people: what each set has of the stream, and what that means for its recordings."""
+        usable_Q = np.diff(self.first_S[np.cumsum([0, *mixture.shards])])
+        shown = zip(self.shards.names, mixture.quota, usable_Q.tolist(), strict=True)
+        return [f"{name} {quota / MIXTURE_BLOCK:.3f} of {usable} recordings" for name, quota, usable in shown]
+
     def _mixture(self) -> Mixture | None:
         if not (self.config.weights or self.config.temperature):
             return None
