@@ -10,7 +10,7 @@ RUNS ?= runs
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
-	@echo "make test   the test suite: 6 minutes on 2 cores"
+	@echo "make test   the test suite: 7 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
 	@echo "make gpu    the test suite and a bf16 ZeRO-1 run on a GPU"
 	@echo "make real   the chain on real recordings below DATA=$(DATA), about an hour"
