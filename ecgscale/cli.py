@@ -10,6 +10,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ecgscale.data.source_options import listed
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -164,8 +165,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         options.validation_fraction,
         options.test_fraction,
         options.split_by,
-        _listed(options.validation_values),
-        _listed(options.test_values),
+        listed(options.validation_values),
+        listed(options.test_values),
     )
     about = {"append": options.append, "arguments": _source_arguments(options, chosen)}
     if options.part:
@@ -198,10 +199,6 @@ def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dic
         for name, value in vars(options).items()
         if name not in others and value not in (None, "")
     }
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
 
 
 def ingest(argv: list[str]) -> None:
@@ -279,10 +276,10 @@ def index(argv: list[str]) -> None:
 
     rules = Rules(
         rate_hz=options.rate_hz,
-        leads=_listed(options.leads),
+        leads=listed(options.leads),
         mv_per_count=options.mv_per_count,
         patient_key=options.patient_key,
-        label_keys=_listed(options.label_keys),
+        label_keys=listed(options.label_keys),
         signal_ext=options.signal_ext.lstrip(".").lower(),
         meta_ext=options.meta_ext.lstrip(".").lower(),
     )
@@ -290,8 +287,8 @@ def index(argv: list[str]) -> None:
         validation_fraction=options.validation_fraction,
         test_fraction=options.test_fraction,
         split_by=options.split_by,
-        validation_values=_listed(options.validation_values),
-        test_values=_listed(options.test_values),
+        validation_values=listed(options.validation_values),
+        test_values=listed(options.test_values),
     )
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
     if not done.patients_known:
@@ -370,7 +367,7 @@ def evaluate(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     from ecgscale.downstream.evaluate import evaluate as score
 
-    print(score(options.model, list(_listed(options.shards)), options.split, options.out).table())
+    print(score(options.model, list(listed(options.shards)), options.split, options.out).table())
 
 
 def export(argv: list[str]) -> None:
@@ -401,7 +398,7 @@ def embed(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     from ecgscale.embed import embed_files
 
-    leads = _listed(options.leads) if options.leads else None
+    leads = listed(options.leads) if options.leads else None
     print(
         embed_files(
             options.model,
@@ -410,7 +407,7 @@ def embed(argv: list[str]) -> None:
             options.tokens,
             options.rate_hz,
             leads,
-            _listed(options.ignore_leads),
+            listed(options.ignore_leads),
         )
     )
 
@@ -433,8 +430,8 @@ def compare(argv: list[str]) -> None:
         run(
             options.pretrain,
             options.finetune,
-            _listed(options.pretrain_shards),
-            _listed(options.task_shards),
+            listed(options.pretrain_shards),
+            listed(options.task_shards),
             options.run,
             options.seeds,
         )
@@ -461,7 +458,7 @@ def bench(argv: list[str]) -> None:
     from ecgscale.bench.stream import Effort, bench_stream
 
     effort = Effort.quick() if options.quick else replace(Effort(), seconds=options.seconds)
-    print(bench_stream(list(_listed(options.shards)), options.out, effort).markdown())
+    print(bench_stream(list(listed(options.shards)), options.out, effort).markdown())
 
 
 def _wants_help(argv: list[str]) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ecgscale.data.payload import BLOCK
-from ecgscale.data.scan import Found, as_columns, scan_foreign, scan_own
+from ecgscale.data.scan import Found, scan_foreign, scan_own
 from ecgscale.data.shard_set import DataSet, Int64, ShardSet
-from ecgscale.data.shards import COLUMNS, check_patient_disjoint
+from ecgscale.data.shards import COLUMNS, as_columns, check_patient_disjoint
 from ecgscale.errors import InputError
 
 _TOGETHER = 1024  # records whose rows are compared at once
@@ -81,7 +81,7 @@ def _set_of(shards: ShardSet, shard: int) -> DataSet:
 def _compare(shards: ShardSet, found: list[Found], first: int, place: str) -> None:
     """Raises InputError where the index says something else than the tar."""
     number_R = np.arange(first, first + len(found))
-    for name, column in as_columns(record.row for record in found).items():
+    for name, column in as_columns([record.row for record in found]).items():
         differs_R = (column != shards.take(name, number_R)).reshape(len(found), -1).any(axis=1)
         if differs_R.any() or not _plausible(name, column):
             at = int(np.argmax(differs_R))

@@ -25,11 +25,12 @@ from tqdm import tqdm
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.ingest.mark import NO_LOCKS
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
-from ecgscale.data.scan import as_columns, scan_foreign
+from ecgscale.data.ingest.splits import Splits, check_not_empty, split_value, splits_by_hash, splits_by_value
+from ecgscale.data.scan import scan_foreign
 from ecgscale.data.shards import (
     MANIFEST,
     Columns,
+    as_columns,
     check_patient_disjoint,
     shard_entry,
     write_index_in_parts,
@@ -173,7 +174,7 @@ def _index_tar(
         done.rates.setdefault(about.rate_hz, record.name)
         done.patients_known |= about.patient is not None
         if split_by:
-            done.split_values.append((about.labels.get(split_by) or [about.metadata.get(split_by, "")])[0])
+            done.split_values.append(split_value(about.labels, about.metadata, split_by))
     if not rows:
         raise InputError(f"{path}: no sample in it; remove it")
     digest.update(tar[hashed:].data)

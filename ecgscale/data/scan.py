@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
 
 from ecgscale.data.foreign import Described, Rules, describe, foreign_name
 from ecgscale.data.payload import Bytes, header_bytes, npy_shape
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
-from ecgscale.data.shards import COLUMNS, Columns
+from ecgscale.data.shards import index_row
 from ecgscale.data.tar import Member, Sample, samples
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, patient_code
@@ -68,16 +67,6 @@ def scan_own(tar: Bytes, place: str, payload: str, dataset: str) -> Iterator[Fou
         yield Found(fields["name"], described, row, signal.offset + signal.size)
 
 
-def as_columns(rows: Iterable[dict[str, Any]]) -> Columns:
-    """Rows of records -> the columns of an index, all but the split."""
-    listed = list(rows)
-    return {
-        name: np.array([row[name] for row in listed], dtype).reshape(len(listed), *shape)
-        for name, (dtype, shape) in COLUMNS.items()
-        if name != "split"
-    }
-
-
 def _described(fields: dict[str, Any]) -> Described:
     return Described(
         fields["rate_hz"],
@@ -90,14 +79,7 @@ def _described(fields: dict[str, Any]) -> Described:
 
 
 def _row(described: Described, n_samples: int, patient: int, signal: Member, meta: Member) -> dict[str, Any]:
-    at = [LEADS.index(lead) for lead in described.leads_L]
-    scale_L = np.zeros(len(LEADS), np.float32)
-    scale_L[at] = described.scale_L
-    return {
-        "samples": n_samples,
-        "leads": sum(1 << i for i in at),
-        "scale": scale_L,
-        "patient": patient,
+    return index_row(described.leads_L, described.scale_L, n_samples, patient) | {
         "offset": signal.offset,
         "length": signal.size,
         "json_offset": meta.offset,

@@ -78,7 +78,7 @@ class Selection:
         """``keep`` (records of the whole set,) narrows the selection further, to labelled records for example."""
         self.shards, self.config, self.split = shards, config, split
         self.numbers = shards.select(split, config.min_record_s)  # (R,) of the whole set, in its order
-        self.too_short = len(shards.select(split)) - len(self.numbers)
+        self.too_short = shards.count(split) - len(self.numbers)
         if keep is not None:
             self.numbers = self.numbers[keep[self.numbers]]
         self.first_S = np.searchsorted(self.numbers, shards.first_S)  # (S + 1,) where a shard's records begin
@@ -91,6 +91,13 @@ class Selection:
     def counts(self) -> tuple[int, ...]:
         """(S,) records of each shard."""
         return tuple(np.diff(self.first_S).tolist())
+
+    @property
+    def counts_of_sets(self) -> Int64:
+        """(Q,) records of each data set folder."""
+        first_Q = np.cumsum([0, *(len(one.shards) for one in self.shards.sets)])
+        counts: Int64 = np.diff(self.first_S[first_Q])
+        return counts
 
     def some(self, recordings: int, seed: int) -> Selection:
         """So many of these records, all of them for 0, from as few shards as hold them, which are chosen at random."""
@@ -112,22 +119,20 @@ class Selection:
 
     def shares(self, mixture: Mixture) -> list[str]:
         """For people: what each set has of the stream, and what that means for its recordings."""
-        usable_Q = np.diff(self.first_S[np.cumsum([0, *mixture.shards])])
-        shown = zip(self.shards.names, mixture.quota, usable_Q.tolist(), strict=True)
+        shown = zip(self.shards.names, mixture.quota, self.counts_of_sets.tolist(), strict=True)
         return [f"{name} {quota / MIXTURE_BLOCK:.3f} of {usable} recordings" for name, quota, usable in shown]
 
     def _mixture(self) -> Mixture | None:
         if not (self.config.weights or self.config.temperature):
             return None
-        shards_of_set = [len(one.shards) for one in self.shards.sets]
-        records = np.diff(self.first_S[np.cumsum([0, *shards_of_set])])
+        records = self.counts_of_sets
         if not records.all():
             empty = self.shards.sets[int(np.argmin(records))].place
             raise InputError(f"{empty}: no usable recording for {self.split}ing; leave it out of the mixture")
         weights = self.config.weights or (records ** (1 / self.config.temperature)).tolist()
         if len(weights) > MIXTURE_BLOCK:
             raise InputError(f"data.shards names {len(weights)} sets; a mixture has at most {MIXTURE_BLOCK}")
-        return Mixture(tuple(shards_of_set), mixture_quotas(weights))
+        return Mixture(tuple(len(one.shards) for one in self.shards.sets), mixture_quotas(weights))
 
     def batch(
         self,

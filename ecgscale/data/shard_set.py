@@ -239,6 +239,11 @@ class ShardSet:
         """The shard that holds each record."""
         return np.searchsorted(self.first_S, number_R, side="right") - 1
 
+    def count(self, split: str) -> int:
+        """Records of a split."""
+        code = SPLITS.index(split)
+        return sum(int(np.count_nonzero(one.columns["split"] == code)) for one in self.sets)
+
     def select(self, split: str, min_s: float = 0.0) -> Int64:
         """Sorted numbers of the records of a split that are at least ``min_s`` seconds long."""
         code, found = SPLITS.index(split), []

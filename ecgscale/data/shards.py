@@ -17,7 +17,7 @@ import json
 import os
 import tarfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,7 +75,9 @@ def write_tar(
             for key, record in records:
                 content, checksum = encode(record.signal_LT, payload)
                 meta = _metadata_json(record, dataset, xxhash.xxh3_64_intdigest(content))
-                row = _index_row(record, dataset) | {"checksum": checksum, "json_checksum": _hash(meta)}
+                patient = patient_code(dataset, record.patient, record.name)
+                row = index_row(record.leads, record.scale_L, record.n_samples, patient)
+                row |= {"checksum": checksum, "json_checksum": xxhash.xxh3_64_intdigest(meta)}
                 row |= {"json_offset": tar.add(f"{key}.json", meta), "json_length": len(meta)}
                 row |= {"offset": tar.add(f"{key}.{payload}", content), "length": len(content)}
                 rows.append(row)
@@ -87,11 +89,7 @@ def write_tar(
         raise InputError(f"{path}: cannot write the shard: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    return {
-        name: np.array([row[name] for row in rows], dtype).reshape(len(rows), *shape)
-        for name, (dtype, shape) in COLUMNS.items()
-        if name != "split"
-    }
+    return as_columns(rows)
 
 
 class _TarWriter:
@@ -121,18 +119,20 @@ class _TarWriter:
             self._digest.update(content)
 
 
-_hash = xxhash.xxh3_64_intdigest
+def index_row(leads: Sequence[str], scale_L: npt.ArrayLike, samples: int, patient: int) -> dict[str, Any]:
+    """What the index says of a record, but for where its members are and their checksums."""
+    at = [LEADS.index(lead) for lead in leads]
+    scale_of_all = np.zeros(len(LEADS), np.float32)
+    scale_of_all[at] = scale_L
+    return {"samples": samples, "leads": sum(1 << i for i in at), "scale": scale_of_all, "patient": patient}
 
 
-def _index_row(record: Record, dataset: str) -> dict[str, Any]:
-    at = [LEADS.index(lead) for lead in record.leads]
-    scale_L = np.zeros(len(LEADS), np.float32)
-    scale_L[at] = record.scale_L
+def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
+    """Rows of records -> the columns of an index, all but the split."""
     return {
-        "samples": record.n_samples,
-        "leads": sum(1 << i for i in at),
-        "scale": scale_L,
-        "patient": patient_code(dataset, record.patient, record.name),
+        name: np.array([row[name] for row in rows], dtype).reshape(len(rows), *shape)
+        for name, (dtype, shape) in COLUMNS.items()
+        if name != "split"
     }
 
 

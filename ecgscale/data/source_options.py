@@ -117,14 +117,15 @@ def source_from(options: argparse.Namespace) -> OpenedSource:
         labels_csv=options.labels,
         record_column=options.record_column,
         patient_key=options.patient_key,
-        ignore_leads=_listed(options.ignore_leads),
+        ignore_leads=listed(options.ignore_leads),
         source_rate_hz=options.source_rate_hz,
-        source_leads=_listed(options.source_leads),
+        source_leads=listed(options.source_leads),
         unit=options.unit,
         mv_per_count=options.mv_per_count,
     )
     return open_source(options.source, chosen)
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def listed(text: str) -> tuple[str, ...]:
+    """``A,B`` -> (A, B)."""
     return tuple(part for part in text.split(",") if part)

@@ -108,8 +108,8 @@ class TrainStream:
         if self.order.mixture is None:
             return {"data/epochs": batch / self.order.batches_per_epoch}
         scalars: dict[str, float] = {}
-        first_Q = self.selection.first_S[np.cumsum([0, *self.order.mixture.shards])]
-        for name, count, usable in zip(self.selection.shards.names, drawn, np.diff(first_Q).tolist(), strict=True):
+        usable_Q = self.selection.counts_of_sets.tolist()
+        for name, count, usable in zip(self.selection.shards.names, drawn, usable_Q, strict=True):
             scalars |= {f"data/recordings/{name}": float(count), f"data/epochs/{name}": count / usable}
         return scalars
 

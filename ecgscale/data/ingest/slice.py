@@ -98,7 +98,7 @@ def convert(task: Slice) -> Part:
             except InputError as error:
                 rejected.append((item, str(error)))
                 continue
-            value = split_value(record, task.options.split_by) if task.options.split_by else ""
+            value = split_value(record.labels, record.metadata, task.options.split_by) if task.options.split_by else ""
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record

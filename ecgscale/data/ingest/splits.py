@@ -5,7 +5,7 @@ Shape suffix: B records of a shard, V different values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +13,13 @@ import numpy.typing as npt
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
-from ecgscale.record import Record
 
 Splits = npt.NDArray[np.uint8]  # places in SPLITS
 
 
-def split_value(record: Record, key: str) -> str:
+def split_value(labels: Mapping[str, list[str]], metadata: Mapping[str, str], key: str) -> str:
     """What a record says under that label or metadata key, "" for nothing."""
-    values = record.labels.get(key) or [record.metadata.get(key, "")]
+    values = labels.get(key) or [metadata.get(key, "")]
     return values[0]
 
 
