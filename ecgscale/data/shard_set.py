@@ -24,7 +24,7 @@ import numpy.typing as npt
 import xxhash
 
 from ecgscale.data.foreign import Rules, as_own, describe, foreign_name
-from ecgscale.data.payload import BLOCK, Bytes, DamagedError, decode_window, header_bytes
+from ecgscale.data.payload import BLOCK, Bytes, DamagedError, decode_one_block, decode_window, header_bytes
 from ecgscale.data.remote import CacheConfig, Held, NoRoomError, ShardCache, Unreadable, check_place, is_remote, join
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
 from ecgscale.data.shards import (
@@ -356,12 +356,24 @@ class ShardSet:
         if self._straight_S[shard_R].all():
             self._copy_whole(number_R, shard_R, out_RLT)
             return
-        unpacked = samples <= BLOCK and bool(self._packed_S[shard_R].all())
-        scratch_R = [row_LT.reshape(-1) for row_LT in out_RLT] if unpacked else None
-        signals = self.windows(number_R, [0] * len(number_R), [samples] * len(number_R), scratch_R)
+        if samples <= BLOCK and self._packed_S[shard_R].all():
+            self._unpack_whole(number_R, shard_R, out_RLT)
+            return
+        signals = self.windows(number_R, [0] * len(number_R), [samples] * len(number_R))
         for row_LT, signal_LT in zip(out_RLT, signals, strict=True):
-            if not unpacked:
-                row_LT[...] = signal_LT
+            row_LT[...] = signal_LT
+
+    def _unpack_whole(self, number_R: Int64, shard_R: Int64, out_RLT: Counts) -> None:
+        columns = ("offset", "length", "checksum")
+        offset_R, length_R, checksum_R = (self.take(name, number_R).tolist() for name in columns)
+        tars = {shard: self._tars.bytes_of(shard).data for shard in np.unique(shard_R).tolist()}
+        _, leads, samples = out_RLT.shape
+        rows = zip(shard_R.tolist(), offset_R, length_R, checksum_R, out_RLT.reshape(len(out_RLT), -1), strict=True)
+        for row, (shard, offset, length, checksum, values) in enumerate(rows):
+            try:
+                decode_one_block(tars[shard][offset : offset + length], checksum, leads, samples, values)
+            except DamagedError as error:
+                raise self._damage(int(number_R[row]), "", str(error)) from error
 
     def _copy_whole(self, number_R: Int64, shard_R: Int64, out_RLT: Counts) -> None:
         """One memmove a record: numpy's own copy of a row costs a microsecond more, which is a fifth of it."""
