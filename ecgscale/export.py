@@ -19,7 +19,6 @@ from ecgscale.data.selection import Normalisation
 from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.record import LEADS
 from ecgscale.training.checkpoint import Checkpoint, checkpoints, open_tensors, step_of
 from ecgscale.training.engine import Engine
@@ -38,8 +37,8 @@ class Profile:
     leads: tuple[str, ...] = LEADS
 
     def __post_init__(self) -> None:
-        if not (self.rate_hz > 0 and self.segment_s * self.rate_hz >= SAMPLES_PER_PATCH):
-            raise InputError(f"profile: rate_hz {self.rate_hz} and segment_s {self.segment_s} give no token")
+        if not (self.rate_hz > 0 and self.segment_s > 0):
+            raise InputError(f"profile: rate_hz {self.rate_hz} and segment_s {self.segment_s} must be positive")
         if self.normalisation not in ("mv", "zscore"):
             raise InputError(f"profile: normalisation {self.normalisation!r}; known are mv and zscore")
         if self.leads != LEADS:
@@ -67,8 +66,18 @@ def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]
     return folder
 
 
+def check_token(model: ModelConfig, profile: Profile) -> None:
+    """Raises InputError where the profile's segments are shorter than one token of the model."""
+    if profile.segment_s * profile.rate_hz < model.patch_samples:
+        raise InputError(
+            f"segments of {profile.segment_s:g} s at {profile.rate_hz:g} Hz are shorter than one token of "
+            f"{model.patch_samples} samples; give longer ones (data.segment_s)"
+        )
+
+
 def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, Any]:
-    """What an export's config.json says."""
+    """What an export's config.json says. Raises InputError where the profile's segments hold no token."""
+    check_token(model, profile)
     return {"model": asdict(model), "profile": asdict(profile)} | task
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import zscore_gain
 from ecgscale.errors import InputError
-from ecgscale.export import Profile, read_model
+from ecgscale.export import Profile, check_token, read_model
 from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
-from ecgscale.model.stem import SAMPLES_PER_PATCH
+from ecgscale.model.stem import check_kernels
 from ecgscale.record import LEADS, Record, canonical_leads, resample_millivolts
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
@@ -55,6 +55,7 @@ class ECGModel:
     def __init__(self, encoder: ECGEncoder, profile: Profile, head: nn.Linear | None, about: dict[str, Any]) -> None:
         self.encoder, self.profile, self.head, self.about = encoder.eval(), profile, head, about
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_kernels(self.device)
         self.encoder.to(self.device)
         if head is not None:
             head.to(self.device).eval()
@@ -127,7 +128,7 @@ class ECGModel:
             with torch.no_grad():
                 token_BND, valid_BN = self.encoder(batch)
                 value_BK = of(mean_over_time(token_BND, valid_BN)).cpu().numpy()
-            kept_B = (batch.length_B // SAMPLES_PER_PATCH).tolist()
+            kept_B = (batch.length_B // self.encoder.config.patch_samples).tolist()
             for row, (number, kept) in enumerate(zip(number_B, kept_B, strict=True)):
                 if number == len(sums):  # the first window of a recording
                     sums.append(np.zeros_like(value_BK[row]))
@@ -146,7 +147,7 @@ class ECGModel:
         windows = (
             (number, window)
             for number, recording in enumerate(recordings)
-            for window in _cut(recording, round(self.profile.segment_s * self.profile.rate_hz), self.profile)
+            for window in _cut(recording, self.profile, self.encoder.config.patch_samples)
         )
         while rows := list(islice(windows, _WINDOWS_AT_ONCE)):
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
@@ -159,8 +160,9 @@ class _Window(NamedTuple):
     length: int  # valid samples
 
 
-def _cut(recording: Recording, samples: int, profile: Profile) -> Iterator[_Window]:
+def _cut(recording: Recording, profile: Profile, patch_samples: int) -> Iterator[_Window]:
     """The adjacent windows of a recording."""
+    samples = round(profile.segment_s * profile.rate_hz)
     gain_L, offset_L = np.zeros((2, len(LEADS)), np.float32)
     at, dtype = recording.lead_positions, recording.signal_LT.dtype
     if profile.normalisation == "zscore":
@@ -168,17 +170,17 @@ def _cut(recording: Recording, samples: int, profile: Profile) -> Iterator[_Wind
     else:
         gain_L[at] = recording.scale_L
     rest_L = np.rint(offset_L) if dtype.kind == "i" else offset_L  # behind the end stands zero mV, as in training
-    for begin, end in _spans(recording.signal_LT.shape[1], samples, profile.rate_hz):
+    for begin, end in _spans(recording.signal_LT.shape[1], samples, profile.rate_hz, patch_samples):
         window_LT = np.repeat(rest_L[:, None].astype(dtype), samples, axis=1)
         window_LT[at, : end - begin] = recording.signal_LT[:, begin:end]
         yield _Window(window_LT, gain_L, offset_L, end - begin)
 
 
-def _spans(length: int, samples: int, rate_hz: float) -> list[tuple[int, int]]:
+def _spans(length: int, samples: int, rate_hz: float, patch_samples: int) -> list[tuple[int, int]]:
     """Begin and end of the adjacent windows of a recording."""
-    if length < SAMPLES_PER_PATCH:
+    if length < patch_samples:
         raise InputError(
-            f"a recording of {length} samples at {rate_hz:g} Hz is shorter than one token of {SAMPLES_PER_PATCH}"
+            f"a recording of {length} samples at {rate_hz:g} Hz is shorter than one token of {patch_samples}"
         )
     spans = [(first, min(first + samples, length)) for first in range(0, length, samples)]
     if len(spans) > 1 and spans[-1][1] - spans[-1][0] < _MIN_TAIL_S * rate_hz:
@@ -214,11 +216,12 @@ def load(path: str | Path) -> ECGModel:
     """A model from a run folder or an export folder; raises InputError for anything else."""
     place, weights, about = read_model(Path(path))
     try:
-        encoder = ECGEncoder(ModelConfig(**about["model"]))
+        config = ModelConfig(**about["model"])
         profile = Profile(**about["profile"] | {"leads": tuple(about["profile"]["leads"])})
+        check_token(config, profile)
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{place}: does not describe a model of this version ({error})") from error
-    head = None
+    encoder, head = ECGEncoder(config), None
     if "head.weight" in weights:
         head = nn.Linear(weights["head.weight"].shape[1], weights["head.weight"].shape[0])
         load_weights(head, _below("head.", weights), place)

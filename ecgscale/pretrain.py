@@ -15,7 +15,7 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
 from ecgscale.export import Profile, about_model, export_engine
-from ecgscale.model.stem import SAMPLES_PER_PATCH
+from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import Pretraining, build_objective
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run
@@ -29,9 +29,11 @@ SEGMENTS = 2  # the global objective contrasts two adjacent segments of each rec
 def pretrain(config: PretrainConfig) -> Path:
     """Train to the end, resuming where the run folder holds a checkpoint; returns the folder of the export."""
     ranks = start_ranks()
+    kernels = check_kernels(ranks.device)
     shards = ShardSet.open(config.data.shards, config.data.cache)
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
+    about = about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation))
     torch.manual_seed(config.train.seed)
     objective = build_objective(
         config.model, config.objective, config.train.seed, config.engine.activation_checkpointing
@@ -39,6 +41,7 @@ def pretrain(config: PretrainConfig) -> Path:
     run = claim_run(config.run.dir, config, ranks)
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
+    log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
     if config.data.min_record_s < SEGMENTS * config.data.segment_s:
@@ -51,7 +54,8 @@ def pretrain(config: PretrainConfig) -> Path:
         train=config.train,
         engine=config.engine,
         config=asdict(config),
-        about=about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)),
+        patch_samples=config.model.patch_samples,
+        about=about,
         identity=shards.identity,
         validate=Validation(
             Selection(shards, config.data, "validation").some(config.train.validation_recordings, config.train.seed),
@@ -67,17 +71,16 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def masked_picture(batch: ECGBatch, objective: Pretraining, segment_s: float) -> Figure:
     """What the encoder sees of a batch's first segment: kept leads are black, masked time is shaded."""
-    draws = objective.draw(batch, share=False)
+    draws, patch_samples = objective.draw(batch, share=False), objective.encoder.config.patch_samples
     value_LT = (batch.gain_BL[..., None] * (batch.signal_BLT - batch.offset_BL[..., None]))[0].numpy()
     time_T = np.linspace(0, segment_s, value_LT.shape[1], endpoint=False)
     figure = Figure(figsize=(9, 10), layout="constrained")
-    for i, (axes, kept) in enumerate(
-        zip(figure.subplots(len(LEADS), sharex=True), draws.keep_BL[0].bool(), strict=True)
-    ):
+    kept_L = draws.lead_draw.keep_BL(len(LEADS))[0] if draws.lead_draw else torch.ones(len(LEADS), dtype=torch.bool)
+    for i, (axes, kept) in enumerate(zip(figure.subplots(len(LEADS), sharex=True), kept_L, strict=True)):
         axes.plot(time_T, value_LT[i], color="black" if kept else "lightgrey", linewidth=0.7)
         axes.set_ylabel(LEADS[i] if kept else f"{LEADS[i]}\nmasked", rotation=0, ha="right", va="center")
         if draws.time_mask is not None:
-            masked_T = draws.time_mask.masked_BN[0].repeat_interleave(SAMPLES_PER_PATCH).numpy()
+            masked_T = draws.time_mask.masked_BN[0].repeat_interleave(patch_samples).numpy()
             span = axes.get_xaxis_transform()
             axes.fill_between(time_T[: len(masked_T)], 0, 1, masked_T, transform=span, color="tab:blue", alpha=0.2)
     figure.axes[-1].set_xlabel("s")

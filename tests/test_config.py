@@ -216,7 +216,7 @@ def test_help_tells_every_key_with_its_meaning(config_type):
         (["--engine.learning_rate="], "engine.learning_rate: a value is missing"),
         (["--train.steps", "[1"], "--train.steps: cannot read the value '[1'"),
         (["tiny.yaml"], "unexpected argument 'tiny.yaml'"),
-        (["--model", "3"], "--model: a group of keys; give one of --model.preset, --model.stem_channels"),
+        (["--model", "3"], "--model: a group of keys; give one of --model.preset, --model.stem, --model.patch_samples"),
     ],
 )
 def test_slips_on_the_command_line(arguments, said):

@@ -8,6 +8,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,13 @@ def test_shapes(model, smooth_ecg):
     for signal_LT, embedding_D in zip(signal_RLT, many.record_embedding, strict=True):
         np.testing.assert_allclose(model.embed(signal_LT, 500, LEADS).record_embedding[0], embedding_D, **CLOSE)
     assert distance(many.record_embedding[0], many.record_embedding[1]) > 0.01, "different ECGs differ"
+
+
+def test_segments_hold_a_token(small_model_config):
+    config = replace(small_model_config, stem="patch", patch_samples=50)
+    said = "segments of 0.09 s at 500 Hz are shorter than one token of 50 samples; give longer ones"
+    with pytest.raises(InputError, match=said):
+        about_model(config, Profile(500.0, 0.09, "mv"))
 
 
 def test_more_recordings_than_fit_into_one_batch(model, smooth_ecg):

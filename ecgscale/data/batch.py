@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecgscale_kernels import LeadDraw
+
 
 @dataclass(frozen=True)
 class ECGBatch:
@@ -30,6 +32,7 @@ class ECGBatch:
     record_B: Tensor  # int64, number of the recording in the data set
     padded: bool  # whether any row is shorter than T; known without asking the device
     target_BC: Tensor | None = None  # labels, for fine-tuning
+    lead_draw: LeadDraw | None = None  # random lead masking, which the stem draws itself
 
     def to(self, device: torch.device) -> ECGBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -44,6 +47,9 @@ class ECGBatch:
 
     def with_gain(self, gain_BL: Tensor) -> ECGBatch:
         return replace(self, gain_BL=gain_BL)
+
+    def with_lead_draw(self, lead_draw: LeadDraw | None) -> ECGBatch:
+        return replace(self, lead_draw=lead_draw)
 
     @property
     def rows(self) -> int:

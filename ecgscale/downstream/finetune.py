@@ -113,6 +113,7 @@ def _train(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: 
         train=config.train,
         engine=config.engine,
         config=asdict(config),
+        patch_samples=model.encoder.config.patch_samples,
         about=_about(model, labelled, config),
         identity=labelled.shards.identity,
         validate=Validation(

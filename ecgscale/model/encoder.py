@@ -7,7 +7,7 @@ Shape suffixes: B rows, N patches (tokens), C stem channels, D width, H heads, K
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
-from ecgscale.model.stem import SAMPLES_PER_PATCH, ConvStem
+from ecgscale.model.stem import CONV_PATCH_SAMPLES, ConvStem, PatchStem
 from ecgscale.record import LEADS
 
 
@@ -26,8 +26,12 @@ class ModelConfig:
 
     preset: str = "base"
     """tiny, small, base8, base or large: where the other fields begin."""
+    stem: Literal["conv", "patch"] = "conv"
+    """conv: four convolutions that halve the samples, as in the paper. patch: one linear map per patch."""
+    patch_samples: int = 16
+    """Samples of a token; the convolutional stem always has 16."""
     stem_channels: int = 256
-    """Channels of the convolutional stem."""
+    """Channels of the stem."""
     width: int = 768
     """Width of the transformer."""
     depth: int = 12
@@ -49,12 +53,20 @@ class ModelConfig:
     pre_norm: bool = False
     """Norm before each layer's two halves instead of after."""
     stem_bias: bool = False
-    """Bias in the stem's convolutions."""
+    """Bias in the stem."""
     stem_gradient_scale: float = 0.1
     """Factor on the gradients that flow into the stem."""
 
     def __post_init__(self) -> None:
+        if self.stem not in ("conv", "patch"):
+            raise InputError(f"model.stem {self.stem!r}: give conv or patch")
+        if self.stem == "conv" and self.patch_samples != CONV_PATCH_SAMPLES:
+            raise InputError(
+                f"model.patch_samples {self.patch_samples}: the conv stem has {CONV_PATCH_SAMPLES}; "
+                "leave it out or choose model.stem patch"
+            )
         for name in (
+            "patch_samples",
             "stem_channels",
             "width",
             "depth",
@@ -86,12 +98,16 @@ class Features(NamedTuple):
 
 
 class ECGEncoder(nn.Module):
-    """Counts -> one vector per token of 16 samples."""
+    """Counts -> one vector per token."""
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.stem = ConvStem(len(LEADS), config.stem_channels, config.stem_bias)
+        self.stem: ConvStem | PatchStem
+        if config.stem == "conv":
+            self.stem = ConvStem(len(LEADS), config.stem_channels, config.stem_bias)
+        else:
+            self.stem = PatchStem(len(LEADS), config.stem_channels, config.patch_samples, config.stem_bias)
         self.feature_norm = nn.LayerNorm(config.stem_channels)
         self.feature_projection = nn.Linear(config.stem_channels, config.width)
         self.mask = MaskToken(config.width)
@@ -107,7 +123,9 @@ class ECGEncoder(nn.Module):
         stem_BNC = _scale_gradient(self.stem(batch), self.config.stem_gradient_scale)
         normed_BNC = self.feature_norm(stem_BNC)
         token_BND = F.dropout(self.feature_projection(normed_BNC), self.config.feature_dropout, self.training)
-        valid_BN = valid_tokens(batch.length_B, stem_BNC.shape[1]) if batch.padded else None
+        valid_BN = None
+        if batch.padded:
+            valid_BN = valid_tokens(batch.length_B // self.config.patch_samples, stem_BNC.shape[1])
         return Features(stem_BNC, normed_BNC, token_BND, valid_BN)
 
     def contextualise(self, token_BND: Tensor, valid_BN: Tensor | None, masked_BN: Tensor | None = None) -> Tensor:
@@ -142,10 +160,9 @@ def mean_over_time(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
     return (x_BND.float() * weight_BN1).sum(dim=1) / weight_BN1.sum(dim=1).clamp(min=1)
 
 
-def valid_tokens(length_B: Tensor, tokens: int) -> Tensor:
-    """(B, N) whether a token lies wholly within its row's valid samples."""
-    token_N = torch.arange(tokens, device=length_B.device)
-    return torch.lt(token_N, (length_B // SAMPLES_PER_PATCH)[:, None])
+def valid_tokens(valid_B: Tensor, tokens: int) -> Tensor:
+    """(B, N) whether a token is one of the first ``valid`` of its row, which lie wholly within the valid samples."""
+    return torch.lt(torch.arange(tokens, device=valid_B.device), valid_B[:, None])
 
 
 class MaskToken(nn.Module):

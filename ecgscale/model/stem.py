@@ -1,4 +1,7 @@
-"""Lead-masked patch embedding: counts -> features.
+"""Lead-masked patch embedding: counts -> features. Two stems, one interface: (B, N, C) with N = T // patch samples.
+
+Each owns its parameters itself rather than through Conv1d modules, since the fused op reads them all at once and
+ZeRO stage 3 gathers only the parameters of the module that runs.
 
 Shape suffixes: B rows, L leads, T samples, N patches, C channels.
 """
@@ -9,18 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale_kernels import lead_masked_conv_stem
+from ecgscale.errors import InputError
+from ecgscale_kernels import backend, lead_masked_conv_stem, lead_masked_patch_embed
 
-BLOCKS = 4  # each halves the samples
-SAMPLES_PER_PATCH = 2**BLOCKS
+BLOCKS = 4  # of the convolutional stem; each halves the samples
+CONV_PATCH_SAMPLES = 2**BLOCKS
 
 
 class ConvStem(nn.Module):
-    """Four blocks of Conv1d(kernel 2, stride 2) and GELU, the first with a norm over time (Oh et al. 2022).
-
-    Owns its parameters itself rather than through Conv1d modules, since the fused op reads them all at once and
-    ZeRO stage 3 gathers only the parameters of the module that runs.
-    """
+    """Four blocks of Conv1d(kernel 2, stride 2) and GELU, the first with a norm over time (Oh et al. 2022)."""
 
     def __init__(self, leads: int, channels: int, bias: bool) -> None:
         super().__init__()
@@ -42,4 +42,30 @@ class ConvStem(nn.Module):
             [getattr(self, f"bias_{block}") for block in range(BLOCKS)],
             self.norm_weight,
             self.norm_bias,
+            lead_draw=batch.lead_draw,
         )
+
+
+class PatchStem(nn.Module):
+    """One linear map per patch, as in a vision transformer (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, leads: int, channels: int, patch_samples: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, leads, patch_samples))
+        nn.init.kaiming_normal_(self.weight)
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def forward(self, batch: ECGBatch) -> Tensor:
+        """(B, N, C) with N = T // patch samples."""
+        return lead_masked_patch_embed(
+            batch.signal_BLT, batch.gain_BL, batch.offset_BL, self.weight, self.bias, lead_draw=batch.lead_draw
+        )
+
+
+def check_kernels(device: torch.device) -> str:
+    """Which kernels run on a device. Raises InputError where ECGSCALE_KERNELS asks for what cannot."""
+    try:
+        chosen: str = backend(device.type)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return chosen

@@ -14,7 +14,7 @@ from torch import Tensor
 from ecgscale.data.batch import ECGBatch
 from ecgscale.objectives.gather import lowest_of_ranks
 from ecgscale.rng import Purpose
-from ecgscale_kernels import philox
+from ecgscale_kernels import LeadDraw, philox
 
 _REFERENCE_SHARE = 0.65  # of the tokens that the spans would cover if they did not overlap
 
@@ -27,11 +27,9 @@ class TimeMask(NamedTuple):
     count_B: Tensor  # how many of the M are real; fewer than M only in padded rows
 
 
-def keep_leads(batch: ECGBatch, seed: int, probability: float) -> Tensor:
-    """(B, L) float 0 or 1: random lead masking drops each lead with ``probability``, independently (Oh et al. 2022)."""
-    leads = batch.gain_BL.shape[1]
-    words_BL = philox.random_words(seed, Purpose.LEAD_MASK, batch.segment_B, batch.position_B, leads)
-    return (philox.uniform(words_BL) >= probability).float()
+def draw_leads(batch: ECGBatch, seed: int, probability: float) -> LeadDraw:
+    """Random lead masking drops each lead with ``probability``, independently (Oh et al. 2022)."""
+    return LeadDraw(seed, Purpose.LEAD_MASK, probability, batch.segment_B, batch.position_B)
 
 
 def time_mask(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, share: float, span: int) -> TimeMask:

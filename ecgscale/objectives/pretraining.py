@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
-from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.objectives.cmsc import cmsc_loss
 from ecgscale.objectives.gather import gather_rows
 from ecgscale.objectives.masking import (
     TimeMask,
+    draw_leads,
     gumbel_noise,
-    keep_leads,
     negatives,
     reference_time_mask,
     time_mask,
 )
 from ecgscale.objectives.wav2vec2 import LocalHead
+from ecgscale_kernels import LeadDraw
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ObjectiveConfig:
 class Draws(NamedTuple):
     """Everything random about one pass, but dropout."""
 
-    keep_BL: Tensor
+    lead_draw: LeadDraw | None  # None where no lead is masked
     time_mask: TimeMask | None  # None where there is no local part
     negative_BMK: Tensor | None
     gumbel_BMGV: Tensor | None  # None out of training: the best code
@@ -115,25 +115,27 @@ class Pretraining(nn.Module):
 
     def draw(self, batch: ECGBatch, share: bool) -> Draws:
         """Masks, negatives and noise of a batch, from the seed and the rows' positions alone."""
-        keep_BL = keep_leads(batch, self.seed, self.config.lead_mask_probability)
+        probability = self.config.lead_mask_probability
+        lead_draw = draw_leads(batch, self.seed, probability) if probability else None
         if not self.has_local:
-            return Draws(keep_BL, None, None, None)
+            return Draws(lead_draw, None, None, None)
         mask = self._time_mask(batch, share)
         negative_BMK = negatives(batch, self.seed, mask, self.config.negatives)
         noise_shape = (mask.place_BM.shape[1], self.config.code_groups, self.config.codes)
         gumbel_BMGV = gumbel_noise(batch, self.seed, noise_shape) if self.training else None
-        return Draws(keep_BL, mask, negative_BMK, gumbel_BMGV)
+        return Draws(lead_draw, mask, negative_BMK, gumbel_BMGV)
 
     def _time_mask(self, batch: ECGBatch, share: bool) -> TimeMask:
-        tokens = batch.signal_BLT.shape[-1] // SAMPLES_PER_PATCH
-        valid_B, span = batch.length_B // SAMPLES_PER_PATCH, self.config.time_mask_span
+        patch_samples = self.encoder.config.patch_samples
+        tokens = batch.signal_BLT.shape[-1] // patch_samples
+        valid_B, span = batch.length_B // patch_samples, self.config.time_mask_span
         if self.config.time_mask_rule == "reference":
             return reference_time_mask(batch, self.seed, tokens, valid_B, span, share)
         return time_mask(batch, self.seed, tokens, valid_B, self.config.time_mask_share, span)
 
     def losses(self, batch: ECGBatch, draws: Draws, step: int, share: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss for given draws."""
-        features = self.encoder.features(batch.with_gain(batch.gain_BL * draws.keep_BL))
+        features = self.encoder.features(batch.with_lead_draw(draws.lead_draw))
         masked_BN = draws.time_mask.masked_BN if draws.time_mask else None
         context_BND = self.encoder.contextualise(features.token_BND, features.valid_BN, masked_BN)
         loss = torch.zeros((), device=context_BND.device)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecgscale.model.quantizer import ProductQuantizer, Quantized, perplexity
 from ecgscale.objectives.gather import sum_over_ranks, world_size
+from ecgscale_kernels import info_nce_logits
 
 
 class LocalLosses(NamedTuple):
@@ -84,21 +84,3 @@ class LocalHead(nn.Module):
         one_hot = F.one_hot(quantized.index_BMG, self.quantizer.codes) * weight_BM[..., None, None]
         chosen_GV = sum_over_ranks(one_hot.sum(dim=(0, 1)), share) / total
         return perplexity(mean_GV), perplexity(chosen_GV)
-
-
-def info_nce_logits(
-    prediction_BMQ: Tensor, target_BMQ: Tensor, code_BMG: Tensor, negative_BMK: Tensor, temperature: float
-) -> Tensor:
-    """(B, M, 1 + K) cosine similarities over temperature: the own target first, then the negatives.
-
-    All negatives of a place are masked places of the same row, so one similarity matrix per row and a gather replace
-    a (B, M, K, Q) tensor. A negative with the same codes as the target is excluded (−inf).
-    """
-    prediction_BMQ = F.normalize(prediction_BMQ.float(), dim=-1)
-    target_BMQ = F.normalize(target_BMQ.float(), dim=-1)
-    similarity_BMM = prediction_BMQ @ target_BMQ.transpose(1, 2) / temperature
-    negative_logit_BMK = similarity_BMM.gather(2, negative_BMK)
-    same_BMM = (code_BMG[:, :, None] == code_BMG[:, None, :]).all(dim=-1)
-    negative_logit_BMK = negative_logit_BMK.masked_fill(same_BMM.gather(2, negative_BMK), float("-inf"))
-    own_BM1 = similarity_BMM.diagonal(dim1=1, dim2=2)[..., None]
-    return torch.cat([own_BM1, negative_logit_BMK], dim=-1)

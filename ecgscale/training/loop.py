@@ -19,7 +19,6 @@ from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
-from ecgscale.model.stem import SAMPLES_PER_PATCH
 from ecgscale.training import checkpoint
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.monitor import Monitor, sum_over_ranks
@@ -113,6 +112,7 @@ class Job:
     train: TrainConfig
     engine: EngineConfig
     config: dict[str, Any]  # the resolved config
+    patch_samples: int  # of a token
     about: dict[str, Any]  # what an export of this run says about its model
     identity: str  # of the data: a run continues only on what it began with
     validate: Validation
@@ -148,7 +148,7 @@ def train(job: Job, ranks: Ranks) -> Engine:
             skipped = _count_skipped(job, monitor, skipped, step, updated)
             monitor.count(
                 job.train.global_batch,
-                job.train.global_batch * job.stream.segments * (batch.signal_BLT.shape[-1] // SAMPLES_PER_PATCH),
+                job.train.global_batch * job.stream.segments * (batch.signal_BLT.shape[-1] // job.patch_samples),
             )
             last = step == job.train.steps
             if last or step % job.train.log_every == 0:

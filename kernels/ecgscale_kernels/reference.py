@@ -109,9 +109,10 @@ def _value(signal_BLT: Tensor, gain_BL: Tensor, offset_BL: Tensor, dtype: torch.
     wide = torch.promote_types(torch.float32, dtype)
     gain_BL1, offset_BL1 = gain_BL[..., None].to(wide), offset_BL[..., None].to(wide)
     silent_BL1 = gain_BL1 == 0
-    shift_BL1 = torch.where(silent_BL1, 0, -gain_BL1 * offset_BL1)
-    signal_BLT = signal_BLT.to(wide) if signal_BLT.dtype == torch.int16 else torch.where(silent_BL1, 0, signal_BLT)
-    return torch.addcmul(shift_BL1, gain_BL1, signal_BLT.to(wide)).to(dtype)
+    if signal_BLT.dtype != torch.int16:
+        signal_BLT = torch.where(silent_BL1, 0, signal_BLT)
+    # Subtracted first: a difference of counts is exact, one of products is not.
+    return torch.sub(signal_BLT.to(wide), torch.where(silent_BL1, 0, offset_BL1)).mul_(gain_BL1).to(dtype)
 
 
 def _conv_k2_s2(x_BTC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ecgscale.data.batch import ECGBatch
 from ecgscale.objectives.masking import (
     TimeMask,
+    draw_leads,
     gumbel_noise,
-    keep_leads,
     negatives,
     reference_time_mask,
     time_mask,
@@ -41,7 +41,7 @@ def drawn_mask(batch: ECGBatch, tokens: int = 156, valid_B=None, share=SHARE, sp
 def draw_everything(batch: ECGBatch) -> dict[str, torch.Tensor]:
     mask = drawn_mask(batch)
     return {
-        "leads": keep_leads(batch, 3, 0.5),
+        "leads": draw_leads(batch, 3, 0.5).keep_BL(12),
         "masked": mask.masked_BN,
         "places": mask.place_BM,
         "negatives": negatives(batch, 3, mask, 20),
@@ -68,11 +68,11 @@ def test_the_seed_changes_every_draw(rows_of):
     batch = rows_of(range(4))
     mask = drawn_mask(batch)
     for draw in (
-        lambda seed: keep_leads(batch, seed, 0.5),
+        lambda seed: draw_leads(batch, seed, 0.5).keep_BL(12),
         lambda seed: drawn_mask(batch, seed=seed).masked_BN,
         lambda seed: negatives(batch, seed, mask, 20),
         lambda seed: gumbel_noise(batch, seed, (3, 2)),
-        lambda seed: keep_leads(batch, seed << 32, 0.5),
+        lambda seed: draw_leads(batch, seed << 32, 0.5).keep_BL(12),
     ):
         assert not torch.equal(draw(1), draw(2))
 
@@ -82,7 +82,7 @@ def test_the_seed_changes_every_draw(rows_of):
 
 @pytest.mark.parametrize("probability", [0.2, 0.5, 0.9])
 def test_each_lead_is_kept_with_the_complementary_probability(rows_of, probability):
-    keep_BL = keep_leads(rows_of(range(4 * ROWS)), 0, probability)
+    keep_BL = draw_leads(rows_of(range(4 * ROWS)), 0, probability).keep_BL(12).float()
     assert keep_BL.shape == (4 * ROWS, 12)
     assert set(keep_BL.unique().tolist()) == {0.0, 1.0}
     error = (probability * (1 - probability) / len(keep_BL)) ** 0.5
@@ -90,13 +90,15 @@ def test_each_lead_is_kept_with_the_complementary_probability(rows_of, probabili
 
 
 def test_leads_and_the_two_segments_are_independent(rows_of):
-    first_BL, second_BL = (keep_leads(rows_of(range(4 * ROWS), segment), 0, 0.5) for segment in (0, 1))
+    first_BL, second_BL = (
+        draw_leads(rows_of(range(4 * ROWS), segment), 0, 0.5).keep_BL(12).float() for segment in (0, 1)
+    )
     correlation = torch.corrcoef(torch.cat([first_BL, second_BL], dim=1).T)
     assert (correlation - torch.eye(24)).abs().max() < 4.5 / (4 * ROWS) ** 0.5
 
 
 def test_no_masking_keeps_all(rows_of):
-    assert keep_leads(rows_of(range(ROWS)), 0, 0.0).all()
+    assert draw_leads(rows_of(range(ROWS)), 0, 0.0).keep_BL(12).all()
 
 
 # --- time ---

@@ -38,9 +38,9 @@ class Jobs:
     def __init__(self, server: subprocess.Popen, errors: Path) -> None:
         self.server, self.errors = server, errors
 
-    def run(self, world_size: int, *jobs: list[str], code: int = 0) -> str:
-        """Run jobs one after the other to the end; what rank 0 wrote."""
-        codes = self._answer(world_size, jobs, None)
+    def run(self, world_size: int, *jobs: list[str], code: int = 0, **environment: str) -> str:
+        """Run jobs one after the other to the end, with more variables in their environment; what rank 0 wrote."""
+        codes = self._answer(world_size, jobs, None, environment)
         said = [path.read_text() for path in self._error_files(world_size)]
         assert codes == [code] * world_size, "\n".join(text[-3000:] for text in said)
         return said[0]
@@ -50,9 +50,16 @@ class Jobs:
         codes = self._answer(world_size, jobs, (str(run), step, later_s))
         assert codes == [-9] * world_size, self._error_files(1)[0].read_text()[-3000:]
 
-    def _answer(self, world_size: int, jobs: tuple[list[str], ...], kill: tuple[str, int, float] | None) -> list[int]:
+    def _answer(
+        self,
+        world_size: int,
+        jobs: tuple[list[str], ...],
+        kill: tuple[str, int, float] | None,
+        environment: dict[str, str] | None = None,
+    ) -> list[int]:
         errors = list(map(str, self._error_files(world_size)))
         asked = {"world_size": world_size, "jobs": jobs, "errors": errors, "kill": kill}
+        asked["environment"] = environment or {}
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())

@@ -1,8 +1,9 @@
 """Starts the ranks of jobs by forking, after the slow imports were done once, and kills them when told so.
 
 Reads one JSON object per line: world_size, jobs (the argument lists that each rank runs one after the other), errors (a
-file for each rank's stderr), and kill (the run, the step after whose log line all ranks get SIGKILL, and how many
-seconds later; or null). Answers with a line: the exit code of each rank, negative for a signal.
+file for each rank's stderr), environment (more variables), and kill (the run, the step after whose log line all ranks
+get SIGKILL, and how many seconds later; or null). Answers with a line: the exit code of each rank, negative for a
+signal.
 """
 
 from __future__ import annotations
@@ -29,15 +30,14 @@ import ecgscale.pretrain  # noqa: E402, F401
 from ecgscale.cli import main  # noqa: E402
 
 
-def start(rank: int, world_size: int, port: int, jobs: list[list[str]], errors: str) -> int:
+def start(rank: int, jobs: list[list[str]], errors: str, environment: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
     file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     code = 1
     try:
         code = next((code for arguments in jobs if (code := main(arguments))), 0)
@@ -53,11 +53,18 @@ def logged(run: Path, step: int) -> bool:
     return events.exists() and f'"step": {step}, "train/' in events.read_text()
 
 
-def run(world_size: int, jobs: list[list[str]], errors: list[str], kill: tuple[str, int, float] | None) -> list[int]:
+def run(
+    world_size: int,
+    jobs: list[list[str]],
+    errors: list[str],
+    kill: tuple[str, int, float] | None,
+    environment: dict[str, str],
+) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pids = [start(rank, world_size, port, jobs, errors[rank]) for rank in range(world_size)]
+    environment |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pids = [start(rank, jobs, errors[rank], environment) for rank in range(world_size)]
     if kill is not None:
         folder, step, later_s = kill
         while not logged(Path(folder), step) and os.waitpid(pids[0], os.WNOHANG) == (0, 0):

@@ -23,6 +23,7 @@ SMALL, NO_DROPOUT, losses, events = conftest.SMALL, conftest.NO_DROPOUT, conftes
 
 # fp32 sums over ranks are added up in another order: 1e-7 relative per loss, which six updates by Adam amplify.
 TOLERANCE = 2e-5
+PATCH_STEM = ["--model.stem=patch", "--model.patch_samples=25", "--model.stem_bias=true"]
 REFERENCE_RULES = ["--objective.time_mask_rule=reference", "--objective.global_form=nt_xent", "--train.lanes=2"]
 
 
@@ -42,6 +43,7 @@ def one_process(shards, jobs, tmp_path_factory) -> Path:
         job(shards, folder / "dropout", "--train.checkpoint_every=2"),
         job(shards, folder / "local", *NO_DROPOUT, "--objective.name=wav2vec2"),
         job(shards, folder / "global", *NO_DROPOUT, "--objective.name=cmsc"),
+        job(shards, folder / "patch", *NO_DROPOUT, *PATCH_STEM),
     )
     return folder
 
@@ -62,6 +64,24 @@ def test_stages_on_two_processes_equal_one(shards, jobs, one_process, tmp_path) 
         expected = losses(one_process / kind)
         assert len(expected) == 6
         assert losses(tmp_path / f"{kind}-{stage}") == pytest.approx(expected, rel=TOLERANCE), (stage, kind)
+
+
+def test_each_stem_trains_alike_with_each_kernel(shards, jobs, one_process, tmp_path) -> None:
+    stems = {"whole": [], "patch": PATCH_STEM}
+    short = ["--train.steps=2", "--train.validation_recordings=1"]  # Triton's interpreter is slow
+    kinds = [job(shards, tmp_path / kind, *NO_DROPOUT, *stem, *short) for kind, stem in stems.items()]
+    said = jobs.run(1, *kinds, ECGSCALE_KERNELS="triton")
+    for kind in stems:
+        plain = {step: loss for step, loss in losses(one_process / kind).items() if step <= 2}
+        assert losses(tmp_path / kind) == pytest.approx(plain, rel=TOLERANCE), kind
+    assert "conv stem, triton kernels on cpu" in said
+    assert "patch stem, triton kernels on cpu" in said
+
+
+def test_kernels_that_cannot_run_are_refused(shards, jobs, tmp_path) -> None:
+    said = jobs.run(1, job(shards, tmp_path / "run"), code=2, ECGSCALE_KERNELS="fast")
+    assert said == "ecgscale: ECGSCALE_KERNELS=fast: give reference or triton, or leave it unset\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_losses_fall(one_process) -> None:
