@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 RUNS ?= runs
 
-.PHONY: help setup demo test lint gpu real clean
+.PHONY: help setup demo test lint gpu gpu-run real clean
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
 	@echo "make test   the test suite: 7 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
-	@echo "make gpu    the test suite and a bf16 ZeRO-1 run on a GPU"
+	@echo "make gpu    on a GPU: the kernels' tests and benchmark and a bf16 ZeRO-1 run; reports in $(RUNS)/gpu"
+	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
 	@echo "make real   the chain on real recordings below DATA=$(DATA), about an hour"
 	@echo "make setup  only install into $(VENV); PIP_FLAGS are passed to pip"
 
@@ -38,11 +39,19 @@ lint: setup
 	$(BIN)/mypy
 
 gpu: setup
-	$(BIN)/python -m pytest $(ARGS)
-	ECGSCALE_GPU=1 $(BIN)/python -m pytest tests/test_cuda.py
-	test -e $(RUNS)/gpu/shards/manifest.json || $(BIN)/ecgscale simulate $(RUNS)/gpu/shards --patients 400
-	$(BIN)/ecgscale pretrain --config configs/pretrain/base.yaml --data.shards $(RUNS)/gpu/shards --run.dir $(RUNS)/gpu/base \
-	  --train.steps 50 --train.global_batch 128 --train.contrast_batch 128 --train.log_every 10
+	$(MAKE) gpu-run PYTHON=$(BIN)/python
+
+gpu-run: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/launch
+gpu-run:
+	ECGSCALE_GPU=1 $(PYTHON) -m pytest $(ARGS) tests/kernels tests/test_cuda.py
+	$(PYTHON) -m ecgscale.cli bench kernel --device cuda --out $(RUNS)/gpu/bench
+	@if command -v compute-sanitizer; then set -x; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -m ecgscale.cli \
+	    bench kernel --device cuda --quick --no-compile --only patches stems --out $(RUNS)/gpu/sanitizer; \
+	else echo "compute-sanitizer is not on the PATH: skipped"; fi
+	test -e $(RUNS)/gpu/shards/manifest.json || $(PYTHON) -m ecgscale.cli simulate $(RUNS)/gpu/shards --patients 400
+	$(PYTHON) -m ecgscale.cli pretrain --config configs/pretrain/base.yaml --data.shards $(RUNS)/gpu/shards \
+	  --run.dir $(RUNS)/gpu/base --train.steps 50 --train.global_batch 128 --train.contrast_batch 128 --train.log_every 10
 
 real: setup
 	test -e $(RUNS)/real/ptbxl/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ptbxl $(RUNS)/real/ptbxl \

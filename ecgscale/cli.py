@@ -14,6 +14,7 @@ from ecgscale.data.source_options import listed
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
+    from ecgscale.bench.measure import Report
     from ecgscale.data.ingest import IngestOptions
     from ecgscale.data.sources import Source
 
@@ -439,26 +440,55 @@ def compare(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Measure a part beside honest baselines: `ecgscale bench stream`."""
+    """Measure a part beside honest baselines: `ecgscale bench stream`, `ecgscale bench kernel`."""
     parser = _parser("bench", bench.__doc__)
-    stream = parser.add_subparsers(dest="part", required=True, metavar="PART").add_parser(
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    stream = parts.add_parser(
         "stream", help="the stream beside a bare loop and the webdataset library", allow_abbrev=False
     )
     stream.add_argument(
         "--shards", default="", metavar="A,B", help="data sets whose recordings are read (default: simulated ones)"
     )
-    stream.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), help="folder for the report (default runs/bench)"
-    )
     stream.add_argument("--seconds", type=float, default=0.5, help="of each candidate in each round (default 0.5)")
     stream.add_argument("--quick", action="store_true", help="only show that it runs, in 20 seconds")
+    kernel = parts.add_parser("kernel", help="the fused ops beside eager and compiled PyTorch", allow_abbrev=False)
+    kernel.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
+    kernel.add_argument("--seconds", type=float, help="of each way in each round (default 0.03 on a GPU, else 0.15)")
+    kernel.add_argument("--only", choices=("patches", "stems", "logits", "steps"), nargs="+", help="measure only these")
+    kernel.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    kernel.add_argument("--tune", action="store_true", help="only try other launches of the Triton kernels")
+    kernel.add_argument("--quick", action="store_true", help="only show that it runs")
+    for part in (stream, kernel):
+        part.add_argument(
+            "--out", type=Path, default=Path("runs/bench"), help="folder for the report (default runs/bench)"
+        )
     options = parser.parse_args(argv)
+    print((_bench_stream if options.part == "stream" else _bench_kernel)(options).markdown())
+
+
+def _bench_stream(options: argparse.Namespace) -> Report:
     from dataclasses import replace
 
     from ecgscale.bench.stream import Effort, bench_stream
 
     effort = Effort.quick() if options.quick else replace(Effort(), seconds=options.seconds)
-    print(bench_stream(list(listed(options.shards)), options.out, effort).markdown())
+    return bench_stream(list(listed(options.shards)), options.out, effort)
+
+
+def _bench_kernel(options: argparse.Namespace) -> Report:
+    from dataclasses import replace
+
+    import torch
+
+    from ecgscale.bench.kernel import Effort, bench_kernel
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    effort = Effort.quick() if options.quick else Effort.usual(device == "cuda")
+    if options.no_compile:
+        effort = replace(effort, compiled=0)
+    if options.seconds is not None:
+        effort = replace(effort, seconds=options.seconds)
+    return bench_kernel(options.out, device, effort.only(options.only) if options.only else effort, options.tune)
 
 
 def _wants_help(argv: list[str]) -> bool:

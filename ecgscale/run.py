@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,21 @@ def refuse_other_config(path: Path, config: Any) -> None:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
     for key in sorted(before.keys() | now.keys()):
+        if key not in before:  # a key that came later: the run was begun with what is its default
+            before[key] = _default(config, key)
         if key not in _MAY_CHANGE and before.get(key) != now.get(key):
             raise InputError(
                 f"{path}: the run has {key} {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "take another run.dir or the old value"
             )
+
+
+def _default(config: Any, key: str) -> Any:
+    """What a dotted key of a config tree is where nothing is given."""
+    *groups, name = key.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    return next(field.default for field in fields(config) if field.name == name)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

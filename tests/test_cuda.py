@@ -1,4 +1,7 @@
-"""The model on a GPU: same losses and gradients as on the CPU, and a real bf16 ZeRO-1 run. Run by `make gpu`."""
+"""On a GPU: the model's losses and gradients as on the CPU, a real bf16 ZeRO-1 run, and the kernels at model size.
+
+Run by `make gpu`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import json
 
 import pytest
 import torch
+from torch import Tensor
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.objectives import ObjectiveConfig, Pretraining
 from ecgscale.simulate import Simulation
+from ecgscale_kernels import forced, lead_masked_conv_stem, lead_masked_patch_embed
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and ECGSCALE_GPU=1; `make gpu` sets it"),
@@ -42,3 +47,43 @@ def test_bf16_zero_1_run(tmp_path) -> None:
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     losses = [event["train/loss"] for event in events if "train/loss" in event]
     assert losses[-1] < losses[0]
+
+
+def test_kernels_give_the_same_bits_twice() -> None:
+    """At the size of a model, where every multiprocessor has work."""
+    torch.manual_seed(0)
+    signal_BLT = torch.randint(-2000, 2000, (128, 12, 2500), dtype=torch.int16, device="cuda")
+    gain_BL = torch.rand(128, 12, device="cuda").round() * 1e-3
+    rows = (signal_BLT, gain_BL, torch.zeros_like(gain_BL))
+
+    def learned(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda").bfloat16().requires_grad_()
+
+    patch = [learned(768, 12, 16), learned(768)]
+    stem = [learned(256, 12 if block == 0 else 256, 2) for block in range(4)] + [learned(256), learned(256)]
+
+    def both() -> list[Tensor]:
+        with forced("triton"):
+            token_BND = lead_masked_patch_embed(*rows, *patch)
+            feature_BNC = lead_masked_conv_stem(*rows, stem[:4], [None] * 4, *stem[4:])
+        total = token_BND.float().square().sum() + feature_BNC.float().square().sum()
+        return [token_BND, feature_BNC, *torch.autograd.grad(total, patch + stem)]
+
+    first = both()
+    for _ in range(3):
+        assert all(torch.equal(one, again) for one, again in zip(first, both(), strict=True))
+
+
+def test_kernel_bench_measures_triton(tmp_path) -> None:
+    assert main(["bench", "kernel", "--quick", "--no-compile", "--device=cuda", f"--out={tmp_path}"]) == 0
+    report = json.loads((tmp_path / "kernel.json").read_text())
+    ops = [section for section in report["sections"] if section["title"].startswith(("Patch", "Convolutional"))]
+    for section in ops:
+        assert section["rows"][0][0] == "ecgscale, Triton"
+        assert not any("WRONG" in cell for row in section["rows"] for cell in row)
+        assert all(check["passed"] for check in section["checks"])
+    scalars = {name: value for section in report["sections"] for name, value in section["scalars"].items()}
+    kept = [name for name in scalars if name.endswith("kept_mb")]
+    assert kept
+    assert all(0 < scalars[name] <= scalars[name.replace("kept", "peak")] for name in kept)
+    assert {"step/triton/ms", "step/reference/ms"} <= set(scalars)

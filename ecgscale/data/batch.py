@@ -41,9 +41,13 @@ class ECGBatch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ECGBatch:
+        lead_draw = self.lead_draw
+        if lead_draw is not None:
+            rows = change(lead_draw.segment_B), change(lead_draw.position_B)
+            lead_draw = lead_draw._replace(segment_B=rows[0], position_B=rows[1])
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed)
+        return replace(self, lead_draw=lead_draw, **changed)
 
     def with_gain(self, gain_BL: Tensor) -> ECGBatch:
         return replace(self, gain_BL=gain_BL)

@@ -28,6 +28,9 @@ __all__ = [
     "lead_masked_patch_embed",
 ]
 
+_LONGEST_PATCH = 256  # samples, and
+_MOST_LEADS = 32  # beyond which a program's share does not fit into a multiprocessor; plain PyTorch takes over
+
 
 def lead_masked_patch_embed(
     signal_BLT: Tensor,
@@ -67,7 +70,7 @@ def lead_masked_patch_embed(
     """
     check_input(signal_BLT, gain_BL, offset_BL, lead_draw)
     check_patch_embed(signal_BLT, weight_DLP, bias_D, lead_LD, position_ND, masked_BN, mask_token_D)
-    if _plain(signal_BLT, weight_DLP):
+    if _plain(signal_BLT, weight_DLP) or weight_DLP.shape[2] > _LONGEST_PATCH:
         run = reference.lead_masked_patch_embed
     else:
         from ecgscale_kernels.patch_embed import lead_masked_patch_embed as run
@@ -117,8 +120,9 @@ def lead_masked_conv_stem(
     """
     check_input(signal_BLT, gain_BL, offset_BL, lead_draw)
     check_conv_stem(signal_BLT, weights, biases, norm_weight_C, norm_bias_C)
-    # The fused stem keeps two blocks together, and gives no gradient of the signal.
-    if _plain(signal_BLT, weights[0]) or len(weights) < 2 or signal_BLT.requires_grad:
+    # The fused stem keeps two blocks together, holds the covariance of all leads and gives no gradient of the signal.
+    leads = signal_BLT.shape[1]
+    if _plain(signal_BLT, weights[0]) or len(weights) < 2 or leads > _MOST_LEADS or signal_BLT.requires_grad:
         run = reference.lead_masked_conv_stem
     else:
         from ecgscale_kernels.conv_stem import lead_masked_conv_stem as run

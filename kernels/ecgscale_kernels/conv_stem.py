@@ -11,7 +11,7 @@ Shape suffixes: B batch, L leads, T samples, M rows of a tile (places in time), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -19,9 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ecgscale_kernels.lead_draw import LeadDraw
-from ecgscale_kernels.triton_parts import Draw, arithmetic, cdiv, gelu, gelu_slope, kept_gain, power_of_two
-
-_PROGRAMS = 132  # that a weight's gradient is cut into, about; a device has so many multiprocessors
+from ecgscale_kernels.triton_parts import (
+    PROGRAMS,
+    Draw,
+    Launch,
+    arithmetic,
+    cdiv,
+    gelu,
+    gelu_slope,
+    kept_gain,
+    power_of_two,
+)
 
 
 def lead_masked_conv_stem(
@@ -40,10 +48,75 @@ def lead_masked_conv_stem(
     learned = [*weights, *biases, norm_weight_C, norm_bias_C]
     keep = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in learned)
     out_BMC: Tensor = torch.ops.ecgscale.conv_stem(
-        signal_BLT, gain_BL.contiguous(), list(weights), [bias for bias in biases if bias is not None],
-        [bias is not None for bias in biases], norm_weight_C, norm_bias_C, norm_eps, keep, *Draw.of(lead_draw),
+        signal_BLT, gain_BL.contiguous(), [weight.contiguous() for weight in weights],
+        [bias.contiguous() for bias in biases if bias is not None], [bias is not None for bias in biases],
+        norm_weight_C.contiguous(), norm_bias_C.contiguous(), norm_eps, keep, *Draw.of(lead_draw),
     )[0]  # fmt: skip
     return out_BMC
+
+
+# -- launches --------------------------------------------------------------------------------------------------------
+
+
+def _moments_launch(dtype: torch.dtype, channels: int, inputs: int) -> Launch:
+    return {"BLOCK_M": 128, "BLOCK_C": min(64, power_of_two(channels)), "num_warps": 4}
+
+
+def _first_blocks_launch(dtype: torch.dtype, channels: int, inputs: int) -> Launch:
+    block_m, block_i, block_c = (32, 32, 64) if dtype == torch.float32 else (128, 16, 256)
+    return {
+        "BLOCK_M": block_m, "BLOCK_I": block_i, "BLOCK_C": min(block_c, power_of_two(channels)),
+        "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _block_launch(dtype: torch.dtype, channels: int, inputs: int) -> Launch:
+    block_m, block_i, block_c = (32, 32, 64) if dtype == torch.float32 else (64, 64, 256)
+    return {
+        "BLOCK_M": block_m, "BLOCK_I": block_i, "BLOCK_C": min(block_c, power_of_two(channels)),
+        "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _weight_grad_launch(dtype: torch.dtype, channels: int, inputs: int) -> Launch:
+    block_m, block_c, block_i = (32, 64, 64) if dtype == torch.float32 else (64, 128, 128)
+    return {
+        "BLOCK_M": block_m, "BLOCK_C": min(block_c, power_of_two(channels)),
+        "BLOCK_I": min(block_i, power_of_two(inputs)), "programs": PROGRAMS, "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _input_grad_launch(dtype: torch.dtype, channels: int, inputs: int) -> Launch:
+    block_m, block_c, block_i = (32, 32, 64) if dtype == torch.float32 else (128, 64, 128)
+    return {
+        "BLOCK_M": block_m, "BLOCK_C": min(block_c, power_of_two(channels)),
+        "BLOCK_I": min(block_i, power_of_two(inputs)), "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _block_0_grad_launch(dtype: torch.dtype, channels: int, inputs: int) -> Launch:
+    block_m, block_c, block_i = (32, 32, 32) if dtype == torch.float32 else (64, 64, 32)
+    blocks = {"BLOCK_C": min(block_c, power_of_two(channels)), "BLOCK_I": min(block_i, power_of_two(inputs))}
+    return {"BLOCK_M": block_m, **blocks, "num_warps": 8}
+
+
+def _weight_1_grad_launch(dtype: torch.dtype, channels: int, inputs: int) -> Launch:
+    block_m, block = (32, 32) if dtype == torch.float32 else (64, 64)
+    blocks = {"BLOCK_C": min(block, power_of_two(channels)), "BLOCK_I": min(block, power_of_two(inputs))}
+    return {"BLOCK_M": block_m, **blocks, "programs": PROGRAMS, "num_warps": 8}
+
+
+# Chosen by dtype and sizes alone and never by timing, so that every run gives the same bits. To try others
+# (`ecgscale bench kernel --tune`), put them here.
+LAUNCH: dict[str, Callable[[torch.dtype, int, int], Launch]] = {
+    "moments": _moments_launch,
+    "first_blocks": _first_blocks_launch,
+    "block": _block_launch,
+    "input_grad": _input_grad_launch,
+    "weight_grad": _weight_grad_launch,
+    "weight_1_grad": _weight_1_grad_launch,
+    "block_0_grad": _block_0_grad_launch,
+}
 
 
 # -- the input of block 0 --------------------------------------------------------------------------------------------
@@ -63,8 +136,8 @@ def _gain_of_inputs(
 def _inputs(signal_ptr, row, stride_b, stride_l, place_M, there_M, k_K, gain_K, mean_K):
     """(M, K) values of block 0's inputs at some places, without their mean; zero where the gain is."""
     there_MK = there_M[:, None] & (gain_K != 0.0)[None, :]
-    at_MK = signal_ptr + row * stride_b + (k_K // 2)[None, :] * stride_l + 2 * place_M[:, None] + (k_K % 2)[None, :]
-    x_MK = tl.load(at_MK, mask=there_MK, other=0.0).to(tl.float32)
+    at_K = signal_ptr + row * stride_b + (k_K // 2).to(tl.int64) * stride_l + k_K % 2
+    x_MK = tl.load(at_K[None, :] + 2 * place_M[:, None], mask=there_MK, other=0.0).to(tl.float32)
     return tl.where(there_MK, (x_MK - mean_K[None, :]) * gain_K[None, :], 0.0)
 
 
@@ -76,16 +149,18 @@ def _moments_kernel(
     BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    k_K, j_K = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K)
+    k_K = tl.arange(0, BLOCK_K)
     gain_K = _gain_of_inputs(gain_ptr, k_K, row, leads, seed, purpose, probability, segment_ptr, position_ptr, HAS_DRAW)
-    one_K, zero_K = tl.where(gain_K != 0.0, 1.0, 0.0), tl.zeros((BLOCK_K,), tl.float32)
-    # Counts first, gains later: a mean of whole numbers is exact but for one rounding.
+    # Counts first, gains later, and all beside the first sample: the sums are small, and zero for a constant.
+    one_K = tl.where(gain_K != 0.0, 1.0, 0.0)
+    first_K = tl.load(signal_ptr + row * stride_b + (k_K // 2).to(tl.int64) * stride_l, mask=gain_K != 0.0, other=0.0)
+    first_K = first_K.to(tl.float32)
     mean_K = tl.zeros((BLOCK_K,), tl.float32)
     for first in range(0, places, BLOCK_M):
         place_M = first + tl.arange(0, BLOCK_M)
-        x_MK = _inputs(signal_ptr, row, stride_b, stride_l, place_M, place_M < places, k_K, one_K, zero_K)
+        x_MK = _inputs(signal_ptr, row, stride_b, stride_l, place_M, place_M < places, k_K, one_K, first_K)
         mean_K += tl.sum(x_MK, 0)
-    mean_K = mean_K / places
+    mean_K = first_K + mean_K / places
     covariance_KK = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     for first in range(0, places, BLOCK_M):
         place_M = first + tl.arange(0, BLOCK_M)
@@ -93,7 +168,7 @@ def _moments_kernel(
         covariance_KK = tl.dot(tl.trans(x_MK), x_MK, covariance_KK, input_precision="ieee")
     covariance_KK = covariance_KK / places
     tl.store(mean_ptr + row * BLOCK_K + k_K, mean_K)
-    tl.store(covariance_ptr + (row * BLOCK_K + k_K[:, None]) * BLOCK_K + j_K[None, :], covariance_KK)
+    tl.store(covariance_ptr + (row * BLOCK_K + k_K[:, None]) * BLOCK_K + k_K[None, :], covariance_KK)
     for first in range(0, channels, BLOCK_C):
         c_C = first + tl.arange(0, BLOCK_C)
         weight_CK = tl.load(
@@ -210,13 +285,13 @@ def _conv_stem(
     (batch, leads, samples), dtype = signal.shape, weights[0].dtype
     draw = Draw(seed, purpose, probability, segment, position).arguments()
     strides = (signal.stride(0), signal.stride(1), leads)
-    weight_0, channels, inputs = weights[0].contiguous(), weights[0].shape[0], power_of_two(2 * leads)
+    weight_0, channels, inputs = weights[0], weights[0].shape[0], power_of_two(2 * leads)
     mean_BK, covariance_BKK = (signal.new_empty((batch, *[inputs] * n), dtype=torch.float32) for n in (1, 2))
     inverse_std_BC, scale_BC = signal.new_empty((2, batch, channels), dtype=torch.float32)
     _moments_kernel[(batch,)](
         signal, gain, weight_0, norm_weight, mean_BK, covariance_BKK, inverse_std_BC, scale_BC,
         *strides, samples // 2, channels, norm_eps, **draw,
-        BLOCK_K=inputs, BLOCK_M=128, BLOCK_C=min(64, power_of_two(channels)), num_warps=4,
+        BLOCK_K=inputs, **LAUNCH["moments"](dtype, channels, 2 * leads),
     )  # fmt: skip
     given = iter(biases)
     bias_of = [next(given) if has else None for has in has_bias]
@@ -227,20 +302,19 @@ def _conv_stem(
         last = block == len(weights) - 1
         z_BMC = None if last and not keep else signal.new_empty((batch, places, channels), dtype=dtype)
         out_BMC = signal.new_empty((batch, places, channels), dtype=dtype) if last else None
-        tile = _tile(dtype, channels)
+        launch = LAUNCH["first_blocks" if block == 1 else "block"](dtype, channels, 2 * channels_in)
         flags = {
-            "HAS_BIAS": has_bias[block], "HAS_RAW": z_BMC is not None, "HAS_OUT": last,
-            **tile, **arithmetic(dtype), "num_warps": 8, "num_stages": 3,
+            "HAS_BIAS": has_bias[block], "HAS_RAW": z_BMC is not None, "HAS_OUT": last, **arithmetic(dtype), **launch,
         }  # fmt: skip
         weight = _taps_first(weights[block])
         if block == 1:
-            _first_blocks_kernel[(batch * cdiv(places, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_C"]))](
+            _first_blocks_kernel[(batch * cdiv(places, launch["BLOCK_M"]), cdiv(channels, launch["BLOCK_C"]))](
                 signal, gain, mean_BK, weight_0, scale_BC, norm_bias, weight, bias_of[1], z_BMC, out_BMC,
                 *strides, places, channels_in, channels, **draw, BLOCK_K=inputs, **flags,
             )  # fmt: skip
         else:
             rows = batch * places
-            _block_kernel[(cdiv(rows, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_C"]))](
+            _block_kernel[(cdiv(rows, launch["BLOCK_M"]), cdiv(channels, launch["BLOCK_C"]))](
                 raw[-1], weight, bias_of[block], z_BMC, out_BMC,
                 rows, samples >> block, places, channels_in, channels, **flags,
             )  # fmt: skip
@@ -279,12 +353,6 @@ def _(
         return [out]
     mean, covariance = (signal.new_empty((batch, *[inputs] * n), dtype=torch.float32) for n in (1, 2))
     return [out, mean, covariance, signal.new_empty((batch, weights[0].shape[0]), dtype=torch.float32), *raw]
-
-
-def _tile(dtype: torch.dtype, channels: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_I": 32, "BLOCK_C": min(64, power_of_two(channels))}
-    return {"BLOCK_M": 128, "BLOCK_I": 32, "BLOCK_C": min(256, power_of_two(channels))}
 
 
 def _taps_first(weight: Tensor) -> Tensor:
@@ -446,11 +514,11 @@ def _block_0_grad_kernel(
 
 @torch.library.custom_op("ecgscale::conv_stem_grad", mutates_args=())
 def _conv_stem_grad(
-    signal: Tensor, gain: Tensor, weights: list[Tensor], norm_weight: Tensor, norm_bias: Tensor,
+    signal: Tensor, gain: Tensor, weights: list[Tensor], has_bias: list[bool], norm_weight: Tensor, norm_bias: Tensor,
     kept: list[Tensor], grad: Tensor,
     seed: int, purpose: int, probability: float, segment: Tensor | None, position: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the weights, of the biases of all blocks but the first, and of the norm's weight and bias."""
+    """Gradients of the weights, of the norm's weight and bias, and of the biases that there are."""
     (batch, leads, samples), dtype = signal.shape, weights[0].dtype
     draw = Draw(seed, purpose, probability, segment, position).arguments()
     strides = (signal.stride(0), signal.stride(1), leads)
@@ -462,40 +530,45 @@ def _conv_stem_grad(
         places, channels_in, channels = samples >> block + 1, *weights[block].shape[1::-1]
         shape = (batch * places, samples >> block, places, channels_in, channels)
         z, before, weight = raw[block - 1], raw[block - 2], _taps_first(weights[block])
-        flags = {"THROUGH_GELU": through_gelu, **arithmetic(dtype), "num_warps": 8, "num_stages": 3}
-        tile = _grad_tile(dtype, channels, 2 * channels_in)
-        tiles = (cdiv(channels, tile["BLOCK_C"]), cdiv(2 * channels_in, tile["BLOCK_I"]))
-        shares = cdiv(_PROGRAMS, tiles[0] * tiles[1])
+        flags = {"THROUGH_GELU": through_gelu, **arithmetic(dtype)}
+        launch = LAUNCH["weight_grad"](dtype, channels, 2 * channels_in)
+        tiles = (cdiv(channels, launch["BLOCK_C"]), cdiv(2 * channels_in, launch["BLOCK_I"]))
+        shares = cdiv(launch.pop("programs"), tiles[0] * tiles[1])
         weight_SCI = grad.new_empty((shares, channels, 2 * channels_in), dtype=torch.float32)
-        _weight_grad_kernel[(*tiles, shares)](grad, z, before, weight_SCI, *shape, **tile, **flags)
+        _weight_grad_kernel[(*tiles, shares)](grad, z, before, weight_SCI, *shape, **launch, **flags)
         weight_grads.insert(0, _taps_last(weight_SCI.sum(0)).to(dtype))
-        bias_grads.insert(0, _bias_grad(grad, z, through_gelu))
-        tile = _input_grad_tile(dtype, channels, 2 * channels_in)
+        if has_bias[block]:
+            bias_grads.insert(0, _bias_grad(grad, z, through_gelu))
+        launch = LAUNCH["input_grad"](dtype, channels, 2 * channels_in)
         before_grad = torch.empty_like(before)
         before_grad[:, 2 * places :] = 0  # a last odd place goes nowhere
-        _input_grad_kernel[(cdiv(batch * places, tile["BLOCK_M"]), cdiv(2 * channels_in, tile["BLOCK_I"]))](
-            grad, z, weight, before, before_grad, *shape, **tile, **flags
+        _input_grad_kernel[(cdiv(batch * places, launch["BLOCK_M"]), cdiv(2 * channels_in, launch["BLOCK_I"]))](
+            grad, z, weight, before, before_grad, *shape, **launch, **flags
         )
         grad, through_gelu = before_grad, False
     places, channels_in, channels = samples >> 2, *weights[1].shape[1::-1]
-    weight_0, scale_BC = weights[0].contiguous(), inverse_std_BC * norm_weight.float()
+    weight_0, scale_BC = weights[0], inverse_std_BC * norm_weight.float()
     first = (signal, gain, mean_BK, weight_0, scale_BC, norm_bias)
     inputs = mean_BK.shape[1]
-    flags = {**draw, "BLOCK_K": inputs, "THROUGH_GELU": through_gelu, **arithmetic(dtype), "num_warps": 8}
-    tile = _first_grad_tile(dtype, channels, channels_in)
-    tiles = (cdiv(channels, tile["BLOCK_C"]), cdiv(channels_in, tile["BLOCK_I"]))
-    shares = cdiv(_PROGRAMS, tiles[0] * tiles[1])
+    flags = {**draw, "BLOCK_K": inputs, "THROUGH_GELU": through_gelu, **arithmetic(dtype)}
+    launch = LAUNCH["weight_1_grad"](dtype, channels, channels_in)
+    tiles = (cdiv(channels, launch["BLOCK_C"]), cdiv(channels_in, launch["BLOCK_I"]))
+    shares = cdiv(launch.pop("programs"), tiles[0] * tiles[1])
     weight_SCI = grad.new_empty((shares, channels, 2 * channels_in), dtype=torch.float32)
     _weight_1_grad_kernel[(*tiles, shares)](
-        *first, grad, raw[0], weight_SCI, *strides, batch, places, channels_in, channels, **tile, **flags
+        *first, grad, raw[0], weight_SCI, *strides, batch, places, channels_in, channels, **launch, **flags
     )
     weight_grads.insert(0, _taps_last(weight_SCI.sum(0)).to(dtype))
-    bias_grads.insert(0, _bias_grad(grad, raw[0], through_gelu))
+    if has_bias[1]:
+        bias_grads.insert(0, _bias_grad(grad, raw[0], through_gelu))
+    if has_bias[0]:  # the norm takes away whatever it adds
+        bias_grads.insert(0, weight_0.new_zeros(channels_in))
     product_BCK = grad.new_empty((batch, channels_in, inputs), dtype=torch.float32)
     sum_BC = grad.new_empty((batch, channels_in), dtype=torch.float32)
-    _block_0_grad_kernel[(batch, cdiv(channels_in, tile["BLOCK_I"]))](
+    launch = LAUNCH["block_0_grad"](dtype, channels, channels_in)
+    _block_0_grad_kernel[(batch, cdiv(channels_in, launch["BLOCK_I"]))](
         *first, _taps_first(weights[1]), grad, raw[0], product_BCK, sum_BC,
-        *strides, places, channels_in, channels, **tile, **flags,
+        *strides, places, channels_in, channels, **launch, **flags,
     )  # fmt: skip
     # Through the norm (see the README): means over time become sums over the covariance of the inputs.
     weight_CK = weight_0.flatten(1).float()
@@ -504,35 +577,17 @@ def _conv_stem_grad(
     through_BCK = product_BCK - (normed_BC * inverse_std_BC)[..., None] * (weight_CK @ covariance_BKK)
     weight_grads.insert(0, (scale_BC[..., None] * through_BCK).sum(0).to(dtype).view_as(weights[0]))
     norm_grads = [normed_BC.sum(0).to(dtype), sum_BC.sum(0).to(dtype)]
-    return [*weight_grads, *bias_grads, *norm_grads]
+    return [*weight_grads, *norm_grads, *bias_grads]
 
 
 @_conv_stem_grad.register_fake
-def _(signal, gain, weights, norm_weight, norm_bias, kept, grad, seed, purpose, probability, segment, position):
-    biases = [weight.new_empty(weight.shape[0]) for weight in weights[1:]]
-    return [torch.empty_like(one) for one in [*weights, *biases, norm_weight, norm_bias]]
-
-
-def _grad_tile(dtype: torch.dtype, channels: int, inputs: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_C": min(64, power_of_two(channels)), "BLOCK_I": min(64, power_of_two(inputs))}
-    return {"BLOCK_M": 64, "BLOCK_C": min(128, power_of_two(channels)), "BLOCK_I": min(128, power_of_two(inputs))}
-
-
-def _input_grad_tile(dtype: torch.dtype, channels: int, inputs: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_C": min(32, power_of_two(channels)), "BLOCK_I": min(64, power_of_two(inputs))}
-    return {"BLOCK_M": 128, "BLOCK_C": min(64, power_of_two(channels)), "BLOCK_I": min(128, power_of_two(inputs))}
-
-
-def _first_grad_tile(dtype: torch.dtype, channels: int, inputs: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_C": min(32, power_of_two(channels)), "BLOCK_I": min(32, power_of_two(inputs))}
-    return {"BLOCK_M": 64, "BLOCK_C": min(64, power_of_two(channels)), "BLOCK_I": min(64, power_of_two(inputs))}
+def _(signal, gain, weights, has_bias, norm_weight, norm_bias, kept, grad, *draw):
+    biases = [weight.new_empty(len(weight)) for weight, has in zip(weights, has_bias, strict=True) if has]
+    return [torch.empty_like(one) for one in [*weights, norm_weight, norm_bias, *biases]]
 
 
 def _taps_last(weight_CI: Tensor) -> Tensor:
-    return weight_CI.view(len(weight_CI), 2, -1).transpose(1, 2)
+    return weight_CI.view(len(weight_CI), 2, -1).transpose(1, 2).contiguous()
 
 
 def _bias_grad(grad: Tensor, raw: Tensor, through_gelu: bool) -> Tensor:
@@ -555,13 +610,11 @@ def _backward(ctx, grads):
     signal, gain, norm_weight, norm_bias, segment, position, *rest = ctx.saved_tensors
     weights, kept = rest[: ctx.blocks], rest[ctx.blocks :]
     found = torch.ops.ecgscale.conv_stem_grad(
-        signal, gain, weights, norm_weight, norm_bias, kept, grads[0].contiguous(), *ctx.draw, segment, position
-    )
-    weight_grads, bias_grads = found[: ctx.blocks], found[ctx.blocks : -2]
-    # The norm takes away whatever block 0's bias adds.
-    bias_grads = [torch.zeros_like(weights[0][:, 0, 0]), *bias_grads]
-    bias_grads = [grad for grad, has in zip(bias_grads, ctx.has_bias, strict=True) if has]
-    return None, None, weight_grads, bias_grads, None, *found[-2:], *[None] * 7
+        signal, gain, weights, ctx.has_bias, norm_weight, norm_bias, kept, grads[0].contiguous(), *ctx.draw,
+        segment, position,
+    )  # fmt: skip
+    weight_grads, norm_grads, bias_grads = found[: ctx.blocks], found[ctx.blocks :][:2], found[ctx.blocks + 2 :]
+    return None, None, weight_grads, bias_grads, None, *norm_grads, *[None] * 7
 
 
 torch.library.register_autograd("ecgscale::conv_stem", _backward, setup_context=_setup)

@@ -9,15 +9,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal, get_args
 
-import torch
-
 Backend = Literal["reference", "triton"]
 VARIABLE = "ECGSCALE_KERNELS"
 
 _forced: list[Backend] = []
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend(device_type: str) -> Backend:
     """What runs for tensors on ``cuda`` or ``cpu``.
 
@@ -41,6 +38,10 @@ def backend(device_type: str) -> Backend:
     ):  # registers the ops, and imports triton, which only now is known to be there
         importlib.import_module(f"ecgscale_kernels.{name}")
     return "triton"
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler, and with it Triton: 1.7 s at every start.
+backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -9,6 +9,8 @@ Shape suffixes: B batch, L leads, T samples, P samples of a patch, N patches, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,7 @@ from torch import Tensor
 
 from ecgscale_kernels.lead_draw import LeadDraw
 from ecgscale_kernels.reference import effective_gain
-from ecgscale_kernels.triton_parts import Draw, arithmetic, cdiv, kept_gain, power_of_two
-
-_PROGRAMS = 132  # that the weight's gradient is cut into, about; a device has so many multiprocessors
+from ecgscale_kernels.triton_parts import PROGRAMS, Draw, Launch, arithmetic, cdiv, kept_gain, power_of_two
 
 
 def lead_masked_patch_embed(
@@ -40,6 +40,41 @@ def lead_masked_patch_embed(
         signal_BLT, gain_BL.contiguous(), offset_BL.contiguous(), *embedding, *Draw.of(lead_draw)
     )
     return token_BND
+
+
+# -- launches --------------------------------------------------------------------------------------------------------
+
+
+def _forward_launch(dtype: torch.dtype, patches: int, width: int, patch: int) -> Launch:
+    block_p = power_of_two(patch)
+    block_n, block_d = (32, 64) if block_p > 64 else (64, 128 if block_p > 16 else 256)
+    return {
+        "BLOCK_N": min(block_n, power_of_two(patches)),
+        "BLOCK_D": min(min(64, block_d) if dtype == torch.float32 else block_d, power_of_two(width)),
+        "num_warps": 4, "num_stages": 3 if block_p <= 64 else 2,
+    }  # fmt: skip
+
+
+def _weight_grad_launch(dtype: torch.dtype, patches: int, width: int, columns: int) -> Launch:
+    block_n, block_d, warps = (32, 64, 8) if dtype == torch.float32 else (64, 128, 4)
+    return {
+        "BLOCK_N": min(block_n, power_of_two(patches)), "BLOCK_D": min(block_d, power_of_two(width)),
+        "BLOCK_K": min(64, power_of_two(columns)), "programs": PROGRAMS, "num_warps": warps, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _signal_grad_launch(dtype: torch.dtype, patches: int, width: int, patch: int) -> Launch:
+    block = 64 if power_of_two(patch) <= 64 else 32
+    return {"BLOCK_N": min(block, power_of_two(patches)), "BLOCK_D": min(block, power_of_two(width)), "num_warps": 4}
+
+
+# Chosen by dtype and sizes alone and never by timing, so that every run gives the same bits. To try others
+# (`ecgscale bench kernel --tune`), put them here.
+LAUNCH: dict[str, Callable[..., Launch]] = {
+    "forward": _forward_launch,
+    "weight_grad": _weight_grad_launch,
+    "signal_grad": _signal_grad_launch,
+}
 
 
 # -- forward ---------------------------------------------------------------------------------------------------------
@@ -71,7 +106,7 @@ def _forward_kernel(
         lead, gain = tl.sum(tl.where(here_L, l_L, 0), 0), tl.sum(tl.where(here_L, gain_L, 0.0), 0)
         offset = tl.load(offset_ptr + row * leads + lead).to(tl.float32)
         there_NP = (n_N < patches)[:, None] & (p_P < PATCH)[None, :]
-        sample_NP = signal_ptr + row * stride_b + lead * stride_l + n_N[:, None] * PATCH + p_P[None, :]
+        sample_NP = signal_ptr + row * stride_b + lead.to(tl.int64) * stride_l + n_N[:, None] * PATCH + p_P[None, :]
         x_NP = tl.load(sample_NP, mask=there_NP, other=0.0).to(tl.float32)
         value_NP = tl.where(there_NP, (x_NP - offset) * gain, 0.0)
         weight_DP = tl.load(
@@ -107,16 +142,15 @@ def _patch_embed(
     (batch, leads, samples), (width, _, patch) = signal.shape, weight.shape
     patches = samples // patch
     token_BND = signal.new_empty((batch, patches, width), dtype=weight.dtype)
-    narrow = weight.dtype != torch.float32
-    block_n, block_d = min(64, power_of_two(patches)), min(256 if narrow else 64, power_of_two(width))
-    _forward_kernel[(batch * cdiv(patches, block_n), cdiv(width, block_d))](
+    launch = LAUNCH["forward"](weight.dtype, patches, width, patch)
+    _forward_kernel[(batch * cdiv(patches, launch["BLOCK_N"]), cdiv(width, launch["BLOCK_D"]))](
         signal, gain, offset, weight.contiguous(), _contiguous(bias), _contiguous(lead), _contiguous(place),
         _contiguous(masked), _contiguous(mask_token), token_BND,
         signal.stride(0), signal.stride(1), leads, patches, width,
         **Draw(seed, purpose, probability, segment, position).arguments(),
-        PATCH=patch, BLOCK_L=power_of_two(leads), BLOCK_P=power_of_two(patch), BLOCK_N=block_n, BLOCK_D=block_d,
+        PATCH=patch, BLOCK_L=power_of_two(leads), BLOCK_P=power_of_two(patch),
         HAS_BIAS=bias is not None, HAS_LEAD=lead is not None, HAS_PLACE=place is not None, HAS_MASK=masked is not None,
-        **arithmetic(weight.dtype), num_warps=4, num_stages=3,
+        **arithmetic(weight.dtype), **launch,
     )  # fmt: skip
     return token_BND
 
@@ -167,8 +201,8 @@ def _weight_grad_kernel(
                 other=0.0,
             )
             there_NK = live_N[:, None] & keep_K[None, :]
-            sample_NK = signal_ptr + row * stride_b + lead_K[None, :] * stride_l + n_N[:, None] * PATCH + p_K[None, :]
-            x_NK = tl.load(sample_NK, mask=there_NK, other=0.0).to(tl.float32)
+            sample_K = signal_ptr + row * stride_b + lead_K.to(tl.int64) * stride_l + p_K
+            x_NK = tl.load(sample_K[None, :] + n_N[:, None] * PATCH, mask=there_NK, other=0.0).to(tl.float32)
             value_NK = tl.where(there_NK, (x_NK - offset_K[None, :]) * gain_K[None, :], 0.0)
             weight_DK = tl.dot(tl.trans(grad_ND.to(DOT)), value_NK.to(DOT), weight_DK, input_precision=PRECISION)
             bias_D += tl.sum(grad_ND.to(tl.float32), 0)
@@ -184,18 +218,16 @@ def _weight_grad(
     seed: int, purpose: int, probability: float, segment: Tensor | None, position: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, leads, _), (_, patches, width) = signal.shape, grad.shape
-    narrow = grad.dtype != torch.float32
-    block_d, block_k = min(128 if narrow else 64, power_of_two(width)), min(64, power_of_two(leads * patch))
-    tiles = (cdiv(width, block_d), cdiv(leads * patch, block_k))
-    shares = min(batch, cdiv(_PROGRAMS, tiles[0] * tiles[1]))
+    launch = LAUNCH["weight_grad"](grad.dtype, patches, width, leads * patch)
+    tiles = (cdiv(width, launch["BLOCK_D"]), cdiv(leads * patch, launch["BLOCK_K"]))
+    shares = min(batch, cdiv(launch.pop("programs"), tiles[0] * tiles[1]))
     weight_SDLP = grad.new_empty((shares, width, leads, patch), dtype=torch.float32)
     bias_SD = grad.new_empty((shares, width), dtype=torch.float32)
     _weight_grad_kernel[(*tiles, shares)](
         signal, gain, offset, _contiguous(masked), grad, weight_SDLP, bias_SD,
         signal.stride(0), signal.stride(1), batch, leads, patches, width,
         **Draw(seed, purpose, probability, segment, position).arguments(),
-        PATCH=patch, BLOCK_N=min(64 if narrow else 32, power_of_two(patches)), BLOCK_D=block_d, BLOCK_K=block_k,
-        HAS_MASK=masked is not None, **arithmetic(grad.dtype), num_warps=4, num_stages=3,
+        PATCH=patch, HAS_MASK=masked is not None, **arithmetic(grad.dtype), **launch,
     )  # fmt: skip
     return weight_SDLP.sum(0).to(grad.dtype), bias_SD.sum(0).to(grad.dtype)
 
@@ -255,12 +287,12 @@ def _signal_grad(
     (batch, leads, samples), (width, _, patch) = signal.shape, weight.shape
     patches = samples // patch
     out_BLT = signal.new_zeros((batch, leads, samples))
-    block_n = min(64, power_of_two(patches))
-    _signal_grad_kernel[(batch * cdiv(patches, block_n), leads)](
+    launch = LAUNCH["signal_grad"](grad.dtype, patches, width, patch)
+    _signal_grad_kernel[(batch * cdiv(patches, launch["BLOCK_N"]), leads)](
         gain, _contiguous(masked), grad, weight.contiguous(), out_BLT, leads, samples, patches, width,
         **Draw(seed, purpose, probability, segment, position).arguments(),
-        PATCH=patch, BLOCK_L=power_of_two(leads), BLOCK_P=power_of_two(patch), BLOCK_N=block_n,
-        BLOCK_D=min(64, power_of_two(width)), HAS_MASK=masked is not None, **arithmetic(grad.dtype), num_warps=4,
+        PATCH=patch, BLOCK_L=power_of_two(leads), BLOCK_P=power_of_two(patch),
+        HAS_MASK=masked is not None, **arithmetic(grad.dtype), **launch,
     )  # fmt: skip
     return out_BLT
 
@@ -294,7 +326,8 @@ def _backward(ctx, grad_BND):
     if for_place:
         place_grad = grad_BND.sum(0, dtype=torch.float32).to(grad_BND.dtype)
     if for_mask_token:
-        mask_token_grad = (grad_BND * masked[..., None]).sum((0, 1), dtype=torch.float32).to(grad_BND.dtype)
+        hidden_BND = grad_BND.masked_fill(~masked[..., None], 0)
+        mask_token_grad = hidden_BND.sum((0, 1), dtype=torch.float32).to(grad_BND.dtype)
     if for_lead:
         live_BND = grad_BND if masked is None else grad_BND.masked_fill(masked[..., None], 0)
         keep_BL = effective_gain(gain, draw.lead_draw()).ne(0).float()

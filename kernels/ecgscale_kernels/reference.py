@@ -1,6 +1,7 @@
 """The plain PyTorch truth of each op, with the signature that the fused version has.
 
-It is also the fast path on a CPU: a convolution whose stride is its kernel is a reshape and one matrix product.
+It is also the fast path on a CPU. There a patch embedding is fastest as a reshape and one matrix product, and the stem
+as PyTorch's own convolutions (`ecgscale bench kernel` measures both).
 
 Shape suffixes: B batch, L leads, T samples, P samples of a patch, N patches, D width, C channels, M places,
 K negatives, Q code width, G code groups.
@@ -63,13 +64,13 @@ def lead_masked_conv_stem(
 ) -> Tensor:
     """Counts -> features: dequantise, mask leads, then blocks of Conv1d(kernel 2, stride 2) and GELU. As above."""
     value_BLT = _value(signal_BLT, effective_gain(gain_BL, lead_draw), offset_BL, weights[0].dtype)
-    x_BTC = value_BLT.transpose(1, 2)
+    x_BCT = value_BLT
     for block, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x_BTC = _conv_k2_s2(x_BTC, weight, bias)
+        x_BCT = F.conv1d(x_BCT, weight, bias, stride=2)
         if block == 0:
-            x_BTC = _norm_over_time(x_BTC, norm_weight_C, norm_bias_C, norm_eps)
-        x_BTC = F.gelu(x_BTC)
-    return x_BTC
+            x_BCT = torch.group_norm(x_BCT, weight.shape[0], norm_weight_C, norm_bias_C, norm_eps)
+        x_BCT = F.gelu(x_BCT)
+    return x_BCT.transpose(1, 2).contiguous()
 
 
 def info_nce_logits(
@@ -110,20 +111,6 @@ def _value(signal_BLT: Tensor, gain_BL: Tensor, offset_BL: Tensor, dtype: torch.
     gain_BL1, offset_BL1 = gain_BL[..., None].to(wide), offset_BL[..., None].to(wide)
     silent_BL1 = gain_BL1 == 0
     if signal_BLT.dtype != torch.int16:
-        signal_BLT = torch.where(silent_BL1, 0, signal_BLT)
+        signal_BLT = torch.where(silent_BL1, 0, signal_BLT.to(wide))
     # Subtracted first: a difference of counts is exact, one of products is not.
-    return torch.sub(signal_BLT.to(wide), torch.where(silent_BL1, 0, offset_BL1)).mul_(gain_BL1).to(dtype)
-
-
-def _conv_k2_s2(x_BTC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    batch, samples, channels = x_BTC.shape
-    pairs = x_BTC[:, : samples // 2 * 2].reshape(batch, samples // 2, 2 * channels)
-    return F.linear(pairs, weight.transpose(1, 2).flatten(1), bias)
-
-
-def _norm_over_time(x_BTC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
-    """GroupNorm with one channel per group, statistics in float32 or wider. Equal samples give ``bias``, never NaN."""
-    wide_BTC = x_BTC.to(torch.promote_types(torch.float32, x_BTC.dtype))
-    variance_B1C, mean_B1C = torch.var_mean(wide_BTC, dim=1, correction=0, keepdim=True)
-    scale_B1C = torch.rsqrt(variance_B1C + eps) * weight_C.to(wide_BTC.dtype)
-    return torch.addcmul(bias_C.to(wide_BTC.dtype) - mean_B1C * scale_B1C, wide_BTC, scale_B1C).to(x_BTC.dtype)
+    return torch.sub(signal_BLT, torch.where(silent_BL1, 0, offset_BL1)).mul_(gain_BL1).to(dtype)

@@ -14,6 +14,9 @@ from ecgscale_kernels.lead_draw import LeadDraw
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+Launch = dict[str, int]  # how a kernel is cut into programs: block sizes, num_warps, num_stages
+PROGRAMS = 132  # that a weight's gradient is cut into, about; a device has so many multiprocessors
+
 
 class Draw(NamedTuple):
     """A LeadDraw as arguments of a custom op or a kernel: numbers and tensors only."""
@@ -57,7 +60,7 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
     if INTERPRETED and dtype == torch.bfloat16:
         operands = tl.float32
-    tensor_cores = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tensor_cores = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"DOT": operands, "PRECISION": "tf32" if tensor_cores else "ieee"}
 
 

@@ -50,9 +50,9 @@ def one_process(shards, jobs, tmp_path_factory) -> Path:
 
 def test_stages_on_two_processes_equal_one(shards, jobs, one_process, tmp_path) -> None:
     more = {"whole": [], "accumulated": ["--train.contrast_batch=4"], "reference": REFERENCE_RULES}
-    more |= {"local": ["--objective.name=wav2vec2"], "global": ["--objective.name=cmsc"]}
+    more |= {"patch": PATCH_STEM, "local": ["--objective.name=wav2vec2"], "global": ["--objective.name=cmsc"]}
     combinations = [(stage, kind) for stage in range(4) for kind in ("whole", "accumulated")]
-    combinations += [(1, "reference"), (2, "local"), (3, "global")]
+    combinations += [(1, "reference"), (2, "local"), (3, "global"), (3, "patch")]
     jobs.run(
         2,
         *(
