@@ -14,6 +14,7 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
+from ecgscale.errors import InputError
 from ecgscale.export import Profile, about_model, export_engine
 from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import Pretraining, build_objective
@@ -22,6 +23,7 @@ from ecgscale.run import claim_run
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import log, start_ranks
 from ecgscale.training.validation import Validation
+from ecgscale_kernels import LONGEST_PATCH
 
 SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
 
@@ -30,10 +32,13 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train to the end, resuming where the run folder holds a checkpoint; returns the folder of the export."""
     ranks = start_ranks()
     kernels = check_kernels(ranks.device)
+    if config.model.stem == "patch" and config.model.patch_samples > LONGEST_PATCH:
+        kernels = "reference"
     shards = ShardSet.open(config.data.shards, config.data.cache)
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
     about = about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation))
+    _check_places(config, shards.rate_hz)
     torch.manual_seed(config.train.seed)
     objective = build_objective(
         config.model, config.objective, config.train.seed, config.engine.activation_checkpointing
@@ -67,6 +72,17 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     engine = train(job, ranks)
     return export_engine(run / "export", engine, job.about, config.train.steps)
+
+
+def _check_places(config: PretrainConfig, rate_hz: float) -> None:
+    """Raises InputError where a segment has too few masked tokens to tell one from another."""
+    tokens = round(config.data.segment_s * rate_hz) // config.model.patch_samples
+    if "wav2vec2" in config.objective.name and round(config.objective.time_mask_share * tokens) < 2:
+        raise InputError(
+            f"a segment of {config.data.segment_s:g} s gives {tokens} tokens of {config.model.patch_samples} samples, "
+            "but the local objective needs two masked ones; lower model.patch_samples, give a longer data.segment_s, or "
+            "choose objective.name cmsc"
+        )
 
 
 def masked_picture(batch: ECGBatch, objective: Pretraining, segment_s: float) -> Figure:

@@ -29,7 +29,7 @@ class ModelConfig:
     stem: Literal["conv", "patch"] = "conv"
     """conv: four convolutions that halve the samples, as in the paper. patch: one linear map per patch."""
     patch_samples: int = 16
-    """Samples of a token; the convolutional stem always has 16."""
+    """Samples of a token; the convolutional stem always has 16. Above 256, plain PyTorch embeds them on a GPU too."""
     stem_channels: int = 256
     """Channels of the stem."""
     width: int = 768

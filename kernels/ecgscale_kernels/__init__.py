@@ -19,6 +19,7 @@ from ecgscale_kernels.lead_draw import LeadDraw
 from ecgscale_kernels.reference import info_nce_logits
 
 __all__ = [
+    "LONGEST_PATCH",
     "Backend",
     "LeadDraw",
     "backend",
@@ -28,7 +29,7 @@ __all__ = [
     "lead_masked_patch_embed",
 ]
 
-_LONGEST_PATCH = 256  # samples, and
+LONGEST_PATCH = 256  # samples, and
 _MOST_LEADS = 32  # beyond which a program's share does not fit into a multiprocessor; plain PyTorch takes over
 
 
@@ -70,7 +71,7 @@ def lead_masked_patch_embed(
     """
     check_input(signal_BLT, gain_BL, offset_BL, lead_draw)
     check_patch_embed(signal_BLT, weight_DLP, bias_D, lead_LD, position_ND, masked_BN, mask_token_D)
-    if _plain(signal_BLT, weight_DLP) or weight_DLP.shape[2] > _LONGEST_PATCH:
+    if _plain(signal_BLT, weight_DLP) or weight_DLP.shape[2] > LONGEST_PATCH:
         run = reference.lead_masked_patch_embed
     else:
         from ecgscale_kernels.patch_embed import lead_masked_patch_embed as run

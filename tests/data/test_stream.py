@@ -245,7 +245,9 @@ def joined(batches):
         return torch.cat([part.unflatten(0, (2, -1)) for part in parts], dim=1).flatten(0, 1)
 
     tensors = {
-        field.name: join(field.name) for field in fields(batches[0]) if field.name not in ("padded", "target_BC")
+        field.name: join(field.name)
+        for field in fields(batches[0])
+        if isinstance(getattr(batches[0], field.name), torch.Tensor)
     }
     return replace(batches[0], **tensors, padded=any(batch.padded for batch in batches))
 

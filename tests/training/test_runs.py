@@ -84,6 +84,15 @@ def test_kernels_that_cannot_run_are_refused(shards, jobs, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_segments_of_too_few_tokens_are_refused(shards, jobs, tmp_path) -> None:
+    patches = ["--model.stem=patch", "--model.patch_samples=300"]
+    said = jobs.run(1, job(shards, tmp_path / "run", *patches), code=2)
+    assert "a segment of 2.5 s gives 2 tokens of 300 samples" in said
+    assert not (tmp_path / "run").exists()
+    said = jobs.run(1, job(shards, tmp_path / "run", *patches, "--objective.name=cmsc", "--train.steps=1"))
+    assert "patch stem, reference kernels" in said
+
+
 def test_losses_fall(one_process) -> None:
     values = losses(one_process / "whole")
     assert values[6] < values[1] - 0.3
