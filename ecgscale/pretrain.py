@@ -80,8 +80,8 @@ def _check_places(config: PretrainConfig, rate_hz: float) -> None:
     if "wav2vec2" in config.objective.name and round(config.objective.time_mask_share * tokens) < 2:
         raise InputError(
             f"a segment of {config.data.segment_s:g} s gives {tokens} tokens of {config.model.patch_samples} samples, "
-            "but the local objective needs two masked ones; lower model.patch_samples, give a longer data.segment_s, or "
-            "choose objective.name cmsc"
+            "but the local objective needs two masked ones; lower model.patch_samples, give a longer data.segment_s "
+            "or choose objective.name cmsc"
         )
 
 
