@@ -203,7 +203,8 @@ def _weight_grad_kernel(
             there_NK = live_N[:, None] & keep_K[None, :]
             sample_K = signal_ptr + row * stride_b + lead_K.to(tl.int64) * stride_l + p_K
             x_NK = tl.load(sample_K[None, :] + n_N[:, None] * PATCH, mask=there_NK, other=0.0).to(tl.float32)
-            value_NK = tl.where(there_NK, (x_NK - offset_K[None, :]) * gain_K[None, :], 0.0)
+            # Zero where nothing was loaded. As tl.where, Triton 3.9 fails to compile it for sm_80 and up to 16 patches.
+            value_NK = (x_NK - live_N.to(tl.float32)[:, None] * offset_K[None, :]) * gain_K[None, :]
             weight_DK = tl.dot(tl.trans(grad_ND.to(DOT)), value_NK.to(DOT), weight_DK, input_precision=PRECISION)
             bias_D += tl.sum(grad_ND.to(tl.float32), 0)
     out_DK = weight_ptr + (share * width + d_D[:, None]) * (leads * PATCH) + k_K[None, :]
