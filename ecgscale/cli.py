@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ecgscale.data.source_options import listed
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, RankError, one_line, tells_of_lost_rank
+from ecgscale.stopping import STOPPED_EXIT_CODE, Stopped
 
 if TYPE_CHECKING:
     from ecgscale.bench.measure import Report
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; exit code 2 and one line for what the user got wrong."""
-    return run_as_command("ecgscale", _main, list(sys.argv[1:] if argv is None else argv))
+    return run_as_command("ecgscale", dispatch, list(sys.argv[1:] if argv is None else argv))
 
 
-def _main(arguments: list[str]) -> int:
+def dispatch(arguments: list[str]) -> int:
+    """Run the subcommand that the first argument names; errors are raised."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
     elif arguments[0] == "--version":
@@ -38,10 +40,6 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
-# How gloo and NCCL say that another process is gone.
-_LOST_RANK = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
-
-
 def run_as_command(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command line with its errors as one line and an exit code; --debug raises them instead."""
     debug = "--debug" in arguments
@@ -53,10 +51,17 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
     except (InputError, OSError) as error:
         if debug:
             raise
-        print(f"{name}:", _one_line(str(error)), file=sys.stderr)
+        print(f"{name}:", one_line(str(error)), file=sys.stderr)
         return 2
+    except Stopped as told:
+        if _first_rank():
+            print(f"{name}: {told}; the same command goes on", file=sys.stderr)
+        return STOPPED_EXIT_CODE
+    except RankError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
     except RuntimeError as error:
-        if debug or not any(sign in str(error) for sign in _LOST_RANK):
+        if debug or not tells_of_lost_rank(error):
             raise
         print(f"{name}: lost another rank, whose error is the one to look at (--debug shows mine)", file=sys.stderr)
         return 1
@@ -66,11 +71,6 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
             file=sys.stderr,
         )
         return 130
-
-
-def _one_line(text: str) -> str:
-    """Without what would move a terminal's cursor: file names and their content may be anybody's."""
-    return "".join(one if one.isprintable() else " " if one == "\n" else ascii(one)[1:-1] for one in text)
 
 
 def _overview() -> str:

@@ -10,6 +10,7 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -81,7 +82,8 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"model.preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
         tree = tree | {"model": asdict(PRESETS[preset]) | tree["model"]}
-    parser = _parser(config_type)
+    tree_type: type = config_type  # of which mypy knows that it is hashable
+    parser = _checker(tree_type)
     try:
         built = parser.instantiate(parser.parse_object(tree))
     except ArgumentError as error:
@@ -103,6 +105,12 @@ def _tidied(message: str) -> str:
     """jsonargparse's complaint in one line and without Python's own words for types."""
     message = re.sub(r"a <class '(\w+)'>", r"\1", message.replace("Parser key ", ""))
     return " ".join(re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message).split())
+
+
+@cache
+def _checker(config_type: type) -> Any:
+    """The parser that checks values: it takes a tenth of a second to make."""
+    return _parser(config_type)
 
 
 def _parser(config_type: type, prog: str = "ecgscale") -> Any:

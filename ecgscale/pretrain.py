@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ecgscale.config import PretrainConfig
 from ecgscale.data.batch import ECGBatch
@@ -24,6 +24,9 @@ from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import log, start_ranks
 from ecgscale.training.validation import Validation
 from ecgscale_kernels import LONGEST_PATCH
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
 
@@ -87,6 +90,8 @@ def _check_places(config: PretrainConfig, rate_hz: float) -> None:
 
 def masked_picture(batch: ECGBatch, objective: Pretraining, segment_s: float) -> Figure:
     """What the encoder sees of a batch's first segment: kept leads are black, masked time is shaded."""
+    from matplotlib.figure import Figure  # imports slowly
+
     draws, patch_samples = objective.draw(batch, share=False), objective.encoder.config.patch_samples
     value_LT = (batch.gain_BL[..., None] * (batch.signal_BLT - batch.offset_BL[..., None]))[0].numpy()
     time_T = np.linspace(0, segment_s, value_LT.shape[1], endpoint=False)

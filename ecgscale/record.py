@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
-from scipy.signal import resample_poly
 
 from ecgscale.errors import InputError
 
@@ -55,6 +55,22 @@ def canonical_leads(names: Sequence[str]) -> tuple[str, ...]:
     if repeated:
         raise InputError(f"lead {repeated[0]} stands {leads.count(repeated[0])} times; each lead may stand once")
     return leads
+
+
+def chosen_leads(names: Sequence[str]) -> tuple[str, ...]:
+    """Leads named one by one, or all at once by the size of a set of the challenge (``["6"]``), in canonical order.
+
+    Raises InputError for unknown or repeated leads.
+    """
+    if len(names) == 1 and names[0] in map(str, LEAD_SETS):
+        return LEAD_SETS[int(names[0])]
+    for name in names:
+        if name.strip().casefold() not in _LEAD_BY_FOLDED_NAME:
+            near = get_close_matches(name.casefold(), _LEAD_BY_FOLDED_NAME, 1, 0.4)
+            hint = f"did you mean {_LEAD_BY_FOLDED_NAME[near[0]]}? Give" if near else "give"
+            sets = ", ".join(map(str, LEAD_SETS))
+            raise InputError(f"unknown lead {name!r}; {hint} leads such as I,II,V2, or one set alone: {sets}")
+    return tuple(sorted(canonical_leads(names), key=LEADS.index))
 
 
 def mv_per_unit(unit: str) -> float:
@@ -120,6 +136,8 @@ def resample_millivolts(signal_mv_LT: Floats, from_hz: float, to_hz: float) -> F
     # The filter's branches sum to 1 only to within 5e-4, so an offset of 20 mV would come out with a 10 µV ripple.
     offset_L1 = signal_mv_LT.mean(axis=1, keepdims=True, dtype=np.float64)
     centred_LT = signal_mv_LT - offset_L1
+    from scipy.signal import resample_poly  # imports slowly, and training never resamples
+
     resampled = resample_poly(centred_LT, ratio.numerator, ratio.denominator, axis=1, padtype="line")
     return np.asarray(resampled + offset_L1, np.float32)
 

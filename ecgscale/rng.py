@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     TIME_MASK_SPANS = 9
     MIXTURE = 10
     SOME_SHARDS = 11
+    LABELLED_PATIENTS = 12
 
 
 def philox_4x32(
@@ -71,7 +72,7 @@ def random_words(seed: int, purpose: int, position: npt.ArrayLike, draws: int, s
         np.broadcast_to((position_P & _WORD)[:, None], shape),
         np.broadcast_to((position_P >> _SHIFT)[:, None], shape),
     )
-    return np.stack(philox_4x32(counter, seed), axis=-1).reshape(position_P.size, -1)[:, :draws]
+    return np.stack(philox_4x32(counter, seed), axis=-1).reshape(position_P.size, 4 * element_E.size)[:, :draws]
 
 
 def below(words: Words, bound: npt.ArrayLike) -> npt.NDArray[np.int64]:

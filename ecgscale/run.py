@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _MAY_CHANGE = {
     "train.validate_every",
     "train.validation_recordings",
     "train.checkpoint_every",
+    "train.checkpoint_every_s",
     "train.keep_last",
     "train.keep_every",
     "train.max_skipped",
@@ -63,12 +64,10 @@ def refuse_other_config(path: Path, config: Any) -> None:
     if not path.exists():
         return
     try:
-        before, now = flat(yaml.safe_load(path.read_text())), flat(asdict(config))
+        before, now = completed(yaml.safe_load(path.read_text()), config), flat(asdict(config))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
     for key in sorted(before.keys() | now.keys()):
-        if key not in before:  # a key that came later: the run was begun with what is its default
-            before[key] = _default(config, key)
         if key not in _MAY_CHANGE and before.get(key) != now.get(key):
             raise InputError(
                 f"{path}: the run has {key} {before.get(key)!r}, now it is {now.get(key)!r}; "
@@ -76,12 +75,18 @@ def refuse_other_config(path: Path, config: Any) -> None:
             )
 
 
+def completed(before: Any, config: Any) -> dict[str, Any]:
+    """Dotted keys of a saved config. A key that came later has its default: that is what the run was begun with."""
+    return {key: _default(config, key) for key in flat(asdict(config))} | flat(before)
+
+
 def _default(config: Any, key: str) -> Any:
     """What a dotted key of a config tree is where nothing is given."""
     *groups, name = key.split(".")
     for group in groups:
         config = getattr(config, group)
-    return next(field.default for field in fields(config) if field.name == name)
+    (one,) = (field for field in fields(config) if field.name == name)
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

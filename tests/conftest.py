@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +17,29 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.export import Profile, about_model, write_export
 from ecgscale.inference import ECGModel
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
+from ecgscale.simulate import Simulation
+from small_jobs import Jobs
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
 settings.load_profile("no deadline")
 
 if not os.environ.get("ECGSCALE_GPU"):  # `make gpu` sets it for tests/test_cuda.py; all others count bits on the CPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """A full collection need not walk what all modules hold, a tenth of a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
 
 SHARED = Path(os.environ.get("ECGSCALE_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -117,3 +134,19 @@ def smooth_ecg() -> Callable[..., npt.NDArray[np.float32]]:
         return np.asarray(factor_L5 @ wave_5T, np.float32)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "simulated"
+    ingest(Simulation(patients=24, duration_s=6, rate_hz=250), out, IngestOptions(rate_hz=250, records_per_shard=16))
+    return out
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory) -> Iterator[Jobs]:
+    command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
+        yield Jobs(server, tmp_path_factory.mktemp("errors"))
+        server.stdin.close()

@@ -16,6 +16,7 @@ import yaml
 from ecgscale.config import FinetuneConfig, PretrainConfig, dump, help_text, load
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
+from ecgscale.run import refuse_other_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG_FILES = [(path, PretrainConfig) for path in sorted((CONFIGS / "pretrain").glob("*.yaml"))]
@@ -49,6 +50,18 @@ def test_later_arguments_win(write):
     config = load(PretrainConfig, [*first, "--model.depth", "2", *second, "--data.segment_s=2.5"])
     assert (config.train.steps, config.train.seed, config.model.depth, config.data.segment_s) == (8, 3, 2, 2.5)
     assert load(PretrainConfig, ["--model.depth", "2", *first]).model.depth == 5
+
+
+def test_a_run_from_before_a_key_goes_on_with_its_default(tmp_path):
+    path, config = tmp_path / "config.yaml", load(FinetuneConfig, ["--data.shards", "a", "--task.label", "x"])
+    tree = yaml.safe_load(dump(config))
+    del tree["data"]["leads"], tree["data"]["cache"], tree["task"]["label_fraction"]
+    path.write_text(yaml.safe_dump(tree))
+    refuse_other_config(path, config)
+    for key, value in (("data.leads", "I,II"), ("task.label_fraction", "0.5")):
+        other = load(FinetuneConfig, ["--data.shards", "a", "--task.label", "x", f"--{key}", value])
+        with pytest.raises(InputError, match=f"the run has {key} "):
+            refuse_other_config(path, other)
 
 
 @pytest.mark.parametrize("written", ["5e-5", "5.0e-05", "0.00005"])
@@ -124,6 +137,7 @@ def test_wrong_types_are_named(write, key, value, right):
         ("model.width", "100"),
         ("data.segment_s", "-5.0"),
         ("data.shuffle_window", "0"),
+        ("data.leads", "V7"),
         ("train.steps", "0"),
         ("train.seed", "-1"),
         ("train.contrast_batch", "100"),

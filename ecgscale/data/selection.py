@@ -20,7 +20,7 @@ from ecgscale.data.payload import BLOCK
 from ecgscale.data.remote import CacheConfig
 from ecgscale.data.shard_set import DamagedRecordError, ShardSet, UnreadableShardError, lead_positions
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Counts
+from ecgscale.record import LEADS, Counts, chosen_leads
 from ecgscale.rng import Purpose, below, random_words
 
 Int64 = npt.NDArray[np.int64]
@@ -41,6 +41,9 @@ class DataConfig:
     """Length of one segment in seconds; pretraining cuts two adjacent ones from each recording."""
     min_record_s: float = 10.0
     """Shorter recordings are left out, and counted. Below two segments, segments become shorter and are padded."""
+    leads: list[str] = field(default_factory=list)
+    """Leads that are kept, such as I,II,V2, or a set of the CinC 2021 challenge by its size: 12, 6, 4, 3, 2 or 1; none:
+    all. The others are masked in every batch, as if the recordings did not have them."""
     normalisation: Normalisation = "mv"
     """mv: millivolts as they are. zscore: each lead minus its mean, over its standard deviation, over the recording."""
     shuffle_window: int = 16384
@@ -57,6 +60,10 @@ class DataConfig:
             raise InputError(f"data.segment_s {self.segment_s:g}: give a positive number of seconds")
         if self.min_record_s <= 0:
             raise InputError(f"data.min_record_s {self.min_record_s:g}: give a positive number of seconds")
+        try:
+            chosen_leads(self.leads)
+        except InputError as error:
+            raise InputError(f"data.leads: {error}") from error
         if self.shuffle_window < 1:
             raise InputError(f"data.shuffle_window {self.shuffle_window}: give 1 or more recordings")
         if self.workers < 0:
@@ -67,6 +74,11 @@ class DataConfig:
             )
         if self.temperature and (self.temperature < 1 or self.weights):
             raise InputError(f"data.temperature {self.temperature:g}: give 1 or more, and no data.weights")
+
+    @property
+    def lead_positions(self) -> list[int]:
+        """Which of the twelve leads are kept."""
+        return [LEADS.index(lead) for lead in chosen_leads(self.leads) or LEADS]
 
 
 class Selection:
@@ -83,6 +95,7 @@ class Selection:
             self.numbers = self.numbers[keep[self.numbers]]
         self.first_S = np.searchsorted(self.numbers, shards.first_S)  # (S + 1,) where a shard's records begin
         self.samples = round(config.segment_s * shards.rate_hz)  # T
+        self._masked = [i for i in range(len(LEADS)) if i not in config.lead_positions]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -162,6 +175,7 @@ class Selection:
             gain_PL, offset_PL = self._gather_zscored(signal_SPLT, number_P, start_P, length_P)
         else:
             self._gather(signal_SPLT, number_P, start_P, length_P)
+        gain_PL[:, self._masked] = 0  # the samples stay, since no kernel reads them
 
         def per_row(column_P: npt.NDArray[np.generic]) -> torch.Tensor:
             return torch.from_numpy(np.concatenate([column_P] * segments))

@@ -16,6 +16,7 @@ from ecgscale.data.shards import file_sha256, write_whole
 from ecgscale.downstream.finetune import finetune
 from ecgscale.errors import InputError
 from ecgscale.pretrain import pretrain
+from ecgscale.run import completed, flat
 
 _ARMS = {
     "random init, linear probe": ("probe", True),
@@ -75,7 +76,8 @@ def _finetuned(
     result, made_from = folder / "result.json", _made_from(run / "pretrain", shards, config)
     if result.exists():
         finished: dict[str, Any] = json.loads(result.read_bytes())
-        if finished["made_from"] != made_from:
+        before = finished["made_from"]
+        if before | {"config": completed(before["config"], config)} != made_from | {"config": flat(asdict(config))}:
             raise InputError(f"{folder}: was made with another config, model or data; remove it or take another --run")
         return finished
     finetune(config)

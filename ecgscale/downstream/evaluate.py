@@ -37,10 +37,12 @@ class LabelledSet:
     task: Task
 
     @staticmethod
-    def open(model: ECGModel, data: DataConfig, config: TaskConfig, splits: Sequence[str] = SPLITS) -> LabelledSet:
+    def open(
+        model: ECGModel, data: DataConfig, config: TaskConfig, splits: Sequence[str] = SPLITS, seed: int = 0
+    ) -> LabelledSet:
         """Raises InputError where the shards have another rate than the model, or not the labels.
 
-        A model that was fine-tuned brings its classes along.
+        A model that was fine-tuned brings its classes along. ``seed`` draws the patients of ``task.label_fraction``.
         """
         shards, profile = ShardSet.open(data.shards, data.cache), model.profile
         if shards.rate_hz != profile.rate_hz:
@@ -48,20 +50,23 @@ class LabelledSet:
                 f"the model takes {profile.rate_hz:g} Hz, the shards have {shards.rate_hz:g} Hz; ingest at its rate"
             )
         read_as = replace(data, segment_s=profile.segment_s, normalisation=profile.normalisation)
-        return LabelledSet(shards, read_as, load_task(shards, config, _trained(model), splits))
+        return LabelledSet(shards, read_as, load_task(shards, config, _trained(model), splits, seed))
 
     def selection(self, split: str) -> Selection:
         return Selection(self.shards, self.data, split, self.task.labelled_R)
 
     def recordings(self, split: str, shown: bool = True) -> Iterator[Recording]:
-        """The labelled recordings of a split, in their order on disk, with a progress bar."""
+        """The labelled recordings of a split with the leads that are kept, in their order on disk; a progress bar."""
+        kept = frozenset(self.data.lead_positions)
         number_R, take = self.selection(split).numbers, self.shards.take
         signals = self.shards.windows(number_R, [0] * len(number_R), take("samples", number_R).tolist())
         described = zip(signals, take("leads", number_R).tolist(), take("scale", number_R), strict=True)
         bar = tqdm(described, f"embed {split}", len(number_R), unit="rec", disable=None if shown else True, leave=False)
         for signal_LT, bits, scale_L in bar:
-            at = lead_positions(bits)
-            yield Recording(signal_LT, scale_L[at], at)
+            there = lead_positions(bits)
+            rows = [row for row, lead in enumerate(there) if lead in kept]
+            at = [there[row] for row in rows]
+            yield Recording(signal_LT if at == there else signal_LT[rows], scale_L[at], at)
 
     def targets(self, split: str) -> Floats:
         """(R, C) labels in the order of ``recordings``."""
@@ -74,7 +79,7 @@ class LabelledSet:
 
 
 def evaluate(model_path: Path | str, shards: list[str], split: str, out: Path | None) -> Report:
-    """Score a fine-tuned model on a split, with the thresholds that were tuned when it was trained.
+    """Score a fine-tuned model on a split, with the leads that it was trained with and the thresholds tuned then.
 
     Raises InputError for a model without a head and for shards without its labels or of another rate.
     """
@@ -83,8 +88,8 @@ def evaluate(model_path: Path | str, shards: list[str], split: str, out: Path | 
         raise InputError(f"{model_path}: has no classification head; give a run of `ecgscale finetune`")
     if "thresholds" not in model.about:
         raise InputError(f"{model_path}: has no thresholds, since its fine-tuning is not finished; run it to the end")
-    config = TaskConfig(**model.about["task"])
-    data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
+    config = replace(TaskConfig(**model.about["task"]), label_fraction=1.0)  # which is for training alone
+    data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"], leads=model.about.get("leads", []))
     labelled = LabelledSet.open(model, data, config, [split])
     score_RC = probabilities(model, labelled, split)
     if config.kind == "multilabel":

@@ -67,9 +67,11 @@ def finetune(config: FinetuneConfig) -> Report | None:
     if not config.init.model:
         raise InputError("init.model is missing; give --init RUN_OR_EXPORT")
     model = load(config.init.model)
-    labelled = LabelledSet.open(model, config.data, config.task)
+    labelled = LabelledSet.open(model, config.data, config.task, seed=config.train.seed)
     config = replace(config, data=labelled.data)  # with the preprocessing of the model, which is what is used
     run = claim_run(config.run.dir, config, ranks)
+    patients = labelled.patients("train")
+    log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
     if config.init.random:
         torch.manual_seed(config.train.seed)
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
@@ -94,6 +96,7 @@ def _about(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig) -> di
         classes=list(labelled.task.classes),
         challenge_weights=None if labelled.task.challenge is None else labelled.task.challenge.tolist(),
         min_record_s=config.data.min_record_s,
+        leads=config.data.leads,
     )
 
 

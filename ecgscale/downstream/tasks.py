@@ -19,6 +19,7 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.downstream.metrics import labels_for_classes, load_challenge_weights
 from ecgscale.errors import InputError
+from ecgscale.rng import Purpose, random_words
 
 Floats64 = npt.NDArray[np.float64]
 
@@ -45,6 +46,9 @@ class TaskConfig:
     """The classes; none: all with enough positives in the training split."""
     min_positives: int = 10
     """Positives in the training split below which a class is left out, where the classes are not given."""
+    label_fraction: float = 1.0
+    """Share of the labelled patients of the training split whose labels are used; all others' training recordings are
+    left out. train.seed draws them; with the same seed, 1 % is part of 10 %."""
     challenge_weights: str = ""
     """Weights file of the CinC 2021 challenge: its classes are taken and its score is reported."""
     protocol: Literal["finetune", "probe"] = "finetune"
@@ -55,6 +59,8 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if self.min_positives < 1:
             raise InputError(f"task.min_positives {self.min_positives}: give 1 or more")
+        if not 0 < self.label_fraction <= 1:
+            raise InputError(f"task.label_fraction {self.label_fraction:g}: give a share above 0, up to 1")
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,16 @@ class TrainedTask:
 
 
 def load_task(
-    shards: ShardSet, config: TaskConfig, trained: TrainedTask | None = None, splits: Sequence[str] = SPLITS
+    shards: ShardSet,
+    config: TaskConfig,
+    trained: TrainedTask | None = None,
+    splits: Sequence[str] = SPLITS,
+    seed: int = 0,
 ) -> Task:
     """Targets from the recordings' metadata. The classes of an already trained model override the config's.
 
-    Raises InputError for an unknown label, no usable class, and a split among ``splits`` without labelled recordings.
+    ``seed`` draws the patients of ``label_fraction``. Raises InputError for an unknown label, no usable class, and a
+    split among ``splits`` without labelled recordings.
     """
     values = [shards.metadata(number)["labels"] for number in range(len(shards))]
     known = Counter(name for labels in values for name in labels)
@@ -91,11 +102,17 @@ def load_task(
         raise InputError(f"task.label {config.label!r}: no recording has it; {hint}")
     codes = [labels.get(config.label, []) for labels in values]
     labelled_R = np.array([bool(code) for code in codes])
-    classes, challenge = _classes(shards, codes, config, trained)
+    labelled_R &= _drawn(shards, labelled_R, config.label_fraction, seed)
+    classes, challenge = _classes(shards, codes, labelled_R, config, trained)
     target_RC = labels_for_classes(codes, classes).astype(np.float32)
     if config.kind == "singlelabel":
         labelled_R &= target_RC.sum(axis=1) == 1
     split_R = shards.column("split")
+    if config.label_fraction < 1 and not target_RC[labelled_R & (split_R == SPLITS.index("train"))].any():
+        raise InputError(
+            f"task.label_fraction {config.label_fraction:g}: no training recording that is left has any of "
+            f"{', '.join(classes)}; give a larger share or other classes"
+        )
     for split in splits:
         if not labelled_R[split_R == SPLITS.index(split)].any():
             raise InputError(
@@ -105,8 +122,22 @@ def load_task(
     return Task(tuple(classes), config.kind, target_RC, labelled_R, challenge)
 
 
+def _drawn(shards: ShardSet, labelled_R: npt.NDArray[np.bool_], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """(R,) recordings of a share of the labelled patients of the training split, one at least, and of other splits."""
+    training_R, patient_R = shards.column("split") == SPLITS.index("train"), shards.column("patient")
+    patients = np.unique(patient_R[training_R & labelled_R])
+    word = random_words(seed, Purpose.LABELLED_PATIENTS, patients, 1)[:, 0]
+    first = patients[np.argsort(word, kind="stable")][: max(1, round(fraction * len(patients)))]
+    drawn_R: npt.NDArray[np.bool_] = ~training_R | np.isin(patient_R, first)
+    return drawn_R
+
+
 def _classes(
-    shards: ShardSet, codes: list[list[str]], config: TaskConfig, trained: TrainedTask | None
+    shards: ShardSet,
+    codes: list[list[str]],
+    labelled_R: npt.NDArray[np.bool_],
+    config: TaskConfig,
+    trained: TrainedTask | None,
 ) -> tuple[list[str], Floats64 | None]:
     """Classes and challenge weights: the model's own, the challenge's, the config's, or the frequent ones."""
     if trained is not None:
@@ -116,7 +147,7 @@ def _classes(
         names, weights_CC = load_challenge_weights(Path(config.challenge_weights))
         return list(names), weights_CC
     _check_classes(config, codes)
-    return config.classes or _frequent_classes(shards, codes, config), None
+    return config.classes or _frequent_classes(shards, codes, labelled_R, config), None
 
 
 def _check_classes(config: TaskConfig, codes: list[list[str]]) -> None:
@@ -129,12 +160,16 @@ def _check_classes(config: TaskConfig, codes: list[list[str]]) -> None:
             raise InputError(f"task.classes {name!r}: no recording has it in {config.label!r}; {hint}")
 
 
-def _frequent_classes(shards: ShardSet, codes: list[list[str]], config: TaskConfig) -> list[str]:
-    training_R = shards.column("split") == SPLITS.index("train")
+def _frequent_classes(
+    shards: ShardSet, codes: list[list[str]], labelled_R: npt.NDArray[np.bool_], config: TaskConfig
+) -> list[str]:
+    training_R = labelled_R & (shards.column("split") == SPLITS.index("train"))
     counts = Counter(name for code, used in zip(codes, training_R, strict=True) if used for name in set(code))
     frequent = sorted(name for name, count in counts.items() if count >= config.min_positives)
     if len(frequent) < 2:
+        left = "" if config.label_fraction == 1 else f" among the task.label_fraction {config.label_fraction:g} of it"
         raise InputError(
             f"task.label {config.label!r}: fewer than two classes have {config.min_positives} positives for training"
+            f"{left}"
         )
     return frequent

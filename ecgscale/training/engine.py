@@ -6,8 +6,11 @@ State goes in and out by parameter name, in float32, whatever the stage and the 
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -243,6 +247,30 @@ class Engine:
         return base
 
 
+class _AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, whose own step imports torch.compile's machinery (2.13), for a graph break in nothing."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
+def _spare_the_compiler() -> None:
+    """Keep torch.compile's machinery from being imported where nothing is compiled: three seconds of each start.
+
+    PyTorch 2.13 imports it to keep it away from its optimizers (see also _AdamW); DeepSpeed 0.19.8 imports an optimizer
+    that is compiled, Muon, to see whether it is the one it was given.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    for name, method in vars(torch.optim.Optimizer).items():
+        wrapped = getattr(method, "__wrapped__", None)
+        if name in ("add_param_group", "load_state_dict", "zero_grad") and wrapped is not None:
+            wrapped.__dynamo_disable = wrapped
+    with patch.object(torch, "compile", lambda function=None, **_: function or (lambda plain: plain)):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+
+
 def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micro_batch: int, world_size: int) -> Any:
     """deepspeed.initialize with everything said that has a surprising default."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it warns of its guess
@@ -252,12 +280,13 @@ def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micr
         warnings.simplefilter("ignore")
         import deepspeed
 
+        _spare_the_compiler()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are ours to tell
         # Without this, the first start on a CPU compiles an op, and a killed build hangs every later start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         # One parameter group: with several, DeepSpeed 0.19.8 links only the first one's moments to the parameters.
-        optimizer = torch.optim.AdamW(
+        optimizer = _AdamW(
             [p for p in module.parameters() if p.requires_grad],
             lr=0.0,  # set before each step; at 0, DeepSpeed's own first update of stage 0 in bf16 changes no weight
             betas=(config.beta1, config.beta2),

@@ -14,12 +14,15 @@ import torch
 import yaml
 from torch import nn
 
+from ecgscale import progress
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
+from ecgscale.stopping import Stopped, listening
 from ecgscale.training import checkpoint
+from ecgscale.training.boundary import Boundary, Wish
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.monitor import Monitor, sum_over_ranks
 from ecgscale.training.ranks import Ranks, log
@@ -55,6 +58,8 @@ class TrainConfig:
     """Recordings of the validation split that are scored, from as few shards as hold them; 0: all."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; there is always one at the end."""
+    checkpoint_every_s: float = 0.0
+    """Seconds between two checkpoints, by the first rank's clock, beside those by steps; 0: only by steps."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0
@@ -75,6 +80,7 @@ class TrainConfig:
             "validate_every",
             "validation_recordings",
             "keep_every",
+            "checkpoint_every_s",
             "seed",
         ):
             if getattr(self, name) < 0:
@@ -92,9 +98,13 @@ class TrainConfig:
 
     def order(self, selection: Selection, world_size: int) -> Order:
         """The order in which a selection is read; raises InputError where batches, lanes and ranks do not fit."""
+        return selection.order(self.global_batch, self.contrast, self.lanes_for(world_size), self.seed)
+
+    def lanes_for(self, world_size: int) -> int:
+        """Lanes of the order; raises InputError where so many ranks cannot share them."""
         lanes = self.lanes or default_lanes(self.contrast)
         check_world_size(world_size, lanes)
-        return selection.order(self.global_batch, self.contrast, lanes, self.seed)
+        return lanes
 
     @property
     def accumulation(self) -> int:
@@ -120,31 +130,55 @@ class Job:
 
 
 def train(job: Job, ranks: Ranks) -> Engine:
-    """Run to the last step, from the newest checkpoint if there is one; returns the engine with the final weights."""
+    """Run to the last step, from the newest checkpoint if there is one; returns the engine with the final weights.
+
+    Raises Stopped where the process was asked to stop, at a step boundary and with everything saved.
+    """
+    progress.at(0, "start-up")
+    with listening():
+        try:
+            engine = _train(job, ranks)
+        except Stopped:
+            progress.at(job.train.steps, "")
+            raise
+    progress.at(job.train.steps, "")
+    return engine
+
+
+def _train(job: Job, ranks: Ranks) -> Engine:
     resumed = checkpoint.latest(job.run / "checkpoints")
     engine, step, skipped = _start(job, ranks, resumed)
     if resumed:
         log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
     monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, yaml.safe_dump(job.config, sort_keys=False))
-    if job.picture and resumed is None:
+    if job.picture and resumed is None and ranks.first:
         monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
     seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
     batches = job.stream.from_batch(step)
+    boundary = Boundary(ranks, job.train.checkpoint_every_s)
+    wish = boundary.agree()
     try:
+        if resumed and resumed.state.get("validation_due") and not _validated(job, engine, monitor, boundary, step):
+            raise Stopped(f"stopped before the validation at step {step}")
         while step < job.train.steps:
             learning_rate = job.engine.learning_rate * _factor(job.train, step)
             parts = []
             for micro_step in range(job.train.accumulation):
+                progress.at(step, "batch")
                 batch = monitor.waiting(batches)
                 if seen:
                     seen.write(step, micro_step, batch)
                 batch = batch.to(ranks.device)
                 _seed_dropout(job.train.seed, step, micro_step, ranks.rank)
+                progress.at(step, "forward")
                 loss, micro_parts = engine.forward(batch, step=step)
+                progress.at(step, "backward")
                 engine.backward(loss)
+                progress.at(step, "update")
                 updated = engine.step(learning_rate)
                 parts.append(micro_parts)
             step += 1
+            wish = boundary.agree()
             skipped = _count_skipped(job, monitor, skipped, step, updated)
             monitor.count(
                 job.train.global_batch,
@@ -160,10 +194,18 @@ def train(job: Job, ranks: Ranks) -> Engine:
                 scalars |= sum_over_ranks(job.stream.own_counts(), ranks)
                 monitor.log(step, parts, scalars)
             with monitor.pause():
-                if last or (job.train.validate_every and step % job.train.validate_every == 0):
-                    monitor.write(step, job.validate(engine))
-                if last or step % job.train.checkpoint_every == 0:
-                    _save(job, engine, monitor, step, skipped)
+                due = last or bool(job.train.validate_every and step % job.train.validate_every == 0)
+                if due and wish is not Wish.STOP and _validated(job, engine, monitor, boundary, step):
+                    due = False
+                elif due:
+                    wish = Wish.STOP
+                if last or wish or step % job.train.checkpoint_every == 0:
+                    _save(job, engine, monitor, step, skipped, validation_due=due)
+                    boundary.saved()
+            if wish is Wish.STOP and (due or not last):
+                monitor.event("stopped", step=step)
+                raise Stopped(f"stopped as asked at step {step} of {job.train.steps}, which is saved")
+        boundary.close()
     finally:
         batches.close()
         monitor.close()
@@ -241,9 +283,24 @@ def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, upda
     return skipped
 
 
-def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skipped) -> None:
+def _validated(job: Job, engine: Engine, monitor: Monitor, boundary: Boundary, step: int) -> bool:
+    """Score the held-out recordings; False where the ranks agreed to stop meanwhile."""
+
+    def stop() -> bool:
+        progress.at(step, "validate")
+        return boundary.agree() is Wish.STOP
+
+    scalars = job.validate(engine, stop)
+    if scalars is not None:
+        monitor.write(step, scalars)
+    return scalars is not None
+
+
+def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skipped, validation_due: bool) -> None:
+    progress.at(step, "save")
     folder = job.run / "checkpoints"
     state = {
+        "validation_due": validation_due,
         "position": step * job.train.global_batch,
         "skipped": skipped.total,
         "skipped_in_a_row": skipped.in_a_row,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,8 +13,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from ecgscale.errors import InputError
+from ecgscale import progress
+from ecgscale.errors import InputError, RankError
+
+MEETING_TIMEOUT_S = "ECGSCALE_MEETING_TIMEOUT_S"  # environment: how long ranks wait for each other at the start
+NODES = "ECGSCALE_NODES"  # environment: names of the nodes, comma-separated, with equally many ranks each
 
 
 class Ranks(NamedTuple):
@@ -32,7 +38,7 @@ def start_ranks() -> Ranks:
     """Join the processes of the job over NCCL or gloo: those of torchrun or ecgscale-launch, or this one alone.
 
     Raises InputError where the environment tells of several processes but not which one this is, or where a machine
-    has fewer GPUs than processes.
+    has fewer GPUs than processes; RankError that names the ranks that have not come in time.
     """
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
@@ -43,17 +49,69 @@ def start_ranks() -> Ranks:
         raise InputError(f"RANK is set but {missing[0]} is not; start with torchrun or ecgscale-launch")
     device = _device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend)
+        dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
         atexit.register(_leave)  # not sooner: DeepSpeed holds on to the group
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def _store(rank: int, world_size: int) -> Store:
+    """The store by which the ranks find each other, when all have come; RankError that names those who have not."""
+    if "MASTER_PORT" not in os.environ:
+        if world_size > 1:
+            raise InputError("RANK is set but MASTER_PORT is not; start with torchrun or ecgscale-launch")
+        return HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=float(os.environ.get(MEETING_TIMEOUT_S, "300")))
+    torchrun_has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
+    first = rank == 0
+    try:
+        master = first and not torchrun_has_one
+        tcp = TCPStore(address, port, world_size, master, timeout, wait_for_workers=False)
+        store = PrefixStore(f"ecgscale/{attempt}", tcp)
+        store.set(f"rank/{rank}", socket.gethostname())
+        if first:
+            _wait_for_all(store, world_size, timeout)
+            store.set("all", "here")
+        store.wait(["all"], timeout + timedelta(seconds=5))
+    except dist.DistError as error:
+        if first and not isinstance(error, dist.DistStoreError):
+            raise RankError(f"rank 0 cannot open its meeting point {address}:{port}: {_first_line(error)}") from error
+        raise RankError(f"rank {rank} lost or never found rank 0 at {address}:{port} within {timeout}") from error
+    return store
+
+
+def _wait_for_all(store: Store, world_size: int, timeout: timedelta) -> None:
+    keys = [f"rank/{rank}" for rank in range(world_size)]
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RankError(f"after {timeout.total_seconds():g} s {_named(missing, world_size)} missing") from error
+
+
+def _named(ranks: list[int], world_size: int) -> str:
+    """``rank 3 (n2) is`` or ``ranks 2 (n2), 3 (n2) are``; the first ten of many."""
+    nodes = os.environ.get(NODES, "").split(",")
+    where = [nodes[rank * len(nodes) // world_size] for rank in ranks]
+    shown = [f"{rank} ({node})" if node else f"{rank}" for rank, node in zip(ranks, where, strict=True)]
+    listed = ", ".join(shown[:10]) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "")
+    return f"ranks {listed} are" if len(ranks) > 1 else f"rank {listed} is"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
 def _leave() -> None:
-    """Leave together: a process that is still at it can be aborted by the connection of one that has gone."""
+    """Leave together: a process that is still at it can be aborted by the connection of one that has gone.
+
+    Not after an error: the others may be in the midst of something that never ends without this rank.
+    """
+    if progress.now().phase:
+        return
     if dist.get_backend() == "gloo" and dist.get_world_size() > 1:
         with suppress(RuntimeError):  # a rank that failed is not waited for
             dist.monitored_barrier(timeout=timedelta(seconds=5))

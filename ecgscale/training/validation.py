@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +24,19 @@ class Validation:
     seed: int
     target: npt.NDArray[np.float32] | None = None
 
-    def __call__(self, engine: Engine) -> dict[str, float]:
-        """Scalars by name, the same on all ranks, which call it together; none for an empty selection."""
+    def __call__(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Scalars by name, the same on all ranks, which call it together; none for an empty selection.
+
+        ``stop`` is asked before each batch, and must answer alike on all ranks; None where it said yes.
+        """
         ranks, sums, recordings = engine.ranks, defaultdict[str, float](float), 0
         batches = evaluation_batches(
             self.selection, self.batch, self.segments, self.seed, ranks.rank, ranks.world_size, self.target
         )
         with engine.evaluating():
             for batch, share in batches:
+                if stop():
+                    return None
                 _, parts = engine.forward(batch.to(ranks.device), share=share)
                 weight = batch.rows * (ranks.world_size if share else 1)
                 for name, value in average_over_ranks(parts).items():

@@ -4,38 +4,143 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ecgscale.cli import COMMANDS as OF_ECGSCALE
 from ecgscale.cli import OneLineParser, run_as_command
 from ecgscale.errors import InputError
-from ecgscale_launch.local import run_local
 
-_OF_SEVERAL = ("pretrain", "finetune")  # the commands that know ranks
+if TYPE_CHECKING:
+    from ecgscale_launch.record import Job
+
+USAGE = """\
+usage: ecgscale-launch CLUSTER.yaml [--key VALUE ...] -- COMMAND ... [-- COMMAND ...]
+       ecgscale-launch --local N -- COMMAND ...
+       ecgscale-launch {commands} ... --help
+
+Run `ecgscale COMMAND ...` on a SLURM cluster, or here as N processes, so that it survives preemption, time limits,
+crashes and hangs. Several commands form a chain: each begins when the one before has succeeded.
+
+  --local N              run on this machine as N processes, now; CLUSTER.yaml may be left out
+  --dry-run              show the batch script and the resolved config, submit nothing
+  --run FOLDER           run folder of a command that has no run.dir (default runs/COMMAND-TIME)
+  --after JOB_OR_RUN     begin when that job has succeeded (a job's number or a run folder; may be repeated)
+  --sweep KEY VALUE ...  one run for each value of a config key, in RUN/KEY=VALUE; repeated: for each combination
+  --parts N              split ingest over N jobs, and merge
+  --at-once N            jobs of an array that run at the same time (default: all)
+
+Keys of CLUSTER.yaml, which --key VALUE overrides:
+"""
+
+SUBCOMMANDS = {  # name: its module, which has `main(argv)` for it
+    "status": "watch:status",
+    "logs": "watch:logs",
+    "cancel": "watch:cancel",
+    "resume": "cli:resume",
+    "results": "results:main",
+    "doctor": "doctor:main",
+    "devcluster": "devcluster:main",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run any `ecgscale` subcommand as several processes; exit code 2 and one line for what the user got wrong."""
+    """Exit code 2 and one line for what the user got wrong."""
     return run_as_command("ecgscale-launch", _main, list(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: list[str]) -> int:
-    parser = OneLineParser(
-        prog="ecgscale-launch",
-        description="Run an ecgscale job as several processes on this machine.",
-        epilog="example: ecgscale-launch --local 2 -- pretrain --config FILE --data.shards SHARDS --run.dir RUN",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--local", type=int, required=True, metavar="N", help="processes on this machine, one per GPU or core"
-    )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and pretrain or finetune with its arguments")
-    options = parser.parse_args(argv)
-    command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if not command or command[0] not in _OF_SEVERAL:
-        given = f"{command[0]!r} does not run as several processes" if command else "no command after --"
-        raise InputError(f"{given}; give {' or '.join(_OF_SEVERAL)}")
-    if options.local < 1:
+    if argv and argv[0] in SUBCOMMANDS:
+        module, _, name = SUBCOMMANDS[argv[0]].partition(":")
+        command: Callable[[list[str]], int] = getattr(import_module(f"ecgscale_launch.{module}"), name)
+        return command(argv[1:])
+    head, commands = _split(argv)
+    if (not head and not commands) or "--help" in head or "-h" in head:
+        print(_help())
+        return 0
+    return launch(head, commands)
+
+
+def launch(head: list[str], commands: list[list[str]]) -> int:
+    """Submit, or run here, what stands behind ``--``, as what stands before it says."""
+    from ecgscale_launch.launching import Wanted, dry_run, run_here, submit_all, with_processes
+    from ecgscale_launch.resources import load_cluster
+
+    file = Path(head.pop(0)) if head and not head[0].startswith("-") else None
+    options, overrides = _options().parse_known_args(head)
+    if file is None and options.local is None:
+        raise InputError("give CLUSTER.yaml, or --local N to run here; `ecgscale-launch --help` tells more")
+    _check(commands)
+    if options.local is not None and options.local < 1:
         raise InputError(f"--local {options.local}: give 1 or more processes")
-    return run_local(options.local, command)
+    cluster = load_cluster(file, overrides)
+    sweeps = tuple((sweep[0], tuple(sweep[1:])) for sweep in options.sweep)
+    if bare := next((key for key, values in sweeps if not values), None):
+        raise InputError(f"--sweep {bare}: give its values too, like --sweep train.seed 0 1 2")
+    wanted = Wanted(commands, options.run, sweeps, options.parts, tuple(options.after), options.at_once)
+    if options.local is not None:
+        return run_here(wanted, with_processes(cluster, options.local))
+    if options.dry_run:
+        print(dry_run(wanted, cluster))
+        return 0
+    for stage, numbers in submit_all(wanted, cluster):
+        shown = numbers[0] if len(numbers) == 1 else f"{numbers[0].partition('_')[0]}, an array of {len(numbers)}"
+        print(f"job {shown}: {stage.run}")
+    return 0
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[list[str]]]:
+    """What stands before the first ``--``, and each command behind one."""
+    parts: list[list[str]] = [[]]
+    for argument in argv:
+        if argument == "--":
+            parts.append([])
+        else:
+            parts[-1].append(argument)
+    return parts[0], parts[1:]
+
+
+def _check(commands: list[list[str]]) -> None:
+    if not commands or not commands[0]:
+        raise InputError(f"no command after --; give one of ecgscale's: {', '.join(OF_ECGSCALE)}")
+    for command in commands:
+        if not command or command[0] not in OF_ECGSCALE:
+            given = repr(command[0]) if command else "nothing"
+            raise InputError(f"{given} after --: no command of ecgscale; known are {', '.join(OF_ECGSCALE)}")
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="ecgscale-launch", add_help=False, allow_abbrev=False)
+    parser.add_argument("--local", type=int, metavar="N")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--run", default="", metavar="FOLDER")
+    parser.add_argument("--after", action="append", default=[], metavar="JOB_OR_RUN")
+    parser.add_argument("--sweep", action="append", default=[], nargs="+", metavar="KEY VALUE")
+    parser.add_argument("--parts", type=int, default=0, metavar="N")
+    parser.add_argument("--at-once", type=int, default=0, metavar="N")
+    return parser
+
+
+def _help() -> str:
+    from ecgscale.config import help_text
+    from ecgscale_launch.resources import ClusterConfig
+
+    keys = help_text(ClusterConfig, "launch").split("options:", 1)[-1]
+    return USAGE.format(commands="|".join(SUBCOMMANDS)) + keys
+
+
+def resume(argv: list[str]) -> int:
+    """Put a job that has ended into the queue again."""
+    from ecgscale_launch.watch import resume as command
+
+    def submit(job: Job, overrides: list[str], new_code: bool) -> str:
+        from ecgscale_launch.launching import resubmit
+
+        return f"job {resubmit(job, overrides, new_code)}"
+
+    return command(argv, submit)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ class Proxy:
         self._listener.close()
 
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
-        self._threads.append(threading.Thread(target=target, args=arguments))
+        # Daemons: a test that fails before it closes its proxy must not keep the suite from ending.
+        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
         self._threads[-1].start()
 
     def _listen(self) -> None:

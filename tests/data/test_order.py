@@ -185,6 +185,7 @@ def set_of(order: Order, shard_P: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum(order.mixture.shards), shard_P, side="right")
 
 
+@settings(max_examples=40)
 @given(mixtures(), st.sampled_from([0, 3, 10**6]))
 def test_the_quotas_of_a_mixture_come_out_in_every_block_of_a_lane(order, block) -> None:
     lane_slots = order.contrast_batch // order.lanes
@@ -240,6 +241,7 @@ def test_quotas_fill_the_block(weights) -> None:
 # --- what a rank needs ---
 
 
+@settings(max_examples=40)
 @given(st.one_of(orders(), mixtures()), st.integers(0, 400), st.data())
 def test_a_stage_names_every_shard_that_its_batches_read(order, batch, data) -> None:
     world_size = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if order.lanes % w == 0]))

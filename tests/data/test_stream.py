@@ -54,6 +54,12 @@ def odd(ingest_records, records, tmp_path_factory) -> ShardSet:
     return ShardSet.open(ingest_records(out, records, validation_fraction=0, records_per_shard=5))
 
 
+@pytest.fixture(autouse=True)
+def short_plans(monkeypatch) -> None:
+    """Many begin within a test, and none is for more positions than a test reads."""
+    monkeypatch.setattr(stream_module, "_PLANNED", 64)
+
+
 @pytest.fixture
 def selection(odd) -> Selection:
     return Selection(odd, CONFIG, "train")
@@ -131,6 +137,18 @@ def test_missing_leads_have_gain_zero(selection, records) -> None:
             assert not batch.signal_BLT[row, ~there].any()
     assert batch.signal_BLT.dtype == torch.int16
     assert batch.gain_BL.dtype == batch.offset_BL.dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalisation", ["mv", "zscore"])
+def test_other_leads_than_the_chosen_ones_are_masked(odd, normalisation) -> None:
+    config = replace(CONFIG, normalisation=normalisation)
+    whole = all_of(Selection(odd, config, "train"), 2)
+    chosen = all_of(Selection(odd, replace(config, leads=["V5", "I"]), "train"), 2)
+    kept = torch.tensor([lead in ("I", "V5") for lead in LEADS])
+    assert chosen.gain_BL[:, kept].any()
+    assert torch.equal(chosen.gain_BL, torch.where(kept, whole.gain_BL, 0))
+    assert_equal(replace(chosen, gain_BL=whole.gain_BL), whole)
+    assert_equal(all_of(Selection(odd, replace(config, leads=["12"]), "train"), 2), whole)
 
 
 def test_every_start_is_drawn_and_depends_on_seed_and_position_alone(selection, records) -> None:
@@ -296,9 +314,9 @@ def with_workers(selection: Selection, workers: int, **options) -> Selection:
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_workers_change_nothing(train, workers) -> None:
-    batches = stream(with_workers(train, workers)).from_batch(2)
+    batches, undisturbed = stream(with_workers(train, workers)).from_batch(2), stream(train)
     for number, batch in zip(range(4, 24), batches, strict=False):
-        assert_equal(batch, stream(train).micro_batch(*divmod(number, 2)))
+        assert_equal(batch, undisturbed.micro_batch(*divmod(number, 2)))
     batches.close()
 
 

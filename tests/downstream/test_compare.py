@@ -26,7 +26,8 @@ FINETUNE = {
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    ingest(Simulation(patients=32), tmp_path / "data", IngestOptions(test_fraction=0.3, validation_fraction=0.2))
+    options = IngestOptions(rate_hz=100, test_fraction=0.3, validation_fraction=0.2)
+    ingest(Simulation(patients=32, rate_hz=100), tmp_path / "data", options)
 
     def run(code: int = 0) -> str:
         for name, config in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):

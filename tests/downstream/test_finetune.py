@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,16 +15,17 @@ from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.downstream.finetune import _logistic
 from ecgscale.inference import load
+from ecgscale.record import LEAD_SETS, Record
 from ecgscale.simulate import Simulation
 
 SHORT = ["--train.steps=6", "--train.global_batch=16", "--task.min_positives=2", "--engine.learning_rate=1e-3"]
+SPLIT = IngestOptions(rate_hz=500, validation_fraction=0.2, test_fraction=0.3)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("labelled") / "simulated"
-    options = IngestOptions(rate_hz=500, validation_fraction=0.2, test_fraction=0.3)
-    ingest(Simulation(patients=48), out, options)
+    ingest(Simulation(patients=48), out, SPLIT)
     return out
 
 
@@ -63,6 +65,25 @@ def test_many_labels_then_evaluate_again_and_elsewhere(small_export, shards, tmp
     )
     run("evaluate", tmp_path / "run", f"--data.shards={tmp_path / 'other'}")
     assert "| macro |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "probe"])
+def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp_path) -> None:
+    """The report is that of recordings which lack them; `evaluate` masks what was masked in training."""
+
+    @dataclass(frozen=True)
+    class ThreeLeads(Simulation):
+        def read(self, item: str) -> Record:
+            record, rows = super().read(item), [0, 1, 7]
+            return replace(record, signal_LT=record.signal_LT[rows], scale_L=record.scale_L[rows], leads=LEAD_SETS[3])
+
+    ingest(ThreeLeads(patients=48), tmp_path / "three", SPLIT)
+    options = [f"--task.protocol={protocol}", "--task.label_fraction=0.8"]
+    expected = finetune(small_export, tmp_path / "three", tmp_path / "expected", *options)
+    report = finetune(small_export, shards, tmp_path / "run", *options, "--data.leads=3")
+    assert report["macro"] == expected["macro"]
+    run("evaluate", tmp_path / "run", f"--data.shards={shards}", "--out", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["macro"] == report["macro"]
 
 
 def test_random_start_ignores_the_pretrained_weights(small_export, shards, tmp_path) -> None:

@@ -21,9 +21,10 @@ from ecgscale.record import Record
 
 @dataclass(frozen=True)
 class Labelled:
-    """Records of one flat lead: (split, labels) by name; each is a patient of its own."""
+    """Records of one flat lead: (split, labels) by name; so many in a row are one patient's."""
 
     records: dict[str, tuple[str, dict[str, list[str]]]]
+    per_patient: int = 1
     dataset: str = "made-up"
 
     def items(self) -> list[str]:
@@ -31,16 +32,18 @@ class Labelled:
 
     def read(self, item: str) -> Record:
         split, labels = self.records[item]
-        flat_LT = np.zeros((1, 100), np.int16)
-        return Record(item, flat_LT, np.ones(1, np.float32), 100.0, ("I",), labels=labels, metadata={"split": split})
+        flat_LT, patient = np.zeros((1, 100), np.int16), None
+        if self.per_patient > 1:
+            patient = str(int(item[1:]) // self.per_patient)
+        return Record(item, flat_LT, np.ones(1, np.float32), 100.0, ("I",), patient, labels, {"split": split})
 
 
 @pytest.fixture
 def shards_of(tmp_path) -> Callable[..., ShardSet]:
     """Writes (split, {label: codes}) rows as a data set in shards of three records."""
 
-    def write(rows: list[tuple[str, dict[str, list[str]]]], name: str = "set") -> ShardSet:
-        source = Labelled({f"r{i:03d}": row for i, row in enumerate(rows)})
+    def write(rows: list[tuple[str, dict[str, list[str]]]], name: str = "set", per_patient: int = 1) -> ShardSet:
+        source = Labelled({f"r{i:03d}": row for i, row in enumerate(rows)}, per_patient)
         options = IngestOptions(
             rate_hz=100,
             records_per_shard=3,
@@ -146,6 +149,50 @@ def test_several_data_sets_are_one(shards_of, tmp_path):
     np.testing.assert_array_equal(task.target_RC[:10], task.target_RC[10:])
     with pytest.raises(InputError, match="names a folder twice"):
         ShardSet.open([tmp_path / "one", tmp_path / "copy" / ".." / "one"])
+
+
+# --- a share of the labels ---
+
+
+@pytest.fixture
+def pairs(shards_of) -> ShardSet:
+    """40 training patients with two labelled recordings each, 10 without labels, and 4 each for the other splits."""
+    split_N = ["train"] * 50 + ["validation"] * 4 + ["test"] * 4
+    rows = [(split, {"Dx": ["a" if n % 2 else "b"]} if n < 40 or n >= 50 else {}) for n, split in enumerate(split_N)]
+    return shards_of([row for row in rows for _ in range(2)], per_patient=2)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_share_of_the_labels_is_one_of_patients_and_nested(pairs, seed):
+    split_R, patient_R = pairs.column("split"), pairs.column("patient")
+    whole = load_task(pairs, TaskConfig("Dx", min_positives=1))
+    last: set[int] = set()
+    for fraction, patients in ((0.01, 1), (0.1, 4), (0.5, 20), (1.0, 40)):
+        config = TaskConfig("Dx", classes=["a", "b"], label_fraction=fraction)
+        labelled_R = load_task(pairs, config, seed=seed).labelled_R
+        chosen = patient_R[labelled_R & (split_R == 0)].tolist()
+        assert len(chosen) == 2 * len(set(chosen)) == 2 * patients, "both recordings of a patient or none"
+        assert last <= set(chosen)
+        last = set(chosen)
+        np.testing.assert_array_equal(labelled_R[split_R > 0], whole.labelled_R[split_R > 0])
+    np.testing.assert_array_equal(labelled_R, whole.labelled_R)
+
+
+def test_each_seed_draws_its_own_share_of_the_labels(pairs):
+    config = TaskConfig("Dx", classes=["a", "b"], label_fraction=0.25)
+    drawn = [load_task(pairs, config, seed=seed).labelled_R for seed in (0, 1, 1)]
+    assert (drawn[0] != drawn[1]).any()
+    np.testing.assert_array_equal(drawn[1], drawn[2])
+
+
+def test_too_small_a_share_of_the_labels_is_named(pairs):
+    few = TaskConfig("Dx", min_positives=5, label_fraction=0.1)
+    assert "two classes have 5 positives for training among the task.label_fraction 0.1 of it" in refusal(pairs, few)
+    said = refusal(pairs, TaskConfig("Dx", classes=["b|c"], label_fraction=0.01))
+    assert said.startswith("task.label_fraction 0.01: no training recording that is left has any of b|c")
+    for wrong in (0.0, -0.5, 1.5):
+        with pytest.raises(InputError, match=rf"task\.label_fraction {wrong:g}: give a share above 0"):
+            TaskConfig(label_fraction=wrong)
 
 
 # --- the challenge ---

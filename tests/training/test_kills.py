@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import random
 from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("training_conftest", Path(__file__).parent / "conftest.py")
-conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(conftest)
+from small_jobs import SMALL, recordings
 
 STEPS, GLOBAL_BATCH, KILLS = 60, 8, 20
 
@@ -21,21 +17,9 @@ def job(shards):
     def make(run: Path) -> list[str]:
         more = [f"--train.steps={STEPS}", "--train.checkpoint_every=2", "--train.log_recordings=true"]
         more += ["--train.contrast_batch=4", "--train.lanes=4", "--data.shuffle_window=3", "--model.depth=1"]
-        return ["pretrain", *conftest.SMALL, *more, f"--data.shards={shards}", f"--run.dir={run}"]
+        return ["pretrain", *SMALL, *more, f"--data.shards={shards}", f"--run.dir={run}"]
 
     return make
-
-
-def recordings(run: Path) -> list[tuple[int, int]]:
-    """(position, recording) as often as any rank has read it."""
-    read = []
-    for log in sorted((run / "recordings").iterdir()):
-        for line in log.read_text().splitlines():
-            if not line.endswith("]}"):
-                continue  # was cut off by the kill
-            seen = json.loads(line)
-            read += enumerate(seen["recordings"], seen["first_position"])
-    return read
 
 
 @pytest.fixture(scope="module")

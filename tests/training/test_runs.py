@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,12 +13,9 @@ import pytest
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.simulate import Simulation
 from ecgscale.training import checkpoint
-
-_spec = importlib.util.spec_from_file_location("training_conftest", Path(__file__).parent / "conftest.py")
-conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(conftest)
-SMALL, NO_DROPOUT, losses, events = conftest.SMALL, conftest.NO_DROPOUT, conftest.losses, conftest.events
+from small_jobs import NO_DROPOUT, SMALL, events, losses
 
 # fp32 sums over ranks are added up in another order: 1e-7 relative per loss, which six updates by Adam amplify.
 TOLERANCE = 2e-5
@@ -148,9 +144,7 @@ def test_bf16_resumes_with_the_same_bits(shards, jobs, tmp_path) -> None:
 
 def test_fine_tuning_on_two_processes_equals_one_and_resumes(jobs, one_process, tmp_path) -> None:
     data = tmp_path / "data"
-    ingest(
-        conftest.Simulation(patients=48, duration_s=6, rate_hz=250), data, IngestOptions(rate_hz=250, test_fraction=0.2)
-    )
+    ingest(Simulation(patients=48, duration_s=6, rate_hz=250), data, IngestOptions(rate_hz=250, test_fraction=0.2))
     common = [
         f"--init.model={one_process / 'whole'}",
         f"--data.shards={data}",
@@ -196,7 +190,7 @@ class Poisoned:
 
 
 def test_non_finite_steps_are_skipped_on_all_ranks_and_counted(jobs, tmp_path) -> None:
-    simulation = conftest.Simulation(patients=8, duration_s=6, rate_hz=250)
+    simulation = Simulation(patients=8, duration_s=6, rate_hz=250)
     options = IngestOptions(rate_hz=250, validation_fraction=0)
     ingest(Poisoned(simulation, simulation.items()[0]), tmp_path / "data", options)
     more = ["--objective.lead_mask_probability=0", "--train.validate_every=0"]
@@ -246,7 +240,7 @@ class TestWrongRunFolder:
         assert "taken" in line
 
     def test_of_other_data(self, run, capsys, tmp_path) -> None:
-        simulation = conftest.Simulation(patients=24, duration_s=6, rate_hz=250, seed=5)
+        simulation = Simulation(patients=24, duration_s=6, rate_hz=250, seed=5)
         ingest(simulation, tmp_path / "other", IngestOptions(rate_hz=250))
         same = ["--train.checkpoint_every=3", "--train.keep_last=9"]
         line = self.refused(capsys, job(tmp_path / "other", run, *NO_DROPOUT, *same, "--train.steps=8"))

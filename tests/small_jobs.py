@@ -1,18 +1,10 @@
-"""Small jobs as real processes."""
+"""Small jobs as real processes, and what they have written."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-
-from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.simulate import Simulation
 
 SMALL = [
     "--model.preset=tiny", "--model.stem_channels=16", "--model.width=32", "--model.depth=2", "--model.ffn_width=64",
@@ -23,13 +15,6 @@ SMALL = [
     "--train.checkpoint_every=100",
 ]  # fmt: skip
 NO_DROPOUT = ["--model.dropout=0", "--model.attention_dropout=0", "--model.feature_dropout=0"]
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "simulated"
-    ingest(Simulation(patients=24, duration_s=6, rate_hz=250), out, IngestOptions(rate_hz=250, records_per_shard=16))
-    return out
 
 
 class Jobs:
@@ -68,15 +53,6 @@ class Jobs:
         return [self.errors / f"rank-{rank}" for rank in range(world_size)]
 
 
-@pytest.fixture(scope="session")
-def jobs(tmp_path_factory) -> Iterator[Jobs]:
-    command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
-        yield Jobs(server, tmp_path_factory.mktemp("errors"))
-        server.stdin.close()
-
-
 def events(run: Path) -> list[dict]:
     path = run / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -86,3 +62,20 @@ def events(run: Path) -> list[dict]:
 def losses(run: Path) -> dict[int, float]:
     """Training loss by step; the last one written counts."""
     return {event["step"]: event["train/loss"] for event in events(run) if "train/loss" in event}
+
+
+def logged(run: Path, step: int) -> bool:
+    """Whether a step has been done and logged."""
+    return any(event.get("step", 0) >= step for event in events(run))
+
+
+def recordings(run: Path) -> list[tuple[int, int]]:
+    """(position, recording) as often as any rank has read it."""
+    read = []
+    for log in sorted((run / "recordings").iterdir()):
+        for line in log.read_text().splitlines():
+            if not line.endswith("]}"):
+                continue  # was cut off by the kill
+            seen = json.loads(line)
+            read += enumerate(seen["recordings"], seen["first_position"])
+    return read

@@ -1,0 +1,415 @@
+"""A real SLURM on this machine, for trying and testing: munged, slurmctld and several slurmd in one private folder.
+
+Nothing of the system is touched: key, sockets, logs, state and slurm.conf are in the folder, and `down` ends every
+process and removes it. Needs Debian's slurm-wlm and munge, no root. Written against SLURM 22.05.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+import random
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ecgscale.cli import OneLineParser
+from ecgscale.errors import InputError
+
+DEFAULT_FOLDER = Path(tempfile.gettempdir()) / f"ecgscale-devcluster-{os.getuid()}"
+_DAEMONS = ("munged", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd", "setsid")  # setsid starts them
+_NEEDED = ("munged", "slurmctld", "slurmd", "slurmstepd", "sinfo", "srun")
+_KILL_LIMIT_S = 20.0
+_MARK = "devcluster.json"  # only a folder with this file is ever removed
+_LONGEST_FOLDER = 60  # a Unix socket's path may have 107 bytes, and slurmstepd's adds up to 40
+_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/sbin"))
+
+
+@dataclass(frozen=True)
+class DevCluster:
+    """A cluster as `up` has made it."""
+
+    folder: Path
+    nodes: int
+    """Nodes n1 … nN, each a slurmd on this machine."""
+    cpus: int
+    """CPUs that each node claims, whatever this machine has."""
+    kill_wait_s: int
+    """Between SIGTERM and SIGKILL of a job that ends by its time limit or scancel."""
+    grace_s: int
+    """Between the warning and the end of a job in `main` that one in `urgent` displaces."""
+    first_port: int
+    """slurmctld's; the nodes have the next ones."""
+
+    @property
+    def slurm_conf(self) -> Path:
+        return self.folder / "slurm.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What sbatch, srun and the others need to talk to this cluster."""
+        return {"SLURM_CONF": str(self.slurm_conf)}
+
+    @property
+    def node_names(self) -> list[str]:
+        return [f"n{number}" for number in range(1, self.nodes + 1)]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What runs of a cluster."""
+
+    cluster: DevCluster
+    daemons: dict[str, bool]
+    """munged, slurmctld, n1 …: alive?"""
+    node_states: dict[str, str]
+    """As sinfo names them; empty where slurmctld does not answer."""
+
+    @property
+    def healthy(self) -> bool:
+        return all(self.daemons.values()) and bool(self.node_states)
+
+    def table(self) -> str:
+        lines = [f"{self.cluster.folder}: {self.cluster.nodes} nodes of {self.cluster.cpus} CPUs"]
+        for name, alive in self.daemons.items():
+            lines.append(f"  {name:<10} {self.node_states.get(name, 'alive') if alive else 'dead'}")
+        if not self.node_states:
+            lines.append("  slurmctld does not answer")
+        return "\n".join(lines)
+
+
+def up(
+    folder: Path = DEFAULT_FOLDER,
+    nodes: int = 4,
+    cpus: int = 2,
+    kill_wait_s: int = 30,
+    grace_s: int = 60,
+    start_limit_s: float = 60.0,
+) -> DevCluster:
+    """Start a cluster in a new folder and wait until all its nodes are idle.
+
+    Raises InputError where one is there already, a program is missing, or a daemon ends or stays silent; what was
+    started is ended then.
+    """
+    folder = _plain(folder)
+    _check(folder, nodes, cpus)
+    _claim(folder)
+    try:
+        cluster = DevCluster(folder, nodes, cpus, kill_wait_s, grace_s, _free_ports(nodes + 1))
+        (folder / _MARK).write_text(json.dumps(asdict(cluster) | {"folder": str(folder)}))
+        _write_settings(cluster)
+        _start_daemons(cluster, time.monotonic() + start_limit_s)
+    except BaseException:
+        down(folder)
+        raise
+    return cluster
+
+
+def down(folder: Path = DEFAULT_FOLDER) -> bool:
+    """End all processes of a cluster, its jobs' included, and remove its folder; False where there is none.
+
+    Needs no daemon to answer, so it also clears what a crash or a SIGKILL has left.
+    """
+    folder = _plain(folder)
+    if not _is_ours(folder):
+        return False
+    deadline = time.monotonic() + _KILL_LIMIT_S
+    while processes := _processes(folder):
+        if time.monotonic() > deadline:
+            raise InputError(f"{folder}: SIGKILL does not end {', '.join(str(one.pid) for one in processes)}")
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.02)
+    shutil.rmtree(folder)
+    return True
+
+
+def status(folder: Path = DEFAULT_FOLDER) -> Status:
+    """Which daemons are alive and what slurmctld says of the nodes; InputError where no cluster is there."""
+    cluster = load(folder)
+    alive = _alive(cluster.folder)
+    names = ["munged", "slurmctld", *cluster.node_names]
+    states = _node_states(cluster) if "slurmctld" in alive else {}
+    return Status(cluster, {name: name in alive for name in names}, states)
+
+
+def load(folder: Path = DEFAULT_FOLDER) -> DevCluster:
+    """The cluster of a folder, alive or not."""
+    folder = _plain(folder)
+    text = (folder / _MARK).read_text() if _is_ours(folder) else ""
+    if not text:
+        raise InputError(f"{folder}: no devcluster is here; `ecgscale-launch devcluster up` starts one")
+    return DevCluster(**json.loads(text) | {"folder": folder})
+
+
+def _plain(folder: Path) -> Path:
+    """As the kernel names the working folder of a process; the last part may be no link."""
+    return folder.parent.resolve() / folder.name
+
+
+def missing_programs() -> list[str]:
+    """Programs of SLURM and munge that are not installed."""
+    return [name for name in _NEEDED if shutil.which(name, path=_PATH) is None]
+
+
+def _check(folder: Path, nodes: int, cpus: int) -> None:
+    if missing := missing_programs():
+        raise InputError(f"devcluster needs {', '.join(missing)}: on Debian, apt-get install slurm-wlm munge")
+    if not 1 <= nodes <= 64:
+        raise InputError(f"--nodes {nodes}: give 1 to 64")
+    if not 1 <= cpus <= 256:
+        raise InputError(f"--cpus {cpus}: give 1 to 256")
+    path = str(folder)
+    if len(os.fsencode(path)) > _LONGEST_FOLDER or not path.isprintable() or set(path) & set(" #=,%\"'\\"):
+        raise InputError(f"--folder {folder}: give {_LONGEST_FOLDER} bytes at most, without spaces and quotes")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        about = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and (folder / _MARK).is_file()
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, or take an empty one; what is in it decides who runs, so it must be nobody else's."""
+    if _is_ours(folder):
+        raise InputError(f"{folder}: a devcluster is here already; `ecgscale-launch devcluster down` ends it")
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        about = folder.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or any(folder.iterdir()):
+            raise InputError(f"--folder {folder}: is there and not an empty folder of yours") from None
+    folder.chmod(0o700)
+    (folder / _MARK).touch(exist_ok=False)
+
+
+def _free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row, below those that the kernel gives to outgoing connections."""
+    for _ in range(100):
+        first = random.SystemRandom().randrange(16000, 32000 - count)
+        if all(_is_free(port) for port in range(first, first + count)):
+            return first
+    raise InputError(f"no {count} free ports in a row between 16000 and 32000")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+def _write_settings(cluster: DevCluster) -> None:
+    for name in ("state", "spool", "log"):
+        (cluster.folder / name).mkdir()
+    key = cluster.folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(128))
+    cluster.slurm_conf.write_text(
+        _slurm_conf(cluster, pwd.getpwuid(os.getuid()).pw_name, socket.gethostname().split(".")[0])
+    )
+
+
+def _slurm_conf(cluster: DevCluster, user: str, host: str) -> str:
+    folder, nodes, port = cluster.folder, cluster.nodes, cluster.first_port
+    return f"""\
+ClusterName=dev
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+# No CommunicationParameters=NoInAddrAny: where the host name is not 127.0.0.1, srun and slurmd would miss each other.
+# A requeued job is held for a second longer than cred_expire, of which SLURM refuses less than 5.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/%n.log
+MailProg=/bin/true
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1,bf_continue
+JobRequeue=1
+KillWait={cluster.kill_wait_s}
+OverTimeLimit=0
+InactiveLimit=0
+MinJobAge=600
+ReturnToService=2
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{port + 1}-{port + nodes}] \
+CPUs={cluster.cpus} RealMemory=4000 State=UNKNOWN
+NodeName=ghost NodeHostname=elsewhere.invalid NodeAddr=127.0.0.1 Port=1 CPUs={cluster.cpus} RealMemory=4000 State=DOWN
+PartitionName=main Nodes=n[1-{nodes}] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={cluster.grace_s}
+PartitionName=urgent Nodes=n[1-{nodes}] PriorityTier=10 PreemptMode=OFF
+PartitionName=elsewhere Nodes=ghost PriorityTier=1 PreemptMode=OFF
+"""
+
+
+def _start_daemons(cluster: DevCluster, deadline: float) -> None:
+    folder = cluster.folder
+    munge = [
+        f"--{what}={folder}/munge.{what.split('-')[0]}" for what in ("socket", "key-file", "pid-file", "seed-file")
+    ]
+    # --force: nobody else reaches the socket, on purpose.
+    _start(cluster, "munged", "--foreground", "--force", "--num-threads=2", "--origin=127.0.0.1", *munge)
+    _wait_until(cluster, deadline, ["munged"], lambda: (folder / "munge.socket").exists())
+    _start(cluster, "slurmctld", "-D", "-f", str(cluster.slurm_conf))
+    for name in cluster.node_names:
+        _start(cluster, "slurmd", "-D", "-f", str(cluster.slurm_conf), "-N", name)
+    _wait_until(cluster, deadline, ["slurmctld", *cluster.node_names], lambda: _all_idle(cluster))
+
+
+def _start(cluster: DevCluster, program: str, *arguments: str) -> None:
+    """Start a daemon that is no child of ours, so that it neither ends with this process nor becomes a zombie."""
+    # Nothing of a SLURM job around us may reach the daemons.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+    who = arguments[-1] if program == "slurmd" else program
+    with (cluster.folder / "log" / f"{who}.out").open("ab") as out:
+        subprocess.run(
+            ["setsid", "--fork", str(shutil.which(program, path=_PATH)), *arguments],
+            cwd=cluster.folder,
+            env=env | {"PATH": _PATH} | cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            check=True,
+        )
+
+
+def _wait_until(cluster: DevCluster, deadline: float, daemons: list[str], ready: Callable[[], bool]) -> None:
+    print(f"devcluster: waiting for {', '.join(daemons)}", file=sys.stderr)
+    while not ready():
+        alive = _alive(cluster.folder)
+        if dead := [name for name in daemons if name not in alive]:
+            raise InputError(f"{dead[0]} has ended: {_last_words(cluster, dead[0])}")
+        if time.monotonic() > deadline:
+            states = _node_states(cluster)
+            silent = next((name for name in daemons if states.get(name) != "idle"), daemons[0])
+            raise InputError(f"{silent} is not ready in time: {_last_words(cluster, silent)}")
+        time.sleep(0.1)
+
+
+def _all_idle(cluster: DevCluster) -> bool:
+    states = _node_states(cluster)
+    return all(states.get(name) == "idle" for name in cluster.node_names)
+
+
+def _last_words(cluster: DevCluster, who: str) -> str:
+    lines = (cluster.folder / "log" / f"{who}.out").read_text(errors="replace").splitlines()
+    wrong = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+    return " | ".join((wrong or lines)[-3:]) or "it has written nothing"
+
+
+def _node_states(cluster: DevCluster) -> dict[str, str]:
+    """Name and state of each node; empty where slurmctld does not answer."""
+    command = [str(shutil.which("sinfo", path=_PATH)), "--noheader", "--Node", "--partition=main", "--format=%N %T"]
+    env = os.environ | cluster.environment
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, env=env)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return {}
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+def _alive(folder: Path) -> set[str]:
+    """munged, slurmctld, n1 … as far as they run."""
+    names = set()
+    for process in _daemons(folder):
+        with suppress(psutil.Error):
+            names.add(_who(process.cmdline()))
+    return names
+
+
+def _who(command: list[str]) -> str:
+    if "-N" in command:
+        return command[-1]
+    return next((name for name in ("munged", "slurmctld") if any(part.endswith(f"/{name}") for part in command)), "")
+
+
+def _processes(folder: Path) -> set[psutil.Process]:
+    """The daemons, all below them, and processes of jobs that have left their parents."""
+    found = set(_daemons(folder))
+    for daemon in list(found):
+        with suppress(psutil.Error):
+            found.update(daemon.children(recursive=True))
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            env = process.environ()
+            # A shell in which SLURM_CONF was set is no job: only slurmstepd sets the other.
+            if env.get("SLURM_CONF") == str(folder / "slurm.conf") and "SLURMD_NODENAME" in env:
+                found.add(process)
+    return {process for process in found if process.pid != os.getpid()}
+
+
+def _daemons(folder: Path) -> list[psutil.Process]:
+    """Known by the folder in which all of them run: slurmstepd overwrites its arguments and part of its environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.name() in _DAEMONS and Path(process.cwd()) == folder:
+                found.append(process)
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """`ecgscale-launch devcluster up|down|status`."""
+    options = _parse(argv)
+    if options.what == "up":
+        cluster = up(options.folder, options.nodes, options.cpus, options.kill_wait_s, options.grace_s)
+        print(f"devcluster: {cluster.nodes} nodes are idle", file=sys.stderr)
+        print(f"export SLURM_CONF={cluster.slurm_conf}")
+    elif options.what == "down":
+        gone = down(options.folder)
+        print(f"devcluster: {options.folder} is gone" if gone else f"devcluster: nothing in {options.folder}")
+    else:
+        found = status(options.folder)
+        print(found.table())
+        return 0 if found.healthy else 1
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="ecgscale-launch devcluster",
+        description="A real SLURM on this machine in one private folder, to try and test with. `up` prints what the "
+        'shell needs: eval "$(ecgscale-launch devcluster up)"',
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=("up", "down", "status"))
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help=f"default {DEFAULT_FOLDER}")
+    parser.add_argument("--nodes", type=int, default=4, help="nodes to start (default 4)")
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs that each node claims (default 2)")
+    parser.add_argument("--kill-wait-s", type=int, default=30, help="from SIGTERM to SIGKILL of a job (default 30)")
+    parser.add_argument("--grace-s", type=int, default=60, help="notice that a preempted job gets (default 60)")
+    return parser.parse_args(argv)

@@ -1,0 +1,121 @@
+"""The folder of a job, ``RUN/launch``: where everything lies, and how it is read and written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecgscale.errors import InputError
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """The paths in a job's folder, ``RUN/launch``."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, run: Path) -> JobFolder:
+        """The job folder of a run folder."""
+        return cls(Path(os.path.abspath(run)) / "launch")  # noqa: PTH100 (links stay: the nodes may see others)
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.path.parent
+
+    @property
+    def job(self) -> Path:
+        """job.json: everything about the submission."""
+        return self.path / "job.json"
+
+    @property
+    def diff(self) -> Path:
+        """What was not committed, untracked files too."""
+        return self.path / "diff.patch"
+
+    @property
+    def code(self) -> Path:
+        """The packages that the job runs."""
+        return self.path / "code"
+
+    @property
+    def config(self) -> Path:
+        """The resolved config of pretrain or finetune, which the job runs from."""
+        return self.path / "config.yaml"
+
+    @property
+    def cluster(self) -> Path:
+        """The resolved cluster config."""
+        return self.path / "cluster.yaml"
+
+    @property
+    def script(self) -> Path:
+        """The batch script."""
+        return self.path / "script.sh"
+
+    @property
+    def submitted(self) -> Path:
+        """submitted.json: SLURM's number of the job."""
+        return self.path / "submitted.json"
+
+    @property
+    def state(self) -> Path:
+        """state.json: where the job stands."""
+        return self.path / "state.json"
+
+    @property
+    def log(self) -> Path:
+        """supervisor.log: what happened, for people."""
+        return self.path / "supervisor.log"
+
+    @property
+    def submitit(self) -> Path:
+        """submitit's pickles and the batch log."""
+        return self.path / "submitit"
+
+    @property
+    def attempts(self) -> Path:
+        """One folder per attempt."""
+        return self.path / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        """The folder of attempt ``number``, from 1."""
+        return self.attempts / f"{number:04d}"
+
+    def latest_attempt(self) -> Path | None:
+        """The folder of the newest attempt."""
+        numbers = [int(path.name) for path in self.attempts.glob("[0-9]*") if path.name.isdecimal()]
+        return self.attempt(max(numbers)) if numbers else None
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON that readers find whole, old or new."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None where there is no such file; raises InputError where it is damaged."""
+    try:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            content = path.read_bytes()  # NFS: replaced between open and read
+        tree = json.loads(content)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: damaged, not a JSON object")
+    return tree

@@ -1,0 +1,328 @@
+"""From commands and a cluster config to jobs: what is run where, after what, in which folders."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from ecgscale.errors import InputError
+from ecgscale.stopping import STOPPED_EXIT_CODE
+from ecgscale_launch import slurm
+from ecgscale_launch.folder import JobFolder, read_json, write_json
+from ecgscale_launch.job import Batch, Request, script, submit
+from ecgscale_launch.local import LocalRanks
+from ecgscale_launch.place import check_place
+from ecgscale_launch.record import Job, code_environment, load_command, make_job_folder, read_job, rewrite
+from ecgscale_launch.resources import (
+    ClusterConfig,
+    container_prefix,
+    container_srun_options,
+    dump,
+    host_python,
+    job_name,
+    load_cluster,
+    rank_python,
+    script_lines,
+)
+from ecgscale_launch.results import SWEEP, collect_above
+from ecgscale_launch.supervisor import Limits, Supervisor
+from ecgscale_launch.watch import refuse_active
+
+OF_RANKS = ("pretrain", "finetune")  # the commands that run as several processes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One job: a command of ecgscale and its run folder."""
+
+    run: Path
+    command: list[str]
+    swept: dict[str, str]  # what a sweep gave it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Pieces that run side by side, as one job or as an array, after the stage before has succeeded."""
+
+    run: Path
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for beside the cluster."""
+
+    commands: list[list[str]]
+    run: str = ""
+    sweeps: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    parts: int = 0
+    after: tuple[str, ...] = ()
+    at_once: int = 0
+
+
+def stages(wanted: Wanted) -> list[Stage]:
+    """The stages of a job or a chain. Raises InputError where something does not go together."""
+    if len(wanted.commands) > 1 and (wanted.run or wanted.sweeps or wanted.parts):
+        raise InputError("--run, --sweep and --parts are for one command, not for a chain; launch it with --after")
+    found = []
+    for command in wanted.commands:
+        run = _run_folder(command, wanted.run)
+        if wanted.parts:
+            if command[0] != "ingest":
+                raise InputError(f"--parts splits ingest, not {command[0]}")
+            parts = [f"{part}/{wanted.parts}" for part in range(1, wanted.parts + 1)]
+            pieces = [Piece(run / f"part-{i:04d}", [*command, "--part", part], {}) for i, part in enumerate(parts, 1)]
+            found += [Stage(run, pieces), Stage(run / "merge", [Piece(run / "merge", [*command, "--merge"], {})])]
+        elif wanted.sweeps:
+            if command[0] not in OF_RANKS:
+                raise InputError(f"--sweep varies keys of {' or '.join(OF_RANKS)}, not of {command[0]}")
+            found.append(Stage(run, list(_swept(run, command, wanted.sweeps))))
+        else:
+            found.append(Stage(run, [Piece(run, command, {})]))
+    runs = [piece.run for stage in found for piece in stage.pieces]
+    if again := next((run for run in runs if runs.count(run) > 1), None):
+        raise InputError(f"{again}: two jobs would share this run folder; give each its own run.dir")
+    return found
+
+
+def _run_folder(command: list[str], given: str) -> Path:
+    config = load_command(command)
+    if config is None:
+        return Path(given or f"runs/{command[0]}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not (config.run.dir or given):
+        raise InputError("run.dir is missing; give --run.dir FOLDER")
+    return Path(config.run.dir or given)
+
+
+def _swept(run: Path, command: list[str], sweeps: tuple[tuple[str, tuple[str, ...]], ...]) -> Iterator[Piece]:
+    keys = [key for key, _ in sweeps]
+    short = {key: key.rpartition(".")[2] for key in keys}
+    if len(set(short.values())) < len(short):
+        short = {key: key for key in keys}
+    for values in product(*(values for _, values in sweeps)):
+        name = "_".join(f"{short[key]}={value}" for key, value in zip(keys, values, strict=True))
+        arguments = [f"--{key}={value}" for key, value in zip(keys, values, strict=True)]
+        folder = run / re.sub(r"[^A-Za-z0-9_.,+=-]", "-", name)
+        yield Piece(folder, [*command, *arguments], dict(zip(keys, values, strict=True)))
+
+
+def check_ranks(stage: Stage, cluster: ClusterConfig) -> None:
+    """Raises InputError where a command knows no ranks, or cannot be shared by as many as the cluster config asks."""
+    world_size = cluster.nodes * cluster.tasks_per_node
+    for piece in stage.pieces:
+        config = load_command(piece.command)
+        if config is not None:
+            config.train.lanes_for(world_size)
+        elif world_size > 1:
+            raise InputError(
+                f"{piece.command[0]} does not run as several processes: give nodes 1 and tasks_per_node 1 "
+                f"(only {' and '.join(OF_RANKS)} do)"
+            )
+
+
+# -- on this machine -------------------------------------------------------------------------------------------------
+
+
+def run_here(wanted: Wanted, cluster: ClusterConfig) -> int:
+    """All stages and pieces one after the other on this machine; the first exit code that is not 0, or 0."""
+    if wanted.after:
+        raise InputError("--after is for jobs in a queue; --local runs at once")
+    planned = stages(wanted)
+    for stage in planned:
+        check_ranks(stage, cluster)
+    for stage in planned:
+        for piece, folder in zip(stage.pieces, _folders(stage, cluster, "local"), strict=True):
+            code = _supervise_here(read_job(piece.run), folder, cluster)
+            if code:
+                return code
+    return 0
+
+
+def _supervise_here(job: Job, folder: JobFolder, cluster: ClusterConfig) -> int:
+    world_size = cluster.nodes * cluster.tasks_per_node
+    code = code_environment(folder, cluster.environment)
+
+    def start(attempt: Path, env: dict[str, str]) -> LocalRanks:
+        return LocalRanks(attempt, job.arguments, env | code, world_size, shown=True)
+
+    limits = Limits(cluster.save_s, cluster.hang_s, cluster.retries)
+    supervisor = Supervisor(folder, limits, start, [job.host], None)
+    ended = supervisor.run(cluster.network.interface, cluster.network.timeout_s, None)
+    if ended == 0:
+        collect_above(job.run)
+    if ended == STOPPED_EXIT_CODE:
+        print("ecgscale-launch: the same command goes on", file=sys.stderr)
+    return ended
+
+
+# -- in the queue ----------------------------------------------------------------------------------------------------
+
+
+def submit_all(wanted: Wanted, cluster: ClusterConfig) -> list[tuple[Stage, list[str]]]:
+    """Put all stages into SLURM's queue, each after the one before; the stages with their job numbers."""
+    planned = stages(wanted)
+    for stage in planned:
+        check_ranks(stage, cluster)
+        check_place(stage.run, cluster)
+    depends = [_number(one) for one in wanted.after]
+    done: list[tuple[Stage, list[str]]] = []
+    for stage in planned:
+        folders = _folders(stage, cluster, "slurm")
+        request = request_for(stage, folders, cluster, depends, wanted.at_once)
+        if not done and not depends:
+            slurm.test(script(request))
+        numbers = submit(request, [batch_of(read_job(folder.run)) for folder in folders])
+        for folder, number in zip(folders, numbers, strict=True):
+            write_json(folder.submitted, {"job_id": number, "time": time.time()})
+        depends = [numbers[0].partition("_")[0]]
+        done.append((stage, numbers))
+    return done
+
+
+def resubmit(job: Job, overrides: list[str], new_code: bool) -> str:
+    """Put a job that has ended into the queue again, as it lies in its folder but for what is given; its number."""
+    if job.where == "local":
+        raise InputError(f"{job.run}: ran on this machine, not in a queue; the same command with --local goes on")
+    job = replace(job, cluster=load_cluster(job.folder.cluster, overrides))
+    stage = Stage(job.run, [Piece(job.run, job.command, {})])
+    check_place(job.run, job.cluster)
+    request = request_for(stage, [job.folder], job.cluster, [], 0, job.cwd)
+    slurm.test(script(request))
+    rewrite(job, new_code)
+    [number] = submit(request, [batch_of(job)])
+    write_json(job.folder.submitted, {"job_id": number, "time": time.time()})
+    return number
+
+
+def dry_run(wanted: Wanted, cluster: ClusterConfig) -> str:
+    """The batch scripts and the resolved config, as they would be submitted; nothing is written."""
+    said = ["# --- cluster ---", dump(cluster)]
+    for stage in stages(wanted):
+        check_ranks(stage, cluster)
+        folders = [JobFolder.of(piece.run) for piece in stage.pieces]
+        after = ["JOB_BEFORE"] if len(said) > 2 else list(wanted.after)
+        request = request_for(stage, folders, cluster, after, wanted.at_once)
+        said += [f"# --- {stage.run}: batch script ---", script(request, len(stage.pieces))]
+        for piece, folder in zip(stage.pieces, folders, strict=True):
+            ranks = [*srun_command(cluster, folder), *rank_command(cluster, folder), "ATTEMPT", "--", *piece.command]
+            said.append(f"# {piece.run} runs: {shlex.join(ranks)}")
+    return "\n".join(said)
+
+
+def _folders(stage: Stage, cluster: ClusterConfig, where: str) -> list[JobFolder]:
+    folders = []
+    for piece in stage.pieces:
+        refuse_active(piece.run)
+        folder = make_job_folder(piece.run, piece.command, cluster, "local" if where == "local" else "slurm")
+        folders.append(JobFolder(folder))
+    if any(piece.swept for piece in stage.pieces):
+        of_sweep = JobFolder.of(stage.run)
+        of_sweep.path.mkdir(mode=0o700, exist_ok=True)
+        runs = [{"run": piece.run.name, "swept": piece.swept} for piece in stage.pieces]
+        write_json(of_sweep.path / SWEEP, {"runs": runs})
+    return folders
+
+
+def request_for(
+    stage: Stage,
+    folders: list[JobFolder],
+    cluster: ClusterConfig,
+    after: list[str],
+    at_once: int,
+    cwd: Path | None = None,
+) -> Request:
+    """What sbatch is asked for a stage. The script imports the first piece's snapshot; all pieces have the same."""
+    code = code_environment(folders[0], {})
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in code.items() if name != "PYTHONPATH"]
+    exports.append(f"export PYTHONPATH={shlex.quote(str(folders[0].code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    options = {
+        "chdir": str(cwd or Path.cwd()),
+        "nodes": cluster.nodes,
+        "ntasks-per-node": cluster.tasks_per_node,
+        "gpus-per-node": cluster.gpus_per_node,
+        "cpus-per-task": cluster.cpus_per_task,
+        "mem": cluster.mem,
+        "time": cluster.time,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "nodelist": cluster.nodelist,
+        "reservation": cluster.reservation,
+    }
+    if after:
+        options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+    options |= {name: value or True for name, value in cluster.sbatch.items()}
+    return Request(
+        name=cluster.name or job_name(stage.pieces[0].command[0], stage.run),
+        folder=JobFolder.of(stage.run).submitit,
+        python=host_python(cluster),
+        # Until the supervisor listens, the warning would end the script.
+        setup=["umask 077", "trap '' USR2", *script_lines(cluster), *exports],
+        options=options,
+        signal_s=cluster.save_s,
+        at_once=at_once,
+    )
+
+
+def batch_of(job: Job) -> Batch:
+    """What the supervisor of a job needs to know."""
+    cluster, folder = job.cluster, job.folder
+    return Batch(
+        folder=str(folder.path),
+        srun=srun_command(cluster, folder),
+        rank=rank_command(cluster, folder),
+        command=job.arguments,
+        world_size=cluster.nodes * cluster.tasks_per_node,
+        interface=cluster.network.interface,
+        meeting_timeout_s=cluster.network.timeout_s,
+        save_s=cluster.save_s,
+        hang_s=cluster.hang_s,
+        retries=cluster.retries,
+        requeue_crashed=cluster.after_failure == "requeue",
+    )
+
+
+def srun_command(cluster: ClusterConfig, folder: JobFolder) -> list[str]:
+    """srun with its options. Nothing ends the other ranks but the supervisor; no GPU is hidden from any rank."""
+    sizes = [f"--nodes={cluster.nodes}", f"--ntasks-per-node={cluster.tasks_per_node}"]
+    sizes.append(f"--ntasks={cluster.nodes * cluster.tasks_per_node}")
+    if cluster.cpus_per_task:  # srun does not take it over from sbatch
+        sizes.append(f"--cpus-per-task={cluster.cpus_per_task}")
+    if cluster.gpus_per_node:
+        sizes.append("--gpu-bind=none")
+    container = container_srun_options(cluster, Path.cwd(), _seen(folder))
+    return ["srun", "--kill-on-bad-exit=0", "--wait=0", *sizes, *container, *cluster.srun]
+
+
+def rank_command(cluster: ClusterConfig, folder: JobFolder) -> list[str]:
+    """The command of a rank, in the container where there is one."""
+    prefix = container_prefix(cluster, Path.cwd(), _seen(folder))
+    return [*prefix, rank_python(cluster), "-u", "-m", "ecgscale_launch.rank"]
+
+
+def _seen(folder: JobFolder) -> list[Path]:
+    """Folders that a container must show."""
+    return [Path.cwd(), folder.run]
+
+
+def _number(given: str) -> str:
+    """A job's number, or that of the job of a run folder."""
+    if re.fullmatch(r"\d+(_\d+)?", given):
+        return given
+    submitted = read_json(JobFolder.of(Path(given)).submitted)
+    if submitted is None:
+        raise InputError(f"--after {given}: neither a job's number nor a run folder whose job is in the queue")
+    return str(submitted["job_id"])
+
+
+def with_processes(cluster: ClusterConfig, processes: int) -> ClusterConfig:
+    """The config of the same job as ``processes`` processes of one machine."""
+    return replace(cluster, nodes=1, tasks_per_node=processes, gpus_per_node=0)

@@ -1,0 +1,120 @@
+"""What each task of a job runs: ``python -m ecgscale_launch.rank ATTEMPT_FOLDER -- COMMAND …``.
+
+It takes its place among the ranks from what srun (or the supervisor, on one machine) tells, and leaves in the attempt's
+folder what the supervisor and people want to know: where it stands, its first error, its stacks when asked by SIGUSR1.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ecgscale import progress, stopping
+from ecgscale.cli import dispatch, run_as_command
+from ecgscale.errors import InputError, one_line, tells_of_lost_rank
+
+_LOOK_S = 0.2
+ALIVE_EVERY_S = "ECGSCALE_ALIVE_EVERY_S"  # environment: how often a rank writes where it stands
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command as one rank; its exit code."""
+    stopping.listen()  # before everything slow: until now the signal was ignored
+    folder, command = Path(arguments[0]), arguments[2:]
+    place_from_slurm()
+    rank = int(os.environ.get("RANK", "0"))
+    with (folder / f"rank-{rank}.stacks.txt").open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        threading.Thread(target=_report, args=(folder / f"rank-{rank}.alive.json", rank), daemon=True).start()
+        try:
+            code = run_as_command("ecgscale", _recorded(folder / f"rank-{rank}.error.json", rank), command)
+        except BaseException:  # told here, since it must not wait at the exit for threads of the libraries
+            traceback.print_exc()
+            code = 1
+        for number in (signal.SIGUSR2, signal.SIGTERM):  # Python's own end would let them kill
+            signal.signal(number, signal.SIG_IGN)
+        if code not in (0, stopping.STOPPED_EXIT_CODE):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        faulthandler.unregister(signal.SIGUSR1)
+        return code
+
+
+def place_from_slurm() -> None:
+    """RANK and its like, which PyTorch and DeepSpeed read, from what srun says. GPUs are hidden from nobody."""
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0]
+
+
+def _recorded(path: Path, rank: int) -> Callable[[list[str]], int]:
+    """The `ecgscale` command, with its error written down before it is told."""
+
+    def run(command: list[str]) -> int:
+        try:
+            return dispatch(command)
+        except stopping.Stopped:
+            raise
+        except BaseException as error:
+            about = {"rank": rank, "host": _node(), "time": time.time(), "kind": kind_of(error)}
+            line = one_line(f"{type(error).__name__}: {error}" if about["kind"] == "error" else str(error))
+            _write(path, about | {"line": line, "traceback": traceback.format_exc()})
+            raise
+
+    return run
+
+
+def kind_of(error: BaseException) -> str:
+    """``input``: the user's, which no retry mends. ``lost``: follows from another rank's. ``error``: all others."""
+    if isinstance(error, InputError):
+        return "input"
+    return "lost" if tells_of_lost_rank(error) else "error"
+
+
+def _report(path: Path, rank: int) -> None:
+    """Write where this rank stands every few seconds, and at once when the first step is done."""
+    every_s = float(os.environ.get(ALIVE_EVERY_S, "2"))
+    about: dict[str, Any] = {"rank": rank, "host": _node(), "pid": os.getpid(), "first_step": None}
+    first, written = None, 0.0
+    while True:
+        now = progress.now()
+        if first is None and now.phase in ("batch", "forward", "backward", "update"):
+            first = now.step
+        if about["first_step"] is None and first is not None and now.step > first:
+            about["first_step"], written = now.since, 0.0
+        if time.monotonic() - written >= every_s or not written:
+            said = {"step": now.step, "phase": now.phase, "count": now.count, "since": now.since, "time": time.time()}
+            _write(path, about | said)
+            written = time.monotonic()
+        time.sleep(_LOOK_S)
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all. A disk that is full or gone must not end a rank that still works."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(content))
+        partial.replace(path)
+    except OSError as error:
+        print(f"{path}: {error.strerror}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

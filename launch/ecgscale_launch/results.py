@@ -1,0 +1,111 @@
+"""One table of what the runs of a sweep came to; every run that ends writes it anew."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ecgscale.cli import OneLineParser
+from ecgscale.errors import InputError, one_line
+from ecgscale_launch.folder import JobFolder, read_json
+
+SWEEP = "sweep.json"  # in the job folder of the sweep: its runs, and what each was given
+_FIGURES = {"auroc": "AUROC", "auprc": "AUPRC", "f_measure": "F1"}
+_LOSSES = ("validation/loss", "train/loss")
+
+
+def main(argv: list[str]) -> int:
+    """Print the table of a sweep."""
+    parser = OneLineParser(
+        prog="ecgscale-launch results",
+        description="The results of a sweep's runs in one table, also written to RUN/results.md and RUN/results.csv: "
+        "test figures of fine-tuning, losses of pretraining; seeds are averaged (mean ± standard deviation).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that --sweep was given")
+    print(collect(parser.parse_args(argv).run))
+    return 0
+
+
+def collect(run: Path) -> str:
+    """Write RUN/results.csv, a row per run, and RUN/results.md, seeds averaged; the latter's text."""
+    sweep = read_json(JobFolder.of(run).path / SWEEP)
+    if sweep is None:
+        raise InputError(f"{run}: no sweep of ecgscale-launch; give the run folder that --sweep was given")
+    runs = sweep["runs"]
+    keys = list(runs[0]["swept"])
+    found = [(one["swept"], figures(run / one["run"])) for one in runs]
+    names = list(dict.fromkeys(name for _, values in found for name in values))
+    rows = [[*swept.values(), *(values.get(name, "") for name in names)] for swept, values in found]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["run", *keys, *names], *_named(runs, rows)])
+    _write(run / "results.csv", text.getvalue())
+    missing = [one["run"] for one, (_, values) in zip(runs, found, strict=True) if not values]
+    table = _markdown(keys, names, found)
+    if missing:
+        table += f"\n\n{len(missing)} of {len(runs)} runs have no result yet: {', '.join(missing[:3])}" + (
+            " …" if len(missing) > 3 else ""
+        )
+    _write(run / "results.md", table + "\n")
+    return table
+
+
+def collect_above(run: Path) -> None:
+    """Write the table of the sweep that a run belongs to, if it belongs to one."""
+    if (run.parent / "launch" / SWEEP).exists():
+        collect(run.parent)
+
+
+def figures(run: Path) -> dict[str, float]:
+    """What a finished run came to: its test figures, else its last losses; nothing where it is not finished."""
+    report = read_json(run / "evaluation-test.json")
+    if report is not None:
+        found = {shown: report["macro"][name]["value"] for name, shown in _FIGURES.items()}
+        if report.get("challenge_score"):
+            found["challenge score"] = report["challenge_score"]["value"]
+        return {name: value for name, value in found.items() if value is not None}
+    if not (run / "export").is_dir():
+        return {}
+    last: dict[str, Any] = {}
+    for line in (run / "events.jsonl").read_text().splitlines():
+        if line.endswith("}"):
+            last |= {name: value for name, value in json.loads(line).items() if name in _LOSSES and value is not None}
+    return {name: last[name] for name in _LOSSES if name in last}
+
+
+def _named(runs: list[dict[str, Any]], rows: list[list[Any]]) -> list[list[Any]]:
+    return [[one["run"], *row] for one, row in zip(runs, rows, strict=True)]
+
+
+def _markdown(keys: list[str], names: list[str], found: list[tuple[dict[str, str], dict[str, float]]]) -> str:
+    """A row for each combination of what was swept but for seeds."""
+    shown = [key for key in keys if key.rpartition(".")[2] != "seed"]
+    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for swept, values in found:
+        groups.setdefault(tuple(swept[key] for key in shown), []).append(values)
+    lines = ["| " + " | ".join([*shown, "runs", *names]) + " |", "|" + "---|" * (len(shown) + 1 + len(names))]
+    for group, runs in groups.items():
+        done = [values for values in runs if values]
+        cells = [_estimate([values[name] for values in done if name in values]) for name in names]
+        cells = [*(one_line(value).replace("|", "\\|") for value in group), f"{len(done)}/{len(runs)}", *cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _estimate(values: list[float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,79 @@
+"""What run folders tell: where they are, what a run has reached and how fast it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ecgscale_launch.folder import JobFolder
+
+_DEPTH = 4  # of run folders below the folder of all runs
+_NOT_RUNS = {"launch", "checkpoints", "tensorboard", "export", "recordings"}  # what is in a run folder
+_TAIL = 128 * 2**10  # bytes of events.jsonl that are read: some hundred lines
+
+
+def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
+    """Run folders with a job, ``folder`` itself or at most ``depth`` levels below."""
+    found: list[Path] = []
+    try:
+        if JobFolder.of(folder).job.exists():
+            found.append(folder)
+        if depth == 0:
+            return found
+        with os.scandir(folder) as entries:
+            below = [one.name for one in entries if one.name not in _NOT_RUNS and one.is_dir(follow_symlinks=False)]
+    except OSError:  # not ours to read, or gone meanwhile
+        return found
+    return found + [run for name in sorted(below) for run in find_runs(folder / name, depth - 1)]
+
+
+def tail_events(path: Path) -> list[dict[str, Any]]:
+    """The newest events of a run; a line that is being written, or was cut off by a kill, is left out."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.keys() >= {"event", "time", "step"}:
+            found.append(event)
+    return found
+
+
+def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -> float | None:
+    """When the last step is done by the pace between (time, step) points, in order; None with less than two steps."""
+    if len(points) < 2 or points[-1][1] <= points[0][1]:
+        return None
+    (first, first_step), (last, last_step) = points[0], points[-1]
+    return max(now, last + (steps - last_step) * (last - first) / (last_step - first_step))
+
+
+def steps_to_do(folder: JobFolder) -> int | None:
+    """Steps that a training run is to do, by the config that the job runs from, else by the run's."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
+    for path in (folder.config, folder.run / "config.yaml"):
+        try:
+            steps = yaml.load(path.read_bytes(), loader)["train"]["steps"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            continue
+        if isinstance(steps, int):
+            return steps
+    return None
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Finished checkpoints by step."""
+    paths = (run / "checkpoints").glob("step-*")
+    return {int(number): path for path in paths if (number := path.name.removeprefix("step-")).isdecimal()}

@@ -1,0 +1,205 @@
+"""What SLURM says and does, by its own commands. No shell in between: every argument is passed as it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ecgscale.errors import InputError
+
+_TIMEOUT_S = 60.0
+# Of what sacct and scontrol say, the states in which a job will not run again by itself.
+OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition and its nodes."""
+
+    name: str
+    default: bool
+    nodes: int
+    hosts: frozenset[str]
+
+
+def available() -> bool:
+    """Whether SLURM's commands are on this machine's PATH."""
+    return shutil.which("sbatch") is not None
+
+
+def run(*command: str) -> str:
+    """What a command of SLURM prints; InputError with its own first line of complaint where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except FileNotFoundError as error:
+        raise InputError(f"{command[0]} is not on the PATH: is this a SLURM cluster? --local N runs here") from error
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"{command[0]} does not answer within {_TIMEOUT_S:g} s") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise InputError(" ".join([*command[:2], "failed:", lines[0]]))
+    return done.stdout
+
+
+def partitions() -> list[Partition]:
+    """All partitions that this user may see."""
+    found: dict[str, Partition] = {}
+    for line in run("sinfo", "--noheader", "--all", "--Node", "--format=%R|%P|%N|%n").splitlines():
+        name, shown, _, host = line.split("|")
+        known = found.get(name, Partition(name, shown.endswith("*"), 0, frozenset()))
+        found[name] = Partition(name, known.default, known.nodes + 1, known.hosts | {host})
+    return list(found.values())
+
+
+def queued(job_id: str) -> dict[str, str]:
+    """What scontrol knows of a job that is queued, running or ended lately; empty where it has forgotten it."""
+    try:
+        text = run("scontrol", "--oneliner", "show", "job", job_id)
+    except InputError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    words = [word.partition("=") for word in text.split("\n", 1)[0].split(" ")]
+    return {name: value for name, equals, value in words if equals}
+
+
+def state(job_id: str) -> str | None:
+    """PENDING, RUNNING, COMPLETED and so on; None where neither scontrol nor sacct knows the job."""
+    if found := queued(job_id).get("JobState"):
+        return found
+    if shutil.which("sacct") is None:
+        return None
+    try:
+        lines = run("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job_id}")
+    except InputError:  # no accounting here
+        return None
+    return lines.split()[0] if lines.split() else None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What SLURM knows of a job."""
+
+    state: str
+    """PENDING, RUNNING, COMPLETED and so on."""
+    reason: str = ""
+    """Why it waits or how it ended, in SLURM's words."""
+    restarts: int = 0
+    submitted: float | None = None
+    """Unix time; that of the last requeue where there was one."""
+    began: float | None = None
+    """Unix time of the start, expected where the job waits; None where nothing is known."""
+
+
+_COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 10, "SubmitTime": 25, "StartTime": 25, "Reason": 200}
+
+
+def known(job_ids: Sequence[str]) -> dict[str, Known]:
+    """What SLURM knows of jobs, by two calls at most; those that it has forgotten are absent."""
+    if not job_ids:
+        return {}
+    layout = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
+    # One unknown job alone is an error of squeue, among several it is left out: so each is asked for twice.
+    wanted = ",".join([*job_ids, *job_ids])
+    text = run("squeue", "--noheader", "--array", "--states=all", f"--Format={layout}", f"--jobs={wanted}")
+    found = {}
+    for line in text.splitlines():
+        job_id, job = _known_from(line)
+        found[job_id] = job
+    forgotten = [job_id for job_id in job_ids if job_id not in found]
+    if forgotten and shutil.which("sacct") is not None:
+        found |= _accounted(forgotten)
+    return found
+
+
+def _known_from(line: str) -> tuple[str, Known]:
+    """A line of squeue in columns of fixed width."""
+    words, at = [], 0
+    for width in _COLUMNS.values():
+        words.append(line[at : at + width].strip())
+        at += width
+    job_id, word, restarts, submitted, began, reason = words
+    reason = "" if reason == "None" else reason
+    return job_id, Known(word, reason, int(restarts or 0), _unix(submitted), _unix(began))
+
+
+def _accounted(job_ids: Sequence[str]) -> dict[str, Known]:
+    """What accounting remembers, empty where there is none."""
+    wanted = f"--jobs={','.join(job_ids)}"
+    try:
+        text = run("sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", wanted)
+    except InputError:
+        return {}
+    lines = [line.partition("|") for line in text.splitlines()]
+    return {job_id: Known(word.split()[0]) for job_id, _, word in lines if job_id in job_ids and word.split()}
+
+
+def _unix(text: str) -> float | None:
+    """SLURM's local time, such as 2026-11-23T00:14:27."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:  # N/A
+        return None
+
+
+def dependents(job_id: str) -> list[str]:
+    """This user's jobs that wait for another one."""
+    text = run("squeue", "--noheader", "--me", "--states=PENDING", "--Format=JobArrayID:40,Dependency:2000")
+    number, _, task = job_id.partition("_")
+    ours = re.compile(rf"(?<![\d_]){number}(_\*|_{task})?(?![\d_])")  # 7_* is all of an array
+    return [line[:40].strip() for line in text.splitlines() if ours.search(line[40:])]
+
+
+def ask_to_stop(job_id: str) -> None:
+    """SIGTERM for the batch process alone. Unlike scancel's, no SIGKILL follows after the cluster's KillWait."""
+    run("scancel", "--batch", "--signal=TERM", job_id)
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job back into the queue, under its own id."""
+    run("scontrol", "requeue", job_id)
+
+
+def cancel(*job_ids: str) -> None:
+    """End jobs, or take them out of the queue."""
+    run("scancel", *job_ids)
+
+
+def expand(nodes: str) -> list[str]:
+    """``n[1-3],m1`` -> the names."""
+    return run("scontrol", "show", "hostnames", nodes).split()
+
+
+def inside() -> bool:
+    """Whether this process runs in a job of SLURM."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def signal_steps(job_id: str, number: signal.Signals) -> subprocess.Popen[bytes]:
+    """Begin to send a signal to the tasks of a job's steps, not to its batch script.
+
+    Not waited for: while a job is being requeued, scancel tries again for half a minute.
+    """
+    nothing = subprocess.DEVNULL
+    command = ["scancel", "--quiet", f"--signal={number.name.removeprefix('SIG')}"]
+    # Named one by one: SIGKILL to a job cancels it, batch script and all.
+    steps = run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i").split()
+    steps = [step for step in steps if step.rpartition(".")[2].isdecimal()]
+    return subprocess.Popen([*command, *steps] if steps else ["true"], stdout=nothing, stderr=nothing)
+
+
+def test(script: str) -> None:
+    """Let sbatch look at a batch script without submitting it; InputError with its complaint."""
+    command = ["sbatch", "--test-only"]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode:
+        lines = [line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip()]
+        raise InputError(f"sbatch refuses the job: {'; '.join(lines) or done.returncode}")

@@ -1,0 +1,322 @@
+"""Runs a job's ranks, attempt after attempt, and decides what follows when one ends: the one place that does.
+
+On SLURM it is the batch process, on the first node; with ``--local`` it is `ecgscale-launch` itself. It never touches
+what the ranks compute: they save at step boundaries (ecgscale.stopping), it tells them when.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from ecgscale.errors import InputError, one_line
+from ecgscale.stopping import STOPPED_EXIT_CODE
+from ecgscale_launch.folder import JobFolder, read_json, write_json
+from ecgscale_launch.rendezvous import meeting_point
+
+_LOOK_S = 0.1
+_SETTLE_S = 3.0  # after a rank has failed: for the others to tell their errors, of which the first one counts
+_DUMP_S = 3.0  # for the ranks to write their stacks
+_TELL_EVERY_S = 2.0  # a rank that is still being started ignores the signal
+_KEPT_S = 5.0  # of the warning before the end, for killing what has not saved in time
+_REFUSED = 2  # exit code of bad input
+
+
+class Started(Protocol):
+    """Ranks that run."""
+
+    def ended(self) -> bool: ...
+    def codes(self) -> dict[int, int]: ...
+    def tell(self, number: signal.Signals) -> None: ...
+    def kill(self) -> None: ...
+
+
+@dataclass
+class Attempt:
+    """One start of all ranks."""
+
+    number: int
+    job_id: str | None
+    nodes: list[str]
+    step_from: int
+    began: float = field(default_factory=time.time)
+    first_step: float | None = None
+    """When the first step of this attempt was done, by rank 0's clock."""
+    ended: float | None = None
+    outcome: str | None = None
+    """done, stopped (saved when asked), crashed, hung, killed (did not save in time) or refused (bad input)."""
+    what: str = ""
+    step_to: int = 0
+
+    @property
+    def progress(self) -> bool:
+        """Whether it has left a new checkpoint."""
+        return self.step_to > self.step_from
+
+
+@dataclass
+class Limits:
+    """What the supervisor allows."""
+
+    save_s: float
+    hang_s: float
+    retries: int
+    requeue_crashed: bool = False
+
+
+Start = Callable[[Path, dict[str, str]], Started]
+
+
+class Supervisor:
+    """See the module's docstring. ``requeue`` is None where nobody starts the job again."""
+
+    def __init__(self, folder: JobFolder, limits: Limits, start: Start, nodes: list[str], job_id: str | None) -> None:
+        self._folder, self._limits, self._start = folder, limits, start
+        self._run = folder.run
+        self._nodes, self._job_id = nodes, job_id
+        self.done = False  # the command has come to its end
+        self._asked: signal.Signals | None = None
+        self._asked_at = 0.0
+        before: dict[str, Any] = read_json(folder.state) or {}
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and before.get("job_id") == job_id
+        self._attempts: list[dict[str, Any]] = before.get("attempts", [])
+        if self._attempts and self._attempts[-1]["outcome"] is None:
+            self._attempts[-1] |= {"outcome": "killed", "what": "the job was ended without a warning"}
+            self._attempts[-1]["step_to"] = newest_step(self._run)
+        self._counts = {
+            "requeues": before.get("requeues", 0) + requeued,
+            "restarts": before.get("restarts", 0),
+            "failures_without_progress": before.get("failures_without_progress", 0) if requeued else 0,
+        }
+        self._error: dict[str, Any] | None = None
+
+    def run(self, interface: str, meeting_timeout_s: float, requeue: Callable[[], None] | None) -> int:
+        """Attempts until the job is done, has failed, was stopped, or is requeued; the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._ask)
+        signal.signal(signal.SIGCONT, signal.SIG_IGN)
+        while True:
+            attempt = self._attempt(interface, meeting_timeout_s)
+            if attempt.outcome == "done":
+                self.done = True
+                return self._end("done", 0)
+            if attempt.outcome == "refused":
+                return self._fail(attempt, _REFUSED)
+            if attempt.outcome in ("crashed", "hung") or (attempt.outcome == "killed" and not attempt.progress):
+                self._counts["failures_without_progress"] += 1
+                if self._counts["failures_without_progress"] > self._limits.retries:
+                    return self._fail(attempt, 1)
+            asked = self._asked is not None or attempt.outcome == "stopped"
+            if self._asked in (signal.SIGTERM, signal.SIGINT) or (asked and requeue is None):
+                return self._end("stopped", STOPPED_EXIT_CODE)
+            if requeue is not None and (asked or attempt.outcome == "hung" or self._limits.requeue_crashed):
+                self._end("requeued", 0)
+                return self._requeue(requeue)
+            self._counts["restarts"] += 1
+            self._say(f"starting again, failure {self._counts['failures_without_progress']} without a new checkpoint")
+
+    def _requeue(self, requeue: Callable[[], None]) -> int:
+        """Ask until it is granted: a job that ends without is lost for the night."""
+        for wait_s in (2, 5, 10, 20, 0):
+            try:
+                requeue()
+            except InputError as error:
+                if self._asked == signal.SIGTERM:  # has been requeued or cancelled meanwhile
+                    return STOPPED_EXIT_CODE
+                self._say(f"cannot requeue: {error}")
+                time.sleep(wait_s)
+            else:
+                return 0
+        self._say(f"not requeued; `ecgscale-launch resume {self._run}` goes on")
+        return self._end("stopped", STOPPED_EXIT_CODE)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        """SIGTERM after SIGUSR2 takes over: whoever sent it ends or requeues the job without us."""
+        if self._asked is None:
+            self._asked_at = time.monotonic()
+        elif self._asked == number == signal.SIGINT:
+            self._asked_at = -math.inf  # Ctrl-C twice: at once
+        self._asked = signal.Signals(number)
+
+    def _attempt(self, interface: str, meeting_timeout_s: float) -> Attempt:
+        number = len(self._attempts) + 1
+        attempt = Attempt(number, self._job_id, self._nodes, newest_step(self._run))
+        self._attempts.append(asdict(attempt))
+        folder = self._folder.attempt(number)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        address, port = meeting_point(interface, alone=len(self._nodes) == 1)
+        self._say(f"attempt {number} on {', '.join(self._nodes)}, meeting at {address}:{port}, "
+                  f"from step {attempt.step_from}")  # fmt: skip
+        self._write("running")
+        env = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "ECGSCALE_NODES": ",".join(self._nodes)}
+        env |= {"ECGSCALE_MEETING_TIMEOUT_S": f"{meeting_timeout_s:g}"}
+        env |= {"ECGSCALE_ALIVE_EVERY_S": f"{min(2.0, self._limits.hang_s / 4) if self._limits.hang_s else 2.0:g}"}
+        ranks = self._start(folder, env)
+        stuck = self._watch(ranks, attempt, folder)
+        self._close(attempt, ranks.codes(), folder, stuck)
+        return attempt
+
+    def _watch(self, ranks: Started, attempt: Attempt, folder: Path) -> str | None:
+        """Wait for the end of all ranks, and help it along; what is stuck where nothing moved for too long."""
+        told = failed = None
+        hangs = HangWatch(folder, self._limits.hang_s)
+        while not ranks.ended():
+            now = time.monotonic()
+            if self._asked is not None and (told is None or now - told > _TELL_EVERY_S):
+                if told is None:
+                    self._say(f"{self._asked.name}: the ranks are told to save and stop")
+                    self._write("stopping")
+                told = now
+                ranks.tell(signal.SIGUSR2)
+            if self._asked is not None and now - self._asked_at > max(1.0, self._limits.save_s - _KEPT_S):
+                self._say(f"not saved within {self._limits.save_s:g} s; the ranks are killed")
+                attempt.outcome = "killed"
+                ranks.kill()
+            if failed is None and any(code not in (0, STOPPED_EXIT_CODE) for code in ranks.codes().values()):
+                failed = now
+            if failed is not None and now - failed > _SETTLE_S:
+                ranks.kill()
+            if attempt.first_step is None and (first := hangs.first_step()):
+                attempt.first_step = first
+                self._write("running" if self._asked is None else "stopping", attempt)
+            if failed is None and self._asked is None and (stuck := hangs.stuck()):
+                self._say(f"{stuck}; stacks are in {folder}")
+                ranks.tell(signal.SIGUSR1)
+                time.sleep(_DUMP_S)
+                ranks.kill()
+                return stuck
+            time.sleep(_LOOK_S)
+        return None
+
+    def _close(self, attempt: Attempt, codes: dict[int, int], folder: Path, stuck: str | None) -> None:
+        attempt.ended, attempt.step_to = time.time(), newest_step(self._run)
+        attempt.first_step = attempt.first_step or HangWatch(folder, 0).first_step()
+        if attempt.progress:
+            self._counts["failures_without_progress"] = 0
+        failures = {rank: code for rank, code in codes.items() if code not in (0, STOPPED_EXIT_CODE)}
+        self._error = None
+        if stuck:
+            attempt.outcome, attempt.what = "hung", stuck
+        elif failures and attempt.outcome is None:
+            error = first_error(folder, failures)
+            refused = error["kind"] == "input" or set(failures.values()) == {_REFUSED}
+            attempt.outcome, attempt.what = "refused" if refused else "crashed", error["line"]
+            self._error = error
+        elif attempt.outcome is None:
+            attempt.outcome = "stopped" if STOPPED_EXIT_CODE in codes.values() else "done"
+        steps = f"step {attempt.step_from} to {attempt.step_to}"
+        self._say(f"attempt {attempt.number} {attempt.outcome}, {steps}" + (f": {attempt.what}" * bool(attempt.what)))
+        self._write("running", attempt)
+
+    def _fail(self, attempt: Attempt, code: int) -> int:
+        rank = "" if self._error is None or self._error["rank"] is None else f"rank {self._error['rank']}: "
+        times = self._counts["failures_without_progress"]
+        often = f" ({times} failures without a new checkpoint)" if times else ""
+        self._say(f"failed{often}: {rank}{attempt.what}")
+        if self._error is not None and self._error["kind"] == "error" and self._error.get("traceback"):
+            print(self._error["traceback"], file=sys.stderr)
+        return self._end("failed", code)
+
+    def _end(self, phase: str, code: int) -> int:
+        self._say(phase)
+        self._write(phase)
+        return code
+
+    def _write(self, phase: str, attempt: Attempt | None = None) -> None:
+        if attempt is not None:
+            self._attempts[-1] = asdict(attempt)
+        write_json(
+            self._folder.state,
+            {
+                "job_id": self._job_id,
+                "phase": phase,
+                "nodes": self._nodes,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "time": time.time(),
+                "error": self._error,
+                "attempts": self._attempts,
+            }
+            | self._counts,
+        )
+
+    def _say(self, line: str) -> None:
+        """For people: the log, and the terminal or the batch log."""
+        line = one_line(line)
+        with self._folder.log.open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        print(f"ecgscale-launch: {line}", file=sys.stderr, flush=True)
+
+
+class HangWatch:
+    """Whether the ranks still move, by what each writes of its progress."""
+
+    def __init__(self, folder: Path, limit_s: float) -> None:
+        self._folder, self._limit_s = folder, limit_s
+        self._looked = self._moved = time.monotonic()
+        self._before: dict[int, int] = {}
+        self._written: dict[int, tuple[float, float]] = {}  # rank -> the time that it wrote, when we saw that change
+
+    def first_step(self) -> float | None:
+        """When rank 0 had done its first step."""
+        about = read_json(self._folder / "rank-0.alive.json") or {}
+        return about.get("first_step")
+
+    def stuck(self) -> str | None:
+        """Which rank is stuck, when none has begun anything new for the limit; the rest waits for it."""
+        now = time.monotonic()
+        if not self._limit_s or now - self._looked < min(1.0, self._limit_s / 4):
+            return None
+        self._looked = now
+        found = [about for path in self._folder.glob("rank-*.alive.json") if (about := read_json(path))]
+        for about in found:
+            if self._written.get(about["rank"], (0.0, 0.0))[0] != about["time"]:
+                self._written[about["rank"]] = (about["time"], now)
+        counts = {about["rank"]: about["count"] for about in found}
+        if counts != self._before or all(not about["phase"] for about in found):
+            self._before, self._moved = counts, now
+        if now - self._moved < self._limit_s:
+            return None
+        silent = [about for about in found if now - self._written[about["rank"]][1] > self._limit_s / 2]
+        last = min(silent or found, key=lambda about: about["count"])
+        where = f"rank {last['rank']} on {last['host']} is stuck in {last['phase'] or 'its end'} at step {last['step']}"
+        return f"no progress for {self._limit_s:g} s: {where}" + (" and does not answer" if silent else "")
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest finished checkpoint of a run; 0 where there is none."""
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def first_error(folder: Path, failures: dict[int, int]) -> dict[str, Any]:
+    """The error that came first and follows from no other; of a rank that could not tell it, how it ended."""
+    told = [about for rank in failures if (about := read_json(folder / f"rank-{rank}.error.json"))]
+    own = sorted((about for about in told if about["kind"] != "lost"), key=lambda about: about["time"])
+    if own:
+        return own[0]
+    silent = [rank for rank in sorted(failures) if not (folder / f"rank-{rank}.error.json").exists()]
+    killed = [rank for rank in silent if failures[rank] < 0] or silent
+    if killed:
+        rank = killed[0]
+        line = f"rank {rank} {how_it_ended(failures[rank])}"
+        return {"rank": rank, "host": None, "time": time.time(), "kind": "error", "line": line, "traceback": None}
+    return min(told, key=lambda about: about["time"])
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL), by somebody or for want of memory"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

@@ -1,0 +1,227 @@
+"""Watching jobs: the `status`, `logs`, `cancel` and `resume` subcommands of `ecgscale-launch`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Container, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ecgscale.cli import OneLineParser
+from ecgscale.errors import InputError, one_line
+from ecgscale_launch import slurm
+from ecgscale_launch.folder import JobFolder
+from ecgscale_launch.follow import follow, print_file, rank_log
+from ecgscale_launch.listing import details, screen, short_path, table
+from ecgscale_launch.runs import find_runs
+from ecgscale_launch.standing import Standing, is_process, standings
+
+if TYPE_CHECKING:
+    from ecgscale_launch.record import Job
+
+Submit = Callable[["Job", list[str], bool], str]
+"""(job, overrides of its cluster config, whether to take today's code) -> its new number, or how it is called."""
+
+
+def status(argv: list[str]) -> int:
+    """Show where jobs stand.
+
+    --json prints a list of objects with the names of `Standing`'s fields, in seconds and Unix times.
+    """
+    parser = _parser("status", "Show where jobs stand: all below a folder, or the given ones; one alone in detail.")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder, or a folder of several")
+    parser.add_argument("--runs", dest="folder", type=Path, metavar="FOLDER", help="where to look for all (runs)")
+    parser.add_argument("--json", action="store_true", help="for programs: a list of objects, times in Unix seconds")
+    options = parser.parse_args(argv)
+    if options.runs and options.folder:
+        raise InputError("--runs: give it or RUN, not both")
+    found = jobs_of(options.runs) if options.runs else _all_jobs(options.folder or Path("runs"))
+    jobs, complaint = standings(found)
+    jobs.sort(key=lambda one: one.submitted or 0.0, reverse=True)
+    if complaint:
+        print(f"ecgscale-launch: {one_line(complaint)}; shown is what was written last", file=sys.stderr)
+    if options.json:
+        print(json.dumps([asdict(one) for one in jobs], indent=1))
+        return 0
+    if not jobs:
+        print(f"no jobs below {one_line(str(options.folder or 'runs'))}")
+        return 0
+    now = time.time()
+    print("\n".join(table(jobs, now, *screen(sys.stdout))))
+    if len(options.runs) == len(jobs) == 1 and jobs[0].run == str(options.runs[0].absolute()):
+        print("\n".join(["", *details(jobs[0], now)]))
+    return 0
+
+
+def logs(argv: list[str]) -> int:
+    """Print the log of a rank or of the supervisor."""
+    parser = _parser("logs", "Print the log of a rank, or of the supervisor: what started, ended and why.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, metavar="R", help="whose log (default 0)")
+    which.add_argument("--supervisor", action="store_true", help="the supervisor's log: attempts, saves, requeues")
+    parser.add_argument("--attempt", type=int, metavar="N", help="of which start of the ranks (default: the newest)")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written, until the job is over")
+    options = parser.parse_args(argv)
+    if options.supervisor and options.attempt is not None:
+        raise InputError("--attempt: the supervisor's log is one for all attempts; leave it out")
+    run = _one_job(options.run)
+    folder, rank = JobFolder.of(run), options.rank or 0
+
+    def look() -> Standing:
+        return standings([run])[0][0]
+
+    if options.follow:
+        try:
+            follow(folder, None if options.supervisor else rank, options.attempt, look)
+        except KeyboardInterrupt:  # the usual end of watching, and none of the job's business
+            return 130
+        return 0
+    path = folder.log if options.supervisor else rank_log(folder, rank, options.attempt, look)
+    print_file(path)
+    if not path.stat().st_size and look().where == "local" and rank == 0:
+        print(f"{short_path(str(path))} is empty: a local job shows its rank 0 where it was started", file=sys.stderr)
+    return 0
+
+
+def cancel(argv: list[str]) -> int:
+    """End jobs, after they have saved."""
+    parser = _parser(
+        "cancel",
+        "End jobs, or take them out of the queue. A job that runs is asked to save first, as ahead of its time limit; "
+        "`resume` goes on from there.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of several")
+    parser.add_argument("--now", action="store_true", help="do not wait for it to save: lose what is not saved")
+    options = parser.parse_args(argv)
+    jobs, complaint = standings(jobs_of(options.runs))
+    if complaint:
+        raise InputError(complaint)
+    active = [one for one in jobs if not one.over]
+    ids = {one.job_id for one in active if one.job_id}
+    refused = []
+    for one in active:
+        try:
+            print(one_line(f"{short_path(one.run)}: {end_job(one, options.now, ids)}"), flush=True)
+        except InputError as error:
+            refused.append(str(error))
+    for given in options.runs:
+        below = [one for one in jobs if Path(one.run).is_relative_to(given.absolute())]
+        if all(one.over for one in below):
+            refused.append(f"{given}: nothing to cancel, it is {', '.join(sorted({one.state for one in below}))}")
+    if refused:
+        raise InputError("; ".join(refused))
+    return 0
+
+
+def end_job(one: Standing, now: bool = False, others: Container[str] = ()) -> str:
+    """End a job that is not over; what was done, also to jobs that wait for it, unless they are among ``others``."""
+    save = "it saves and ends" if not now else "ended without saving"
+    if one.where == "local":
+        if one.pid is None or one.state_time is None:
+            raise InputError(f"{short_path(one.run)}: still starting; try again in a few seconds")
+        if one.host != socket.gethostname():
+            raise InputError(f"{short_path(one.run)}: runs on {one.host}; cancel it there")
+        if not is_process(one.pid, one.state_time):
+            raise InputError(f"{short_path(one.run)}: nothing to cancel, process {one.pid} is gone")
+        _end_process(one.pid, now)
+        return f"process {one.pid} was told: {save}"
+    assert one.job_id is not None
+    waiting = [job_id for job_id in slurm.dependents(one.job_id) if job_id not in others]
+    if one.state_time is not None and one.state in ("starting", "running", "saving") and not now:
+        slurm.ask_to_stop(one.job_id)
+        said = f"job {one.job_id} was told: {save}"
+    else:
+        slurm.cancel(one.job_id)
+        said = f"job {one.job_id} was cancelled" + ("" if one.state_time is None or not now else ", without waiting")
+    if waiting:
+        said += f"; {', '.join(waiting)}, depending on it, will not start"
+    return said
+
+
+def refuse_active(run: Path) -> None:
+    """Raises InputError where the job of a run folder is queued or runs; a folder without a job passes."""
+    if not JobFolder.of(run).job.exists():
+        return
+    ((one,), complaint) = standings([run])
+    if one.where is not None and not one.over:
+        if complaint and one.where == "slurm":
+            raise InputError(f"{short_path(str(run))}: may still be in the queue: {complaint}")
+        which = "" if one.job_id is None else f" as job {one.job_id}"
+        raise InputError(f"{short_path(str(run))}: is {one.state}{which}; wait for its end or cancel it first")
+
+
+def check_resumable(run: Path) -> Job:
+    """The job of a run folder that may be submitted again; raises InputError where it is queued or runs."""
+    from ecgscale_launch.record import read_job  # imports PyTorch
+
+    refuse_active(run)
+    return read_job(run)
+
+
+def resume(argv: list[str], submit: Submit) -> int:
+    """Submit a job again, from its job folder."""
+    parser = _parser(
+        "resume",
+        "Submit a job again that has ended: the same command, cluster config and code, from the newest checkpoint.",
+        epilog="Further options change the cluster config, as in launching: --time 8:00:00 --partition long",
+    )
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        raise InputError(f"resume: {argv[0]} comes before RUN; give RUN first, then options")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--new-code", action="store_true", help="take today's code, not the snapshot")
+    options, overrides = parser.parse_known_args(argv)
+    run = _one_job(options.run)
+    called = submit(check_resumable(run), overrides, options.new_code)
+    print(one_line(f"{short_path(str(run))}: submitted again as {called}"))
+    return 0
+
+
+def jobs_of(given: Sequence[Path]) -> list[Path]:
+    """The run folders with a job that are meant; raises InputError where one is none and has none below."""
+    found: dict[Path, None] = {}
+    for folder in given:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; give a run folder, `ecgscale-launch status` lists them")
+        folder = folder.absolute()
+        own = [folder] if JobFolder.of(folder).job.exists() else find_runs(folder)
+        if not own:
+            raise InputError(f"{folder}: no job of ecgscale-launch; give a run folder that it made")
+        found |= dict.fromkeys(own)
+    return list(found)
+
+
+def _all_jobs(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"--runs {folder}: no such folder; give the one in which your run folders are")
+    return find_runs(folder.absolute())
+
+
+def _one_job(run: Path) -> Path:
+    found = jobs_of([run])
+    if len(found) > 1:
+        raise InputError(f"{run}: holds {len(found)} jobs; give one of them, like {short_path(str(found[0]))}")
+    return found[0]
+
+
+def _end_process(pid: int, now: bool) -> None:
+    """SIGTERM asks a supervisor to save; SIGKILL, with all its ranks, does not."""
+    if not now:
+        os.kill(pid, signal.SIGTERM)
+        return
+    import psutil
+
+    supervisor = psutil.Process(pid)
+    for process in [supervisor, *supervisor.children(recursive=True)]:
+        process.kill()
+
+
+def _parser(name: str, what: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return OneLineParser(prog=f"ecgscale-launch {name}", description=what, epilog=epilog, allow_abbrev=False)

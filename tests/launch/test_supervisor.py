@@ -1,0 +1,239 @@
+"""What follows when an attempt ends: the decisions alone, with made-up ranks; real ones are in test_slurm_jobs.py."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ecgscale.errors import InputError
+from ecgscale_launch import supervisor as module
+from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.step import codes_in
+from ecgscale_launch.supervisor import Limits, Supervisor, first_error, newest_step
+
+KILLED = -int(signal.SIGKILL)
+
+
+class MadeUp:
+    """Ranks that do what a script says: run for some looks, then end with these codes."""
+
+    def __init__(self, codes: dict[int, int], looks: int = 1, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self._codes, self._looks, self._meanwhile = codes, looks, meanwhile
+        self.told: list[signal.Signals] = []
+
+    def ended(self) -> bool:
+        self._looks -= 1
+        if self._looks == 0:
+            self._meanwhile()
+        return self._looks < 0
+
+    def codes(self) -> dict[int, int]:
+        return self._codes if self._looks < 0 else {}
+
+    def tell(self, number: signal.Signals) -> None:
+        self.told.append(number)
+
+    def kill(self) -> None:
+        self._looks, self._codes = -1, dict.fromkeys(self._codes, KILLED)
+
+
+class AskedMeanwhile(MadeUp):
+    """The warning comes while the ranks run."""
+
+    def codes(self) -> dict[int, int]:
+        signal.raise_signal(signal.SIGUSR2)
+        return super().codes()
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The supervisor is alone in its process; here it is not."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Trial:
+    """A job folder, and a supervisor whose attempts are made up."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = JobFolder.of(run)
+        self.folder.path.mkdir(parents=True)
+        self.requeued = 0
+        self.ranks: list[MadeUp] = []
+
+    def run(self, *attempts: MadeUp, in_queue: bool = True, retries: int = 2, hang_s: float = 0, **more: bool) -> int:
+        left = iter(attempts)
+
+        def start(_: Path, env: dict[str, str]) -> MadeUp:
+            assert env["MASTER_PORT"].isdecimal()
+            self.ranks.append(next(left))
+            return self.ranks[-1]
+
+        def requeue() -> None:
+            self.requeued += 1
+
+        supervisor = Supervisor(self.folder, Limits(1.0, hang_s, retries, **more), start, ["n1", "n2"], "7")
+        code = supervisor.run("", 10, requeue if in_queue else None)
+        assert next(left, None) is None, "not all attempts were made"
+        return code
+
+    def checkpoint(self, step: int) -> None:
+        (self.folder.run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+
+    def error(self, attempt: int, rank: int, kind: str, line: str, time: float) -> None:
+        path = self.folder.attempt(attempt) / f"rank-{rank}.error.json"
+        path.write_text(
+            json.dumps({"rank": rank, "host": "n", "kind": kind, "line": line, "time": time, "traceback": "x"})
+        )
+
+    @property
+    def state(self) -> dict:
+        return read_json(self.folder.state) or {}
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [attempt["outcome"] for attempt in self.state["attempts"]]
+
+
+@pytest.fixture
+def trial(tmp_path, monkeypatch) -> Trial:
+    monkeypatch.setattr(module, "_LOOK_S", 0.001)
+    monkeypatch.setattr(module, "_SETTLE_S", 0.01)
+    monkeypatch.setattr(module, "_DUMP_S", 0.0)
+    monkeypatch.setattr(module, "_KEPT_S", 0.5)
+    return Trial(tmp_path / "run")
+
+
+def asks(number: signal.Signals) -> Callable[[], None]:
+    return lambda: signal.raise_signal(number)
+
+
+def test_done(trial) -> None:
+    assert trial.run(MadeUp({0: 0, 1: 0})) == 0
+    assert (trial.state["phase"], trial.outcomes, trial.requeued) == ("done", ["done"], 0)
+
+
+def test_a_warning_saves_and_requeues_once(trial) -> None:
+    ranks = AskedMeanwhile({0: 75, 1: 75}, looks=20)
+    assert trial.run(ranks) == 0
+    assert ranks.told == [signal.SIGUSR2]
+    assert (trial.state["phase"], trial.outcomes, trial.requeued) == ("requeued", ["stopped"], 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_ends_the_job_requeues_it_or_not(trial, number) -> None:
+    """SIGTERM comes from scancel or from a requeue that is already under way."""
+    assert trial.run(MadeUp({0: 75}, 5, asks(number))) == 75
+    assert (trial.state["phase"], trial.requeued) == ("stopped", 0)
+
+
+def test_nobody_requeues_on_one_machine(trial) -> None:
+    assert trial.run(MadeUp({0: 75}, 5, asks(signal.SIGUSR2)), in_queue=False) == 75
+    assert trial.state["phase"] == "stopped"
+
+
+def test_too_late_a_save_is_cut_off_and_requeued(trial) -> None:
+    assert trial.run(AskedMeanwhile({0: 75}, looks=10**9)) == 0
+    assert (trial.outcomes, trial.requeued) == (["killed"], 1)
+
+
+def test_bad_input_is_not_tried_again(trial) -> None:
+    assert trial.run(MadeUp({0: 2, 1: 2})) == 2
+    assert (trial.state["phase"], trial.outcomes) == ("failed", ["refused"])
+
+
+def test_crashes_without_progress_are_bounded(trial) -> None:
+    assert trial.run(*(MadeUp({0: 1, 1: KILLED}) for _ in range(3))) == 1
+    assert (trial.state["phase"], trial.state["restarts"], trial.requeued) == ("failed", 2, 0)
+    assert trial.state["error"]["line"] == "rank 1 was killed (SIGKILL), by somebody or for want of memory"
+
+
+def test_a_checkpoint_between_crashes_is_progress(trial) -> None:
+    attempts = [MadeUp({0: KILLED}, 3, lambda step=step: trial.checkpoint(step)) for step in range(1, 7)]
+    assert trial.run(*attempts, MadeUp({0: 0})) == 0
+    assert trial.outcomes == ["crashed"] * 6 + ["done"]
+
+
+def test_crashes_are_requeued_where_asked(trial) -> None:
+    assert trial.run(MadeUp({0: 1}), requeue_crashed=True) == 0
+    assert trial.requeued == 1
+
+
+def test_failures_are_counted_over_requeues(trial, monkeypatch) -> None:
+    for start in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        code = trial.run(MadeUp({0: 1}), requeue_crashed=True)
+    assert (code, trial.requeued, trial.state["requeues"], trial.state["phase"]) == (1, 2, 2, "failed")
+
+
+def test_a_hang_is_named_dumped_and_requeued(trial) -> None:
+    folder = trial.folder.attempt(1)
+    ranks = MadeUp({0: 0, 1: 0}, 10**9)
+
+    def alive(rank: int, count: int, phase: str) -> None:
+        about = {"rank": rank, "host": f"n{rank}", "count": count, "phase": phase, "step": 9, "time": 1.0}
+        (folder / f"rank-{rank}.alive.json").write_text(json.dumps(about | {"first_step": None}))
+
+    folder.mkdir(parents=True)
+    alive(0, 41, "backward")
+    alive(1, 39, "batch")
+    assert trial.run(ranks, hang_s=0.2) == 0
+    assert (trial.outcomes, trial.requeued) == (["hung"], 1)
+    assert signal.SIGUSR1 in ranks.told
+    assert "rank 1 on n1 is stuck in batch at step 9" in trial.state["attempts"][0]["what"]
+
+
+def test_what_is_outside_of_steps_is_no_hang(trial) -> None:
+    folder = trial.folder.attempt(1)
+    folder.mkdir(parents=True)
+    about = {"rank": 0, "host": "n", "count": 5, "phase": "", "step": 9, "time": 1.0, "first_step": None}
+    (folder / "rank-0.alive.json").write_text(json.dumps(about))
+    assert trial.run(MadeUp({0: 0}, 500), hang_s=0.1) == 0
+    assert trial.outcomes == ["done"]
+
+
+def test_a_job_that_cannot_be_requeued_says_how_to_go_on(trial, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+
+    def requeue() -> None:
+        raise InputError("scontrol requeue failed: no answer")
+
+    supervisor = Supervisor(trial.folder, Limits(1, 0, 1, True), lambda *_: MadeUp({0: 1}), ["n1"], "7")
+    assert supervisor.run("", 10, requeue) == 75
+    assert f"ecgscale-launch resume {trial.folder.run}" in capsys.readouterr().err
+
+
+def test_the_first_error_that_follows_from_no_other(trial) -> None:
+    trial.folder.attempt(1).mkdir(parents=True)
+    trial.error(1, 0, "lost", "lost another rank", 10.0)
+    trial.error(1, 2, "error", "OutOfMemoryError: 4 GiB", 11.0)
+    trial.error(1, 3, "error", "ValueError: later", 12.0)
+    folder = trial.folder.attempt(1)
+    assert first_error(folder, {0: 1, 2: 1, 3: 1})["line"] == "OutOfMemoryError: 4 GiB"
+    assert first_error(folder, {0: 1, 1: KILLED})["line"].startswith("rank 1 was killed")
+    assert first_error(folder, {0: 1})["line"] == "lost another rank"
+
+
+def test_newest_step_counts_whole_checkpoints(tmp_path) -> None:
+    for name in ("step-00000003", "step-00000012", "step-00000099.partial", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 12
+    assert newest_step(tmp_path / "none") == 0
+
+
+def test_what_srun_says_of_tasks() -> None:
+    log = """\
+srun: error: n2: task 1: Killed
+srun: error: n1: tasks 0,2-3: Exited with exit code 75
+srun: error: n4: task 7: Segmentation fault (core dumped)
+srun: error: n4: task 8: Out Of Memory
+srun: Force Terminated StepId=1.0
+"""
+    assert codes_in(log) == {0: 75, 1: KILLED, 2: 75, 3: 75, 7: -int(signal.SIGSEGV), 8: KILLED}
