@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -175,7 +176,7 @@ def preemptions(trials: Trials, times: int) -> None:
         if slurm.state(job) in slurm.OVER:
             trials.check(False, f"the run was over before preemption {turn + 1}")
             break
-        # A tenth right after the start, before anything listens; the others anywhere in 12 s, of which 4 s are start-up.
+        # A tenth right after the start, before anything listens; others anywhere in 12 s, of which 4 s are start-up.
         time.sleep(chosen.uniform(0, 0.5) if turn % 10 == 9 else chosen.uniform(0, 12))
         way = ("warning", "requeue", "urgent job")[turn % 3]
         ways.append(way)
@@ -203,9 +204,6 @@ def preemptions(trials: Trials, times: int) -> None:
     off = difference(folder.run, here)
     trials.check(off == 0, f"losses of all {steps} steps equal those of the undisturbed run (difference {off:.1e})")
     trials.check(read == wanted, f"the same recording at each of {len(wanted)} positions")
-    trials.say(
-        f"- from the request to the next start: median {statistics.median(waits):.0f} s, most {max(waits):.0f} s"
-    )
     times_to_step(trials, folder)
 
 
@@ -215,11 +213,17 @@ def starts(folder: JobFolder) -> int:
 
 
 def times_to_step(trials: Trials, folder: JobFolder) -> None:
-    ready = [one["first_step"] - one["began"] for one in state(folder)["attempts"] if one["first_step"]]
-    if ready:
-        low, high = min(ready), max(ready)
-        middle = statistics.median(ready)
-        trials.say(f"- from the start of the ranks to their first step: median {middle:.1f} s ({low:.1f} - {high:.1f})")
+    attempts = state(folder)["attempts"]
+    first = spread([one["first_step"] - one["began"] for one in attempts if one["first_step"]])
+    again = spread([b["first_step"] - a["ended"] for a, b in pairwise(attempts) if a["ended"] and b["first_step"]])
+    trials.say(f"- from the start of the ranks to their first step: {first}")
+    trials.say(f"- from the end of the ranks to the first step of the next attempt: {again}")
+
+
+def spread(seconds: list[float]) -> str:
+    if not seconds:
+        return "none"
+    return f"median {statistics.median(seconds):.1f} s ({min(seconds):.1f} - {max(seconds):.1f}, {len(seconds)} times)"
 
 
 def kills(trials: Trials, times: int, every_s: float, after_failure: str) -> None:
