@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 RUNS ?= runs
 
-.PHONY: help setup demo test lint gpu gpu-run real clean
+.PHONY: help setup demo test lint gpu gpu-run real endurance clean
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
@@ -15,6 +15,7 @@ help:
 	@echo "make gpu    on a GPU: the kernels' tests and benchmark and a bf16 ZeRO-1 run; reports in $(RUNS)/gpu"
 	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
 	@echo "make real   the chain on real recordings below DATA=$(DATA), about an hour"
+	@echo "make endurance  preemptions and kills on a real SLURM of this machine, about an hour (apt-get install slurm-wlm munge)"
 	@echo "make setup  only install into $(VENV); PIP_FLAGS are passed to pip"
 
 setup: $(STAMP)
@@ -59,6 +60,9 @@ real: setup
 	test -e $(RUNS)/real/seta/manifest.json || $(BIN)/ecgscale ingest $(DATA)/cinc2011_seta $(RUNS)/real/seta
 	$(BIN)/ecgscale compare --pretrain configs/pretrain/ptbxl_seta.yaml --finetune configs/finetune/ptbxl_superclass.yaml \
 	  --pretrain-shards $(RUNS)/real/ptbxl,$(RUNS)/real/seta --task-shards $(RUNS)/real/ptbxl --seeds 3 --run $(RUNS)/real/runs
+
+endurance: setup
+	$(BIN)/python tests/launch/endurance.py --out $(RUNS)/endurance $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(RUNS) build dist *.egg-info

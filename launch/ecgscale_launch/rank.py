@@ -24,7 +24,7 @@ from ecgscale.cli import dispatch, run_as_command
 from ecgscale.errors import InputError, one_line, tells_of_lost_rank
 
 _LOOK_S = 0.2
-ALIVE_EVERY_S = "ECGSCALE_ALIVE_EVERY_S"  # environment: how often a rank writes where it stands
+HANG_S = "ECGSCALE_HANG_S"  # environment: without progress for so long, ranks are held to be stuck; 0: never
 
 
 def main(arguments: list[str]) -> int:
@@ -86,7 +86,9 @@ def kind_of(error: BaseException) -> str:
 
 def _report(path: Path, rank: int) -> None:
     """Write where this rank stands every few seconds, and at once when the first step is done."""
-    every_s = float(os.environ.get(ALIVE_EVERY_S, "2"))
+    # All ranks together write some 32 times per second at most: the folder is on a disk that all share.
+    every_s = max(2.0, int(os.environ.get("WORLD_SIZE", "1")) / 32)
+    every_s = min(every_s, float(os.environ.get(HANG_S, "0")) / 4 or every_s)
     about: dict[str, Any] = {"rank": rank, "host": _node(), "pid": os.getpid(), "first_step": None}
     first, written = None, 0.0
     while True:

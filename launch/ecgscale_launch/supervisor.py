@@ -23,7 +23,7 @@ from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale_launch.folder import JobFolder, read_json, write_json
 from ecgscale_launch.rendezvous import meeting_point
 
-_LOOK_S = 0.1
+_LOOK_S = 0.2
 _SETTLE_S = 3.0  # after a rank has failed: for the others to tell their errors, of which the first one counts
 _DUMP_S = 3.0  # for the ranks to write their stacks
 _TELL_EVERY_S = 2.0  # a rank that is still being started ignores the signal
@@ -159,7 +159,7 @@ class Supervisor:
         self._write("running")
         env = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "ECGSCALE_NODES": ",".join(self._nodes)}
         env |= {"ECGSCALE_MEETING_TIMEOUT_S": f"{meeting_timeout_s:g}"}
-        env |= {"ECGSCALE_ALIVE_EVERY_S": f"{min(2.0, self._limits.hang_s / 4) if self._limits.hang_s else 2.0:g}"}
+        env |= {"ECGSCALE_HANG_S": f"{self._limits.hang_s:g}"}
         ranks = self._start(folder, env)
         stuck = self._watch(ranks, attempt, folder)
         self._close(attempt, ranks.codes(), folder, stuck)
@@ -274,7 +274,7 @@ class HangWatch:
     def stuck(self) -> str | None:
         """Which rank is stuck, when none has begun anything new for the limit; the rest waits for it."""
         now = time.monotonic()
-        if not self._limit_s or now - self._looked < min(1.0, self._limit_s / 4):
+        if not self._limit_s or now - self._looked < min(10.0, self._limit_s / 4):
             return None
         self._looked = now
         found = [about for path in self._folder.glob("rank-*.alive.json") if (about := read_json(path))]

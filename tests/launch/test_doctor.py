@@ -19,7 +19,8 @@ from ecgscale.simulate import Simulation
 from ecgscale_launch import checkup, doctor
 from ecgscale_launch.checkup import Report, Task
 from ecgscale_launch.devcluster import DevCluster
-from ecgscale_launch.doctor import Check, Found, judge, lines
+from ecgscale_launch.diagnosis import Check, Found, judge
+from ecgscale_launch.doctor import lines
 from ecgscale_launch.resources import ClusterConfig
 
 NODES = ["n1", "n2", "n3"]

@@ -34,9 +34,7 @@ def test_a_failure_is_told_once_and_ends_the_job(tmp_path) -> None:
     assert [attempt["outcome"] for attempt in state["attempts"]] == ["refused"]  # no retry mends it
 
 
-def test_a_run_in_spite_of_kill_interrupt_and_hang(
-    long_job, undisturbed, wait_for, tmp_path
-) -> None:
+def test_a_run_in_spite_of_kill_interrupt_and_hang(long_job, undisturbed, wait_for, tmp_path) -> None:
     """SIGKILL of a rank is mended at once; Ctrl-C saves, and the same command goes on; a stuck rank is named."""
     run = tmp_path / "run"
     cluster = tmp_path / "cluster.yaml"
