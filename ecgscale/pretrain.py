@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ecgscale import progress
 from ecgscale.config import PretrainConfig
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import Selection
@@ -74,7 +75,9 @@ def pretrain(config: PretrainConfig) -> Path:
         picture=lambda batch: masked_picture(batch, objective, config.data.segment_s),
     )
     engine = train(job, ranks)
-    return export_engine(run / "export", engine, job.about, config.train.steps)
+    export = export_engine(run / "export", engine, job.about, config.train.steps)
+    progress.at(config.train.steps, "")
+    return export
 
 
 def _check_places(config: PretrainConfig, rate_hz: float) -> None:

@@ -38,6 +38,20 @@ def listen() -> None:
     os.register_at_fork(after_in_child=_ignore)
 
 
+def leave_when_asked() -> None:
+    """From now on SIGTERM and SIGUSR2 end a command that knows no steps, which the same command begins again or goes on
+    with: by raising Stopped in the main thread."""
+
+    def leave(_: int, __: FrameType | None) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        raise Stopped("stopped as asked")
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, leave)
+    os.register_at_fork(after_in_child=_ignore)
+
+
 @contextmanager
 def listening() -> Iterator[None]:
     """While a run trains, Ctrl-C asks too; the second one interrupts at once."""

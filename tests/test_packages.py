@@ -21,6 +21,7 @@ MAY_NOT_IMPORT = {
 }
 OWNERS = {
     "deepspeed": "ecgscale/training/engine.py",
+    "submitit": "launch/ecgscale_launch/job.py",
     "h5py": "ecgscale/data/sources/code15.py",
     "wfdb": "ecgscale/data/sources/wfdb_source.py",
     "webdataset": "ecgscale/bench/webdataset_readers.py",

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecgscale import progress
 from ecgscale.config import FinetuneConfig
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import TrainStream
@@ -77,7 +78,8 @@ def finetune(config: FinetuneConfig) -> Report | None:
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
     if config.task.protocol == "finetune":
         _train(model, labelled, config, run, ranks)
-    elif ranks.first:
+    progress.at(config.train.steps, "")  # what follows is the first rank's alone
+    if config.task.protocol == "probe" and ranks.first:
         _probe(model, labelled, config, run)
     if not ranks.first:
         return None

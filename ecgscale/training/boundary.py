@@ -39,7 +39,10 @@ class Boundary:
         """The wish that was granted. All ranks call it together, at every boundary."""
         granted = self._wish() if self._group is None else self._arrived()
         if self._group is not None and granted is not Wish.STOP:
-            wish = torch.tensor(int(self._wish()))
+            own = self._wish()
+            if granted is own is Wish.SAVE:  # it is about to be fulfilled
+                own = Wish.GO_ON
+            wish = torch.tensor(int(own))
             work = dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
             self._travelling = (wish, work)
         return granted

@@ -134,14 +134,13 @@ def train(job: Job, ranks: Ranks) -> Engine:
 
     Raises Stopped where the process was asked to stop, at a step boundary and with everything saved.
     """
-    progress.at(0, "start-up")
     with listening():
         try:
             engine = _train(job, ranks)
         except Stopped:
             progress.at(job.train.steps, "")
             raise
-    progress.at(job.train.steps, "")
+    progress.at(job.train.steps, "export")
     return engine
 
 

@@ -52,6 +52,7 @@ def start_ranks() -> Ranks:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
+        progress.at(0, "start-up")
         atexit.register(_leave)  # not sooner: DeepSpeed holds on to the group
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 

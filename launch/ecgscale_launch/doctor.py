@@ -26,12 +26,12 @@ from ecgscale.errors import InputError, one_line
 from ecgscale_launch import slurm
 from ecgscale_launch.checkup import MEETING_TIMEOUT_S, Report
 from ecgscale_launch.diagnosis import Check, Found, judge, node_of, some
-from ecgscale_launch.folder import JobFolder, read_json, write_json
-from ecgscale_launch.job import Request, script, submit
+from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
+from ecgscale_launch.job import Request, shown_id, submit, test
 from ecgscale_launch.launching import Piece, Stage, rank_command, request_for, srun_command, with_processes
 from ecgscale_launch.listing import duration, screen, short_path
 from ecgscale_launch.place import check_place
-from ecgscale_launch.record import code_environment, package_folders, refuse_shared, snapshot, versions
+from ecgscale_launch.record import package_folders, refuse_shared, snapshot, versions
 from ecgscale_launch.rendezvous import meeting_point
 from ecgscale_launch.resources import ClusterConfig, load_cluster, minutes, refuse_control_characters
 from ecgscale_launch.step import StepRanks
@@ -177,7 +177,8 @@ class Checkup:
         except InputError as refusal:
             error = str(refusal)
         else:
-            ranks = StepRanks(results, [*self.srun, *self.task, str(results), *self.options], env, self.world_size)
+            argv = [*self.srun, *self.task, str(results), *self.options]
+            ranks = StepRanks(shown_id(os.environ), results, argv, env, self.world_size)
             while not ranks.ended():
                 time.sleep(_LOOK_S)
         write_json(results / "ended.json", {"error": error, "time": time.time()})
@@ -194,8 +195,8 @@ def _in_queue(run: Path, cluster: ClusterConfig, shards: list[str], deadline: fl
     short = cluster.time if limit is not None and limit <= _JOB_MINUTES else str(_JOB_MINUTES)
     asked = replace(cluster, name="doctor", time=short, save_s=min(cluster.save_s, 30))
     folder = JobFolder.of(run)
-    request = request_for(Stage(run, [Piece(run, ["doctor"], {})]), [folder], asked, [], 0, Path.cwd())
-    slurm.test(script(request))
+    request = request_for(Stage(run, [Piece(run, ["doctor"], {})]), [folder], asked)
+    test(request)
     _make_folder(run)
     checkup = Checkup(
         folder=str(folder.path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,6 @@ class JobFolder:
     def cluster(self) -> Path:
         """The resolved cluster config."""
         return self.path / "cluster.yaml"
-
-    @property
-    def script(self) -> Path:
-        """The batch script."""
-        return self.path / "script.sh"
 
     @property
     def submitted(self) -> Path:
@@ -119,3 +115,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(tree, dict):
         raise InputError(f"{path}: damaged, not a JSON object")
     return tree
+
+
+def code_environment(folder: JobFolder, environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` with which Python imports the job's snapshot, wherever it is started.
+
+    PYTHONSAFEPATH, since ``python -m`` would look first in the current folder: in a clone, at the code of today.
+    """
+    path = [str(folder.code), *filter(None, [environment.get("PYTHONPATH")])]
+    return dict(environment) | {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}

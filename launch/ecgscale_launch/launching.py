@@ -14,11 +14,12 @@ from pathlib import Path
 from ecgscale.errors import InputError
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder, read_json, write_json
-from ecgscale_launch.job import Batch, Request, script, submit
+from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
+from ecgscale_launch.job import Batch, Request, script, submit, test
 from ecgscale_launch.local import LocalRanks
 from ecgscale_launch.place import check_place
-from ecgscale_launch.record import Job, code_environment, load_command, make_job_folder, read_job, rewrite
+from ecgscale_launch.rank import OF_RANKS
+from ecgscale_launch.record import Job, load_command, make_job_folder, make_private, read_job, refuse_shared, rewrite
 from ecgscale_launch.resources import (
     ClusterConfig,
     container_prefix,
@@ -28,13 +29,12 @@ from ecgscale_launch.resources import (
     job_name,
     load_cluster,
     rank_python,
+    refuse_control_characters,
     script_lines,
 )
 from ecgscale_launch.results import SWEEP, collect_above
 from ecgscale_launch.supervisor import Limits, Supervisor
 from ecgscale_launch.watch import refuse_active
-
-OF_RANKS = ("pretrain", "finetune")  # the commands that run as several processes
 
 
 @dataclass(frozen=True)
@@ -168,16 +168,20 @@ def submit_all(wanted: Wanted, cluster: ClusterConfig) -> list[tuple[Stage, list
     """Put all stages into SLURM's queue, each after the one before; the stages with their job numbers."""
     planned = stages(wanted)
     for stage in planned:
-        check_ranks(stage, cluster)
         check_place(stage.run, cluster)
-    depends = [_number(one) for one in wanted.after]
+        check_ranks(stage, cluster)
+    depends = [number for one in wanted.after if (number := _number(one)) is not None]
+    folders_of = [_folders(stage, cluster, "slurm") for stage in planned]
     done: list[tuple[Stage, list[str]]] = []
-    for stage in planned:
-        folders = _folders(stage, cluster, "slurm")
-        request = request_for(stage, folders, cluster, depends, wanted.at_once)
-        if not done and not depends:
-            slurm.test(script(request))
-        numbers = submit(request, [batch_of(read_job(folder.run)) for folder in folders])
+    for stage, folders in zip(planned, folders_of, strict=True):
+        request = request_for(stage, folders, cluster, wanted.at_once)
+        try:
+            test(request)
+            numbers = submit(replace(request, after=tuple(depends)), [batch_of(read_job(one.run)) for one in folders])
+        except InputError:
+            if done:  # no half of a chain stays in the queue
+                slurm.cancel(*(numbers[0].partition("_")[0] for _, numbers in done))
+            raise
         for folder, number in zip(folders, numbers, strict=True):
             write_json(folder.submitted, {"job_id": number, "time": time.time()})
         depends = [numbers[0].partition("_")[0]]
@@ -192,8 +196,9 @@ def resubmit(job: Job, overrides: list[str], new_code: bool) -> str:
     job = replace(job, cluster=load_cluster(job.folder.cluster, overrides))
     stage = Stage(job.run, [Piece(job.run, job.command, {})])
     check_place(job.run, job.cluster)
-    request = request_for(stage, [job.folder], job.cluster, [], 0, job.cwd)
-    slurm.test(script(request))
+    refuse_shared(job.folder)
+    request = request_for(stage, [job.folder], job.cluster, cwd=job.cwd)
+    test(request)
     rewrite(job, new_code)
     [number] = submit(request, [batch_of(job)])
     write_json(job.folder.submitted, {"job_id": number, "time": time.time()})
@@ -206,8 +211,8 @@ def dry_run(wanted: Wanted, cluster: ClusterConfig) -> str:
     for stage in stages(wanted):
         check_ranks(stage, cluster)
         folders = [JobFolder.of(piece.run) for piece in stage.pieces]
-        after = ["JOB_BEFORE"] if len(said) > 2 else list(wanted.after)
-        request = request_for(stage, folders, cluster, after, wanted.at_once)
+        after = ("JOB_BEFORE",) if len(said) > 2 else wanted.after
+        request = replace(request_for(stage, folders, cluster, wanted.at_once), after=after)
         said += [f"# --- {stage.run}: batch script ---", script(request, len(stage.pieces))]
         for piece, folder in zip(stage.pieces, folders, strict=True):
             ranks = [*srun_command(cluster, folder), *rank_command(cluster, folder), "ATTEMPT", "--", *piece.command]
@@ -221,11 +226,11 @@ def _folders(stage: Stage, cluster: ClusterConfig, where: str) -> list[JobFolder
         refuse_active(piece.run)
         folder = make_job_folder(piece.run, piece.command, cluster, "local" if where == "local" else "slurm")
         folders.append(JobFolder(folder))
+    of_stage = JobFolder.of(stage.run)
+    make_private(of_stage)
     if any(piece.swept for piece in stage.pieces):
-        of_sweep = JobFolder.of(stage.run)
-        of_sweep.path.mkdir(mode=0o700, exist_ok=True)
         runs = [{"run": piece.run.name, "swept": piece.swept} for piece in stage.pieces]
-        write_json(of_sweep.path / SWEEP, {"runs": runs})
+        write_json(of_stage.path / SWEEP, {"runs": runs})
     return folders
 
 
@@ -233,16 +238,18 @@ def request_for(
     stage: Stage,
     folders: list[JobFolder],
     cluster: ClusterConfig,
-    after: list[str],
-    at_once: int,
+    at_once: int = 0,
     cwd: Path | None = None,
 ) -> Request:
     """What sbatch is asked for a stage. The script imports the first piece's snapshot; all pieces have the same."""
+    cwd = cwd or Path.cwd()
+    for what, path in (("current folder", cwd), ("run folder", JobFolder.of(stage.run).path)):
+        refuse_control_characters(what, str(path))
     code = code_environment(folders[0], {})
     exports = [f"export {name}={shlex.quote(value)}" for name, value in code.items() if name != "PYTHONPATH"]
     exports.append(f"export PYTHONPATH={shlex.quote(str(folders[0].code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     options = {
-        "chdir": str(cwd or Path.cwd()),
+        "chdir": str(cwd),
         "nodes": cluster.nodes,
         "ntasks-per-node": cluster.tasks_per_node,
         "gpus-per-node": cluster.gpus_per_node,
@@ -257,8 +264,6 @@ def request_for(
         "nodelist": cluster.nodelist,
         "reservation": cluster.reservation,
     }
-    if after:
-        options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
     options |= {name: value or True for name, value in cluster.sbatch.items()}
     return Request(
         name=cluster.name or job_name(stage.pieces[0].command[0], stage.run),
@@ -299,13 +304,15 @@ def srun_command(cluster: ClusterConfig, folder: JobFolder) -> list[str]:
     if cluster.gpus_per_node:
         sizes.append("--gpu-bind=none")
     container = container_srun_options(cluster, Path.cwd(), _seen(folder))
-    return ["srun", "--kill-on-bad-exit=0", "--wait=0", *sizes, *container, *cluster.srun]
+    return ["srun", "--export=ALL", "--kill-on-bad-exit=0", "--wait=0", *sizes, *container, *cluster.srun]
 
 
 def rank_command(cluster: ClusterConfig, folder: JobFolder) -> list[str]:
     """The command of a rank, in the container where there is one."""
     prefix = container_prefix(cluster, Path.cwd(), _seen(folder))
-    return [*prefix, rank_python(cluster), "-u", "-m", "ecgscale_launch.rank"]
+    # srun starts tasks with all signals as by default, and a warning that comes before Python listens would end them.
+    quiet = ["sh", "-c", 'trap "" USR2 TERM; exec "$@"', "rank"]
+    return [*quiet, *prefix, rank_python(cluster), "-u", "-m", "ecgscale_launch.rank"]
 
 
 def _seen(folder: JobFolder) -> list[Path]:
@@ -313,14 +320,29 @@ def _seen(folder: JobFolder) -> list[Path]:
     return [Path.cwd(), folder.run]
 
 
-def _number(given: str) -> str:
-    """A job's number, or that of the job of a run folder."""
-    if re.fullmatch(r"\d+(_\d+)?", given):
-        return given
-    submitted = read_json(JobFolder.of(Path(given)).submitted)
-    if submitted is None:
-        raise InputError(f"--after {given}: neither a job's number nor a run folder whose job is in the queue")
-    return str(submitted["job_id"])
+def _number(given: str) -> str | None:
+    """The number of a job that is to be waited for, itself given or by its run folder; None where it is done."""
+    number = given
+    if not re.fullmatch(r"\d+(_\d+)?", given):
+        folder = JobFolder.of(Path(given))
+        sweep = read_json(folder.path / SWEEP)
+        if sweep is not None:
+            folder = JobFolder.of(Path(given) / sweep["runs"][0]["run"])
+        submitted = read_json(folder.submitted)
+        if submitted is None:
+            raise InputError(f"--after {given}: neither a job's number nor a run folder whose job was submitted")
+        number = str(submitted["job_id"])
+        number = number.partition("_")[0] if sweep is not None else number
+        if sweep is None and (read_json(folder.state) or {}).get("phase") == "done":
+            return None
+    state = slurm.state(number)
+    if state == "COMPLETED":
+        return None
+    if state is None or state in slurm.OVER:
+        raise InputError(
+            f"--after {given}: job {number} is {state or 'unknown to SLURM'}; give one that may still succeed"
+        )
+    return number
 
 
 def with_processes(cluster: ClusterConfig, processes: int) -> ClusterConfig:

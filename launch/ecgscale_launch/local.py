@@ -19,7 +19,8 @@ class LocalRanks:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             own |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
             cores = max(1, (os.cpu_count() or 1) // world_size)
-            argv = [sys.executable, "-u", "-m", "ecgscale_launch.rank", str(folder), "--", *command]
+            quiet = ["sh", "-c", 'trap "" USR2 TERM; exec "$@"', "rank"]  # until it listens
+            argv = [*quiet, sys.executable, "-u", "-m", "ecgscale_launch.rank", str(folder), "--", *command]
             environment = {"OMP_NUM_THREADS": str(cores)} | os.environ | env | own
             with (folder / f"rank-{rank}.log").open("ab") as log:
                 output = None if shown and rank == 0 else log

@@ -23,14 +23,16 @@ from ecgscale import progress, stopping
 from ecgscale.cli import dispatch, run_as_command
 from ecgscale.errors import InputError, one_line, tells_of_lost_rank
 
+OF_RANKS = ("pretrain", "finetune")  # the commands that run as several processes, and save when asked
 _LOOK_S = 0.2
 HANG_S = "ECGSCALE_HANG_S"  # environment: without progress for so long, ranks are held to be stuck; 0: never
 
 
 def main(arguments: list[str]) -> int:
     """Run the command as one rank; its exit code."""
-    stopping.listen()  # before everything slow: until now the signal was ignored
     folder, command = Path(arguments[0]), arguments[2:]
+    # Before everything slow: until now signals were ignored.
+    stopping.listen() if command[0] in OF_RANKS else stopping.leave_when_asked()
     place_from_slurm()
     rank = int(os.environ.get("RANK", "0"))
     with (folder / f"rank-{rank}.stacks.txt").open("w") as stacks:

@@ -82,7 +82,7 @@ def make_job_folder(run: Path, command: list[str], cluster: ClusterConfig, where
     if config is not None:
         config = replace(config, run=RunConfig(str(folder.run)))
         refuse_other_config(folder.run / "config.yaml", config)
-    _make_private(folder)
+    make_private(folder)
     sources = package_folders()
     snapshot(sources, folder.code)
     clone = describe_clone(sources["ecgscale_launch"])
@@ -173,7 +173,8 @@ def refuse_shared(folder: JobFolder) -> None:
         raise InputError(f"{folder.path}: open to others (mode {mode:04o}); chmod 700 it or give another run folder")
 
 
-def _make_private(folder: JobFolder) -> None:
+def make_private(folder: JobFolder) -> None:
+    """Make RUN and RUN/launch, for this user alone; raises InputError where others can get at it."""
     try:
         folder.run.parent.mkdir(parents=True, exist_ok=True)
         for path in (folder.run, folder.path):
@@ -250,15 +251,6 @@ def _copy(source: Path, target: Path) -> None:
         for name in files:
             if (Path(folder) / name).is_file():  # an editor's lock is a link to nowhere
                 shutil.copyfile(Path(folder) / name, copied / name)
-
-
-def code_environment(folder: JobFolder, environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` with which Python imports the job's snapshot, wherever it is started.
-
-    PYTHONSAFEPATH, since ``python -m`` would look first in the current folder: in a clone, at the code of today.
-    """
-    path = [str(folder.code), *filter(None, [environment.get("PYTHONPATH")])]
-    return dict(environment) | {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
 # -- git -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,10 @@ import argparse
 import csv
 import io
 import json
+import os
+import socket
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +60,12 @@ def collect(run: Path) -> str:
 
 
 def collect_above(run: Path) -> None:
-    """Write the table of the sweep that a run belongs to, if it belongs to one."""
+    """Write the table of the sweep that a run belongs to, if to any. The run is done, whatever comes of this."""
     if (run.parent / "launch" / SWEEP).exists():
-        collect(run.parent)
+        try:
+            collect(run.parent)
+        except (InputError, OSError) as error:
+            print(f"ecgscale-launch: no table of the sweep: {error}", file=sys.stderr)
 
 
 def figures(run: Path) -> dict[str, float]:
@@ -106,6 +112,6 @@ def _estimate(values: list[float]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     partial.write_text(text)
     partial.replace(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -30,22 +29,17 @@ class Partition:
     hosts: frozenset[str]
 
 
-def available() -> bool:
-    """Whether SLURM's commands are on this machine's PATH."""
-    return shutil.which("sbatch") is not None
-
-
-def run(*command: str) -> str:
-    """What a command of SLURM prints; InputError with its own first line of complaint where it fails."""
+def run(*command: str, given: str | None = None) -> str:
+    """What a command of SLURM prints; InputError with its own complaint where it fails. ``given`` is its input."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except FileNotFoundError as error:
         raise InputError(f"{command[0]} is not on the PATH: is this a SLURM cluster? --local N runs here") from error
     except subprocess.TimeoutExpired as error:
         raise InputError(f"{command[0]} does not answer within {_TIMEOUT_S:g} s") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise InputError(" ".join([*command[:2], "failed:", lines[0]]))
+        lines = [line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip()]
+        raise InputError(f"{command[0]}: {'; '.join(lines) or f'exit code {done.returncode}'}")
     return done.stdout
 
 
@@ -178,28 +172,25 @@ def expand(nodes: str) -> list[str]:
     return run("scontrol", "show", "hostnames", nodes).split()
 
 
-def inside() -> bool:
-    """Whether this process runs in a job of SLURM."""
-    return "SLURM_JOB_ID" in os.environ
+def signal_steps(job_id: str, number: signal.Signals) -> subprocess.Popen[bytes] | None:
+    """Begin to send a signal to the tasks of a job's steps, not to its batch script. ``job_id`` is the one shown.
 
-
-def signal_steps(job_id: str, number: signal.Signals) -> subprocess.Popen[bytes]:
-    """Begin to send a signal to the tasks of a job's steps, not to its batch script.
-
-    Not waited for: while a job is being requeued, scancel tries again for half a minute.
+    Not waited for: while a job is being requeued, scancel tries again for half a minute. None where SLURM does not
+    answer.
     """
-    nothing = subprocess.DEVNULL
-    command = ["scancel", "--quiet", f"--signal={number.name.removeprefix('SIG')}"]
-    # Named one by one: SIGKILL to a job cancels it, batch script and all.
-    steps = run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i").split()
-    steps = [step for step in steps if step.rpartition(".")[2].isdecimal()]
-    return subprocess.Popen([*command, *steps] if steps else ["true"], stdout=nothing, stderr=nothing)
+    named = [job_id]
+    if number == signal.SIGKILL:  # to a job, that cancels it, batch script and all
+        try:
+            steps = run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i").split()
+        except InputError:
+            return None
+        named = [step for step in steps if step.rpartition(".")[2].isdecimal()]
+        if not named:
+            return None
+    command = ["scancel", "--quiet", f"--signal={number.name.removeprefix('SIG')}", *named]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def test(script: str) -> None:
     """Let sbatch look at a batch script without submitting it; InputError with its complaint."""
-    command = ["sbatch", "--test-only"]
-    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    if done.returncode:
-        lines = [line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip()]
-        raise InputError(f"sbatch refuses the job: {'; '.join(lines) or done.returncode}")
+    run("sbatch", "--test-only", given=script)

@@ -30,8 +30,9 @@ class StepRanks:
     What srun says of tasks that end is read from its log as it comes: it waits for all of them before it ends itself.
     """
 
-    def __init__(self, folder: Path, argv: list[str], env: dict[str, str], world_size: int) -> None:
-        """``argv`` is srun with its options and the command of a task."""
+    def __init__(self, job_id: str, folder: Path, argv: list[str], env: dict[str, str], world_size: int) -> None:
+        """``job_id`` is the one shown; ``argv`` is srun with its options and the command of a task."""
+        self._job_id = job_id
         self._log, self._world_size = folder / "srun.log", world_size
         self._telling: list[subprocess.Popen[bytes]] = []
         with self._log.open("ab") as log:
@@ -54,15 +55,15 @@ class StepRanks:
         end = self._srun.poll()
         if end is None:
             return found
-        if end and not found:  # srun itself failed: no rank came to be, or its node is gone
-            return dict.fromkeys(range(self._world_size), 1)
+        if end and not found:  # srun itself failed, or tells nothing: no rank came to be, or its node is gone
+            return dict.fromkeys(range(self._world_size), end if end > 0 else 1)
         return {rank: found.get(rank, 0) for rank in range(self._world_size)}
 
     def tell(self, number: signal.Signals) -> None:
         """Send a signal to every task."""
         self._telling = [one for one in self._telling if one.poll() is None]
-        if not self.ended():
-            self._telling.append(slurm.signal_steps(os.environ["SLURM_JOB_ID"], number))
+        if not self.ended() and (telling := slurm.signal_steps(self._job_id, number)):
+            self._telling.append(telling)
 
     def kill(self) -> None:
         """End all tasks at once."""

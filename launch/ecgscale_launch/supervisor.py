@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ _DUMP_S = 3.0  # for the ranks to write their stacks
 _TELL_EVERY_S = 2.0  # a rank that is still being started ignores the signal
 _KEPT_S = 5.0  # of the warning before the end, for killing what has not saved in time
 _REFUSED = 2  # exit code of bad input
+_REQUEUE_EVERY_S, _REQUEUE_TRIES = 20.0, 1000  # a controller may be away for long
 
 
 class Started(Protocol):
@@ -79,15 +81,26 @@ Start = Callable[[Path, dict[str, str]], Started]
 class Supervisor:
     """See the module's docstring. ``requeue`` is None where nobody starts the job again."""
 
-    def __init__(self, folder: JobFolder, limits: Limits, start: Start, nodes: list[str], job_id: str | None) -> None:
+    def __init__(
+        self,
+        folder: JobFolder,
+        limits: Limits,
+        start: Start,
+        nodes: list[str],
+        job_id: str | None,
+        asked: Sequence[int] = (),
+    ) -> None:
+        """``asked`` are signals that came before this could listen."""
         self._folder, self._limits, self._start = folder, limits, start
         self._run = folder.run
         self._nodes, self._job_id = nodes, job_id
         self.done = False  # the command has come to its end
         self._asked: signal.Signals | None = None
         self._asked_at = 0.0
+        self._asked_early = asked
         before: dict[str, Any] = read_json(folder.state) or {}
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and before.get("job_id") == job_id
+        again = job_id is not None and before.get("job_id") == job_id
+        requeued = again and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         self._attempts: list[dict[str, Any]] = before.get("attempts", [])
         if self._attempts and self._attempts[-1]["outcome"] is None:
             self._attempts[-1] |= {"outcome": "killed", "what": "the job was ended without a warning"}
@@ -103,20 +116,24 @@ class Supervisor:
         """Attempts until the job is done, has failed, was stopped, or is requeued; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._ask)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup
+            signal.signal(signal.SIGHUP, self._ask)
+        for early in self._asked_early:
+            self._ask(early, None)
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         while True:
             attempt = self._attempt(interface, meeting_timeout_s)
             if attempt.outcome == "done":
                 self.done = True
                 return self._end("done", 0)
-            if attempt.outcome == "refused":
+            if self._asked is None and attempt.outcome == "refused":
                 return self._fail(attempt, _REFUSED)
-            if attempt.outcome in ("crashed", "hung") or (attempt.outcome == "killed" and not attempt.progress):
+            if self._counts_as_failure(attempt):
                 self._counts["failures_without_progress"] += 1
                 if self._counts["failures_without_progress"] > self._limits.retries:
                     return self._fail(attempt, 1)
             asked = self._asked is not None or attempt.outcome == "stopped"
-            if self._asked in (signal.SIGTERM, signal.SIGINT) or (asked and requeue is None):
+            if (asked and requeue is None) or self._asked not in (None, signal.SIGUSR2):
                 return self._end("stopped", STOPPED_EXIT_CODE)
             if requeue is not None and (asked or attempt.outcome == "hung" or self._limits.requeue_crashed):
                 self._end("requeued", 0)
@@ -124,16 +141,22 @@ class Supervisor:
             self._counts["restarts"] += 1
             self._say(f"starting again, failure {self._counts['failures_without_progress']} without a new checkpoint")
 
+    def _counts_as_failure(self, attempt: Attempt) -> bool:
+        """Whoever was asked to stop may end as it can; but a save that never fits would be tried for ever."""
+        if self._asked is not None:
+            return attempt.outcome == "killed" and attempt.first_step is not None and not attempt.progress
+        return attempt.outcome in ("crashed", "hung")
+
     def _requeue(self, requeue: Callable[[], None]) -> int:
-        """Ask until it is granted: a job that ends without is lost for the night."""
-        for wait_s in (2, 5, 10, 20, 0):
+        """Ask until it is granted, or the job ends: a job that is not requeued is lost for the night."""
+        for _ in range(_REQUEUE_TRIES):
             try:
                 requeue()
             except InputError as error:
                 if self._asked == signal.SIGTERM:  # has been requeued or cancelled meanwhile
                     return STOPPED_EXIT_CODE
                 self._say(f"cannot requeue: {error}")
-                time.sleep(wait_s)
+                time.sleep(_REQUEUE_EVERY_S)
             else:
                 return 0
         self._say(f"not requeued; `ecgscale-launch resume {self._run}` goes on")
@@ -161,12 +184,19 @@ class Supervisor:
         env |= {"ECGSCALE_MEETING_TIMEOUT_S": f"{meeting_timeout_s:g}"}
         env |= {"ECGSCALE_HANG_S": f"{self._limits.hang_s:g}"}
         ranks = self._start(folder, env)
-        stuck = self._watch(ranks, attempt, folder)
-        self._close(attempt, ranks.codes(), folder, stuck)
+        try:
+            codes, stuck = self._watch(ranks, attempt, folder)
+        finally:
+            ranks.kill()  # nothing is left running, whatever went wrong here
+        self._close(attempt, codes, folder, stuck)
         return attempt
 
-    def _watch(self, ranks: Started, attempt: Attempt, folder: Path) -> str | None:
-        """Wait for the end of all ranks, and help it along; what is stuck where nothing moved for too long."""
+    def _watch(self, ranks: Started, attempt: Attempt, folder: Path) -> tuple[dict[int, int], str | None]:
+        """Wait for the end of all ranks, and help it along.
+
+        Returns their exit codes, of those alone that ended by themselves where the others had to be killed; and what is
+        stuck where nothing moved for too long.
+        """
         told = failed = None
         hangs = HangWatch(folder, self._limits.hang_s)
         while not ranks.ended():
@@ -180,11 +210,11 @@ class Supervisor:
             if self._asked is not None and now - self._asked_at > max(1.0, self._limits.save_s - _KEPT_S):
                 self._say(f"not saved within {self._limits.save_s:g} s; the ranks are killed")
                 attempt.outcome = "killed"
-                ranks.kill()
+                return ranks.codes(), None
             if failed is None and any(code not in (0, STOPPED_EXIT_CODE) for code in ranks.codes().values()):
                 failed = now
             if failed is not None and now - failed > _SETTLE_S:
-                ranks.kill()
+                return ranks.codes(), None
             if attempt.first_step is None and (first := hangs.first_step()):
                 attempt.first_step = first
                 self._write("running" if self._asked is None else "stopping", attempt)
@@ -192,10 +222,9 @@ class Supervisor:
                 self._say(f"{stuck}; stacks are in {folder}")
                 ranks.tell(signal.SIGUSR1)
                 time.sleep(_DUMP_S)
-                ranks.kill()
-                return stuck
+                return ranks.codes(), stuck
             time.sleep(_LOOK_S)
-        return None
+        return ranks.codes(), None
 
     def _close(self, attempt: Attempt, codes: dict[int, int], folder: Path, stuck: str | None) -> None:
         attempt.ended, attempt.step_to = time.time(), newest_step(self._run)
@@ -208,8 +237,7 @@ class Supervisor:
             attempt.outcome, attempt.what = "hung", stuck
         elif failures and attempt.outcome is None:
             error = first_error(folder, failures)
-            refused = error["kind"] == "input" or set(failures.values()) == {_REFUSED}
-            attempt.outcome, attempt.what = "refused" if refused else "crashed", error["line"]
+            attempt.outcome, attempt.what = "refused" if error["kind"] == "input" else "crashed", error["line"]
             self._error = error
         elif attempt.outcome is None:
             attempt.outcome = "stopped" if STOPPED_EXIT_CODE in codes.values() else "done"
@@ -232,29 +260,31 @@ class Supervisor:
         return code
 
     def _write(self, phase: str, attempt: Attempt | None = None) -> None:
+        """A disk that is full or gone must not end ranks that still work; the next change is written again."""
         if attempt is not None:
             self._attempts[-1] = asdict(attempt)
-        write_json(
-            self._folder.state,
-            {
-                "job_id": self._job_id,
-                "phase": phase,
-                "nodes": self._nodes,
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "time": time.time(),
-                "error": self._error,
-                "attempts": self._attempts,
-            }
-            | self._counts,
-        )
+        with suppress(OSError):
+            write_json(self._folder.state, self._state(phase))
+
+    def _state(self, phase: str) -> dict[str, Any]:
+        return {
+            "job_id": self._job_id,
+            "phase": phase,
+            "nodes": self._nodes,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "error": self._error,
+            "attempts": self._attempts,
+        } | self._counts
 
     def _say(self, line: str) -> None:
         """For people: the log, and the terminal or the batch log."""
         line = one_line(line)
-        with self._folder.log.open("a") as log:
+        with suppress(OSError), self._folder.log.open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        print(f"ecgscale-launch: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal that has gone
+            print(f"ecgscale-launch: {line}", file=sys.stderr, flush=True)
 
 
 class HangWatch:
@@ -268,8 +298,7 @@ class HangWatch:
 
     def first_step(self) -> float | None:
         """When rank 0 had done its first step."""
-        about = read_json(self._folder / "rank-0.alive.json") or {}
-        return about.get("first_step")
+        return (_read(self._folder / "rank-0.alive.json") or {}).get("first_step")
 
     def stuck(self) -> str | None:
         """Which rank is stuck, when none has begun anything new for the limit; the rest waits for it."""
@@ -277,19 +306,29 @@ class HangWatch:
         if not self._limit_s or now - self._looked < min(10.0, self._limit_s / 4):
             return None
         self._looked = now
-        found = [about for path in self._folder.glob("rank-*.alive.json") if (about := read_json(path))]
+        found = [about for path in self._folder.glob("rank-*.alive.json") if (about := _read(path))]
         for about in found:
             if self._written.get(about["rank"], (0.0, 0.0))[0] != about["time"]:
                 self._written[about["rank"]] = (about["time"], now)
         counts = {about["rank"]: about["count"] for about in found}
-        if counts != self._before or all(not about["phase"] for about in found):
+        if counts != self._before or (found and all(not about["phase"] for about in found)):
             self._before, self._moved = counts, now
         if now - self._moved < self._limit_s:
             return None
+        if not found:
+            return f"no rank has begun within {self._limit_s:g} s"
         silent = [about for about in found if now - self._written[about["rank"]][1] > self._limit_s / 2]
         last = min(silent or found, key=lambda about: about["count"])
         where = f"rank {last['rank']} on {last['host']} is stuck in {last['phase'] or 'its end'} at step {last['step']}"
         return f"no progress for {self._limit_s:g} s: {where}" + (" and does not answer" if silent else "")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a rank has written; nothing where it cannot be read now."""
+    try:
+        return read_json(path)
+    except InputError:
+        return None
 
 
 def newest_step(run: Path) -> int:
@@ -300,7 +339,7 @@ def newest_step(run: Path) -> int:
 
 def first_error(folder: Path, failures: dict[int, int]) -> dict[str, Any]:
     """The error that came first and follows from no other; of a rank that could not tell it, how it ended."""
-    told = [about for rank in failures if (about := read_json(folder / f"rank-{rank}.error.json"))]
+    told = [about for rank in failures if (about := _read(folder / f"rank-{rank}.error.json"))]
     own = sorted((about for about in told if about["kind"] != "lost"), key=lambda about: about["time"])
     if own:
         return own[0]

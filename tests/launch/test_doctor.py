@@ -269,7 +269,7 @@ def test_two_nodes(on_cluster: Path, data: Path, capsys: pytest.CaptureFixture[s
     for wrong, said in (
         (["--partition", "nowhere"], "partition 'nowhere' is unknown"),
         (["--nodes", "9"], "nodes 9: "),
-        (["--qos", "nowhere", "--account", "nobody", "--nodelist", "n9"], "sbatch refuses the job: "),
+        (["--qos", "nowhere", "--account", "nobody", "--nodelist", "n9"], "sbatch: "),
     ):
         with pytest.raises(InputError, match=said):
             doctor.main(["cluster.yaml", *wrong, "--folder", "refused"])

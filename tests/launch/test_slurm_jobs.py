@@ -187,6 +187,27 @@ def test_a_sweep_of_fine_tuning_after_pretraining(cluster, labelled_shards, over
     assert {one["state"] for one in json.loads(capsys.readouterr().out)} == {"done"}
 
 
+def test_a_warning_to_one_task_of_an_array_leaves_the_others_alone(
+    cluster, shards, wait_for, over, tmp_path, monkeypatch
+) -> None:
+    """The last task has the number of the whole array, by which all would be requeued. Launched from inside a job."""
+    for name, value in (
+        ("SLURM_ARRAY_JOB_ID", "999"),
+        ("SLURM_ARRAY_TASK_ID", "4"),
+        ("SLURM_JOB_ID", "999"),
+        ("RANK", "3"),
+    ):
+        monkeypatch.setenv(name, value)
+    job = ["pretrain", *SMALL, f"--data.shards={shards}", "--train.steps=400", "--run.dir", tmp_path / "runs"]
+    launch(cluster, "--cpus_per_task=1", "--sweep", "train.seed", "0", "1", "--", *job)
+    runs = [tmp_path / "runs/seed=0", tmp_path / "runs/seed=1"]
+    wait_for(lambda: all(logged(run, 2) for run in runs))
+    subprocess.run(["scancel", "--batch", "--signal=USR2", number(runs[1])], check=True)
+    assert [over(run) for run in runs] == ["COMPLETED"] * 2
+    assert [state(run)["requeues"] for run in runs] == [0, 1]
+    assert [len(state(run)["attempts"]) for run in runs] == [1, 2]
+
+
 def test_a_chain_whose_first_job_fails_does_not_go_on(cluster, tmp_path, over) -> None:
     first = ["pretrain", *SMALL, f"--data.shards={tmp_path}/none", "--run.dir", tmp_path / "first"]
     second = ["finetune", "--init", tmp_path / "first", "--task.label=rhythm", f"--data.shards={tmp_path}/none"]
@@ -204,13 +225,14 @@ def test_refused_before_anything_is_submitted(cluster, shards, tmp_path, capsys)
         (["--nodes=5"], "nodes 5: partition main has 4; give fewer"),
         (["--partition=elsewhere"], "which elsewhere.invalid does not see"),
         (["--partiton=main"], "unknown key partiton; did you mean partition?"),
-        (["--constraint=a100"], "sbatch refuses the job: "),
-        (["--cpus_per_task=99"], "sbatch refuses the job: "),
+        (["--constraint=a100"], "sbatch: "),
+        (["--cpus_per_task=99"], "sbatch: "),
         (["--name=a\nb"], "name 'a\\nb': give up to 128 letters"),
         (["--account=$(id)"], "account '$(id)': give a name"),
         (["--environment.A=x\ny"], "environment.A 'x\\ny': holds a line break"),
         (["--sbatch.signal=TERM@5"], "sbatch.signal: ecgscale-launch sets --signal itself; use the key save_s"),
         (["--after", str(tmp_path)], "neither a job's number nor a run folder"),
+        (["--after", "99999"], "job 99999 is unknown to SLURM"),
     ):
         assert main([str(cluster), *arguments, "--", *job]) == 2, arguments
         error = capsys.readouterr().err

@@ -145,7 +145,9 @@ def test_too_late_a_save_is_cut_off_and_requeued(trial) -> None:
 
 
 def test_bad_input_is_not_tried_again(trial) -> None:
-    assert trial.run(MadeUp({0: 2, 1: 2})) == 2
+    ranks = MadeUp({0: 2, 1: 2}, 3, lambda: trial.error(1, 1, "input", "shards: nowhere", 1.0))
+    assert trial.run(ranks) == 2
+    assert trial.state["error"]["line"] == "shards: nowhere"
     assert (trial.state["phase"], trial.outcomes) == ("failed", ["refused"])
 
 
@@ -153,6 +155,40 @@ def test_crashes_without_progress_are_bounded(trial) -> None:
     assert trial.run(*(MadeUp({0: 1, 1: KILLED}) for _ in range(3))) == 1
     assert (trial.state["phase"], trial.state["restarts"], trial.requeued) == ("failed", 2, 0)
     assert trial.state["error"]["line"] == "rank 1 was killed (SIGKILL), by somebody or for want of memory"
+
+
+def test_a_failing_disk_is_tried_again(trial) -> None:
+    """It ends with the exit code of bad input too."""
+    ranks = MadeUp({0: 2}, 3, lambda: trial.error(1, 0, "error", "OSError: [Errno 5]", 1.0))
+    assert trial.run(ranks, MadeUp({0: 0})) == 0
+    assert trial.outcomes == ["crashed", "done"]
+
+
+def test_the_rank_that_was_killed_is_named_not_those_that_were_ended_for_it(trial) -> None:
+    class KilledFirst(MadeUp):
+        def codes(self) -> dict[int, int]:
+            return super().codes() or {5: KILLED}
+
+    assert trial.run(KilledFirst({0: 0, 1: 0, 5: KILLED}, 10**9), retries=0) == 1
+    assert trial.state["error"]["line"].startswith("rank 5 was killed")
+
+
+def test_a_warning_that_came_before_anybody_listened(trial) -> None:
+    ranks = MadeUp({0: 75}, 20)
+    early = [signal.SIGUSR2]
+    supervisor = Supervisor(trial.folder, Limits(5, 0, 1), lambda *_: ranks, ["n1"], "7", early)
+    assert supervisor.run("", 10, lambda: None) == 0
+    assert (ranks.told[0], trial.state["phase"]) == (signal.SIGUSR2, "requeued")
+
+
+def test_crashing_when_asked_to_stop_is_no_failure(trial) -> None:
+    assert trial.run(AskedMeanwhile({0: 1}, looks=20), retries=0) == 0
+    assert (trial.state["phase"], trial.state["failures_without_progress"], trial.requeued) == ("requeued", 0, 1)
+
+
+def test_ranks_that_never_begin_are_a_hang(trial) -> None:
+    assert trial.run(MadeUp({0: 0}, 10**9), hang_s=0.1) == 0
+    assert "no rank has begun within 0.1 s" in trial.state["attempts"][0]["what"]
 
 
 def test_a_checkpoint_between_crashes_is_progress(trial) -> None:
@@ -200,7 +236,8 @@ def test_what_is_outside_of_steps_is_no_hang(trial) -> None:
 
 
 def test_a_job_that_cannot_be_requeued_says_how_to_go_on(trial, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module, "_REQUEUE_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "_REQUEUE_TRIES", 3)
 
     def requeue() -> None:
         raise InputError("scontrol requeue failed: no answer")
