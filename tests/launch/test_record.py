@@ -16,9 +16,8 @@ import yaml
 from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError
 from ecgscale_launch import record
-from ecgscale_launch.folder import JobFolder, read_json, write_json
+from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
 from ecgscale_launch.record import (
-    code_environment,
     describe_clone,
     make_job_folder,
     package_folders,
