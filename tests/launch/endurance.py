@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -166,7 +167,9 @@ def preemptions(trials: Trials, times: int) -> None:
         "--train.checkpoint_every=7",
         "--train.validate_every=5",
     )
-    here = trials.here(trials.out / "preempted-here", 2, *more)
+    here = trials.out / "preempted-here"
+    if not (here / "export").exists():
+        trials.here(here, 2, *more)
     folder = trials.submitted(trials.out / "preempted", {"nodes": 2}, *more)
     job, chosen = number(folder), random.Random(0)
     ways = []
@@ -189,7 +192,7 @@ def preemptions(trials: Trials, times: int) -> None:
                 "sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
             )
         if turn % 5 == 4:  # twice in a row
-            subprocess.run(["scancel", "--signal=USR2", "--batch", job], check=False, capture_output=True)
+            warn_again(job)
         until(lambda before=before: starts(folder) > before or slurm.state(job) in slurm.OVER, 300)
         if starts(folder) != before + 1:
             trials.check(False, f"preemption {turn + 1} ({way}): {starts(folder) - before} starts after it")
@@ -205,6 +208,12 @@ def preemptions(trials: Trials, times: int) -> None:
     trials.check(off == 0, f"losses of all {steps} steps equal those of the undisturbed run (difference {off:.1e})")
     trials.check(read == wanted, f"the same recording at each of {len(wanted)} positions")
     times_to_step(trials, folder)
+
+
+def warn_again(job: str) -> None:
+    """At once or not at all: left alone, scancel goes on until the job has started again, and warns that start."""
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(["scancel", "--signal=USR2", "--batch", job], check=False, capture_output=True, timeout=1)
 
 
 def starts(folder: JobFolder) -> int:
