@@ -175,8 +175,8 @@ def expand(nodes: str) -> list[str]:
 def signal_steps(job_id: str, number: signal.Signals) -> subprocess.Popen[bytes] | None:
     """Begin to send a signal to the tasks of a job's steps, not to its batch script. ``job_id`` is the one shown.
 
-    Not waited for: while a job is being requeued, scancel tries again for half a minute. None where SLURM does not
-    answer.
+    Not waited for, and ended after a few seconds: while a job is being requeued, scancel tries again for half a minute,
+    and would reach the next start. None where SLURM does not answer.
     """
     named = [job_id]
     if number == signal.SIGKILL:  # to a job, that cancels it, batch script and all
@@ -187,7 +187,7 @@ def signal_steps(job_id: str, number: signal.Signals) -> subprocess.Popen[bytes]
         named = [step for step in steps if step.rpartition(".")[2].isdecimal()]
         if not named:
             return None
-    command = ["scancel", "--quiet", f"--signal={number.name.removeprefix('SIG')}", *named]
+    command = ["timeout", "4", "scancel", "--quiet", f"--signal={number.name.removeprefix('SIG')}", *named]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

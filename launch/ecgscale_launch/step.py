@@ -66,7 +66,7 @@ class StepRanks:
             self._telling.append(telling)
 
     def kill(self) -> None:
-        """End all tasks at once."""
+        """End all tasks at once, and every signal that is still on its way."""
         deadline = time.monotonic() + _KILL_TIMEOUT_S
         while not self.ended() and time.monotonic() < deadline:
             self.tell(signal.SIGKILL)
@@ -78,6 +78,10 @@ class StepRanks:
             print("ecgscale-launch: a node does not answer; srun is killed", file=sys.stderr)
             self._srun.kill()
             self._srun.wait()
+        for telling in self._telling:
+            telling.terminate()
+        for telling in self._telling:
+            telling.wait()
 
 
 def codes_in(log: str) -> dict[int, int]:
