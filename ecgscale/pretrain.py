@@ -20,7 +20,7 @@ from ecgscale.export import Profile, about_model, export_engine
 from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import Pretraining, build_objective
 from ecgscale.record import LEADS
-from ecgscale.run import claim_run
+from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import log, start_ranks
 from ecgscale.training.validation import Validation
@@ -77,6 +77,7 @@ def pretrain(config: PretrainConfig) -> Path:
     engine = train(job, ranks)
     export = export_engine(run / "export", engine, job.about, config.train.steps)
     progress.at(config.train.steps, "")
+    leave_run(run)
     return export
 
 

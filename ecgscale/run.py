@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import time
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST, write_whole
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, RankError
 from ecgscale.training.ranks import Ranks, first_rank
 
 # What may change when a run continues: how it is computed and written down, how long it goes on (and with it the
@@ -53,10 +57,48 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
     def claim() -> None:
         refuse_other_config(path, config)
         run.mkdir(parents=True, exist_ok=True)
+        _be_the_writer(run)
         write_whole(path, dump(config).encode())
 
     first_rank(ranks, claim)
     return run
+
+
+_WRITER = ".writer"  # in the run folder; locked by the one process that writes there
+_WAIT_S = 15.0  # for the process before, which may just be ending
+_locked: dict[Path, IO[str]] = {}
+
+
+def _be_the_writer(run: Path) -> None:
+    """Lock the run folder until `leave_run` or the end of this process; RankError where another one holds it."""
+    path = run.resolve() / _WRITER
+    if path in _locked:
+        return
+    file = path.open("a+")
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                who = file.read() or "another process"
+                file.close()
+                raise RankError(f"run.dir {run}: {who} trains there; wait for its end") from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()}")
+    file.flush()
+    _locked[path] = file
+
+
+def leave_run(run: Path) -> None:
+    """Another process may write into the run folder from now on."""
+    if held := _locked.pop(run.resolve() / _WRITER, None):
+        held.close()
 
 
 def refuse_other_config(path: Path, config: Any) -> None:

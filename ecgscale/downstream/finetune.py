@@ -26,7 +26,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
-from ecgscale.run import claim_run
+from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, train
 from ecgscale.training.monitor import write_evaluation
 from ecgscale.training.ranks import Ranks, log, start_ranks
@@ -87,6 +87,7 @@ def finetune(config: FinetuneConfig) -> Report | None:
     amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
     report = evaluate(run, config.data.shards, "test", run / "evaluation-test.json")
     write_evaluation(run, config.train.steps, report.scalars())
+    leave_run(run)
     return report
 
 

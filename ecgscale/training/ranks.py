@@ -131,24 +131,27 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def all_succeed(error: str | None) -> None:
-    """Raise the same InputError on every rank where any rank has an error to tell. All ranks call it together."""
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+def all_succeed(error: str | None, kind: type[InputError | RankError] = InputError) -> None:
+    """Raise the same error on every rank where any rank has one to tell. All ranks call it together."""
+    errors: list[tuple[str, type[InputError | RankError]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else (error, kind))
     told = next((one for one in errors if one is not None), None)
     if told is not None:
-        raise InputError(told)
+        raise told[1](told[0])
 
 
 def first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
-    """Do something on the first rank; where it fails for the user or the disk, every rank raises InputError."""
-    error = None
+    """Do something on the first rank; where it fails, every rank raises its error, or InputError for the disk's."""
+    error: str | None = None
+    kind: type[InputError | RankError] = InputError
     if ranks.first:
         try:
             action()
+        except RankError as failure:
+            error, kind = str(failure), RankError
         except (InputError, OSError) as failure:
             error = str(failure)
-    all_succeed(error)
+    all_succeed(error, kind)
 
 
 def log(ranks: Ranks, line: str) -> None:

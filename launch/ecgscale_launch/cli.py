@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,10 @@ def _main(argv: list[str]) -> int:
         command: Callable[[list[str]], int] = getattr(import_module(f"ecgscale_launch.{module}"), name)
         return command(argv[1:])
     head, commands = _split(argv)
+    if head and not commands and not head[0].startswith("-") and "--help" not in head:
+        near = get_close_matches(head[0], SUBCOMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "no command after it; write -- before one, like -- pretrain"
+        raise InputError(f"{head[0]}: {hint}")
     if (not head and not commands) or "--help" in head or "-h" in head:
         print(_help())
         return 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale_launch import slurm
@@ -126,6 +127,15 @@ def check_ranks(stage: Stage, cluster: ClusterConfig) -> None:
             )
 
 
+def check_data(stage: Stage) -> None:
+    """Raises InputError where a data set that is to be here already is not."""
+    for piece in stage.pieces:
+        config = load_command(piece.command)
+        for place in config.data.shards if config is not None else ():
+            if "://" not in place and not (Path(place) / MANIFEST).exists():
+                raise InputError(f"data.shards: {place} is no data set: see `ecgscale ingest`")
+
+
 # -- on this machine -------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +180,8 @@ def submit_all(wanted: Wanted, cluster: ClusterConfig) -> list[tuple[Stage, list
     for stage in planned:
         check_place(stage.run, cluster)
         check_ranks(stage, cluster)
+    if not wanted.after:
+        check_data(planned[0])
     depends = [number for one in wanted.after if (number := _number(one)) is not None]
     folders_of = [_folders(stage, cluster, "slurm") for stage in planned]
     done: list[tuple[Stage, list[str]]] = []
@@ -193,6 +205,8 @@ def resubmit(job: Job, overrides: list[str], new_code: bool) -> str:
     """Put a job that has ended into the queue again, as it lies in its folder but for what is given; its number."""
     if job.where == "local":
         raise InputError(f"{job.run}: ran on this machine, not in a queue; the same command with --local goes on")
+    if (read_json(job.folder.state) or {}).get("phase") == "done":
+        raise InputError(f"{job.run}: is done; to go on, launch its command again with more --train.steps")
     job = replace(job, cluster=load_cluster(job.folder.cluster, overrides))
     stage = Stage(job.run, [Piece(job.run, job.command, {})])
     check_place(job.run, job.cluster)

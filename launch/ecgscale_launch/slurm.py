@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ecgscale.errors import InputError
 
@@ -31,6 +33,8 @@ class Partition:
 
 def run(*command: str, given: str | None = None) -> str:
     """What a command of SLURM prints; InputError with its own complaint where it fails. ``given`` is its input."""
+    if (conf := os.environ.get("SLURM_CONF")) and not Path(conf).exists():
+        raise InputError(f"SLURM_CONF {conf}: no such file; unset it, or start that cluster again")
     try:
         done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except FileNotFoundError as error:

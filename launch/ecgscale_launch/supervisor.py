@@ -134,6 +134,8 @@ class Supervisor:
                     return self._fail(attempt, 1)
             asked = self._asked is not None or attempt.outcome == "stopped"
             if (asked and requeue is None) or self._asked not in (None, signal.SIGUSR2):
+                if requeue is not None:
+                    self._say("SLURM requeues the job, or ends it")
                 return self._end("stopped", STOPPED_EXIT_CODE)
             if requeue is not None and (asked or attempt.outcome == "hung" or self._limits.requeue_crashed):
                 self._end("requeued", 0)
@@ -208,7 +210,8 @@ class Supervisor:
                 told = now
                 ranks.tell(signal.SIGUSR2)
             if self._asked is not None and now - self._asked_at > max(1.0, self._limits.save_s - _KEPT_S):
-                self._say(f"not saved within {self._limits.save_s:g} s; the ranks are killed")
+                late = f"not saved within {self._limits.save_s:g} s" if self._asked_at > 0 else "asked twice"
+                self._say(f"{late}: the ranks are killed, what is not saved is lost")
                 attempt.outcome = "killed"
                 return ranks.codes(), None
             if failed is None and any(code not in (0, STOPPED_EXIT_CODE) for code in ranks.codes().values()):

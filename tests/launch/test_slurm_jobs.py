@@ -208,9 +208,9 @@ def test_a_warning_to_one_task_of_an_array_leaves_the_others_alone(
     assert [len(state(run)["attempts"]) for run in runs] == [1, 2]
 
 
-def test_a_chain_whose_first_job_fails_does_not_go_on(cluster, tmp_path, over) -> None:
-    first = ["pretrain", *SMALL, f"--data.shards={tmp_path}/none", "--run.dir", tmp_path / "first"]
-    second = ["finetune", "--init", tmp_path / "first", "--task.label=rhythm", f"--data.shards={tmp_path}/none"]
+def test_a_chain_whose_first_job_fails_does_not_go_on(cluster, shards, tmp_path, over) -> None:
+    first = ["finetune", "--init", tmp_path / "none", f"--data.shards={shards}", "--run.dir", tmp_path / "first"]
+    second = ["finetune", "--init", tmp_path / "first", "--task.label=rhythm", f"--data.shards={shards}"]
     launch(cluster, "--", *first, "--", *second, "--run.dir", tmp_path / "second")
     assert over(tmp_path / "first") == "FAILED"
     assert over(tmp_path / "second") == "CANCELLED"
