@@ -284,8 +284,8 @@ def test_two_nodes(on_cluster: Path, data: Path, capsys: pytest.CaptureFixture[s
     assert "all 2 answered, from n" in out
     assert out.splitlines()[-1] == "files are in checked"
     assert "running on 2 nodes" in err
-    queue = subprocess.run(["squeue", "--noheader", "--name=doctor"], capture_output=True, text=True, check=True)
-    assert queue.stdout == ""
+    running = ["squeue", "--noheader", "--name=doctor", "--states=PENDING,RUNNING"]
+    assert subprocess.run(running, capture_output=True, text=True, check=True).stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_five_minutes(short_folder, tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "attempt 1 stopped, step 0 to " in done.stdout
     assert "attempt 2 done, step " in done.stdout
-    assert "to 80" in done.stdout
+    assert "to 60" in done.stdout
     assert not list(short_folder.glob("ecgscale-devcluster-*"))
 
 

@@ -34,11 +34,11 @@ def test_a_failure_is_told_once_and_ends_the_job(tmp_path) -> None:
     assert [attempt["outcome"] for attempt in state["attempts"]] == ["refused"]  # no retry mends it
 
 
-def test_a_run_in_spite_of_kill_interrupt_and_hang(long_job, undisturbed, wait_for, tmp_path) -> None:
-    """SIGKILL of a rank is mended at once; Ctrl-C saves, and the same command goes on; a stuck rank is named."""
+def test_a_run_in_spite_of_kill_and_interrupt(long_job, undisturbed, wait_for, tmp_path) -> None:
+    """SIGKILL of a rank is mended at once; Ctrl-C saves, and the same command goes on."""
     run = tmp_path / "run"
     cluster = tmp_path / "cluster.yaml"
-    cluster.write_text("{hang_s: 8, retries: 2}")
+    cluster.write_text("{retries: 2}")
     command = launch(cluster, "--local", 2, "--", *long_job, "--run.dir", run)
     ranks = run / "launch/attempts"
 
@@ -54,18 +54,11 @@ def test_a_run_in_spite_of_kill_interrupt_and_hang(long_job, undisturbed, wait_f
     assert process.returncode == 75
     assert "rank 1 was killed (SIGKILL)" in said
     assert "stopped as asked at step " in said
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        wait_for(lambda: logged(run, 12), process)
-        os.kill(pid_of(3, 1), signal.SIGSTOP)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "rank 1 on " in said
-    assert " is stuck in " in said
-    assert "does not answer" in said
-    assert "most recent call first" in (ranks / "0003/rank-0.stacks.txt").read_text()
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
     state = json.loads((run / "launch/state.json").read_text())
-    assert [attempt["outcome"] for attempt in state["attempts"]] == ["crashed", "stopped", "hung", "done"]
-    assert (state["phase"], state["restarts"], state["requeues"]) == ("done", 2, 0)
+    assert [attempt["outcome"] for attempt in state["attempts"]] == ["crashed", "stopped", "done"]
+    assert (state["phase"], state["restarts"], state["requeues"]) == ("done", 1, 0)
     assert losses(run) == losses(undisturbed)
     assert set(recordings(run)) == set(recordings(undisturbed))
 

@@ -113,7 +113,7 @@ def test_stages_and_shapes_equal_one_machine(cluster, shards, jobs, over, tmp_pa
     wanted = losses(tmp_path / "here")
     for stage, nodes, tasks in ((2, 2, 2), (3, 4, 1)):
         run = tmp_path / f"stage-{stage}"
-        shape = (f"--nodes={nodes}", f"--tasks_per_node={tasks}")
+        shape = (f"--nodes={nodes}", f"--tasks_per_node={tasks}", "--network.interface=lo")
         launch(cluster, *shape, "--", *job, f"--engine.zero_stage={stage}", "--run.dir", run)
         assert over(run) == "COMPLETED"
         assert losses(run) == pytest.approx(wanted, rel=TOLERANCE)

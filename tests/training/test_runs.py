@@ -287,6 +287,7 @@ def test_old_checkpoints_are_pruned(tmp_path) -> None:
 def test_run_folder_holds_what_it_should(one_process) -> None:
     run = one_process / "whole"
     expected = {
+        ".writer",
         "config.yaml",
         "checkpoints",
         "tensorboard",
