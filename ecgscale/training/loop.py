@@ -155,7 +155,7 @@ def _train(job: Job, ranks: Ranks) -> Engine:
     seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
     batches = job.stream.from_batch(step)
     boundary = Boundary(ranks, job.train.checkpoint_every_s)
-    wish = boundary.agree()
+    boundary.agree()  # sends the first wishes on their way
     try:
         if resumed and resumed.state.get("validation_due") and not _validated(job, engine, monitor, boundary, step):
             raise Stopped(f"stopped before the validation at step {step}")

@@ -17,9 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from ecgscale import progress
 from ecgscale.errors import InputError, RankError
-
-MEETING_TIMEOUT_S = "ECGSCALE_MEETING_TIMEOUT_S"  # environment: how long ranks wait for each other at the start
-NODES = "ECGSCALE_NODES"  # environment: names of the nodes, comma-separated, with equally many ranks each
+from ecgscale.training.environment import MEETING_TIMEOUT_S, NODES
 
 
 class Ranks(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import os
 import resource
 import secrets
@@ -24,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 # What may be missing or broken on a node (PyTorch, and what imports it) is imported by the checks themselves.
 from ecgscale.errors import one_line
+from ecgscale.training.environment import MEETING_TIMEOUT_S
+from ecgscale_launch.folder import write_json_or_say
 from ecgscale_launch.rank import place_from_slurm
 
 if TYPE_CHECKING:
     import torch
 
-MEETING_TIMEOUT_S = "ECGSCALE_MEETING_TIMEOUT_S"  # as ecgscale.training.ranks has it, which imports PyTorch
 SPEED_MB = 64
 SHARD_RECORDS = 512  # read of each data set by each node
 SHARD_LIMIT_S = 5.0
@@ -399,14 +399,8 @@ def _leave(task: Task) -> None:
 
 
 def _write(task: Task, report: Report) -> None:
-    """Whole or not at all. Where the folder is not there the log tells, and the other ranks see that it is not."""
-    path = task.folder / f"rank-{task.rank}.json"
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps(asdict(report)))
-        partial.replace(path)
-    except OSError as error:
-        print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
+    """Where the folder is not there the log tells, and the other ranks see that it is not."""
+    write_json_or_say(task.folder / f"rank-{task.rank}.json", asdict(report))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ class DevCluster:
     def node_names(self) -> list[str]:
         return [f"n{number}" for number in range(1, self.nodes + 1)]
 
+    @property
+    def export(self) -> str:
+        """What a shell needs, to be typed or evaluated."""
+        return f"export SLURM_CONF={self.slurm_conf}"
+
 
 @dataclass(frozen=True)
 class Status:
@@ -87,6 +92,7 @@ class Status:
             lines.append(f"  {name:<10} {self.node_states.get(name, 'alive') if alive else 'dead'}")
         if not self.node_states:
             lines.append("  slurmctld does not answer")
+        lines.append(f"in another terminal: {self.cluster.export}")
         return "\n".join(lines)
 
 
@@ -387,8 +393,8 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     if options.what == "up":
         cluster = up(options.folder, options.nodes, options.cpus, options.kill_wait_s, options.grace_s)
-        print(f"devcluster: {cluster.nodes} nodes are idle", file=sys.stderr)
-        print(f"export SLURM_CONF={cluster.slurm_conf}")
+        print(f"devcluster: {cluster.nodes} nodes are idle; in another terminal: {cluster.export}", file=sys.stderr)
+        print(cluster.export)
     elif options.what == "down":
         gone = down(options.folder)
         print(f"devcluster: {options.folder} is gone" if gone else f"devcluster: nothing in {options.folder}")

@@ -78,7 +78,7 @@ def judge(found: Found) -> list[Check]:
     checks = [found.job, Check("tasks", *_tasks(found))]
     if not found.reports:
         return checks
-    why_not = "one task" if found.cluster.nodes * found.cluster.tasks_per_node == 1 else "not measured"
+    why_not = "one task" if found.cluster.world_size == 1 else "not measured"
     for measurement, (parts, advice) in _PARTS.items():
         broken: dict[str, str] = {}
         for report in found.reports:
@@ -96,7 +96,7 @@ def judge(found: Found) -> list[Check]:
 def _tasks(found: Found) -> Verdict:
     there = {report.rank: report for report in found.reports}
     silent, stuck = dict[str, str](), dict[str, str]()
-    expected = found.cluster.nodes * found.cluster.tasks_per_node
+    expected = found.cluster.world_size
     for rank in range(expected):
         words = f": {found.last_words[rank]}" if found.last_words.get(rank) else ""
         if rank not in there:

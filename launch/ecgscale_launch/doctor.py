@@ -10,7 +10,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import textwrap
 import time
@@ -24,15 +23,16 @@ from typing import Any
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, one_line
 from ecgscale_launch import slurm
-from ecgscale_launch.checkup import MEETING_TIMEOUT_S, Report
+from ecgscale_launch.checkup import Report
 from ecgscale_launch.diagnosis import Check, Found, judge, node_of, some
 from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
 from ecgscale_launch.job import Request, shown_id, submit, test
 from ecgscale_launch.launching import Piece, Stage, rank_command, request_for, srun_command, with_processes
 from ecgscale_launch.listing import duration, screen, short_path
+from ecgscale_launch.local import LocalRanks
 from ecgscale_launch.place import check_place
 from ecgscale_launch.record import package_folders, refuse_shared, snapshot, versions
-from ecgscale_launch.rendezvous import meeting_point
+from ecgscale_launch.rendezvous import meeting_environment
 from ecgscale_launch.resources import ClusterConfig, load_cluster, minutes, refuse_control_characters
 from ecgscale_launch.step import StepRanks
 
@@ -119,35 +119,19 @@ def _here(run: Path, cluster: ClusterConfig, shards: list[str], deadline: float)
     results.mkdir(mode=0o700)
     argv = [sys.executable, "-u", "-m", _MODULE, str(results), *_shard_options(shards)]
     env = code_environment(folder, cluster.environment)
-    env |= _meeting_environment([node], cluster.network.interface, _meeting_s(cluster))
-    tasks = [_start_here(argv, env, rank, cluster.tasks_per_node, results) for rank in range(cluster.tasks_per_node)]
-    ended = False
+    env |= meeting_environment([node], cluster.network.interface, _meeting_s(cluster))
+    count = cluster.world_size
+    tasks = LocalRanks(results, argv, env, count, shown=False)
     try:
-        ended = _wait(lambda: all(task.poll() is not None for task in tasks), lambda: _told(results, 0), deadline)
+        ended = _wait(tasks.ended, lambda: _told(results, 0), deadline)
     finally:
-        for task in tasks:
-            task.kill()
-            task.wait()
+        tasks.kill()
+    lasted = duration(time.monotonic() - began)
     if ended:
-        job = Check(
-            "job",
-            "pass",
-            f"{len(tasks)} process{'es' * (len(tasks) > 1)} on {node}, {duration(time.monotonic() - began)}",
-        )
+        job = Check("job", "pass", f"{count} process{'es' * (count > 1)} on {node}, {lasted}")
     else:
-        job = Check("job", "fail", f"not done after {duration(time.monotonic() - began)}", _SEE_TASKS)
+        job = Check("job", "fail", f"not done after {lasted}", _SEE_TASKS)
     return _collect(folder, results, cluster, [node], job, shards)
-
-
-def _start_here(
-    argv: list[str], env: dict[str, str], rank: int, world_size: int, folder: Path
-) -> subprocess.Popen[bytes]:
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    own |= {"LOCAL_WORLD_SIZE": str(world_size)}
-    with (folder / f"rank-{rank}.log").open("ab") as log:
-        return subprocess.Popen(
-            argv, env=os.environ | env | own, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
 
 
 # -- in the queue ----------------------------------------------------------------------------------------------------
@@ -173,7 +157,7 @@ class Checkup:
         write_json(results / "began.json", {"nodes": nodes, "time": time.time()})
         error = ""
         try:
-            env = _meeting_environment(nodes, self.interface, self.meeting_timeout_s)
+            env = meeting_environment(nodes, self.interface, self.meeting_timeout_s)
         except InputError as refusal:
             error = str(refusal)
         else:
@@ -195,15 +179,15 @@ def _in_queue(run: Path, cluster: ClusterConfig, shards: list[str], deadline: fl
     short = cluster.time if limit is not None and limit <= _JOB_MINUTES else str(_JOB_MINUTES)
     asked = replace(cluster, name="doctor", time=short, save_s=min(cluster.save_s, 30))
     folder = JobFolder.of(run)
-    request = request_for(Stage(run, [Piece(run, ["doctor"], {})]), [folder], asked)
-    test(request)
+    request = request_for(Stage(run, [Piece(run, ["doctor"])]), asked)
+    test(request, 1)
     _make_folder(run)
     checkup = Checkup(
         folder=str(folder.path),
         srun=[*srun_command(asked, folder), "--label"],
-        task=[*rank_command(asked, folder)[:-1], _MODULE],
+        task=rank_command(asked, folder, _MODULE),
         options=_shard_options(shards),
-        world_size=asked.nodes * asked.tasks_per_node,
+        world_size=asked.world_size,
         interface=asked.network.interface,
         meeting_timeout_s=_meeting_s(asked),
     )
@@ -301,12 +285,6 @@ def _meeting_s(cluster: ClusterConfig) -> float:
     return min(cluster.network.timeout_s, _MEETING_S)
 
 
-def _meeting_environment(nodes: list[str], interface: str, timeout_s: float) -> dict[str, str]:
-    address, port = meeting_point(interface, alone=len(nodes) == 1)
-    env = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "ECGSCALE_NODES": ",".join(nodes)}
-    return env | {MEETING_TIMEOUT_S: f"{timeout_s:g}"}
-
-
 def _shard_options(shards: Iterable[str]) -> list[str]:
     return [f"--shards={place}" for place in shards]
 
@@ -350,7 +328,7 @@ def _collect(
 ) -> Found:
     reports = _reports(results)
     done = {report.rank for report in reports if not report.doing}
-    silent = set(range(cluster.nodes * cluster.tasks_per_node)) - done
+    silent = set(range(cluster.world_size)) - done
     words = {rank: said for rank in silent if (said := _last_words(results, rank, node_of(rank, nodes, cluster)))}
     own_python = cluster.container.kind == "none" and not cluster.python
     here = versions() if own_python else {}

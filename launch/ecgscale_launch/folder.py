@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,14 @@ def write_json(path: Path, tree: Any) -> None:
     partial.replace(path)
 
 
+def write_json_or_say(path: Path, tree: Any) -> None:
+    """Write JSON as far as the disk allows: one that is full or gone must not end what still works."""
+    try:
+        write_json(path, tree)
+    except OSError as error:
+        print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None where there is no such file; raises InputError where it is damaged."""
     try:
@@ -115,6 +124,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(tree, dict):
         raise InputError(f"{path}: damaged, not a JSON object")
     return tree
+
+
+def read_json_now(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None where none can be read at the moment."""
+    try:
+        return read_json(path)
+    except InputError:
+        return None
 
 
 def code_environment(folder: JobFolder, environment: Mapping[str, str]) -> dict[str, str]:

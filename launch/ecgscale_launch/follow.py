@@ -78,6 +78,8 @@ def follow(folder: JobFolder, rank: int | None, attempt: int | None, look: Calla
         if ends and rank is not None and not position:
             rank_log(folder, rank, attempt, look)  # refuses where there is none
         if ends:
+            if attempt is None:
+                print(one_line(f"{short_path(str(folder.run))}: {_word(job)}"), file=sys.stderr, flush=True)
             return
         if not said and not position:
             print(one_line(f"{short_path(str(folder.run))}: {_word(job)}, no log yet"), file=sys.stderr, flush=True)

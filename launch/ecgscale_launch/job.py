@@ -121,10 +121,10 @@ def script(request: Request, tasks: int = 1) -> str:
     return text
 
 
-def test(request: Request) -> None:
-    """Let sbatch look at a job without submitting it; InputError with its complaint."""
+def test(request: Request, tasks: int) -> None:
+    """Let sbatch look at a job, or an array of ``tasks``, without submitting it; InputError with its complaint."""
     with _as_from_a_login_shell(request):
-        slurm.test(script(request))
+        slurm.test(script(request, tasks))
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+from ecgscale.config import FinetuneConfig, PretrainConfig
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError
 from ecgscale.stopping import STOPPED_EXIT_CODE
@@ -19,8 +20,17 @@ from ecgscale_launch.folder import JobFolder, code_environment, read_json, write
 from ecgscale_launch.job import Batch, Request, script, submit, test
 from ecgscale_launch.local import LocalRanks
 from ecgscale_launch.place import check_place
-from ecgscale_launch.rank import OF_RANKS
-from ecgscale_launch.record import Job, load_command, make_job_folder, make_private, read_job, refuse_shared, rewrite
+from ecgscale_launch.rank import OF_RANKS, QUIET
+from ecgscale_launch.record import (
+    Job,
+    Where,
+    load_command,
+    make_job_folder,
+    make_private,
+    read_job,
+    refuse_shared,
+    rewrite,
+)
 from ecgscale_launch.resources import (
     ClusterConfig,
     container_prefix,
@@ -37,6 +47,8 @@ from ecgscale_launch.results import SWEEP, collect_above
 from ecgscale_launch.supervisor import Limits, Supervisor
 from ecgscale_launch.watch import refuse_active
 
+_RANK = "ecgscale_launch.rank"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -44,7 +56,8 @@ class Piece:
 
     run: Path
     command: list[str]
-    swept: dict[str, str]  # what a sweep gave it
+    config: PretrainConfig | FinetuneConfig | None = None  # that the command amounts to
+    swept: dict[str, str] = field(default_factory=dict)  # what a sweep gave it
 
 
 @dataclass(frozen=True)
@@ -73,27 +86,27 @@ def stages(wanted: Wanted) -> list[Stage]:
         raise InputError("--run, --sweep and --parts are for one command, not for a chain; launch it with --after")
     found = []
     for command in wanted.commands:
-        run = _run_folder(command, wanted.run)
+        config = load_command(command)
+        run = _run_folder(command, config, wanted.run)
         if wanted.parts:
             if command[0] != "ingest":
                 raise InputError(f"--parts splits ingest, not {command[0]}")
             parts = [f"{part}/{wanted.parts}" for part in range(1, wanted.parts + 1)]
-            pieces = [Piece(run / f"part-{i:04d}", [*command, "--part", part], {}) for i, part in enumerate(parts, 1)]
-            found += [Stage(run, pieces), Stage(run / "merge", [Piece(run / "merge", [*command, "--merge"], {})])]
+            pieces = [Piece(run / f"part-{i:04d}", [*command, "--part", part]) for i, part in enumerate(parts, 1)]
+            found += [Stage(run, pieces), Stage(run / "merge", [Piece(run / "merge", [*command, "--merge"])])]
         elif wanted.sweeps:
             if command[0] not in OF_RANKS:
                 raise InputError(f"--sweep varies keys of {' or '.join(OF_RANKS)}, not of {command[0]}")
             found.append(Stage(run, list(_swept(run, command, wanted.sweeps))))
         else:
-            found.append(Stage(run, [Piece(run, command, {})]))
+            found.append(Stage(run, [Piece(run, command, config)]))
     runs = [piece.run for stage in found for piece in stage.pieces]
     if again := next((run for run in runs if runs.count(run) > 1), None):
         raise InputError(f"{again}: two jobs would share this run folder; give each its own run.dir")
     return found
 
 
-def _run_folder(command: list[str], given: str) -> Path:
-    config = load_command(command)
+def _run_folder(command: list[str], config: PretrainConfig | FinetuneConfig | None, given: str) -> Path:
     if config is None:
         return Path(given or f"runs/{command[0]}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not (config.run.dir or given):
@@ -108,19 +121,17 @@ def _swept(run: Path, command: list[str], sweeps: tuple[tuple[str, tuple[str, ..
         short = {key: key for key in keys}
     for values in product(*(values for _, values in sweeps)):
         name = "_".join(f"{short[key]}={value}" for key, value in zip(keys, values, strict=True))
-        arguments = [f"--{key}={value}" for key, value in zip(keys, values, strict=True)]
+        varied = [*command, *(f"--{key}={value}" for key, value in zip(keys, values, strict=True))]
         folder = run / re.sub(r"[^A-Za-z0-9_.,+=-]", "-", name)
-        yield Piece(folder, [*command, *arguments], dict(zip(keys, values, strict=True)))
+        yield Piece(folder, varied, load_command(varied), dict(zip(keys, values, strict=True)))
 
 
 def check_ranks(stage: Stage, cluster: ClusterConfig) -> None:
     """Raises InputError where a command knows no ranks, or cannot be shared by as many as the cluster config asks."""
-    world_size = cluster.nodes * cluster.tasks_per_node
     for piece in stage.pieces:
-        config = load_command(piece.command)
-        if config is not None:
-            config.train.lanes_for(world_size)
-        elif world_size > 1:
+        if piece.config is not None:
+            piece.config.train.lanes_for(cluster.world_size)
+        elif cluster.world_size > 1:
             raise InputError(
                 f"{piece.command[0]} does not run as several processes: give nodes 1 and tasks_per_node 1 "
                 f"(only {' and '.join(OF_RANKS)} do)"
@@ -130,8 +141,7 @@ def check_ranks(stage: Stage, cluster: ClusterConfig) -> None:
 def check_data(stage: Stage) -> None:
     """Raises InputError where a data set that is to be here already is not."""
     for piece in stage.pieces:
-        config = load_command(piece.command)
-        for place in config.data.shards if config is not None else ():
+        for place in piece.config.data.shards if piece.config is not None else ():
             if "://" not in place and not (Path(place) / MANIFEST).exists():
                 raise InputError(f"data.shards: {place} is no data set: see `ecgscale ingest`")
 
@@ -147,22 +157,23 @@ def run_here(wanted: Wanted, cluster: ClusterConfig) -> int:
     for stage in planned:
         check_ranks(stage, cluster)
     for stage in planned:
-        for piece, folder in zip(stage.pieces, _folders(stage, cluster, "local"), strict=True):
-            code = _supervise_here(read_job(piece.run), folder, cluster)
+        for folder in _folders(stage, cluster, "local"):
+            code = _supervise_here(read_job(folder.run))
             if code:
                 return code
     return 0
 
 
-def _supervise_here(job: Job, folder: JobFolder, cluster: ClusterConfig) -> int:
-    world_size = cluster.nodes * cluster.tasks_per_node
-    code = code_environment(folder, cluster.environment)
+def _supervise_here(job: Job) -> int:
+    cluster = job.cluster
+    code = code_environment(job.folder, cluster.environment)
 
     def start(attempt: Path, env: dict[str, str]) -> LocalRanks:
-        return LocalRanks(attempt, job.arguments, env | code, world_size, shown=True)
+        argv = [sys.executable, "-u", "-m", _RANK, str(attempt), "--", *job.arguments]
+        return LocalRanks(attempt, argv, env | code, cluster.world_size, shown=True)
 
     limits = Limits(cluster.save_s, cluster.hang_s, cluster.retries)
-    supervisor = Supervisor(folder, limits, start, [job.host], None)
+    supervisor = Supervisor(job.folder, limits, start, [job.host], None)
     ended = supervisor.run(cluster.network.interface, cluster.network.timeout_s, None)
     if ended == 0:
         collect_above(job.run)
@@ -183,19 +194,18 @@ def submit_all(wanted: Wanted, cluster: ClusterConfig) -> list[tuple[Stage, list
     if not wanted.after:
         check_data(planned[0])
     depends = [number for one in wanted.after if (number := _number(one)) is not None]
+    requests = [request_for(stage, cluster, wanted.at_once) for stage in planned]
+    for stage, request in zip(planned, requests, strict=True):  # what sbatch refuses leaves no folders
+        test(request, len(stage.pieces))
     folders_of = [_folders(stage, cluster, "slurm") for stage in planned]
     done: list[tuple[Stage, list[str]]] = []
-    for stage, folders in zip(planned, folders_of, strict=True):
-        request = request_for(stage, folders, cluster, wanted.at_once)
+    for stage, request, folders in zip(planned, requests, folders_of, strict=True):
         try:
-            test(request)
-            numbers = submit(replace(request, after=tuple(depends)), [batch_of(read_job(one.run)) for one in folders])
+            numbers = _submit(replace(request, after=tuple(depends)), [read_job(one.run) for one in folders])
         except InputError:
             if done:  # no half of a chain stays in the queue
                 slurm.cancel(*(numbers[0].partition("_")[0] for _, numbers in done))
             raise
-        for folder, number in zip(folders, numbers, strict=True):
-            write_json(folder.submitted, {"job_id": number, "time": time.time()})
         depends = [numbers[0].partition("_")[0]]
         done.append((stage, numbers))
     return done
@@ -208,15 +218,22 @@ def resubmit(job: Job, overrides: list[str], new_code: bool) -> str:
     if (read_json(job.folder.state) or {}).get("phase") == "done":
         raise InputError(f"{job.run}: is done; to go on, launch its command again with more --train.steps")
     job = replace(job, cluster=load_cluster(job.folder.cluster, overrides))
-    stage = Stage(job.run, [Piece(job.run, job.command, {})])
+    stage = Stage(job.run, [Piece(job.run, job.command)])
     check_place(job.run, job.cluster)
     refuse_shared(job.folder)
-    request = request_for(stage, [job.folder], job.cluster, cwd=job.cwd)
-    test(request)
+    request = request_for(stage, job.cluster, cwd=job.cwd)
+    test(request, 1)
     rewrite(job, new_code)
-    [number] = submit(request, [batch_of(job)])
-    write_json(job.folder.submitted, {"job_id": number, "time": time.time()})
+    [number] = _submit(request, [job])
     return number
+
+
+def _submit(request: Request, jobs: Sequence[Job]) -> list[str]:
+    """Put a job, or an array of several, into the queue; their numbers, which are also written down."""
+    numbers = submit(request, [batch_of(job) for job in jobs])
+    for job, number in zip(jobs, numbers, strict=True):
+        write_json(job.folder.submitted, {"job_id": number, "time": time.time()})
+    return numbers
 
 
 def dry_run(wanted: Wanted, cluster: ClusterConfig) -> str:
@@ -224,22 +241,21 @@ def dry_run(wanted: Wanted, cluster: ClusterConfig) -> str:
     said = ["# --- cluster ---", dump(cluster)]
     for stage in stages(wanted):
         check_ranks(stage, cluster)
-        folders = [JobFolder.of(piece.run) for piece in stage.pieces]
         after = ("JOB_BEFORE",) if len(said) > 2 else wanted.after
-        request = replace(request_for(stage, folders, cluster, wanted.at_once), after=after)
+        request = replace(request_for(stage, cluster, wanted.at_once), after=after)
         said += [f"# --- {stage.run}: batch script ---", script(request, len(stage.pieces))]
-        for piece, folder in zip(stage.pieces, folders, strict=True):
+        for piece in stage.pieces:
+            folder = JobFolder.of(piece.run)
             ranks = [*srun_command(cluster, folder), *rank_command(cluster, folder), "ATTEMPT", "--", *piece.command]
             said.append(f"# {piece.run} runs: {shlex.join(ranks)}")
     return "\n".join(said)
 
 
-def _folders(stage: Stage, cluster: ClusterConfig, where: str) -> list[JobFolder]:
+def _folders(stage: Stage, cluster: ClusterConfig, where: Where) -> list[JobFolder]:
     folders = []
     for piece in stage.pieces:
         refuse_active(piece.run)
-        folder = make_job_folder(piece.run, piece.command, cluster, "local" if where == "local" else "slurm")
-        folders.append(JobFolder(folder))
+        folders.append(JobFolder(make_job_folder(piece.run, piece.command, cluster, where)))
     of_stage = JobFolder.of(stage.run)
     make_private(of_stage)
     if any(piece.swept for piece in stage.pieces):
@@ -248,20 +264,15 @@ def _folders(stage: Stage, cluster: ClusterConfig, where: str) -> list[JobFolder
     return folders
 
 
-def request_for(
-    stage: Stage,
-    folders: list[JobFolder],
-    cluster: ClusterConfig,
-    at_once: int = 0,
-    cwd: Path | None = None,
-) -> Request:
+def request_for(stage: Stage, cluster: ClusterConfig, at_once: int = 0, cwd: Path | None = None) -> Request:
     """What sbatch is asked for a stage. The script imports the first piece's snapshot; all pieces have the same."""
     cwd = cwd or Path.cwd()
     for what, path in (("current folder", cwd), ("run folder", JobFolder.of(stage.run).path)):
         refuse_control_characters(what, str(path))
-    code = code_environment(folders[0], {})
+    first = JobFolder.of(stage.pieces[0].run)
+    code = code_environment(first, {})
     exports = [f"export {name}={shlex.quote(value)}" for name, value in code.items() if name != "PYTHONPATH"]
-    exports.append(f"export PYTHONPATH={shlex.quote(str(folders[0].code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    exports.append(f"export PYTHONPATH={shlex.quote(str(first.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     options = {
         "chdir": str(cwd),
         "nodes": cluster.nodes,
@@ -299,7 +310,7 @@ def batch_of(job: Job) -> Batch:
         srun=srun_command(cluster, folder),
         rank=rank_command(cluster, folder),
         command=job.arguments,
-        world_size=cluster.nodes * cluster.tasks_per_node,
+        world_size=cluster.world_size,
         interface=cluster.network.interface,
         meeting_timeout_s=cluster.network.timeout_s,
         save_s=cluster.save_s,
@@ -312,7 +323,7 @@ def batch_of(job: Job) -> Batch:
 def srun_command(cluster: ClusterConfig, folder: JobFolder) -> list[str]:
     """srun with its options. Nothing ends the other ranks but the supervisor; no GPU is hidden from any rank."""
     sizes = [f"--nodes={cluster.nodes}", f"--ntasks-per-node={cluster.tasks_per_node}"]
-    sizes.append(f"--ntasks={cluster.nodes * cluster.tasks_per_node}")
+    sizes.append(f"--ntasks={cluster.world_size}")
     if cluster.cpus_per_task:  # srun does not take it over from sbatch
         sizes.append(f"--cpus-per-task={cluster.cpus_per_task}")
     if cluster.gpus_per_node:
@@ -321,12 +332,10 @@ def srun_command(cluster: ClusterConfig, folder: JobFolder) -> list[str]:
     return ["srun", "--export=ALL", "--kill-on-bad-exit=0", "--wait=0", *sizes, *container, *cluster.srun]
 
 
-def rank_command(cluster: ClusterConfig, folder: JobFolder) -> list[str]:
+def rank_command(cluster: ClusterConfig, folder: JobFolder, module: str = _RANK) -> list[str]:
     """The command of a rank, in the container where there is one."""
     prefix = container_prefix(cluster, Path.cwd(), _seen(folder))
-    # srun starts tasks with all signals as by default, and a warning that comes before Python listens would end them.
-    quiet = ["sh", "-c", 'trap "" USR2 TERM; exec "$@"', "rank"]
-    return [*quiet, *prefix, rank_python(cluster), "-u", "-m", "ecgscale_launch.rank"]
+    return [*QUIET, *prefix, rank_python(cluster), "-u", "-m", module]
 
 
 def _seen(folder: JobFolder) -> list[Path]:

@@ -5,35 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
+
+from ecgscale_launch.rank import QUIET
 
 
 class LocalRanks:
     """Started ranks, each in a session of its own: Ctrl-C reaches the supervisor alone, which asks them to stop."""
 
-    def __init__(self, folder: Path, command: list[str], env: dict[str, str], world_size: int, shown: bool) -> None:
-        """``shown``: what the first rank says appears here, not in its log."""
+    def __init__(self, folder: Path, argv: list[str], env: dict[str, str], world_size: int, shown: bool) -> None:
+        """``argv`` is each rank's; ``shown``: what the first rank says appears here, not in its log in ``folder``."""
         self._ranks = []
+        cores = max(1, (os.cpu_count() or 1) // world_size)
+        of_all = {"OMP_NUM_THREADS": str(cores)} | os.environ | env
+        of_all |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         for rank in range(world_size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            own |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-            cores = max(1, (os.cpu_count() or 1) // world_size)
-            quiet = ["sh", "-c", 'trap "" USR2 TERM; exec "$@"', "rank"]  # until it listens
-            argv = [*quiet, sys.executable, "-u", "-m", "ecgscale_launch.rank", str(folder), "--", *command]
-            environment = {"OMP_NUM_THREADS": str(cores)} | os.environ | env | own
+            own = of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             with (folder / f"rank-{rank}.log").open("ab") as log:
-                output = None if shown and rank == 0 else log
-                self._ranks.append(
-                    subprocess.Popen(
-                        argv,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                    )
+                out = None if shown and rank == 0 else log
+                started = subprocess.Popen(
+                    [*QUIET, *argv], env=own, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
                 )
+            self._ranks.append(started)
 
     def ended(self) -> bool:
         """Whether no rank runs any more."""

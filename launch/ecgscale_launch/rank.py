@@ -7,7 +7,6 @@ folder what the supervisor and people want to know: where it stands, its first e
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import signal
 import socket
@@ -22,10 +21,13 @@ from typing import Any
 from ecgscale import progress, stopping
 from ecgscale.cli import dispatch, run_as_command
 from ecgscale.errors import InputError, one_line, tells_of_lost_rank
+from ecgscale.training.environment import HANG_S
+from ecgscale_launch.folder import write_json_or_say
 
 OF_RANKS = ("pretrain", "finetune")  # the commands that run as several processes, and save when asked
+# Before a rank's argv: srun starts tasks with all signals as by default, and a warning before Python listens ends them.
+QUIET = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "rank")
 _LOOK_S = 0.2
-HANG_S = "ECGSCALE_HANG_S"  # environment: without progress for so long, ranks are held to be stuck; 0: never
 
 
 def main(arguments: list[str]) -> int:
@@ -73,7 +75,7 @@ def _recorded(path: Path, rank: int) -> Callable[[list[str]], int]:
         except BaseException as error:
             about = {"rank": rank, "host": _node(), "time": time.time(), "kind": kind_of(error)}
             line = one_line(f"{type(error).__name__}: {error}" if about["kind"] == "error" else str(error))
-            _write(path, about | {"line": line, "traceback": traceback.format_exc()})
+            write_json_or_say(path, about | {"line": line, "traceback": traceback.format_exc()})
             raise
 
     return run
@@ -101,23 +103,13 @@ def _report(path: Path, rank: int) -> None:
             about["first_step"], written = now.since, 0.0
         if time.monotonic() - written >= every_s or not written:
             said = {"step": now.step, "phase": now.phase, "count": now.count, "since": now.since, "time": time.time()}
-            _write(path, about | said)
+            write_json_or_say(path, about | said)
             written = time.monotonic()
         time.sleep(_LOOK_S)
 
 
 def _node() -> str:
     return os.environ.get("SLURMD_NODENAME", socket.gethostname())
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all. A disk that is full or gone must not end a rank that still works."""
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps(content))
-        partial.replace(path)
-    except OSError as error:
-        print(f"{path}: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

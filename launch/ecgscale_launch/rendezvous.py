@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import random
 import socket
+from collections.abc import Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 
 import psutil
 
 from ecgscale.errors import InputError
+from ecgscale.training.environment import MEETING_TIMEOUT_S, NODES
+
+PORTS = range(20000, 32768)  # below those that the kernel hands to anyone, perhaps before rank 0 listens
+_TRIES = 50
 
 
-def meeting_point(interface: str, alone: bool) -> tuple[str, int]:
-    """MASTER_ADDR and a fresh MASTER_PORT; ``alone`` where no other node takes part.
+def meeting_environment(nodes: Sequence[str], interface: str, timeout_s: float) -> dict[str, str]:
+    """What the ranks on ``nodes`` need to find each other: a fresh meeting point on this node, the first one.
 
     Raises InputError that names the interfaces there are where ``interface`` is none of them or has no address.
     """
+    address, port = meeting_point(interface, alone=len(nodes) == 1)
+    env = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return env | {NODES: ",".join(nodes), MEETING_TIMEOUT_S: f"{timeout_s:g}"}
+
+
+def meeting_point(interface: str, alone: bool) -> tuple[str, int]:
+    """An address of this node and a port that is free on it; ``alone`` where no other node takes part."""
     if interface:
         address = _address_of(interface)
     elif alone:
@@ -22,9 +36,14 @@ def meeting_point(interface: str, alone: bool) -> tuple[str, int]:
     else:
         address = _reachable()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
-        free.bind((address, 0))
-        port: int = free.getsockname()[1]
-    return address, port
+        for port in random.SystemRandom().sample(PORTS, min(_TRIES, len(PORTS))):
+            with suppress(OSError):  # taken
+                free.bind(("", port))  # on all addresses, as rank 0 will
+                break
+        else:
+            free.bind(("", 0))
+        chosen: int = free.getsockname()[1]
+    return address, chosen
 
 
 def _address_of(interface: str) -> str:

@@ -229,6 +229,10 @@ class ClusterConfig:
     python: str = ""
     """Python on the nodes, or in the container (empty: this one; python3 in a container)."""
 
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
     def __post_init__(self) -> None:
         for key, least in (("nodes", 1), ("tasks_per_node", 1), ("gpus_per_node", 0), ("cpus_per_task", 0)):
             _at_least(key, getattr(self, key), least)

@@ -76,3 +76,8 @@ def checkpoints(run: Path) -> dict[int, Path]:
     """Finished checkpoints by step."""
     paths = (run / "checkpoints").glob("step-*")
     return {int(number): path for path in paths if (number := path.name.removeprefix("step-")).isdecimal()}
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest finished checkpoint; 0 where there is none."""
+    return max(checkpoints(run), default=0)

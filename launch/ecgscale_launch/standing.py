@@ -12,7 +12,7 @@ from typing import Any
 
 from ecgscale.errors import InputError
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json, read_json_now
 from ecgscale_launch.runs import checkpoints, estimated_end, steps_to_do, tail_events
 
 OVER = ("done", "failed", "stopped", "cancelled", "lost", "unsubmitted", "damaged")
@@ -243,11 +243,4 @@ def _add_progress(one: Standing, folder: JobFolder, now: float, stops: bool) -> 
 def _rank(folder: JobFolder) -> dict[str, Any] | None:
     """Where rank 0 of the newest attempt stands."""
     newest = folder.latest_attempt()
-    return _quietly(newest / "rank-0.alive.json") if newest else None
-
-
-def _quietly(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(path)
-    except InputError:
-        return None
+    return read_json_now(newest / "rank-0.alive.json") if newest else None

@@ -37,12 +37,7 @@ class StepRanks:
         self._telling: list[subprocess.Popen[bytes]] = []
         with self._log.open("ab") as log:
             self._srun = subprocess.Popen(
-                argv,
-                env=os.environ | env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                argv, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
     def ended(self) -> bool:

@@ -21,8 +21,10 @@ from typing import Any, Protocol
 
 from ecgscale.errors import InputError, one_line
 from ecgscale.stopping import STOPPED_EXIT_CODE
-from ecgscale_launch.folder import JobFolder, read_json, write_json
-from ecgscale_launch.rendezvous import meeting_point
+from ecgscale.training.environment import HANG_S
+from ecgscale_launch.folder import JobFolder, read_json, read_json_now, write_json
+from ecgscale_launch.rendezvous import meeting_environment
+from ecgscale_launch.runs import newest_step
 
 _LOOK_S = 0.2
 _SETTLE_S = 3.0  # after a rank has failed: for the others to tell their errors, of which the first one counts
@@ -178,14 +180,11 @@ class Supervisor:
         self._attempts.append(asdict(attempt))
         folder = self._folder.attempt(number)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        address, port = meeting_point(interface, alone=len(self._nodes) == 1)
-        self._say(f"attempt {number} on {', '.join(self._nodes)}, meeting at {address}:{port}, "
-                  f"from step {attempt.step_from}")  # fmt: skip
+        env = meeting_environment(self._nodes, interface, meeting_timeout_s)
+        meeting = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        self._say(f"attempt {number} on {', '.join(self._nodes)}, meeting at {meeting}, from step {attempt.step_from}")
         self._write("running")
-        env = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "ECGSCALE_NODES": ",".join(self._nodes)}
-        env |= {"ECGSCALE_MEETING_TIMEOUT_S": f"{meeting_timeout_s:g}"}
-        env |= {"ECGSCALE_HANG_S": f"{self._limits.hang_s:g}"}
-        ranks = self._start(folder, env)
+        ranks = self._start(folder, env | {HANG_S: f"{self._limits.hang_s:g}"})
         try:
             codes, stuck = self._watch(ranks, attempt, folder)
         finally:
@@ -301,7 +300,7 @@ class HangWatch:
 
     def first_step(self) -> float | None:
         """When rank 0 had done its first step."""
-        return (_read(self._folder / "rank-0.alive.json") or {}).get("first_step")
+        return (read_json_now(self._folder / "rank-0.alive.json") or {}).get("first_step")
 
     def stuck(self) -> str | None:
         """Which rank is stuck, when none has begun anything new for the limit; the rest waits for it."""
@@ -309,7 +308,7 @@ class HangWatch:
         if not self._limit_s or now - self._looked < min(10.0, self._limit_s / 4):
             return None
         self._looked = now
-        found = [about for path in self._folder.glob("rank-*.alive.json") if (about := _read(path))]
+        found = [about for path in self._folder.glob("rank-*.alive.json") if (about := read_json_now(path))]
         for about in found:
             if self._written.get(about["rank"], (0.0, 0.0))[0] != about["time"]:
                 self._written[about["rank"]] = (about["time"], now)
@@ -326,23 +325,9 @@ class HangWatch:
         return f"no progress for {self._limit_s:g} s: {where}" + (" and does not answer" if silent else "")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a rank has written; nothing where it cannot be read now."""
-    try:
-        return read_json(path)
-    except InputError:
-        return None
-
-
-def newest_step(run: Path) -> int:
-    """Step of the newest finished checkpoint of a run; 0 where there is none."""
-    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
 def first_error(folder: Path, failures: dict[int, int]) -> dict[str, Any]:
     """The error that came first and follows from no other; of a rank that could not tell it, how it ended."""
-    told = [about for rank in failures if (about := _read(folder / f"rank-{rank}.error.json"))]
+    told = [about for rank in failures if (about := read_json_now(folder / f"rank-{rank}.error.json"))]
     own = sorted((about for about in told if about["kind"] != "lost"), key=lambda about: about["time"])
     if own:
         return own[0]

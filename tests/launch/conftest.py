@@ -23,10 +23,15 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def devcluster(short_folder: Path) -> Iterator[dev.DevCluster]:
-    """Four nodes of two CPUs, warnings and kills after few seconds; skips where SLURM is not installed."""
+def slurm_installed() -> None:
+    """Skips where SLURM is not installed."""
     if missing := dev.missing_programs():
         pytest.skip(f"no SLURM here: {', '.join(missing)} missing")
+
+
+@pytest.fixture(scope="session")
+def devcluster(slurm_installed: None, short_folder: Path) -> Iterator[dev.DevCluster]:
+    """Four nodes of two CPUs, warnings and kills after few seconds."""
     folder = short_folder / "shared"
     try:
         yield dev.up(folder, nodes=4, cpus=2, kill_wait_s=3, grace_s=5)

@@ -11,7 +11,6 @@ Writes a table in markdown to OUT/endurance.md as it goes, and ends with 1 where
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -32,6 +31,9 @@ from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.simulate import Simulation
 from ecgscale_launch import devcluster, slurm
 from ecgscale_launch.folder import JobFolder, read_json
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from small_jobs import events, losses, recordings
 
 TOLERANCE = 2e-5  # of losses between world sizes
 SMALL = [
@@ -110,26 +112,6 @@ def until_over(folder: JobFolder) -> str:
     return slurm.state(number(folder)) or ""
 
 
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines() if line.endswith("}")]
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["train/loss"] for line in lines(run) if "train/loss" in line}
-
-
-def recordings(run: Path) -> dict[int, set[int]]:
-    """What was ever read at each position: one recording, or something is wrong."""
-    read: dict[int, set[int]] = {}
-    for log in (run / "recordings").iterdir():
-        for line in log.read_text().splitlines():
-            if line.endswith("]}"):
-                seen = json.loads(line)
-                for place, recording in enumerate(seen["recordings"], seen["first_position"]):
-                    read.setdefault(place, set()).add(recording)
-    return read
-
-
 def difference(one: Path, other: Path) -> float:
     """Greatest relative difference of the losses of two runs; infinite where they have other steps."""
     a, b = losses(one), losses(other)
@@ -198,7 +180,7 @@ def preemptions(trials: Trials, times: int) -> None:
             trials.check(False, f"preemption {turn + 1} ({way}): {starts(folder) - before} starts after it")
     ended = until_over(folder)
     torn = list((folder.run / "checkpoints").glob("*.partial"))
-    read, wanted = recordings(folder.run), recordings(here)
+    read, wanted = set(recordings(folder.run)), set(recordings(here))
     trials.check(
         ended == "COMPLETED", f"the run ended {ended} after {starts(folder)} requeues for {len(ways)} preemptions"
     )
@@ -249,10 +231,10 @@ def kills(trials: Trials, times: int, every_s: float, after_failure: str) -> Non
         attempt = folder.latest_attempt()
         assert attempt is not None
         about = read_json(attempt / f"rank-{chosen.randrange(2)}.alive.json")
-        before = lines(run)[-1]["time"]
+        before = events(run)[-1]["time"]
         os.kill(about["pid"], signal.SIGKILL)
         until(lambda turn=turn: len(state(folder)["attempts"]) == turn + 2)
-        saved = max((line["time"] for line in lines(run) if line["event"] == "saved"), default=began)
+        saved = max((line["time"] for line in events(run) if line["event"] == "saved"), default=began)
         lost.append(before - saved)
     time.sleep(max(0.0, began + (times + 1) * every_s - time.time()))
     ended = time.time()
@@ -271,7 +253,7 @@ def counted_s(run: Path, began: float, ended: float) -> float:
     """Seconds of the steps that no later attempt did again: each from the event before it in its own attempt."""
     spent: dict[int, float] = {}
     before: dict | None = None
-    for line in lines(run):
+    for line in events(run):
         if line["event"] == "step" and "train/loss" in line and began <= line["time"] <= ended:
             follows = before is not None and before.get("step", -1) in (line["step"] - 1, line["step"])
             spent[line["step"]] = line["time"] - before["time"] if follows and before["event"] != "stopped" else 0.0

@@ -14,7 +14,7 @@ import pytest
 from ecgscale.errors import InputError
 from ecgscale_launch import devcluster as dev
 
-needs_slurm = pytest.mark.skipif(bool(dev.missing_programs()), reason="needs Debian's slurm-wlm and munge")
+needs_slurm = pytest.mark.usefixtures("slurm_installed")
 
 
 def slurm(cluster: dev.DevCluster, *command: str) -> str:
@@ -125,10 +125,14 @@ def test_command_line(short_folder: Path, capsys) -> None:
     folder = ["--folder", str(short_folder / "cli")]
     assert dev.main(["up", *folder, "--nodes", "1"]) == 0
     out, err = capsys.readouterr()
-    assert out == f"export SLURM_CONF={short_folder}/cli/slurm.conf\n"
+    export = f"export SLURM_CONF={short_folder}/cli/slurm.conf\n"
+    assert out == export
     assert "n1" in err
+    assert err.endswith(f"1 nodes are idle; in another terminal: {export}")
     assert dev.main(["status", *folder]) == 0
-    assert "n1         idle" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "n1         idle" in shown
+    assert shown.endswith(f"in another terminal: {export}")
     assert dev.main(["down", *folder]) == 0
     assert dev.main(["down", *folder]) == 0
     with pytest.raises(InputError, match="no devcluster is here"):

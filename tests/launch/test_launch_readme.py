@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ecgscale_launch import devcluster
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "launch/README.md").read_text()
 
 
+@pytest.mark.usefixtures("slurm_installed")
 def test_five_minutes(short_folder, tmp_path) -> None:
-    if missing := devcluster.missing_programs():
-        pytest.skip(f"no SLURM here: {', '.join(missing)} missing")
     [block] = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

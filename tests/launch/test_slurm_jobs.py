@@ -240,6 +240,10 @@ def test_refused_before_anything_is_submitted(cluster, shards, tmp_path, capsys)
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+    parts = ["--run", str(tmp_path / "run"), "--parts", "1002", "--", "ingest", "x", str(tmp_path / "out")]
+    assert main([str(cluster), *parts]) == 2
+    assert "sbatch: allocation failure: Invalid job array specification" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
     assert main([str(cluster), "--", *job[:-1], str(tmp_path / "50%j")]) == 2
     assert "SLURM replaces %" in capsys.readouterr().err
     open_to_others = tmp_path / "open/launch"

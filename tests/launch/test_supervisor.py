@@ -12,8 +12,9 @@ import pytest
 from ecgscale.errors import InputError
 from ecgscale_launch import supervisor as module
 from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.runs import newest_step
 from ecgscale_launch.step import codes_in
-from ecgscale_launch.supervisor import Limits, Supervisor, first_error, newest_step
+from ecgscale_launch.supervisor import Limits, Supervisor, first_error
 
 KILLED = -int(signal.SIGKILL)
 

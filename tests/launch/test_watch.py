@@ -462,10 +462,24 @@ def test_following_moves_on_to_the_next_attempt_and_ends_with_the_job(
     worker.join()
     out, err = capfdbinary.readouterr()
     assert out.decode().split() == [*(f"1:{i}" for i in range(10)), "2:0", *(f"3:{i}" for i in range(10)), "last"]
-    assert err.decode().splitlines()[1:] == [f"==> attempt {number} <==" for number in (1, 2, 3)]
+    assert err.decode().splitlines()[1:] == [
+        *(f"==> attempt {number} <==" for number in (1, 2, 3)),
+        f"{tmp_path}: done",
+    ]
     assert b"no log yet" in err
     assert logs([str(tmp_path), "-f", "--attempt", "1"]) == 0
     assert capfdbinary.readouterr().out.count(b"1:") == 10
+
+
+def test_following_a_job_that_was_cancelled_ends_with_that_word(
+    tmp_path: Path, slurm_says: dict[str, Known], capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    folder = make_job(tmp_path)
+    write_state(folder, "running")
+    folder.log.write_text("attempt 1\n")
+    slurm_says["7"] = Known("CANCELLED")
+    assert logs([str(tmp_path), "-f", "--supervisor"]) == 0
+    assert capfdbinary.readouterr() == (b"attempt 1\n", f"{tmp_path}: cancelled\n".encode())
 
 
 # -- cancel and resume -----------------------------------------------------------------------------------------------

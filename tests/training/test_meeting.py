@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from ecgscale.training.environment import MEETING_TIMEOUT_S, NODES
+
 MEET = """
 import sys
 from ecgscale.cli import run_as_command
@@ -29,7 +31,7 @@ def start():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    common |= {"ECGSCALE_MEETING_TIMEOUT_S": "3", "ECGSCALE_NODES": "n1,n2"}
+    common |= {MEETING_TIMEOUT_S: "3", NODES: "n1,n2"}
     started = []
 
     def rank(number: int) -> subprocess.Popen[str]:
