@@ -41,6 +41,11 @@ class Purpose(IntEnum):
     MIXTURE = 10
     SOME_SHARDS = 11
     LABELLED_PATIENTS = 12
+    POWER_LINE = 13
+    EMG = 14
+    BASELINE_SHIFT = 15
+    BASELINE_WANDER = 16
+    VECTORCARDIOGRAM = 17
 
 
 def philox_4x32(

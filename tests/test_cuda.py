@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.objectives import ObjectiveConfig, Pretraining
+from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from ecgscale.simulate import Simulation
 from ecgscale_kernels import forced, lead_masked_conv_stem, lead_masked_patch_embed
 
@@ -23,10 +23,13 @@ pytestmark = [
 ]
 
 
-def test_losses_and_gradients_equal_those_of_the_cpu(small_model_config, make_batch) -> None:
-    objective = Pretraining(small_model_config, ObjectiveConfig(codes=16, code_width=16, negatives=20), seed=3).eval()
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_and_gradients_equal_those_of_the_cpu(small_model_config, make_batch, name) -> None:
+    config = ObjectiveConfig(name=name, codes=16, code_width=16, negatives=20)
+    objective = build_objective(small_model_config, config, seed=3, rate_hz=500).eval()
     counts_BLT = torch.randint(-2000, 2000, (8, 12, 1003), generator=torch.Generator().manual_seed(0)).to(torch.int16)
-    batch = make_batch(counts_BLT, gain_BL=torch.full((8, 12), 1e-3), segment_B=torch.arange(2).repeat_interleave(4))
+    pairs = {"segment_B": torch.arange(2).repeat_interleave(4), "position_B": torch.arange(4).repeat(2)}
+    batch = make_batch(counts_BLT, gain_BL=torch.full((8, 12), 1e-3), patient_B=pairs["position_B"], **pairs)
     found = []
     for device in ("cpu", "cuda"):
         objective.to(device).zero_grad()

@@ -36,7 +36,7 @@ from ecgscale.bench.measure import (
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, Pretraining
+from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale_kernels import Backend, counts, forced
 from ecgscale_kernels.counts import ConvStemSize, PatchEmbedSize
 
@@ -235,7 +235,7 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
         f"Pretraining, preset {preset}, {rows} segments",
         ("kernels", "forward + backward, ms", "segments/s", "peak, MB"),
     )
-    objective = Pretraining(PRESETS[preset], ObjectiveConfig(), seed=0).to(device.torch, device.dtype)
+    objective = build_objective(PRESETS[preset], ObjectiveConfig(), seed=0, rate_hz=500).to(device.torch, device.dtype)
     batch = _batch(rows, effort.samples).to(device.torch)
     backends: tuple[Backend, ...] = ("triton", "reference") if device.cuda else ("reference",)
 

@@ -19,7 +19,8 @@ from ecgscale_kernels import LeadDraw
 class ECGBatch:
     """Rows of counts with what they are worth: value = gain · (x − offset), in mV or in z-units.
 
-    For pretraining the first half of the rows holds segment 0 of each position and the second half segment 1.
+    For pretraining the first half of the rows holds segment 0 of each position and the second half segment 1. Behind
+    augmentations, on the device, the signal is float32 values with gain 1 or 0 and offset 0.
     """
 
     signal_BLT: Tensor  # int16 counts; zero where a lead is missing, the rounded offset behind the valid samples

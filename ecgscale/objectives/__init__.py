@@ -1,4 +1,7 @@
-"""Objectives: modules that own the encoder and its heads and map a batch to one loss with named parts."""
+"""Objectives: modules that own the encoder and its heads and map a batch to one loss with named parts.
+
+To add one: a file with a subclass of Objective, and its name here.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,35 @@ from difflib import get_close_matches
 
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives.pretraining import ObjectiveConfig, Pretraining
+from ecgscale.objectives.cmsc import CMSC
+from ecgscale.objectives.objective import Objective, ObjectiveConfig
+from ecgscale.objectives.simclr import SimCLR
+from ecgscale.objectives.three_kg import ThreeKG
+from ecgscale.objectives.wav2vec2 import Wav2Vec2
+from ecgscale.objectives.wav2vec2_cmsc import Wav2Vec2CMSC
 
-__all__ = ["OBJECTIVES", "ObjectiveConfig", "Pretraining", "build_objective"]
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "build_objective", "objective_named"]
 
-OBJECTIVES = {"wav2vec2": Pretraining, "cmsc": Pretraining, "wav2vec2+cmsc": Pretraining}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "wav2vec2": Wav2Vec2,
+    "cmsc": CMSC,
+    "wav2vec2+cmsc": Wav2Vec2CMSC,
+    "simclr": SimCLR,
+    "3kg": ThreeKG,
+}
+
+
+def objective_named(name: str) -> type[Objective]:
+    """The objective of that name; raises InputError for an unknown one."""
+    if name not in OBJECTIVES:
+        near = get_close_matches(name, OBJECTIVES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(OBJECTIVES)}"
+        raise InputError(f"objective.name {name!r} is unknown{hint}")
+    return OBJECTIVES[name]
 
 
 def build_objective(
-    model: ModelConfig, config: ObjectiveConfig, seed: int, activation_checkpointing: bool = False
-) -> Pretraining:
-    """The objective that ``config.name`` names; raises InputError for an unknown one."""
-    if config.name not in OBJECTIVES:
-        near = get_close_matches(config.name, OBJECTIVES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(OBJECTIVES)}"
-        raise InputError(f"objective.name {config.name!r} is unknown{hint}")
-    return OBJECTIVES[config.name](model, config, seed, activation_checkpointing)
+    model: ModelConfig, config: ObjectiveConfig, seed: int, rate_hz: float, activation_checkpointing: bool = False
+) -> Objective:
+    """The objective that ``config.name`` names, for signals of ``rate_hz``; raises InputError for an unknown one."""
+    return objective_named(config.name)(model, config, seed, rate_hz, activation_checkpointing)

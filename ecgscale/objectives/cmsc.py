@@ -1,6 +1,6 @@
 """The global objective: contrastive multi-segment coding (CLOCS, Kiyasseh et al. 2021; Oh et al. 2022).
 
-Shape suffixes: P positions (pairs of segments), D width.
+Shape suffixes: B rows, P positions (pairs of segments), D width.
 """
 
 from __future__ import annotations
@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ecgscale.data.batch import ECGBatch
+from ecgscale.objectives.gather import gather_rows
+from ecgscale.objectives.objective import Draws, Encoded, Objective, ObjectiveConfig
 
 
 def cmsc_loss(
@@ -44,3 +48,25 @@ def _log_sum_others(unit_PD: Tensor, temperature: float) -> Tensor:
     logit_PP = unit_PD @ unit_PD.T / temperature
     own_PP = torch.eye(len(unit_PD), dtype=torch.bool, device=unit_PD.device)
     return logit_PP.masked_fill(own_PP, float("-inf")).logsumexp(dim=1)
+
+
+def global_loss(encoded: Encoded, batch: ECGBatch, config: ObjectiveConfig, share: bool) -> Tensor:
+    """The loss of the embeddings of all ranks."""
+    return cmsc_loss(
+        gather_rows(encoded.embedding_BD, share),
+        gather_rows(batch.patient_B, share),
+        gather_rows(batch.segment_B, share),
+        config.global_temperature,
+        config.global_form == "nt_xent",
+    )
+
+
+class CMSC(Objective):
+    """The global objective: two adjacent segments of a patient, told from those of others."""
+
+    def loss(
+        self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrast of segments."""
+        loss = global_loss(encoded, batch, self.config, share)
+        return loss, {"cmsc": loss}

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecgscale.data.batch import ECGBatch
+from ecgscale.data.selection import DataConfig
+from ecgscale.errors import InputError
+from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.quantizer import ProductQuantizer, Quantized, perplexity
 from ecgscale.objectives.gather import sum_over_ranks, world_size
+from ecgscale.objectives.masking import TimeMask, gumbel_noise, negatives, reference_time_mask, time_mask
+from ecgscale.objectives.objective import Draws, Encoded, Objective, ObjectiveConfig
 from ecgscale_kernels import info_nce_logits
 
 
@@ -84,3 +91,87 @@ class LocalHead(nn.Module):
         one_hot = F.one_hot(quantized.index_BMG, self.quantizer.codes) * weight_BM[..., None, None]
         chosen_GV = sum_over_ranks(one_hot.sum(dim=(0, 1)), share) / total
         return perplexity(mean_GV), perplexity(chosen_GV)
+
+
+class Wav2Vec2(Objective):
+    """The local objective: what stands at masked places, told from what stands at others of the same segment."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: ObjectiveConfig,
+        seed: int,
+        rate_hz: float,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(model, config, seed, rate_hz, activation_checkpointing)
+        self.local_head = LocalHead(
+            model.stem_channels, model.width, config.code_width, config.code_groups, config.codes
+        )
+
+    @classmethod
+    def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
+        """Raises InputError where a segment has too few masked tokens to tell one from another."""
+        super().check(model, config, data, rate_hz)
+        tokens = round(data.segment_s * rate_hz) // model.patch_samples
+        if round(config.time_mask_share * tokens) < 2:
+            raise InputError(
+                f"a segment of {data.segment_s:g} s gives {tokens} tokens of {model.patch_samples} samples, "
+                "but the local objective needs two masked ones; lower model.patch_samples, give a longer "
+                "data.segment_s or choose objective.name cmsc"
+            )
+
+    def draw(self, batch: ECGBatch, share: bool) -> Draws:
+        """Lead masks, and with them time masks, negatives and the quantizer's noise."""
+        config, mask = self.config, self._time_mask(batch, share)
+        noise_shape = (mask.place_BM.shape[1], config.code_groups, config.codes)
+        return Draws(
+            super().draw(batch, share).lead_draw,
+            mask,
+            negatives(batch, self.seed, mask, config.negatives),
+            gumbel_noise(batch, self.seed, noise_shape) if self.training else None,
+        )
+
+    def _time_mask(self, batch: ECGBatch, share: bool) -> TimeMask:
+        patch_samples = self.encoder.config.patch_samples
+        tokens = batch.signal_BLT.shape[-1] // patch_samples
+        valid_B, span = batch.length_B // patch_samples, self.config.time_mask_span
+        if self.config.time_mask_rule == "reference":
+            return reference_time_mask(batch, self.seed, tokens, valid_B, span, share)
+        return time_mask(batch, self.seed, tokens, valid_B, self.config.time_mask_share, span)
+
+    def loss(
+        self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE, plus the penalties on unused codes and on large features."""
+        mask, config = draws.time_mask, self.config
+        assert mask is not None
+        assert draws.negative_BMK is not None
+        dropout = self.encoder.config.feature_dropout
+        target_BNC = F.dropout(encoded.features.normed_BNC, dropout, self.training)
+        local = self.local_head(
+            _at(encoded.context_BND, mask.place_BM),
+            _at(target_BNC, mask.place_BM),
+            draws.negative_BMK,
+            (torch.arange(mask.place_BM.shape[1], device=mask.count_B.device) < mask.count_B[:, None]).float(),
+            temperature=config.local_temperature,
+            gumbel_temperature=max(config.gumbel_end, config.gumbel_start * config.gumbel_factor**step),
+            gumbel_BMGV=draws.gumbel_BMGV,
+            share=share,
+        )
+        feature_penalty = encoded.features.stem_BNC.float().square().mean()
+        loss = local.info_nce + config.diversity_weight * local.diversity + config.feature_weight * feature_penalty
+        parts = {
+            "local": local.info_nce,
+            "diversity": local.diversity,
+            "feature_penalty": feature_penalty,
+            "local_accuracy": local.accuracy,
+            "soft_perplexity": local.soft_perplexity,
+            "code_perplexity": local.code_perplexity,
+        }
+        return loss, parts
+
+
+def _at(x_BNC: Tensor, place_BM: Tensor) -> Tensor:
+    """(B, M, C) rows of ``x`` at the masked places."""
+    return x_BNC.gather(1, place_BM[..., None].expand(-1, -1, x_BNC.shape[-1]))

@@ -11,7 +11,7 @@ import torch
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time, valid_tokens
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, Pretraining
+from ecgscale.objectives import ObjectiveConfig, build_objective
 
 COUNTS = {  # with the pretraining heads, without
     "tiny": (596_576, 392_672),
@@ -75,7 +75,7 @@ def differ(a, b) -> bool:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_exactly_as_many_parameters_as_they_should(preset):
     with torch.device("meta"):
-        objective = Pretraining(PRESETS[preset], ObjectiveConfig(), seed=0)
+        objective = build_objective(PRESETS[preset], ObjectiveConfig(), seed=0, rate_hz=500)
     total = sum(parameter.numel() for parameter in objective.parameters())
     assert (total, sum(parameter.numel() for parameter in objective.encoder.parameters())) == COUNTS[preset]
     assert PRESETS[preset].preset == preset

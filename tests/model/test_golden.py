@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours
 from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
+from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.objectives.masking import TimeMask
-from ecgscale.objectives.pretraining import Draws, ObjectiveConfig, Pretraining
+from ecgscale.objectives.objective import Draws
 from ecgscale_kernels import info_nce_logits
-
-_spec = importlib.util.spec_from_file_location("reference_names", Path(__file__).parent / "reference_names.py")
-reference_names = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference_names)
 
 
 def model_config(config: dict) -> ModelConfig:
@@ -35,6 +31,11 @@ def model_config(config: dict) -> ModelConfig:
         stem_bias=config.get("conv_bias", False),
         stem_gradient_scale=config["feature_grad_mult"],
     )
+
+
+def contents(objective) -> Contents:
+    config = objective.config
+    return Contents(objective.encoder.config, codes=Codes(config.code_groups, config.codes, config.code_width))
 
 
 def batch_of(signal_BLT: Tensor, **rows: Tensor) -> ECGBatch:
@@ -61,9 +62,9 @@ def golden(request, shared_reference):
     objective_config = ObjectiveConfig(
         code_groups=config["latent_groups"], codes=config["latent_vars"], code_width=config["final_dim"]
     )
-    objective = Pretraining(model_config(config), objective_config, seed=0).eval()
+    objective = build_objective(model_config(config), objective_config, seed=0, rate_hz=500).eval()
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    objective.load_state_dict(reference_names.to_ours(weights))
+    objective.load_state_dict(to_ours(weights, contents(objective)))
     batch = batch_of(tensors["input.signal"], patient_B=tensors["input.patient_id"], segment_B=tensors["input.segment"])
     return objective, batch, tensors, about["scalars"]
 
@@ -135,7 +136,8 @@ def test_every_gradient(golden) -> None:
     objective.zero_grad()
     loss, _ = objective.losses(batch, draws_of(tensors), step=0, share=False)
     (loss * scalars["sample_size"]).backward()
-    theirs = reference_names.to_ours({n.removeprefix("grad."): t for n, t in tensors.items() if n.startswith("grad.")})
+    theirs = {name.removeprefix("grad."): t for name, t in tensors.items() if name.startswith("grad.")}
+    theirs = to_ours(theirs, contents(objective))
     ours = {name: p.grad for name, p in objective.named_parameters()}
     assert ours.keys() == theirs.keys()
     largest = max(grad.norm() for grad in theirs.values())
@@ -151,11 +153,10 @@ def test_classifier_with_and_without_padding(shared_reference) -> None:
     tensors = load_file(shared_reference / "classifier.safetensors")
     about = json.loads((shared_reference / "classifier.json").read_text())
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    head = weights.pop("proj.weight"), weights.pop("proj.bias")
     encoder = ECGEncoder(model_config(about["config"])).eval()
-    ours = reference_names.to_ours({n.removeprefix("encoder."): t for n, t in weights.items()})
-    ours = {n.removeprefix("encoder."): t for n, t in ours.items()}
-    encoder.load_state_dict(ours | {"mask.token": encoder.mask.token})
+    ours = to_ours(weights, Contents(encoder.config, fine_tuned=True, mask_token=False, classes=about["num_labels"]))
+    head = ours.pop("head.weight"), ours.pop("head.bias")
+    encoder.load_state_dict({name.removeprefix("encoder."): t for name, t in ours.items()})
     signal_BLT = tensors["input.signal"]
     padded_length_B = (~tensors["input.padding_mask"][:, 0]).sum(dim=1)
     for length_B, expected in ((None, "out.logits"), (padded_length_B, "out.logits_padded")):
