@@ -19,8 +19,9 @@ import yaml
 from ecgscale.data.selection import DataConfig
 from ecgscale.downstream.tasks import InitConfig, TaskConfig
 from ecgscale.errors import InputError
+from ecgscale.export import described, read_about
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.model.presets import PRESETS
+from ecgscale.model.presets import PRESETS, SHAPE_FIELDS
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
@@ -37,10 +38,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """What pretraining begins with."""
+
+    model: str = ""
+    """Run folder or export whose weights the run begins with; none: random ones. Its shape, segments and normalisation
+    are taken where the keys are not given."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Everything about a pretraining run."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    init: StartConfig = field(default_factory=StartConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -73,7 +84,7 @@ def load(config_type: type[Config], arguments: list[str]) -> Config:
 
 
 def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
-    """A nested dict -> a checked config; a ``model.preset`` fills in what the tree does not give."""
+    """A nested dict -> a checked config; ``model.preset`` and ``init.model`` fill in what the tree does not give."""
     from jsonargparse import ArgumentError
 
     _check_values(tree)
@@ -82,6 +93,8 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"model.preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
         tree = tree | {"model": asdict(PRESETS[preset]) | tree["model"]}
+    if config_type is PretrainConfig and isinstance(tree.get("init", {}).get("model", None), str):
+        tree = _begun_with(tree)
     tree_type: type = config_type  # of which mypy knows that it is hashable
     parser = _checker(tree_type)
     try:
@@ -89,6 +102,36 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     except ArgumentError as error:
         raise InputError(_tidied(str(error))) from error
     return config_type(**{f.name: built[f.name] for f in fields(config_type)})  # type: ignore[arg-type]
+
+
+def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
+    """A pretraining tree with what ``init.model`` says of the model and of its preprocessing.
+
+    Where the run folder holds a run that began with the same model, its config says it: the model is not needed again.
+    Raises InputError for a key that contradicts.
+    """
+    model, data, init = tree.get("model", {}), tree.get("data", {}), tree["init"]["model"]
+    if not init:
+        return tree
+    saved = Path(str(tree.get("run", {}).get("dir") or "")) / "config.yaml"
+    before = read_yaml(saved, PretrainConfig) if saved.is_file() else {}
+    if before.get("init", {}).get("model") == init:
+        shape, prepared = before.get("model", {}), before.get("data", {})
+    else:
+        config, profile = described(*read_about(Path(init)))
+        shape, prepared = asdict(config), asdict(profile)
+    for group, given, own, keys in (
+        ("model", model, shape, SHAPE_FIELDS),
+        ("data", data, prepared, ("segment_s", "normalisation")),
+    ):
+        for key in keys:
+            if key in given and key in own and given[key] != own[key]:
+                raise InputError(
+                    f"{group}.{key} {given[key]!r}: the model of init.model {init} has {own[key]!r}; leave the key out"
+                    + (" and model.preset too" if group == "model" and "preset" in given else "")
+                )
+    prepared = {key: prepared[key] for key in ("segment_s", "normalisation") if key in prepared}
+    return tree | {"model": shape | model, "data": prepared | data}
 
 
 def help_text(config_type: type, command: str) -> str:

@@ -1,6 +1,7 @@
-"""Exports: ``config.json`` + ``model.safetensors`` with everything needed to use an encoder.
+"""Exports: ``config.json`` + ``model.safetensors`` with everything needed to use an encoder, or to train it further.
 
-Its shape, its weights, the preprocessing profile that it was trained with and, for a classifier, its task.
+Its shape, its weights and those of its heads, the preprocessing profile that it was trained with and, for a classifier,
+its task.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
 
 FORMAT = "ecgscale-export/1"
+PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,13 @@ class Profile:
 
 
 def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
-    """Write ``encoder.*`` and ``head.*`` weights with what is to be known about them; complete or absent."""
+    """Write the weights of PREFIXES with what is to be known about them; complete or absent."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         used = {
-            name: tensor.float().contiguous().cpu()
-            for name, tensor in weights.items()
-            if name.startswith(("encoder.", "head."))
+            name: tensor.float().contiguous().cpu() for name, tensor in weights.items() if name.startswith(PREFIXES)
         }
         save_file(used, partial / "model.safetensors")
         write_whole(partial / "config.json", json.dumps(about | {"format": FORMAT}, indent=1, sort_keys=True).encode())
@@ -95,38 +95,74 @@ def amend_export(folder: Path, **more: Any) -> None:
 
 def export_run(run: Path, out: Path) -> Path:
     """The newest state of a run as an export; refuses to overwrite anything that is no export."""
-    if out.exists():
-        try:
-            _read_about(out)
-        except InputError as error:
-            raise InputError(f"{out}: exists and is no export; give a new folder") from error
+    if out.exists() and not is_export(out):
+        raise InputError(f"{out}: exists and is no export; give a new folder")
     _, weights, about = read_model(run)
     return write_export(out, weights, about)
 
 
 def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Place, weights and description of an export, or of a run's newest state: its export or a later checkpoint."""
+    place, about = _newest(path)
+    if (place / "config.json").is_file():
+        return place, _read_weights(place), about
+    return place, Checkpoint.open(place).tensors("weight"), about
+
+
+def read_about(path: Path) -> tuple[Path, dict[str, Any]]:
+    """What ``read_model`` gives but the weights, of which none is read."""
+    return _newest(path)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether an export stands there, which may be written anew."""
+    try:
+        _read_about(folder)
+    except InputError:
+        return False
+    return True
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder is an export or a run folder; what it holds may still be damaged."""
+    return any((path / name).exists() for name in ("config.json", "config.yaml", "checkpoints"))
+
+
+def described(place: Path, about: dict[str, Any]) -> tuple[ModelConfig, Profile]:
+    """Shape and preprocessing of a model; raises InputError where this version does not know them."""
+    try:
+        model = ModelConfig(**about["model"])
+        profile = Profile(**about["profile"] | {"leads": tuple(about["profile"]["leads"])})
+        check_token(model, profile)
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{place}: does not describe a model of this version ({error})") from error
+    return model, profile
+
+
+def _newest(path: Path) -> tuple[Path, dict[str, Any]]:
+    """An export, or of a run the export or a later checkpoint, and its description."""
     if (path / "config.json").is_file():
-        return path, *_read_export(path)
+        return path, _read_about(path)
     export, saved = path / "export", checkpoints(path / "checkpoints")
     if (export / "config.json").is_file():
-        weights, about = _read_export(export)
+        about = _read_about(export)
         if not saved or step_of(saved[-1]) <= about.get("step", 0):
-            return export, weights, about
+            return export, about
     if not saved:
         raise InputError(f"{path}: neither an export (config.json) nor a run folder with checkpoints")
-    checkpoint = Checkpoint.open(saved[-1])
-    return checkpoint.folder, checkpoint.tensors("weight"), checkpoint.state["about"] | {"step": checkpoint.step}
+    checkpoint = Checkpoint.open(saved[-1], verify=False)
+    return saved[-1], checkpoint.state["about"] | {"step": checkpoint.step}
 
 
-def _read_export(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    about, path = _read_about(folder), folder / "model.safetensors"
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / "model.safetensors"
     tensors = open_tensors(path)
     weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     for name in weights:
-        if not name.startswith(("encoder.", "head.")):
-            raise InputError(f"{path}: left over {name}; an export holds encoder.* and head.* alone")
-    return weights, about
+        if not name.startswith(PREFIXES):
+            known = ", ".join(f"{prefix}*" for prefix in PREFIXES)
+            raise InputError(f"{path}: left over {name}; an export holds {known} alone")
+    return weights
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

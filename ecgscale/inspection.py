@@ -1,4 +1,4 @@
-"""`ecgscale verify` and `ecgscale inspect`: what is in a data set folder."""
+"""`ecgscale verify` and `ecgscale inspect`: what is in a data set, a run or an export."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ecgscale.data.audit import verify_set, verify_shard
+from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.data.shards import SPLITS
+from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.errors import InputError
+from ecgscale.export import PREFIXES, described, is_model, read_model
 from ecgscale.plot import plot_record
 from ecgscale.record import LEADS
 
@@ -28,6 +30,51 @@ def verify_dataset(folder: str) -> str:
 
 
 def summarise(folder: str) -> str:
+    """What a data set holds, or what a model is. Raises InputError for a folder that is neither."""
+    if is_remote(folder) or (Path(folder) / MANIFEST).exists() or any(Path(folder).glob("shard-*")):
+        return summarise_dataset(folder)
+    if is_model(Path(folder)):
+        return summarise_model(Path(folder))
+    what = "a folder without any of them" if Path(folder).is_dir() else "no folder"
+    raise InputError(
+        f"{folder} is no data set ({MANIFEST}), no export (config.json) and no run folder (checkpoints/), but {what}"
+    )
+
+
+def summarise_model(path: Path) -> str:
+    """Parameters, shape, preprocessing, heads and origin of a model."""
+    place, weights, about = read_model(path)
+    model, profile = described(place, about)
+    parts = {prefix.rstrip("."): [t for name, t in weights.items() if name.startswith(prefix)] for prefix in PREFIXES}
+    counts = {name: sum(tensor.numel() for tensor in tensors) for name, tensors in parts.items() if tensors}
+    stem = f"{model.stem} stem of {model.stem_channels} channels, {model.patch_samples} samples a token"
+    lines = [
+        f"model       {about.get('format', 'checkpoint')} in {place}",
+        f"parameters  {sum(counts.values()):,}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        f"shape       {model.depth} layers of width {model.width}, {model.heads} heads, feed-forward {model.ffn_width}"
+        f"{', norm first' if model.pre_norm else ''}; {stem}",
+        f"profile     {profile.rate_hz:g} Hz, "
+        + ("millivolts" if profile.normalisation == "mv" else "each lead z-scored over the recording")
+        + f", segments of {profile.segment_s:g} s",
+        f"leads       {', '.join(profile.leads)}; any subset, the others are masked",
+        f"step        {about.get('step', 'unknown')}",
+    ]
+    if task := about.get("task"):
+        lines.append(f"task        {_printable(str(task.get('label')))}, {task.get('kind')}, {task.get('protocol')}")
+    if "head.weight" in weights:
+        classes = about.get("classes")
+        named = f": {', '.join(map(_printable, classes))}" if classes else ", whose names the model does not know"
+        lines.append(f"classes     {len(weights['head.weight'])}{named}")
+    if "arcface.weight" in weights:
+        lines.append(f"persons     {len(weights['arcface.weight'])} (ArcFace)")
+    if source := about.get("source"):
+        lines.append(
+            f"source      {_printable(str(source.get('file')))} of {source.get('system')}, {source.get('dtype')}"
+        )
+    return "\n".join(lines)
+
+
+def summarise_dataset(folder: str) -> str:
     """Records, patients, hours, leads, rates and labels of a data set."""
     shards = ShardSet.open(folder)
     samples, split = shards.column("samples"), shards.column("split")

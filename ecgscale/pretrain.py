@@ -16,13 +16,16 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
-from ecgscale.export import Profile, about_model, export_engine
+from ecgscale.export import Profile, about_model, described, export_engine, read_model
+from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
-from ecgscale.objectives import Pretraining, build_objective
+from ecgscale.objectives import Objective, build_objective, objective_named
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, leave_run
-from ecgscale.training.loop import Job, train
-from ecgscale.training.ranks import log, start_ranks
+from ecgscale.training.checkpoint import checkpoints
+from ecgscale.training.loop import Job, TrainConfig, train
+from ecgscale.training.monitor import project
+from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.validation import Validation
 from ecgscale_kernels import LONGEST_PATCH
 
@@ -42,11 +45,13 @@ def pretrain(config: PretrainConfig) -> Path:
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
     about = about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation))
-    _check_places(config, shards.rate_hz)
+    objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
     torch.manual_seed(config.train.seed)
     objective = build_objective(
-        config.model, config.objective, config.train.seed, config.engine.activation_checkpointing
+        config.model, config.objective, config.train.seed, shards.rate_hz, config.engine.activation_checkpointing
     )
+    if config.init.model and not checkpoints(Path(config.run.dir) / "checkpoints"):
+        _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
@@ -77,25 +82,59 @@ def pretrain(config: PretrainConfig) -> Path:
     engine = train(job, ranks)
     export = export_engine(run / "export", engine, job.about, config.train.steps)
     progress.at(config.train.steps, "")
+    if ranks.first and config.train.projected_recordings:
+        _project(run, export, Selection(shards, config.data, "validation"), config.train)
     leave_run(run)
     return export
 
 
-def _check_places(config: PretrainConfig, rate_hz: float) -> None:
-    """Raises InputError where a segment has too few masked tokens to tell one from another."""
-    tokens = round(config.data.segment_s * rate_hz) // config.model.patch_samples
-    if "wav2vec2" in config.objective.name and round(config.objective.time_mask_share * tokens) < 2:
+def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig) -> None:
+    """Embeddings of held-out recordings, named by patient and labels, for TensorBoard's projector."""
+    from torch.utils.tensorboard import SummaryWriter  # imports slowly
+
+    shown = held_out.some(train_config.projected_recordings, train_config.seed)
+    if not len(shown):
+        return
+    names = []
+    for about in map(held_out.shards.metadata, shown.numbers.tolist()):
+        labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
+        names.append(", ".join([f"patient {about['patient']}", *labels]))
+    embedding_RD = load(export).embed_recordings(recordings_of(shown)).record_embedding
+    with SummaryWriter(str(run / "tensorboard")) as board:
+        project(board, "validation", embedding_RD, names, train_config.steps)
+
+
+def _begin_with(objective: Objective, init: Path, rate_hz: float, ranks: Ranks) -> None:
+    """Take over a model's weights: those of the encoder, and of each head that has the same tensors of the same shapes.
+
+    Raises InputError for a model of another rate, and for one whose encoder does not fit.
+    """
+    place, weights, about = read_model(init)
+    _, profile = described(place, about)
+    if profile.rate_hz != rate_hz:
         raise InputError(
-            f"a segment of {config.data.segment_s:g} s gives {tokens} tokens of {config.model.patch_samples} samples, "
-            "but the local objective needs two masked ones; lower model.patch_samples, give a longer data.segment_s "
-            "or choose objective.name cmsc"
+            f"data.shards have {rate_hz:g} Hz, the model of init.model {init} takes {profile.rate_hz:g} Hz; "
+            "ingest at its rate"
         )
+    ours = objective.state_dict()
+    new = list((about.get("source") or {}).get("absent", []))  # what the file that it was imported from had not
+    taken: list[str] = []
+    for part in dict.fromkeys(name.split(".")[0] for name in ours):
+        names = [name for name in ours if name.startswith(f"{part}.")]
+        fits = all(name in weights and weights[name].shape == ours[name].shape for name in names)
+        if part == "encoder" and not fits:
+            raise InputError(f"{place}: its encoder does not fit the model that it describes")
+        (taken if fits else new).append(part)
+        ours |= {name: weights[name] for name in names if fits and name not in new}
+    objective.load_state_dict(ours)
+    log(ranks, f"begins with {place}, step {about.get('step', 0)}: {', '.join(taken)}; new: {', '.join(new) or 'none'}")
 
 
-def masked_picture(batch: ECGBatch, objective: Pretraining, segment_s: float) -> Figure:
+def masked_picture(batch: ECGBatch, objective: Objective, segment_s: float) -> Figure:
     """What the encoder sees of a batch's first segment: kept leads are black, masked time is shaded."""
     from matplotlib.figure import Figure  # imports slowly
 
+    batch = objective.view(batch)
     draws, patch_samples = objective.draw(batch, share=False), objective.encoder.config.patch_samples
     value_LT = (batch.gain_BL[..., None] * (batch.signal_BLT - batch.offset_BL[..., None]))[0].numpy()
     time_T = np.linspace(0, segment_s, value_LT.shape[1], endpoint=False)

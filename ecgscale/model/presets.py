@@ -22,3 +22,26 @@ PRESETS = {
     "base": ModelConfig(),
     "large": ModelConfig(preset="large", width=1024, depth=24, heads=16, ffn_width=4096),
 }
+
+# What weights and embeddings depend on; the other fields (dropout, the stem's gradient scale) are of training alone.
+SHAPE_FIELDS = (
+    "stem",
+    "patch_samples",
+    "stem_channels",
+    "width",
+    "depth",
+    "heads",
+    "ffn_width",
+    "position_kernel",
+    "position_groups",
+    "pre_norm",
+    "stem_bias",
+)
+
+
+def preset_of(model: ModelConfig) -> str:
+    """The preset of the same shape; base where none is, whose fields then are all given."""
+    for name, preset in PRESETS.items():
+        if all(getattr(preset, field) == getattr(model, field) for field in SHAPE_FIELDS):
+            return name
+    return "base"

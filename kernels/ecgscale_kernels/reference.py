@@ -38,7 +38,7 @@ def lead_masked_patch_embed(
     gain_BL = effective_gain(gain_BL, lead_draw)
     width, leads, samples = weight_DLP.shape
     value_BLT = _value(signal_BLT, gain_BL, offset_BL, weight_DLP.dtype)
-    batch, patches = len(value_BLT), value_BLT.shape[2] // samples
+    batch, patches = value_BLT.shape[0], value_BLT.shape[2] // samples  # len() would be a constant to a tracer
     patch_BLNP = value_BLT[..., : patches * samples].reshape(batch, leads, patches, samples)
     patch_BNK = patch_BLNP.transpose(1, 2).reshape(batch, patches, leads * samples)
     token_BND = F.linear(patch_BNK, weight_DLP.reshape(width, leads * samples), bias_D)

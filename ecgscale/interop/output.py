@@ -1,0 +1,38 @@
+"""Files of other formats are written whole or not at all, and over nothing but one of the same kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ecgscale.errors import InputError
+
+
+def write_over(out: Path, suffix: str, is_ours: Callable[[Path], bool], write: Callable[[Path], None]) -> None:
+    """``write`` makes a file beside ``out``, which then takes its name.
+
+    Raises InputError for another suffix, where something stands there that ``is_ours`` does not know as written by
+    ecgscale, and where the disk does not take it.
+    """
+    refuse_foreign(out, suffix, is_ours)
+    partial = out.with_name(f"{out.stem}.partial{suffix}")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(out)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
+        raise InputError(f"{out}: cannot write: {' '.join(str(error).split())}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_foreign(out: Path, suffix: str, is_ours: Callable[[Path], bool]) -> None:
+    """Raises InputError for another suffix and where something stands that ecgscale has not written."""
+    if out.suffix != suffix:
+        raise InputError(f"{out}: give a file that ends in {suffix}")
+    if out.exists() and not (out.is_file() and is_ours(out)):
+        raise InputError(f"{out}: exists and is no {suffix} file that ecgscale wrote; give a new name")
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: there is no folder {out.parent}")
