@@ -80,7 +80,7 @@ def _overview() -> str:
         "Pretrain ECG encoders without labels on millions of recordings.",
         "",
     ]
-    lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<14} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "`ecgscale COMMAND --help` tells more; --debug shows the traceback of an error."])
 
 
@@ -308,9 +308,9 @@ def verify(argv: list[str]) -> None:
 
 
 def inspect(argv: list[str]) -> None:
-    """Summarise a data set, or plot one of its recordings as on paper."""
+    """Summarise a data set or a model, or plot one recording of a data set as on paper."""
     parser = _parser("inspect", inspect.__doc__)
-    parser.add_argument("shards", help="folder or URL that ingest has written")
+    parser.add_argument("folder", help="folder or URL that ingest has written, run folder or export folder")
     parser.add_argument(
         "--plot",
         nargs=2,
@@ -321,9 +321,9 @@ def inspect(argv: list[str]) -> None:
     from ecgscale import inspection
 
     print(
-        inspection.plot_recording(options.shards, *options.plot)
+        inspection.plot_recording(options.folder, *options.plot)
         if options.plot
-        else inspection.summarise(options.shards)
+        else inspection.summarise(options.folder)
     )
 
 
@@ -333,8 +333,9 @@ def pretrain(argv: list[str]) -> None:
 
     if _wants_help(argv):
         print(config.help_text(config.PretrainConfig, "pretrain"))
+        print("--init FOLDER is short for --init.model FOLDER. Shape, segments and normalisation are the model's.")
         return
-    chosen = config.load(config.PretrainConfig, argv)
+    chosen = config.load(config.PretrainConfig, ["--init.model" if a == "--init" else a for a in argv])
     from ecgscale.pretrain import pretrain as run
 
     export_folder = run(chosen)
@@ -343,7 +344,7 @@ def pretrain(argv: list[str]) -> None:
 
 
 def finetune(argv: list[str]) -> None:
-    """Fine-tune a pretrained encoder on a classification task, or fit a linear probe."""
+    """Fine-tune a pretrained encoder on a downstream task, or fit a probe; scored on the test split."""
     from ecgscale import config
 
     if _wants_help(argv):
@@ -351,35 +352,76 @@ def finetune(argv: list[str]) -> None:
         print("--init FOLDER is short for --init.model FOLDER. Segments and normalisation are those of the model.")
         return
     chosen = config.load(config.FinetuneConfig, ["--init.model" if a == "--init" else a for a in argv])
+    from ecgscale.downstream.evaluate import table
     from ecgscale.downstream.finetune import finetune as run
 
-    report = run(chosen)
-    if report is not None:  # the first rank's
-        print(report.table())
+    scored = run(chosen)
+    if scored is not None:  # the first rank's
+        print(table(scored))
 
 
 def evaluate(argv: list[str]) -> None:
-    """Score a fine-tuned model on a split of a data set, with bootstrap intervals."""
+    """Score a fine-tuned model on a split of a data set, with bootstrap intervals, by one lead set or many.
+
+    `--leads 12 6 4 3 2 1` scores it on each lead set of the CinC 2021 challenge, the other leads masked.
+    """
     parser = _parser("evaluate", evaluate.__doc__)
     parser.add_argument("model", type=Path, help="run folder or export of `ecgscale finetune`")
     parser.add_argument("--data.shards", dest="shards", required=True, metavar="A,B", help="data set folders")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
+    parser.add_argument(
+        "--leads",
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help="lead sets: sizes of the challenge's or lists such as I,II,V5 (default: as it was fine-tuned)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report as JSON too")
     options = parser.parse_args(argv)
     from ecgscale.downstream.evaluate import evaluate as score
+    from ecgscale.downstream.evaluate import table
 
-    print(score(options.model, list(listed(options.shards)), options.split, options.out).table())
+    lead_sets = [listed(leads) for leads in options.leads]
+    print(table(score(options.model, list(listed(options.shards)), options.split, lead_sets, options.out)))
 
 
 def export(argv: list[str]) -> None:
-    """Write the newest checkpoint of a run as config.json + model.safetensors."""
-    parser = _parser("export", export.__doc__)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("out", type=Path, help="folder to write")
-    options = parser.parse_args(argv)
-    from ecgscale.export import export_run
+    """Write the newest checkpoint of a run, or an export, for ecgscale, fairseq-signals or ONNX.
 
-    print(f"export: {export_run(options.run, options.out)}")
+    safetensors is a folder with config.json + model.safetensors, which all commands take. fairseq is a .pt file in the
+    layout of fairseq-signals, of models with the conv stem. onnx is an .onnx file that takes millivolts (batch, 12,
+    samples), missing leads zero, and is checked in onnxruntime before it is written.
+    """
+    from ecgscale.interop.formats import FORMATS, export_as
+
+    parser = _parser("export", export.__doc__)
+    parser.add_argument("run", type=Path, help="run folder or export folder")
+    parser.add_argument("out", type=Path, help="folder, .pt or .onnx file to write")
+    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="default: safetensors")
+    options = parser.parse_args(argv)
+    print(export_as(options.run, options.out, options.format))
+
+
+def import_fairseq(argv: list[str]) -> None:
+    """Turn a checkpoint of fairseq-signals into an export: pretrained or fine-tuned, any size.
+
+    Every tensor is accounted for by its name; code in the file is not run. The profile is the preprocessing that the
+    weights were trained with: the wrong one fails silently.
+    """
+    parser = _parser("import-fairseq", import_fairseq.__doc__)
+    parser.add_argument("checkpoint", type=Path, help=".pt file")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="mv-500hz (Oh et al. 2022), zscore-500hz (ECG-FM: each lead z-scored over the recording) or mv-250hz, all "
+        "of 5 s segments (default: by the checkpoint's cfg.task.normalize)",
+    )
+    parser.add_argument("--classes", default="", metavar="A,B,...", help="names of a classification head's classes")
+    options = parser.parse_args(argv)
+    from ecgscale.interop.fairseq import import_checkpoint
+
+    print(import_checkpoint(options.checkpoint, options.out, options.profile, tuple(listed(options.classes))))
 
 
 def embed(argv: list[str]) -> None:
@@ -413,30 +455,37 @@ def embed(argv: list[str]) -> None:
     )
 
 
-def compare(argv: list[str]) -> None:
-    """Pretrain, fine-tune and probe, beside the same from random weights; ends with one table."""
-    parser = _parser("compare", compare.__doc__)
-    parser.add_argument("--pretrain", type=Path, required=True, metavar="FILE", help="config of the pretraining")
-    parser.add_argument("--finetune", type=Path, required=True, metavar="FILE", help="config of the task")
-    parser.add_argument("--pretrain-shards", required=True, metavar="A,B", help="data sets to pretrain on")
-    parser.add_argument("--task-shards", required=True, metavar="A,B", help="labelled data sets")
-    parser.add_argument(
-        "--run", type=Path, required=True, help="folder for the runs; finished parts are not done again"
-    )
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of fine-tuning and of random weights (default 1)")
-    options = parser.parse_args(argv)
-    from ecgscale.downstream.compare import compare as run
+def reproduce(argv: list[str]) -> None:
+    """Compare pretraining methods: methods x tasks x protocols x label fractions x seeds x lead sets, in one table.
 
-    print(
-        run(
-            options.pretrain,
-            options.finetune,
-            listed(options.pretrain_shards),
-            listed(options.task_shards),
-            options.run,
-            options.seeds,
-        )
-    )
+    CONFIG.yaml says which; random weights, probed and trained from scratch, always stand beside. What is finished is
+    not done again. Over many jobs: --part 1/N to N/N side by side, then the same command with --merge.
+    """
+    from ecgscale import config
+
+    parser = OneLineParser(prog="ecgscale reproduce", add_help=False, allow_abbrev=False)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--part", type=_part, default=(1, 1))
+    how.add_argument("--merge", action="store_true")
+    how.add_argument("--dry-run", action="store_true")
+    from ecgscale.downstream.reproduce import ReproduceConfig, merge, plan, work
+
+    if _wants_help(argv):
+        print(config.help_text(ReproduceConfig, "reproduce"))
+        print("  CONFIG.yaml is short for --config CONFIG.yaml\n  --part I/N   do only part I of N, and write no table")
+        print("  --merge      write the table, when all parts are done\n  --dry-run    only list what is to be done")
+        return
+    options, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-"):
+        rest = ["--config", *rest]
+    chosen = config.load(ReproduceConfig, rest)
+    if options.dry_run:
+        print(plan(chosen))
+        return
+    if not options.merge:
+        print(work(chosen, options.part))
+    if options.merge or options.part[1] == 1:
+        print(merge(chosen))
 
 
 def bench(argv: list[str]) -> None:
@@ -509,8 +558,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "export": export,
+    "import-fairseq": import_fairseq,
     "embed": embed,
-    "compare": compare,
+    "reproduce": reproduce,
     "bench": bench,
 }
 

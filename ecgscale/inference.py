@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.selection import zscore_gain
+from ecgscale.data.selection import Selection, zscore_gain
+from ecgscale.data.shard_set import lead_positions
 from ecgscale.errors import InputError
-from ecgscale.export import Profile, check_token, read_model
-from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
+from ecgscale.export import Profile, described, read_model
+from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
 from ecgscale.record import LEADS, Record, canonical_leads, resample_millivolts
 
@@ -42,6 +43,19 @@ class Recording(NamedTuple):
         return Recording(record.signal_LT, record.scale_L, [LEADS.index(lead) for lead in record.leads])
 
 
+def recordings_of(selection: Selection) -> Iterator[Recording]:
+    """Recordings of a data set with the leads that its config keeps, in their order on disk; a progress bar."""
+    kept, number_R, shards = frozenset(selection.config.lead_positions), selection.numbers, selection.shards
+    signals = shards.windows(number_R, [0] * len(number_R), shards.take("samples", number_R).tolist())
+    described = zip(signals, shards.take("leads", number_R).tolist(), shards.take("scale", number_R), strict=True)
+    said = f"embed {selection.split}"
+    for signal_LT, bits, scale_L in tqdm(described, said, len(number_R), unit="rec", disable=None, leave=False):
+        there = lead_positions(bits)
+        rows = [row for row, lead in enumerate(there) if lead in kept]
+        at = [there[row] for row in rows]
+        yield Recording(signal_LT if at == there else signal_LT[rows], scale_L[at], at)
+
+
 class Embedding(NamedTuple):
     """What a model says of recordings."""
 
@@ -49,10 +63,36 @@ class Embedding(NamedTuple):
     tokens: Floats | None  # (R, N, D), NaN behind the end of shorter recordings
 
 
+class Neighbours(nn.Module):
+    """Scores of classes by the training recordings that are most similar: k nearest neighbours by cosine."""
+
+    centre: Tensor
+    bank: Tensor
+    target: Tensor
+    _TEMPERATURE = 0.07  # of the neighbours' weights (Wu et al. 2018)
+    _RAREST = 1e-4  # share that stands for none, since its logarithm must be finite
+
+    def __init__(self, centre_D: Tensor, bank_RD: Tensor, target_RC: Tensor, k: int, multilabel: bool) -> None:
+        """``bank`` holds the training recordings' embeddings minus ``centre``, of length 1."""
+        super().__init__()
+        self.k, self.multilabel = k, multilabel
+        for name, tensor in (("centre", centre_D), ("bank", bank_RD), ("target", target_RC)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, embedding_BD: Tensor) -> Tensor:
+        """(B, C) logits, whose sigmoid or softmax is the neighbours' weighted share of each class."""
+        unit_BD = nn.functional.normalize(embedding_BD - self.centre, dim=1)
+        cosine_BK, index_BK = (unit_BD @ self.bank.T).topk(min(self.k, len(self.bank)), dim=1)
+        weight_BK = (cosine_BK / self._TEMPERATURE).softmax(dim=1)
+        share_BC = (weight_BK[..., None] * self.target[index_BK]).sum(dim=1)
+        share_BC = share_BC.clamp(self._RAREST, 1 - self._RAREST)
+        return share_BC.logit() if self.multilabel else share_BC.log()
+
+
 class ECGModel:
     """A trained encoder, with a classification head if it was fine-tuned."""
 
-    def __init__(self, encoder: ECGEncoder, profile: Profile, head: nn.Linear | None, about: dict[str, Any]) -> None:
+    def __init__(self, encoder: ECGEncoder, profile: Profile, head: nn.Module | None, about: dict[str, Any]) -> None:
         self.encoder, self.profile, self.head, self.about = encoder.eval(), profile, head, about
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_kernels(self.device)
@@ -113,9 +153,16 @@ class ECGModel:
 
     def logits(self, recordings: Iterable[Recording]) -> Floats:
         """(R, C) logits of a fine-tuned model, averaged over the windows of each recording."""
-        if self.head is None:
+        return self.embed_and_classify(recordings)[1]
+
+    def embed_and_classify(self, recordings: Iterable[Recording]) -> tuple[Floats, Floats]:
+        """(R, D) embeddings and (R, C) logits, in one pass."""
+        head = self.head
+        if head is None:
             raise InputError("this model has no classification head; fine-tune it first")
-        return self._mean_over_windows(recordings, self.head, keep_tokens=False)[0]
+        both, _ = self._mean_over_windows(recordings, lambda x_BD: torch.cat([x_BD, head(x_BD)], dim=1), False)
+        width = self.encoder.config.width
+        return both[:, :width], both[:, width:]
 
     def _mean_over_windows(
         self, recordings: Iterable[Recording], of: Callable[[Tensor], Tensor], keep_tokens: bool
@@ -215,18 +262,23 @@ def _stack_padded(arrays: list[Floats]) -> Floats:
 def load(path: str | Path) -> ECGModel:
     """A model from a run folder or an export folder; raises InputError for anything else."""
     place, weights, about = read_model(Path(path))
-    try:
-        config = ModelConfig(**about["model"])
-        profile = Profile(**about["profile"] | {"leads": tuple(about["profile"]["leads"])})
-        check_token(config, profile)
-    except (KeyError, TypeError, InputError) as error:
-        raise InputError(f"{place}: does not describe a model of this version ({error})") from error
-    encoder, head = ECGEncoder(config), None
-    if "head.weight" in weights:
-        head = nn.Linear(weights["head.weight"].shape[1], weights["head.weight"].shape[0])
-        load_weights(head, _below("head.", weights), place)
+    config, profile = described(place, about)
+    encoder = ECGEncoder(config)
+    head = _head(_below("head.", weights), about, place)
     load_weights(encoder, _below("encoder.", weights), place)
     return ECGModel(encoder, profile, head, about)
+
+
+def _head(weights: dict[str, Tensor], about: dict[str, Any], place: Path) -> nn.Module | None:
+    if not weights:
+        return None
+    if weights.keys() == {"centre", "bank", "target"}:
+        multilabel = about["task"]["kind"] == "multilabel"
+        return Neighbours(weights["centre"], weights["bank"], weights["target"], about["neighbours"], multilabel)
+    shape = weights["weight"].shape if "weight" in weights else torch.Size((1, 1))
+    head = nn.Linear(shape[1], shape[0])
+    load_weights(head, weights, place)
+    return head
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

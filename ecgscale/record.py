@@ -73,6 +73,11 @@ def chosen_leads(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(canonical_leads(names), key=LEADS.index))
 
 
+def lead_set_name(leads: Sequence[str]) -> str:
+    """``12`` for a set of the challenge, in canonical order, and ``II,V5`` for others."""
+    return next((str(size) for size, known in LEAD_SETS.items() if known == tuple(leads)), ",".join(leads))
+
+
 def mv_per_unit(unit: str) -> float:
     """Millivolts per physical unit, for V, mV, uV, µV and nV in any case; raises InputError for other units."""
     scale = _MV_PER_UNIT.get(unit.strip().casefold())

@@ -35,6 +35,7 @@ _MAY_CHANGE = {
     "train.log_every",
     "train.validate_every",
     "train.validation_recordings",
+    "train.projected_recordings",
     "train.checkpoint_every",
     "train.checkpoint_every_s",
     "train.keep_last",

@@ -12,7 +12,7 @@ SMALL = [
     "--objective.negatives=20", "--data.segment_s=2.5", "--data.min_record_s=5", "--engine.learning_rate=1e-3",
     "--engine.clip_norm=1",
     "--engine.whole_below=0", "--train.global_batch=8", "--train.log_every=1", "--train.steps=6",
-    "--train.checkpoint_every=100",
+    "--train.checkpoint_every=100", "--train.projected_recordings=0",
 ]  # fmt: skip
 NO_DROPOUT = ["--model.dropout=0", "--model.attention_dropout=0", "--model.feature_dropout=0"]
 

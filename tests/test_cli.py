@@ -23,14 +23,15 @@ ARGUMENTS = {
     "index": "folder --dataset --rate-hz --leads --mv-per-count --patient-key --label-keys --signal-ext --meta-ext"
     " --split-by --workers",
     "verify": "shards",
-    "inspect": "shards --plot",
+    "inspect": "folder --plot",
     "pretrain": "--config --data.shards --model.preset --objective.name --engine.zero_stage --train.steps --run.dir",
     "finetune": "--config --data.shards --init.model --task.label --task.protocol --train.steps --run.dir",
-    "evaluate": "model --data.shards --split --out",
-    "export": "run out",
+    "evaluate": "model --data.shards --split --leads --out",
+    "export": "run out --format",
+    "import-fairseq": "checkpoint out --profile --classes",
     "embed": "model input output --tokens --rate-hz --leads --ignore-leads",
     "bench": "stream",
-    "compare": "--pretrain --finetune --pretrain-shards --task-shards --run --seeds",
+    "reproduce": "--config --methods --protocols --lead_sets --seeds --run.dir --part --merge --dry-run",
 }
 
 
@@ -122,7 +123,7 @@ def test_help_of_every_subcommand(command, name):
         (["ingest", "a"], "ingest: the following arguments are required: out; see `ecgscale ingest --help`"),
         (["embed"], "model, input, output"),
         (["verify", "a", "b"], "unrecognized arguments: b"),
-        (["compare", "--pretrain", "a"], "--finetune"),
+        (["reproduce", "absent.yaml"], "absent.yaml: cannot read the config"),
         (["evaluate", "m"], "--data.shards"),
         (["evaluate", "m", "--data.shards", "a", "--split", "dev"], "'dev'"),
         (["simulate", "out", "--patients", "many"], "--patients: invalid int value: 'many'"),
@@ -132,7 +133,7 @@ def test_help_of_every_subcommand(command, name):
         (["finetune", "--model.width", "3"], "unknown key model"),
         (["finetune", "--init"], "--init.model: a value is missing"),
         (["verify", "nowhere"], "nowhere is no data set"),
-        (["inspect", "nowhere"], "nowhere is no data set"),
+        (["inspect", "nowhere"], "nowhere is no data set (manifest.json), no export (config.json) and no run folder"),
         (["export", "nowhere", "out"], "nowhere: neither an export"),
         (["embed", "nowhere", "x.npy", "out.npz"], "nowhere: neither an export"),
     ],

@@ -19,7 +19,7 @@ from ecgscale.model.presets import PRESETS
 from ecgscale.run import refuse_other_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-CONFIG_FILES = [(path, PretrainConfig) for path in sorted((CONFIGS / "pretrain").glob("*.yaml"))]
+CONFIG_FILES = [(path, PretrainConfig) for path in sorted((CONFIGS / "pretrain").rglob("*.yaml"))]
 CONFIG_FILES += [(path, FinetuneConfig) for path in sorted((CONFIGS / "finetune").glob("*.yaml"))]
 
 
@@ -94,7 +94,7 @@ def test_codes_in_a_list_stay_text():
         ("model.widht", "did you mean model.width?"),
         ("modle.width", "did you mean model?"),
         ("width", "did you mean model.width?"),
-        ("colour", "known are data, model, objective, engine, train, run"),
+        ("colour", "known are data, init, model, objective, engine, train, run"),
         ("engine.colour", "known are engine.zero_stage, "),
     ],
 )
@@ -142,6 +142,8 @@ def test_wrong_types_are_named(write, key, value, right):
         ("train.seed", "-1"),
         ("train.contrast_batch", "100"),
         ("objective.lead_mask_probability", "1.5"),
+        ("objective.augmentation_probability", "1.5"),
+        ("objective.augmentations", "power_lines"),
         ("objective.negatives", "0"),
         ("objective.code_width", "255"),
         ("engine.learning_rate", "nan"),
@@ -188,7 +190,8 @@ def test_every_file_that_comes_along_loads_and_survives_a_round_trip(write, path
 
 
 def test_every_folder_of_configs_is_known():
-    assert {path for path, _ in CONFIG_FILES} == set(CONFIGS.rglob("*/*.yaml")) - set(CONFIGS.rglob("cluster/*.yaml"))
+    others = {*CONFIGS.glob("cluster/*.yaml"), *CONFIGS.glob("reproduce/*.yaml")}  # have tests of their own
+    assert {path for path, _ in CONFIG_FILES} == set(CONFIGS.rglob("*/*.yaml")) - others
     assert len(CONFIG_FILES) >= 5
 
 

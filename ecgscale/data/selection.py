@@ -125,6 +125,10 @@ class Selection:
         keep[np.flatnonzero(keep)[recordings:]] = False
         return Selection(self.shards, self.config, self.split, keep)
 
+    def none(self) -> Selection:
+        """No record of these."""
+        return Selection(self.shards, self.config, self.split, np.zeros(len(self.shards), bool))
+
     def order(self, global_batch: int, contrast_batch: int, lanes: int, seed: int) -> Order:
         """The order in which these records are read for training."""
         window = self.config.shuffle_window

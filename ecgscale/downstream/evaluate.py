@@ -1,6 +1,6 @@
-"""`ecgscale evaluate`: score a fine-tuned model on labelled recordings.
+"""`ecgscale evaluate`: score a fine-tuned model on a labelled split, by any lead sets.
 
-Shape suffixes: R recordings, C classes.
+Shape suffixes: R recordings, C classes, D width.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from ecgscale.data.selection import DataConfig, Selection
-from ecgscale.data.shard_set import ShardSet, lead_positions
+from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS, write_whole
+from ecgscale.downstream.identification import IdentificationReport, identify
 from ecgscale.downstream.metrics import best_thresholds
 from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
 from ecgscale.downstream.tasks import Task, TaskConfig, TrainedTask, load_task
 from ecgscale.errors import InputError
-from ecgscale.inference import ECGModel, Recording, load
+from ecgscale.inference import ECGModel, Recording, load, recordings_of
+from ecgscale.record import LEADS, chosen_leads, lead_set_name
 
 Floats = npt.NDArray[np.float32]
 
@@ -52,25 +54,25 @@ class LabelledSet:
         read_as = replace(data, segment_s=profile.segment_s, normalisation=profile.normalisation)
         return LabelledSet(shards, read_as, load_task(shards, config, _trained(model), splits, seed))
 
+    def with_leads(self, leads: Sequence[str]) -> LabelledSet:
+        """The same recordings with these leads alone; none: all."""
+        return replace(self, data=replace(self.data, leads=list(leads)))
+
     def selection(self, split: str) -> Selection:
         return Selection(self.shards, self.data, split, self.task.labelled_R)
 
-    def recordings(self, split: str, shown: bool = True) -> Iterator[Recording]:
+    def recordings(self, split: str) -> Iterator[Recording]:
         """The labelled recordings of a split with the leads that are kept, in their order on disk; a progress bar."""
-        kept = frozenset(self.data.lead_positions)
-        number_R, take = self.selection(split).numbers, self.shards.take
-        signals = self.shards.windows(number_R, [0] * len(number_R), take("samples", number_R).tolist())
-        described = zip(signals, take("leads", number_R).tolist(), take("scale", number_R), strict=True)
-        bar = tqdm(described, f"embed {split}", len(number_R), unit="rec", disable=None if shown else True, leave=False)
-        for signal_LT, bits, scale_L in bar:
-            there = lead_positions(bits)
-            rows = [row for row, lead in enumerate(there) if lead in kept]
-            at = [there[row] for row in rows]
-            yield Recording(signal_LT if at == there else signal_LT[rows], scale_L[at], at)
+        return recordings_of(self.selection(split))
 
     def targets(self, split: str) -> Floats:
         """(R, C) labels in the order of ``recordings``."""
         return self.task.target_RC[self.selection(split).numbers]
+
+    def sessions(self, split: str) -> npt.NDArray[np.int64]:
+        """(R,) sessions in the order of ``recordings``, for identification."""
+        assert self.task.session_R is not None
+        return self.task.session_R[self.selection(split).numbers]
 
     def patients(self, split: str) -> npt.NDArray[np.int64]:
         """(R,) patient codes in the order of ``recordings``."""
@@ -78,51 +80,117 @@ class LabelledSet:
         return codes
 
 
-def evaluate(model_path: Path | str, shards: list[str], split: str, out: Path | None) -> Report:
-    """Score a fine-tuned model on a split, with the leads that it was trained with and the thresholds tuned then.
+class Scored(NamedTuple):
+    """How a model does with some leads."""
 
-    Raises InputError for a model without a head and for shards without its labels or of another rate.
+    leads: tuple[str, ...]
+    report: Report | IdentificationReport
+    embedding_RD: Floats  # of the recordings that were scored
+    label_R: list[str]  # what each of them is, for people
+    target_RC: Floats  # labels and
+    score_RC: Floats  # probabilities of the classes; no columns in identification
+
+
+def evaluate(
+    model_path: Path | str,
+    shards: list[str],
+    split: str,
+    lead_sets: Sequence[Sequence[str]] = (),
+    out: Path | None = None,
+) -> list[Scored]:
+    """Score a fine-tuned model on a split, once for each lead set; none: with the leads that it was trained with.
+
+    Thresholds are those that were tuned on validation when it was trained; for other leads than it was trained with,
+    they are tuned on the validation split of ``shards``. Raises InputError for a model that was not fine-tuned, for
+    shards without its labels or of another rate, and for leads that fine-tuning masked.
     """
     model = load(model_path)
-    if model.head is None:
+    if "task" not in model.about:
         raise InputError(f"{model_path}: has no classification head; give a run of `ecgscale finetune`")
-    if "thresholds" not in model.about:
-        raise InputError(f"{model_path}: has no thresholds, since its fine-tuning is not finished; run it to the end")
     config = replace(TaskConfig(**model.about["task"]), label_fraction=1.0)  # which is for training alone
-    data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"], leads=model.about.get("leads", []))
-    labelled = LabelledSet.open(model, data, config, [split])
-    score_RC = probabilities(model, labelled, split)
+    if config.kind != "identification" and "thresholds" not in model.about:
+        raise InputError(f"{model_path}: has no thresholds, since its fine-tuning is not finished; run it to the end")
+    trained = chosen_leads(model.about.get("leads", [])) or LEADS
+    chosen = [chosen_leads(list(leads)) or LEADS for leads in lead_sets] or [trained]
+    for leads in chosen:
+        if unseen := [lead for lead in leads if lead not in trained]:
+            raise InputError(
+                f"leads {','.join(leads)}: {model_path} was fine-tuned without {','.join(unseen)}; "
+                f"give some of {','.join(trained)}"
+            )
+    to_tune = config.kind == "multilabel" and any(leads != trained for leads in chosen)
+    splits = list(dict.fromkeys([split, "validation"])) if to_tune else [split]
+    data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
+    labelled = LabelledSet.open(model, data, config, splits)
+    scored = [_scored(model, labelled.with_leads(leads), config, split, leads, leads == trained) for leads in chosen]
+    if out is not None:
+        about = {"model": str(model_path), "shards": shards, "split": split}
+        each = [{"leads": list(one.leads)} | one.report.to_dict() for one in scored]
+        write_whole(out, json.dumps(about | (each[0] if len(each) == 1 else {"lead_sets": each}), indent=1).encode())
+    return scored
+
+
+def _scored(
+    model: ECGModel, labelled: LabelledSet, config: TaskConfig, split: str, leads: tuple[str, ...], as_trained: bool
+) -> Scored:
+    patient_R, recordings = labelled.patients(split), labelled.recordings(split)
+    if config.kind == "identification":
+        embedding_RD = model.embed_recordings(recordings).record_embedding
+        found = identify(embedding_RD, patient_R, labelled.sessions(split))
+        nothing_RC = np.zeros((len(patient_R), 0), np.float32)
+        return Scored(leads, found, embedding_RD, [f"patient {code}" for code in patient_R], nothing_RC, nothing_RC)
+    embedding_RD, logit_RC = model.embed_and_classify(recordings)
+    score_RC, target_RC, task = _probabilities(logit_RC, config.kind), labelled.targets(split), labelled.task
     if config.kind == "multilabel":
-        threshold_C = [float("nan") if value is None else value for value in model.about["thresholds"]]
+        tuned = model.about["thresholds"] if as_trained else tuned_thresholds(model, labelled)
+        threshold_C = [float("nan") if value is None else value for value in tuned]
         prediction_RC = score_RC >= np.array(threshold_C)
     else:
         prediction_RC = np.eye(score_RC.shape[1], dtype=bool)[score_RC.argmax(axis=1)]
-    task = labelled.task
     challenge = None if task.challenge is None else (task.classes, task.challenge)
-    report = evaluate_scores(
-        labelled.targets(split), score_RC, prediction_RC, task.classes, labelled.patients(split), challenge
-    )
-    if out is not None:
-        about = {"model": str(model_path), "shards": shards, "split": split} | report.to_dict()
-        write_whole(out, json.dumps(about, indent=1).encode())
-    return report
+    report = evaluate_scores(target_RC, score_RC, prediction_RC, task.classes, patient_R, challenge)
+    names = ["|".join(np.array(task.classes)[row > 0]) or "none" for row in target_RC]
+    return Scored(leads, report, embedding_RD, names, target_RC, score_RC)
+
+
+def table(scored: Sequence[Scored]) -> str:
+    """Markdown: of one lead set the whole report, of several a row each."""
+    if len(scored) == 1:
+        return scored[0].report.table()
+    names = list(scored[0].report.headline)
+    lines = [f"| leads | {' | '.join(FIGURES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for one in scored:
+        cells = [str(one.report.headline[name]) for name in names]
+        lines.append(f"| {lead_set_name(one.leads)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+FIGURES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f_measure": "F1",
+    "challenge_score": "challenge score",
+    "top1": "top-1",
+    "top5": "top-5",
+    "eer": "equal error rate",
+}
 
 
 def _trained(model: ECGModel) -> TrainedTask | None:
-    if model.head is None:
+    if "classes" not in model.about:
         return None
     return TrainedTask(model.about["classes"], model.about["challenge_weights"])
 
 
 def tuned_thresholds(model: ECGModel, labelled: LabelledSet) -> list[float | None]:
     """Per class, the threshold with the best F1 on the validation split; None for a class without positives there."""
-    threshold_C = best_thresholds(labelled.targets("validation"), probabilities(model, labelled, "validation"))
+    score_RC = _probabilities(model.logits(labelled.recordings("validation")), labelled.task.kind)
+    threshold_C = best_thresholds(labelled.targets("validation"), score_RC)
     return [None if np.isnan(value) else float(value) for value in threshold_C]
 
 
-def probabilities(model: ECGModel, labelled: LabelledSet, split: str) -> Floats:
+def _probabilities(logit_RC: Floats, kind: str) -> Floats:
     """(R, C) probability of each class."""
-    logit_RC = torch.from_numpy(model.logits(labelled.recordings(split)))
-    multilabel = labelled.task.kind == "multilabel"
-    probability_RC: Floats = (logit_RC.sigmoid() if multilabel else logit_RC.softmax(dim=1)).numpy()
+    logits = torch.from_numpy(logit_RC)
+    probability_RC: Floats = (logits.sigmoid() if kind == "multilabel" else logits.softmax(dim=1)).numpy()
     return probability_RC

@@ -1,4 +1,4 @@
-"""`ecgscale finetune`: encoder + linear head, or a linear probe, on a classification task.
+"""`ecgscale finetune`: a pretrained encoder on a downstream task, by fine-tuning, linear probe or nearest neighbours.
 
 Shape suffixes: B rows, R recordings, C classes, D width.
 """
@@ -6,6 +6,7 @@ Shape suffixes: B rows, R recordings, C classes, D width.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,24 @@ from ecgscale import progress
 from ecgscale.config import FinetuneConfig
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import TrainStream
-from ecgscale.downstream.evaluate import LabelledSet, evaluate, tuned_thresholds
+from ecgscale.downstream.board import show
+from ecgscale.downstream.evaluate import LabelledSet, Scored, evaluate, tuned_thresholds
+from ecgscale.downstream.identification import Identification
 from ecgscale.downstream.metrics import auroc, macro
-from ecgscale.downstream.report import Report
+from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, write_export
-from ecgscale.inference import ECGModel, load
+from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
+from ecgscale.objectives.masking import draw_leads
 from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, train
-from ecgscale.training.monitor import write_evaluation
 from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.validation import Validation
 
 Floats = npt.NDArray[np.float32]
 _PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse L2 penalty of the probe, chosen on validation
+_NEIGHBOURS = (5, 10, 20, 50, 100)  # how many vote, chosen on validation
 _NEVER = -30.0  # logit of a class that the training split does not show
 
 
@@ -59,12 +63,24 @@ class Classification(nn.Module):
         return loss, {"loss": loss.detach()}
 
 
-def finetune(config: FinetuneConfig) -> Report | None:
-    """Train on the training split, tune on validation, report on test; the report lies in the run folder too.
+def finetune(config: FinetuneConfig) -> list[Scored] | None:
+    """Train on the training split, tune on validation, score on test; the report lies in the run folder too.
 
     Returns None on all ranks but the first.
     """
     ranks = start_ranks()
+    run = fit(config, ranks)
+    if not ranks.first:
+        return None
+    log(ranks, f"evaluating {run}")
+    scored = evaluate(run, config.data.shards, "test", out=run / "evaluation-test.json")
+    show(run, config.train.steps, scored)
+    leave_run(run)
+    return scored
+
+
+def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
+    """Train and tune; the run folder, whose export is ready to be scored. All ranks call it together."""
     if not config.init.model:
         raise InputError("init.model is missing; give --init RUN_OR_EXPORT")
     model = load(config.init.model)
@@ -76,64 +92,93 @@ def finetune(config: FinetuneConfig) -> Report | None:
     if config.init.random:
         torch.manual_seed(config.train.seed)
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
+    about = _about(model, labelled, config)
     if config.task.protocol == "finetune":
-        _train(model, labelled, config, run, ranks)
+        _train(model, labelled, config, run, ranks, about)
     progress.at(config.train.steps, "")  # what follows is the first rank's alone
-    if config.task.protocol == "probe" and ranks.first:
-        _probe(model, labelled, config, run)
     if not ranks.first:
-        return None
-    log(ranks, f"evaluating {run}")
-    amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
-    report = evaluate(run, config.data.shards, "test", run / "evaluation-test.json")
-    write_evaluation(run, config.train.steps, report.scalars())
-    leave_run(run)
-    return report
+        return run
+    if config.task.protocol == "neighbours":
+        _neighbours(model, labelled, run, about)
+    elif config.task.protocol == "probe" and config.task.kind == "identification":
+        _write(run, model, {}, about)
+    elif config.task.protocol == "probe":
+        _probe(model, labelled, run, about)
+    if config.task.kind != "identification":
+        amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
+    return run
 
 
 def _about(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig) -> dict[str, Any]:
-    return about_model(
-        model.encoder.config,
-        model.profile,
-        task=asdict(config.task),
-        classes=list(labelled.task.classes),
-        challenge_weights=None if labelled.task.challenge is None else labelled.task.challenge.tolist(),
-        min_record_s=config.data.min_record_s,
-        leads=config.data.leads,
-    )
+    about: dict[str, Any] = {"task": asdict(config.task), "leads": config.data.leads}
+    about["min_record_s"] = config.data.min_record_s
+    if config.task.kind != "identification":
+        challenge = labelled.task.challenge
+        about["classes"] = list(labelled.task.classes)
+        about["challenge_weights"] = None if challenge is None else challenge.tolist()
+    return about_model(model.encoder.config, model.profile, **about)
 
 
-def _train(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: Path, ranks: Ranks) -> None:
-    selection, task = labelled.selection("train"), labelled.task
-    order = config.train.order(selection, ranks.world_size)
-    torch.manual_seed(config.train.seed)
-    objective = Classification(model.encoder.cpu(), len(task.classes), task.kind)
-    objective.encoder.activation_checkpointing = config.engine.activation_checkpointing
+def _supervised(
+    encoder: ECGEncoder, classes: int, task: TaskConfig, patient_R: npt.NDArray[np.int64], seed: int
+) -> Classification | Identification:
+    """The objective of a task; ``patient_R`` are those of the training recordings."""
+    torch.manual_seed(seed)
+    objective: Classification | Identification
+    if task.kind == "identification":
+        objective = Identification(encoder, np.unique(patient_R), task.arcface_scale, task.arcface_margin)
+    else:
+        objective = Classification(encoder, classes, task.kind)
+    if task.lead_mask_probability:
+        objective.register_forward_pre_hook(partial(_mask_leads, task.lead_mask_probability, seed))
+    return objective
+
+
+def _mask_leads(probability: float, seed: int, objective: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Random lead masking in front of a supervised objective, in training alone."""
+    batch, *rest = arguments
+    if objective.training:
+        batch = batch.with_lead_draw(draw_leads(batch, seed, probability))
+    return batch, *rest
+
+
+def _train(
+    model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: Path, ranks: Ranks, about: dict[str, Any]
+) -> None:
+    encoder, seed = model.encoder.cpu(), config.train.seed
+    classes = len(labelled.task.classes)
+    objective = _supervised(encoder, classes, config.task, labelled.patients("train"), seed)
+    encoder.activation_checkpointing = config.engine.activation_checkpointing
     if config.task.freeze_stem and not config.init.random:
-        objective.encoder.stem.requires_grad_(False)
+        encoder.stem.requires_grad_(False)
+    selection = labelled.selection("train")
+    order = config.train.order(selection, ranks.world_size)
+    target_RC = None if config.task.kind == "identification" else labelled.task.target_RC
+    held_out = labelled.selection("validation").some(config.train.validation_recordings, seed)
+    if config.task.kind == "identification":  # whose persons the head does not know
+        held_out = held_out.none()
     job = Job(
         name="finetune",
         run=run,
         objective=objective.train(),
-        stream=TrainStream(selection, order, ranks.rank, ranks.world_size, 1, task.target_RC),
+        stream=TrainStream(selection, order, ranks.rank, ranks.world_size, 1, target_RC),
         train=config.train,
         engine=config.engine,
         config=asdict(config),
         patch_samples=model.encoder.config.patch_samples,
-        about=_about(model, labelled, config),
+        about=about,
         identity=labelled.shards.identity,
-        validate=Validation(
-            labelled.selection("validation").some(config.train.validation_recordings, config.train.seed),
-            config.train.contrast,
-            1,
-            config.train.seed,
-            task.target_RC,
-        ),
+        validate=Validation(held_out, config.train.contrast, 1, seed, target_RC),
     )
     export_engine(run / "export", train(job, ranks), job.about, config.train.steps)
 
 
-def _probe(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: Path) -> None:
+def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
+    weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    write_export(run / "export", weights | {f"head.{name}": tensor for name, tensor in head.items()}, about)
+
+
+def _probe(model: ECGModel, labelled: LabelledSet, run: Path, about: dict[str, Any]) -> None:
     """Logistic regression on standardised embeddings; its penalty is chosen by validation AUROC."""
     x = {s: model.embed_recordings(labelled.recordings(s)).record_embedding for s in ("train", "validation")}
     mean_D, std_D = x["train"].mean(axis=0), x["train"].std(axis=0) + 1e-6
@@ -147,9 +192,24 @@ def _probe(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig, run: 
         if best is None or score > best[0]:
             best = (score, weight_CD, bias_C)
     assert best is not None
-    weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
-    weights |= {"head.weight": torch.from_numpy(best[1]), "head.bias": torch.from_numpy(best[2])}
-    write_export(run / "export", weights, _about(model, labelled, config))
+    _write(run, model, {"weight": torch.from_numpy(best[1]), "bias": torch.from_numpy(best[2])}, about)
+
+
+def _neighbours(model: ECGModel, labelled: LabelledSet, run: Path, about: dict[str, Any]) -> None:
+    """The training recordings as a bank; how many of them vote is chosen by validation AUROC."""
+    x_RD, held_out_RD = (
+        torch.from_numpy(model.embed_recordings(labelled.recordings(split)).record_embedding)
+        for split in ("train", "validation")
+    )
+    centre_D = x_RD.mean(dim=0)
+    bank_RD, target_RC = F.normalize(x_RD - centre_D, dim=1), torch.from_numpy(labelled.targets("train"))
+
+    def score(k: int) -> float:
+        votes = Neighbours(centre_D, bank_RD, target_RC, k, labelled.task.kind == "multilabel")
+        return macro(auroc(labelled.targets("validation"), votes(held_out_RD).numpy()))
+
+    best = max(_NEIGHBOURS, key=score)
+    _write(run, model, {"centre": centre_D, "bank": bank_RD, "target": target_RC}, about | {"neighbours": best})
 
 
 def _logistic(x_RD: Floats, target_RC: Floats, kind: str, strength: float) -> tuple[Floats, Floats]:

@@ -256,58 +256,44 @@ def bootstrap_interval(
     seed: int = 0,
     groups_B: Array | None = None,
 ) -> tuple[Floats, Floats]:
-    """Percentile bootstrap interval ``(low_K, high_K)`` of ``auroc``, ``auprc`` or ``f_measure``.
-
-    The K = C + 1 figures are the classes and, last, their macro average. With ``groups_B``, one patient code
-    per record, patients are drawn with all their records (cluster bootstrap). A resample in which a figure is
-    not defined is left out of that figure's interval. Deterministic in seed, number of records and groups.
-    Raises InputError as the metric does, or for settings out of range.
-    """
-
-    def figures(count_BR: Floats) -> Floats:
-        return with_macro(metric(label_BC, score_BC, count_BR))
-
-    return _interval(figures, len(np.asarray(label_BC)), resamples, level, seed, groups_B)
+    """Percentile bootstrap interval ``(low_K, high_K)`` of ``auroc``, ``auprc`` or ``f_measure``: see ``resampled``."""
+    return interval(resampled(metric, label_BC, score_BC, resamples, seed, groups_B), level)
 
 
-def paired_bootstrap_difference(
+def resampled(
     metric: Metric,
     label_BC: Array,
     score_BC: Array,
-    other_BC: Array,
     resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
     groups_B: Array | None = None,
-) -> tuple[Floats, Floats]:
-    """Interval of metric(score) − metric(other) on the same resamples; else as ``bootstrap_interval``."""
+) -> Floats:
+    """(K, resamples) figures of bootstrap resamples; NaN where a resample does not define one.
 
-    def figures(count_BR: Floats) -> Floats:
-        value_KR = with_macro(metric(label_BC, score_BC, count_BR))
-        return value_KR - with_macro(metric(label_BC, other_BC, count_BR))
+    The K = C + 1 figures are the classes and, last, their macro average. With ``groups_B``, one patient code
+    per record, patients are drawn with all their records (cluster bootstrap). Which are drawn depends on seed, number
+    of records and groups alone: what two methods score on the same records is resampled alike, and the difference of
+    two results is a paired one. Raises InputError as the metric does, or for less than one resample.
+    """
+    if resamples < 1:
+        raise InputError(f"{resamples} resamples: at least 1 is needed")
+    records = len(np.asarray(label_BC))
+    figures = (metric(label_BC, score_BC, count_BR) for count_BR in _resamples(records, resamples, seed, groups_B))
+    return np.hstack([with_macro(value_CR) for value_CR in figures])
 
-    return _interval(figures, len(np.asarray(label_BC)), resamples, level, seed, groups_B)
 
-
-def with_macro(value_CR: Floats) -> Floats:
-    return np.vstack([value_CR, _macro_R(value_CR)])
-
-
-def _interval(
-    figures: Callable[[Floats], Floats],
-    records: int,
-    resamples: int,
-    level: float,
-    seed: int,
-    groups_B: Array | None,
-) -> tuple[Floats, Floats]:
-    if resamples < 1 or not 0 < level < 1:
-        raise InputError(f"{resamples} resamples, level {level}: at least 1 and a level between 0 and 1 are needed")
-    value_KR = np.hstack([figures(count_BR) for count_BR in _resamples(records, resamples, seed, groups_B)])
+def interval(value_KR: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
+    """``(low_K, high_K)``: the quantiles that leave out equal tails; undefined values do not count."""
+    if not 0 < level < 1:
+        raise InputError(f"level {level}: give one between 0 and 1")
     tails = ((1 - level) / 2, (1 + level) / 2)
     defined = (value_R[~np.isnan(value_R)] for value_R in value_KR)
     low_high_K2 = np.array([np.quantile(value, tails) if value.size else (np.nan, np.nan) for value in defined])
     return low_high_K2[:, 0], low_high_K2[:, 1]
+
+
+def with_macro(value_CR: Floats) -> Floats:
+    return np.vstack([value_CR, _macro_R(value_CR)])
 
 
 def _resamples(records: int, resamples: int, seed: int, groups_B: Array | None) -> Iterator[Floats]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,10 @@ from ecgscale.downstream.metrics import (
     accuracy_exact_match,
     auprc,
     auroc,
-    bootstrap_interval,
     checked,
     f_measure,
+    interval,
+    resampled,
     sorted_alternatives,
     weighted_challenge,
     with_macro,
@@ -42,6 +43,17 @@ class Estimate:
 
     def __str__(self) -> str:
         return "–" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def json_ready(report: Any) -> dict[str, Any]:
+    """A report's fields but for its samples, NaN as None."""
+
+    def ready(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in pairs}
+
+    fields = asdict(replace(report, samples={}), dict_factory=ready)
+    del fields["samples"]
+    return fields
 
 
 @dataclass(frozen=True)
@@ -67,24 +79,27 @@ class Report:
     patients: int | None  # None: resampled by record
     resamples: int
     level: float
+    samples: dict[str, Floats] = field(repr=False)  # (resamples,) of each headline figure
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; a figure that is not defined is None."""
+        return json_ready(self)
 
-        def ready(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in pairs}
-
-        return asdict(self, dict_factory=ready)
+    @property
+    def headline(self) -> dict[str, Estimate]:
+        """The figures that methods are compared by."""
+        named = {"auroc": self.macro.auroc, "auprc": self.macro.auprc, "f_measure": self.macro.f_measure}
+        return named | ({} if self.challenge_score is None else {"challenge_score": self.challenge_score})
 
     def scalars(self) -> dict[str, float]:
         """Name -> figure, as TensorBoard takes them; what is not defined is left out."""
         named = {
-            f"test/{metric}/{row.name}": getattr(row, metric).value
+            f"{metric}/{row.name}": getattr(row, metric).value
             for row in (*self.classes, self.macro)
             for metric in ("auroc", "auprc", "f_measure")
         }
         if self.challenge_score is not None:
-            named["test/challenge_score"] = self.challenge_score.value
+            named["challenge_score"] = self.challenge_score.value
         return {name: value for name, value in named.items() if not math.isnan(value)}
 
     def table(self) -> str:
@@ -119,9 +134,13 @@ def evaluate(
     if not (label.shape == prediction.shape and label.shape[1] == len(classes)):
         raise InputError(f"labels {label.shape}, predictions {prediction.shape} for {len(classes)} classes")
 
-    def estimates(metric: Metric, of: Bools | Floats) -> list[Estimate]:
+    samples: dict[str, Floats] = {}
+
+    def estimates(name: str, metric: Metric, of: Bools | Floats) -> list[Estimate]:
         value_K = with_macro(metric(label, of, None)[:, None])[:, 0]
-        low_K, high_K = bootstrap_interval(metric, label, of, resamples, level, seed, groups_B)
+        value_KR = resampled(metric, label, of, resamples, seed, groups_B)
+        samples[name] = value_KR[-1]
+        low_K, high_K = interval(value_KR, level)
         return list(map(Estimate, value_K.tolist(), low_K.tolist(), high_K.tolist()))
 
     challenge_estimate = None
@@ -129,10 +148,15 @@ def evaluate(
         names, weights_CC = challenge
         if [*map(sorted_alternatives, classes)] != [*map(sorted_alternatives, names)]:
             raise InputError(f"classes {', '.join(classes)} are not the challenge's {', '.join(names)}")
-        challenge_estimate = estimates(partial(weighted_challenge, weights_CC, names, SINUS_RHYTHM), prediction)[0]
-    figures = estimates(auroc, score), estimates(auprc, score), estimates(f_measure, prediction)
+        score_of_challenge = partial(weighted_challenge, weights_CC, names, SINUS_RHYTHM)
+        challenge_estimate = estimates("challenge_score", score_of_challenge, prediction)[0]
+    figures = (
+        estimates("auroc", auroc, score),
+        estimates("auprc", auprc, score),
+        estimates("f_measure", f_measure, prediction),
+    )
     positives = (*label.sum(axis=0).tolist(), int(label.sum()))
     *rows, macro_row = map(Row, (*classes, "macro"), positives, *figures)
     patients = None if groups_B is None else len(np.unique(groups_B))
     accuracy = accuracy_exact_match(label, prediction)
-    return Report(tuple(rows), macro_row, accuracy, challenge_estimate, len(label), patients, resamples, level)
+    return Report(tuple(rows), macro_row, accuracy, challenge_estimate, len(label), patients, resamples, level, samples)

@@ -5,6 +5,7 @@ Shape suffixes: R recordings of the whole set, C classes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
+from ecgscale.downstream.identification import session_day
 from ecgscale.downstream.metrics import labels_for_classes, load_challenge_weights
 from ecgscale.errors import InputError
 from ecgscale.rng import Purpose, random_words
@@ -36,12 +38,16 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The classification task."""
+    """The downstream task."""
 
     label: str = ""
     """Label of the recordings, a column of the label table at ingest or Dx from the headers."""
-    kind: Literal["multilabel", "singlelabel"] = "multilabel"
-    """multilabel: any number of classes each. singlelabel: exactly one."""
+    kind: Literal["multilabel", "singlelabel", "identification"] = "multilabel"
+    """multilabel: any number of classes each. singlelabel: exactly one. identification: who is it, by ArcFace on the
+    training patients; scored on test patients, recordings of their later sessions against their first one's."""
+    session: str = ""
+    """identification: the label or header comment that dates the sessions, such as ECG date; as 2005-03-15, 15.03.2005
+    or a whole number. None: each recording is a session of its own."""
     classes: list[str] = field(default_factory=list)
     """The classes; none: all with enough positives in the training split."""
     min_positives: int = 10
@@ -51,12 +57,28 @@ class TaskConfig:
     left out. train.seed draws them; with the same seed, 1 % is part of 10 %."""
     challenge_weights: str = ""
     """Weights file of the CinC 2021 challenge: its classes are taken and its score is reported."""
-    protocol: Literal["finetune", "probe"] = "finetune"
-    """finetune: train the encoder and a linear head. probe: a logistic regression on the frozen embeddings."""
+    protocol: Literal["finetune", "probe", "neighbours"] = "finetune"
+    """finetune: train the encoder and a linear head. probe: a logistic regression on the frozen embeddings. neighbours:
+    the most similar training recordings vote. Identification by a frozen encoder is probe."""
     freeze_stem: bool = True
     """Leave the stem as it was pretrained, as the paper does. A random start always trains it."""
+    lead_mask_probability: float = 0.0
+    """Random lead masking while fine-tuning: each lead of each recording is dropped with this probability."""
+    arcface_scale: float = 192.0
+    """identification: factor on the cosines."""
+    arcface_margin: float = 1.0
+    """identification: angle in radians by which a recording must be nearer to its person than to all others."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.lead_mask_probability < 1:
+            raise InputError(f"task.lead_mask_probability {self.lead_mask_probability:g}: give a probability below 1")
+        if not (self.arcface_scale > 0 and 0 <= self.arcface_margin < math.pi):
+            raise InputError(
+                f"task.arcface_scale {self.arcface_scale:g}, task.arcface_margin {self.arcface_margin:g}: "
+                "give a positive scale and an angle from 0 to below 3.14"
+            )
+        if self.kind == "identification" and self.protocol == "neighbours":
+            raise InputError("task.protocol neighbours: identification compares embeddings anyhow; give probe")
         if self.min_positives < 1:
             raise InputError(f"task.min_positives {self.min_positives}: give 1 or more")
         if not 0 < self.label_fraction <= 1:
@@ -72,6 +94,7 @@ class Task:
     target_RC: npt.NDArray[np.float32]
     labelled_R: npt.NDArray[np.bool_]
     challenge: Floats64 | None  # (C, C) weights of the challenge score
+    session_R: npt.NDArray[np.int64] | None = None  # of identification, in the sessions' order
 
 
 @dataclass(frozen=True)
@@ -94,13 +117,9 @@ def load_task(
     ``seed`` draws the patients of ``label_fraction``. Raises InputError for an unknown label, no usable class, and a
     split among ``splits`` without labelled recordings.
     """
-    values = [shards.metadata(number)["labels"] for number in range(len(shards))]
-    known = Counter(name for labels in values for name in labels)
-    if config.label not in known:
-        near = get_close_matches(config.label, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the recordings have {', '.join(known) or 'no labels at all'}"
-        raise InputError(f"task.label {config.label!r}: no recording has it; {hint}")
-    codes = [labels.get(config.label, []) for labels in values]
+    if config.kind == "identification":
+        return _persons(shards, config, splits, seed)
+    codes = _said(shards, config.label, "task.label")
     labelled_R = np.array([bool(code) for code in codes])
     labelled_R &= _drawn(shards, labelled_R, config.label_fraction, seed)
     classes, challenge = _classes(shards, codes, labelled_R, config, trained)
@@ -120,6 +139,39 @@ def load_task(
                 "ingest with a split that has some, or lower task.min_positives"
             )
     return Task(tuple(classes), config.kind, target_RC, labelled_R, challenge)
+
+
+def _persons(shards: ShardSet, config: TaskConfig, splits: Sequence[str], seed: int) -> Task:
+    """Identification: the patients are the classes, so every recording is labelled that has a session."""
+    labelled_R = np.ones(len(shards), bool)
+    session_R = np.arange(len(shards))
+    if config.session:
+        said = _said(shards, config.session, "task.session")
+        labelled_R = np.array([bool(values) for values in said])
+        session_R = np.array([session_day("|".join(values)) if values else 0 for values in said])
+    labelled_R &= _drawn(shards, labelled_R, config.label_fraction, seed)
+    split_R = shards.column("split")
+    for split in splits:
+        if not labelled_R[split_R == SPLITS.index(split)].any():
+            raise InputError(
+                f"the {split} split has no recording{f' with {config.session!r}' if config.session else ''}"
+            )
+    return Task((), config.kind, np.zeros((len(shards), 0), np.float32), labelled_R, None, session_R.astype(np.int64))
+
+
+def _said(shards: ShardSet, key: str, setting: str) -> list[list[str]]:
+    """What each recording has of a label or another piece of metadata. Raises InputError for one that none has."""
+    found, known = [], Counter[str]()
+    for number in range(len(shards)):
+        about = shards.metadata(number)
+        values = {name: [str(value)] for name, value in about["metadata"].items()} | about["labels"]
+        known.update(list(about["labels"]))
+        found.append(values.get(key, []))
+    if not any(found):
+        near = get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the recordings have {', '.join(known) or 'no labels at all'}"
+        raise InputError(f"{setting} {key!r}: no recording has it; {hint}")
+    return found
 
 
 def _drawn(shards: ShardSet, labelled_R: npt.NDArray[np.bool_], fraction: float, seed: int) -> npt.NDArray[np.bool_]:

@@ -66,6 +66,8 @@ class TrainConfig:
     """Checkpoints at multiples of this step are kept too; 0: none."""
     max_skipped: int = 10
     """Steps in a row with a non-finite gradient after which the run stops."""
+    projected_recordings: int = 200
+    """Recordings of the validation split whose embeddings TensorBoard's projector shows after pretraining; 0: none."""
     log_recordings: bool = False
     """Write the numbers of the recordings that each rank has seen in each step to recordings/rank-N.jsonl."""
 
@@ -79,6 +81,7 @@ class TrainConfig:
             "warmup_steps",
             "validate_every",
             "validation_recordings",
+            "projected_recordings",
             "keep_every",
             "checkpoint_every_s",
             "seed",

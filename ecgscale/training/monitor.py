@@ -9,11 +9,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from ecgscale.training.ranks import Ranks
 
 Item = TypeVar("Item")
+_PROJECTED = 2000  # recordings: the projector lays them out in the browser
 
 
 class Monitor:
@@ -119,13 +122,10 @@ class Monitor:
             self._events.close()
 
 
-def write_evaluation(run: Path, step: int, values: dict[str, float]) -> None:
-    """Scalars of a finished run's evaluation, beside those of its training."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(run / "tensorboard")) as board:
-        for name, value in values.items():
-            board.add_scalar(name, value, step)
+def project(board: Any, name: str, embedding_RD: npt.NDArray[np.float32], label_R: Sequence[str], step: int) -> None:
+    """Recordings' embeddings for TensorBoard's projector, with what each of them is."""
+    shown = slice(0, _PROJECTED)
+    board.add_embedding(embedding_RD[shown], list(label_R[shown]), global_step=step, tag=f"{name}/embedding")
 
 
 def sum_over_ranks(counts: dict[str, float], ranks: Ranks) -> dict[str, float]:

@@ -10,11 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.downstream.finetune import _logistic
-from ecgscale.inference import load
+from ecgscale.data.selection import DataConfig, Selection
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.downstream.finetune import _logistic, _supervised
+from ecgscale.downstream.tasks import TaskConfig
+from ecgscale.inference import Neighbours, load
 from ecgscale.record import LEAD_SETS, Record
 from ecgscale.simulate import Simulation
 
@@ -41,7 +46,7 @@ def finetune(export: Path, shards: Path, folder: Path, *more: str) -> dict:
     return json.loads((folder / "evaluation-test.json").read_text())
 
 
-@pytest.mark.parametrize("protocol", ["finetune", "probe"])
+@pytest.mark.parametrize("protocol", ["finetune", "probe", "neighbours"])
 def test_single_label(protocol, small_export, shards, tmp_path, capsys) -> None:
     report = finetune(small_export, shards, tmp_path / "run", f"--task.protocol={protocol}")
     assert len(report["classes"]) == 8
@@ -49,7 +54,11 @@ def test_single_label(protocol, small_export, shards, tmp_path, capsys) -> None:
     assert report["macro"]["auroc"]["low"] < report["macro"]["auroc"]["value"] < report["macro"]["auroc"]["high"]
     assert "| macro |" in capsys.readouterr().out
     model = load(tmp_path / "run")
-    assert model.head.out_features == 8
+    assert model.head(torch.zeros(1, 32)).shape == (1, 8)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert board.Scalars("test/12/auroc/macro")[0].value == pytest.approx(report["macro"]["auroc"]["value"])
+    assert board.Images("test/12/roc")
+    assert len((next((tmp_path / "run").rglob("metadata.tsv"))).read_text().splitlines()) == report["records"]
     frozen = np.array_equal(load(small_export).encoder.stem.weight_0.detach(), model.encoder.stem.weight_0.detach())
     assert frozen, "neither protocol changes a pretrained stem"
 
@@ -65,10 +74,23 @@ def test_many_labels_then_evaluate_again_and_elsewhere(small_export, shards, tmp
     )
     run("evaluate", tmp_path / "run", f"--data.shards={tmp_path / 'other'}")
     assert "| macro |" in capsys.readouterr().out
+    # Other leads take other thresholds, and so recordings to tune them on.
+    refused = ["evaluate", str(tmp_path / "run"), f"--data.shards={tmp_path / 'other'}", "--leads", "1"]
+    assert main(refused) == 2
+    assert "the validation split has no recording with 'Dx'" in capsys.readouterr().err
+    # Lead sets beside each other: as trained it is the same as before; the masked leads do not matter.
+    run("evaluate", tmp_path / "run", f"--data.shards={shards}", "--leads", "12", "2", "I,V5", "--out", tmp_path / "l")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "| leads | AUROC | AUPRC | F1 |"
+    assert [line.split(" | ")[0] for line in shown[2:]] == ["| 12", "| 2", "| I,V5"]
+    twelve, two, _ = json.loads((tmp_path / "l").read_text())["lead_sets"]
+    assert twelve["macro"] == report["macro"]
+    assert two["leads"] == ["I", "II"]
+    assert two["macro"] != report["macro"]
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "probe"])
-def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp_path) -> None:
+def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp_path, capsys) -> None:
     """The report is that of recordings which lack them; `evaluate` masks what was masked in training."""
 
     @dataclass(frozen=True)
@@ -84,6 +106,38 @@ def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp
     assert report["macro"] == expected["macro"]
     run("evaluate", tmp_path / "run", f"--data.shards={shards}", "--out", tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text())["macro"] == report["macro"]
+    assert main(["evaluate", str(tmp_path / "run"), f"--data.shards={shards}", "--leads", "6"]) == 2
+    assert "was fine-tuned without III,aVR,aVL,aVF; give some of I,II,V2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "probe"])
+def test_identification(protocol, small_export, shards, tmp_path, capsys) -> None:
+    report = finetune(
+        small_export,
+        shards,
+        tmp_path / "run",
+        *("--task.kind=identification", "--task.session=session", f"--task.protocol={protocol}"),
+        "--task.lead_mask_probability=0.5",
+    )
+    patients = ShardSet.open([str(shards)])
+    tested = Selection(patients, DataConfig(), "test").numbers
+    assert report["persons"] == len(np.unique(patients.take("patient", tested)))
+    assert report["probes"] == report["galleries"] == report["persons"], "two recordings of each"
+    assert 0 <= report["top1"]["low"] <= report["top1"]["value"] <= report["top1"]["high"] <= 1
+    run("evaluate", tmp_path / "run", f"--data.shards={shards}", "--leads", "12", "1")
+    assert "| leads | top-1 | top-5 | equal error rate |" in capsys.readouterr().out
+
+
+def test_leads_are_masked_in_training_alone(make_model, make_batch) -> None:
+    task = TaskConfig(kind="multilabel", lead_mask_probability=0.5)
+    objective = _supervised(make_model().encoder, 3, task, np.array([], np.int64), seed=0)
+    batch = make_batch(torch.randn(8, 12, 2500), target_BC=torch.ones(8, 3))
+    seen = []
+    objective.encoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].lead_draw))
+    objective.train()(batch)
+    objective.eval()(batch)
+    assert seen[0].keep_BL(12).float().mean() == pytest.approx(0.5, abs=0.2)
+    assert seen[1] is None
 
 
 def test_random_start_ignores_the_pretrained_weights(small_export, shards, tmp_path) -> None:
@@ -100,6 +154,24 @@ def test_shards_of_another_rate_are_refused(small_export, tmp_path, capsys) -> N
     arguments = ["finetune", "--init", str(small_export), f"--data.shards={tmp_path / 'slow'}", "--run.dir=unused"]
     assert main([*arguments, "--task.label=rhythm"]) == 2
     assert "the model takes 500 Hz, the shards have 250 Hz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_neighbours_vote(multilabel) -> None:
+    rng = np.random.default_rng(0)
+    number_R = rng.integers(3, size=300)
+    target_RC = torch.eye(4)[torch.from_numpy(number_R)]  # the last class never occurs
+    x_RD = torch.from_numpy((5 * rng.normal(size=(3, 6)))[number_R] + rng.normal(size=(300, 6))).float() + 100
+    centre_D = x_RD.mean(dim=0)
+    bank_RD = torch.nn.functional.normalize(x_RD - centre_D, dim=1)
+    votes = Neighbours(centre_D, bank_RD[:200], target_RC[:200], 10, multilabel)
+    logit_RC = votes(x_RD[200:])
+    assert (logit_RC.argmax(dim=1).numpy() == number_R[200:]).mean() > 0.95
+    share_RC = logit_RC.sigmoid() if multilabel else logit_RC.softmax(dim=1)
+    np.testing.assert_allclose(share_RC.sum(dim=1), 1, atol=2e-3)
+    nearest = Neighbours(centre_D, bank_RD, target_RC, 1, multilabel)
+    assert (nearest(x_RD).argmax(dim=1).numpy() == number_R).all(), "each is its own nearest neighbour"
+    assert Neighbours(centre_D, bank_RD[:3], target_RC[:3], 10, multilabel)(x_RD).isfinite().all(), "fewer than k"
 
 
 @pytest.mark.parametrize("kind", ["singlelabel", "multilabel"])

@@ -23,6 +23,9 @@ PATCH_STEM = ["--model.stem=patch", "--model.patch_samples=25", "--model.stem_bi
 REFERENCE_RULES = ["--objective.time_mask_rule=reference", "--objective.global_form=nt_xent", "--train.lanes=2"]
 
 
+PROJECTED = ["--train.projected_recordings=2"]
+
+
 def job(shards: Path, run: Path, *more: str) -> list[str]:
     return ["pretrain", *SMALL, f"--data.shards={shards}", f"--run.dir={run}", *more]
 
@@ -33,7 +36,7 @@ def one_process(shards, jobs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     jobs.run(
         1,
-        job(shards, folder / "whole", *NO_DROPOUT, "--train.checkpoint_every=3", "--train.keep_last=9"),
+        job(shards, folder / "whole", *NO_DROPOUT, "--train.checkpoint_every=3", "--train.keep_last=9", *PROJECTED),
         job(shards, folder / "accumulated", *NO_DROPOUT, "--train.contrast_batch=4", "--engine.zero_stage=0"),
         job(shards, folder / "reference", *NO_DROPOUT, *REFERENCE_RULES),
         job(shards, folder / "dropout", "--train.checkpoint_every=2"),
@@ -315,3 +318,6 @@ def test_tensorboard_holds_scalars_config_and_a_picture(one_process) -> None:
     assert {"validation/loss", "throughput/ecg_per_s", "train/learning_rate"} <= set(tags["scalars"])
     assert tags["images"] == ["input/masked_ecg"]
     assert "config/text_summary" in tags["tensors"]
+    [named] = (one_process / "whole" / "tensorboard").rglob("metadata.tsv")
+    assert all(line.startswith("patient ") and "rhythm " in line for line in named.read_text().splitlines())
+    assert len(named.read_text().splitlines()) == 2

@@ -1,0 +1,67 @@
+"""What a scored model shows in TensorBoard: figures, ROC curves per class, and the embeddings for its projector.
+
+Shape suffixes: R recordings, C classes, T points of a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ecgscale.downstream.evaluate import Scored
+from ecgscale.downstream.report import Report
+from ecgscale.record import lead_set_name
+from ecgscale.training.monitor import project
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Floats = npt.NDArray[np.float32]
+
+
+def show(run: Path, step: int, scored: Sequence[Scored]) -> None:
+    """Write what was found about a run's model into its TensorBoard folder, as test/LEADS/…"""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run / "tensorboard")) as board:
+        for one in scored:
+            place = f"test/{lead_set_name(one.leads)}"
+            for name, value in one.report.scalars().items():
+                board.add_scalar(f"{place}/{name}", value, step)
+            if isinstance(one.report, Report):
+                board.add_figure(f"{place}/roc", roc_figure(one.report, one.target_RC, one.score_RC), step)
+        project(board, "test", scored[0].embedding_RD, scored[0].label_R, step)
+
+
+def roc_figure(report: Report, target_RC: Floats, score_RC: Floats) -> Figure:
+    """The ROC curve of each class that has positives and negatives, with its area and interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    for row, target_R, score_R in zip(report.classes, target_RC.T, score_RC.T, strict=True):
+        if 0 < target_R.sum() < len(target_R):
+            false_T, hit_T = roc_curve(target_R > 0, score_R)
+            axes.plot(false_T, hit_T, linewidth=1, label=f"{row.name}: {row.auroc}")
+    axes.plot([0, 1], [0, 1], color="lightgrey", linewidth=0.7)
+    axes.set_xlabel("1 − specificity")
+    axes.set_ylabel("sensitivity")
+    axes.legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def roc_curve(
+    positive_R: npt.NDArray[np.bool_], score_R: Floats
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """False and true positive rates (T,) from none predicted to all, a point for each distinct score."""
+    order = np.argsort(-score_R, kind="stable")
+    last_of_score = np.append(np.diff(score_R[order]) != 0, True)
+    rates = []
+    for counted_R in (~positive_R[order], positive_R[order]):
+        total_R = np.cumsum(counted_R)
+        rates.append(np.append(0.0, total_R[last_of_score] / total_R[-1]))
+    return rates[0], rates[1]

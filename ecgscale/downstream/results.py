@@ -1,0 +1,207 @@
+"""What methods reach beside each other: means over seeds, bootstrap intervals, paired differences, as table and plot.
+
+Shape suffixes: S seeds, R bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ecgscale.data.shards import write_whole
+from ecgscale.downstream.evaluate import FIGURES
+from ecgscale.downstream.metrics import interval
+from ecgscale.downstream.report import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Floats = npt.NDArray[np.float64]
+_SHOWN = ("challenge_score", "auroc", "top1")  # the first one that a task has stands in the table and the plot
+_PROTOCOLS = {"probe": "linear probe", "neighbours": "nearest neighbours", "finetune": "fine-tuned"}
+
+
+class Case(NamedTuple):
+    """What is measured alike for all methods."""
+
+    task: str
+    protocol: str
+    fraction: float
+    leads: str
+    figure: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of one run, with its bootstrap samples over the test patients (R,)."""
+
+    case: Case
+    method: str
+    seed: int
+    value: float | None
+    sample_R: Floats
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One figure over the seeds."""
+
+    mean: Estimate
+    deviation: float  # over seeds; NaN for one
+    seeds: int
+    sample_R: Floats  # mean over the seeds of each resample
+
+    def __str__(self) -> str:
+        spread = f" ± {self.deviation:.3f}" if self.seeds > 1 else ""
+        value, low, high = self.mean.value, self.mean.low, self.mean.high
+        return "–" if np.isnan(value) else f"{value:.3f}{spread} [{low:.3f}, {high:.3f}]"
+
+
+class Results:
+    """Summaries by case and method, in the order in which they were measured."""
+
+    def __init__(self, measured: Sequence[Measured]) -> None:
+        runs: dict[tuple[Case, str], list[Measured]] = {}
+        for one in measured:
+            runs.setdefault((one.case, one.method), []).append(one)
+        self.by = {key: _summary(of) for key, of in runs.items()}
+        self.cases = list(dict.fromkeys(case for case, _ in self.by))
+        self.methods = list(dict.fromkeys(method for _, method in self.by))
+
+    def shown(self, task: str) -> str:
+        """The figure by which a task is shown."""
+        figures = {case.figure for case in self.cases if case.task == task}
+        return next(name for name in _SHOWN if name in figures)
+
+    def of_task(self, task: str) -> tuple[list[tuple[str, float]], list[str]]:
+        """Protocols with their label fractions, and lead sets."""
+        of_task = [case for case in self.cases if case.task == task]
+        protocols = list(dict.fromkeys((case.protocol, case.fraction) for case in of_task))
+        return protocols, list(dict.fromkeys(case.leads for case in of_task))
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(case.task for case in self.cases))
+
+    def difference(self, case: Case, method: str, other: str) -> Estimate | None:
+        """method − other on the same resamples; None where one was not measured."""
+        one, two = self.by.get((case, method)), self.by.get((case, other))
+        if one is None or two is None:
+            return None
+        low_K, high_K = interval((one.sample_R - two.sample_R)[None])
+        return Estimate(one.mean.value - two.mean.value, float(low_K[0]), float(high_K[0]))
+
+
+def _summary(runs: list[Measured]) -> Summary:
+    value_S = np.array([np.nan if run.value is None else run.value for run in runs])
+    sample_R = np.mean([run.sample_R for run in runs], axis=0)
+    low_K, high_K = interval(sample_R[None])
+    deviation = float(np.std(value_S, ddof=1)) if len(runs) > 1 else float("nan")
+    return Summary(Estimate(float(value_S.mean()), float(low_K[0]), float(high_K[0])), deviation, len(runs), sample_R)
+
+
+def write_results(folder: Path, measured: Sequence[Measured], reference: str) -> str:
+    """Write table.md, table.csv and plot.png; returns the table. ``reference`` is held against all other methods."""
+    results = Results(measured)
+    text = markdown(results, reference)
+    write_whole(folder / "table.md", (text + "\n").encode())
+    write_whole(folder / "table.csv", as_csv(results, reference).encode())
+    buffer = io.BytesIO()
+    plot(results).savefig(buffer, dpi=150)
+    write_whole(folder / "plot.png", buffer.getvalue())
+    return text
+
+
+def markdown(results: Results, reference: str) -> str:
+    """For each task a row per method, protocol and label fraction, a column per lead set; then the differences."""
+    lines = []
+    for task in results.tasks:
+        protocols, lead_sets = results.of_task(task)
+        figure = results.shown(task)
+        head = " | ".join(f"{leads} leads" if leads.isdecimal() else leads for leads in lead_sets)
+        rule = "|---" * (len(lead_sets) + 1) + "|"
+        lines += [f"{task}: {FIGURES[figure]}", "", f"| {FIGURES[figure]} | {head} |", rule]
+        differences = [f"| {reference} minus | {head} |", rule]
+        for protocol, fraction in protocols:
+            cases = [Case(task, protocol, fraction, leads, figure) for leads in lead_sets]
+            how = _named(protocol, fraction, figure)
+            for method in results.methods:
+                found = [results.by.get((case, method)) for case in cases]
+                if any(found):
+                    lines.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in found)} |")
+                apart = [results.difference(case, reference, method) for case in cases]
+                if method != reference and any(apart):
+                    differences.append(f"| {method}, {how} | {' | '.join(map(_signed, apart))} |")
+        lines += ["", *differences, ""]
+    return "\n".join([*lines, _LEGEND])
+
+
+_LEGEND = (
+    "Mean ± deviation over seeds [95 % bootstrap interval over test patients, of the mean over seeds]. Differences are "
+    "paired: the same resampled patients for both; those whose interval leaves out 0 are bold."
+)
+
+
+def _named(protocol: str, fraction: float, figure: str) -> str:
+    how = "frozen" if figure == "top1" and protocol == "probe" else _PROTOCOLS[protocol]
+    return how + (f", {fraction:.0%} of the labels" if fraction < 1 else "")
+
+
+def _signed(difference: Estimate | None) -> str:
+    if difference is None:
+        return "–"
+    value, low, high = difference.value, difference.low, difference.high
+    text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def as_csv(results: Results, reference: str) -> str:
+    """A line per case and method with every figure, and its difference from the reference method."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*Case._fields, "method", "seeds", "mean", "deviation", "low", "high",
+                     f"{reference} minus it", "difference low", "difference high"])  # fmt: skip
+    for (case, method), one in results.by.items():
+        apart = results.difference(case, reference, method)
+        numbers = [one.mean.value, one.deviation, one.mean.low, one.mean.high]
+        numbers += [float("nan")] * 3 if apart is None else [apart.value, apart.low, apart.high]
+        writer.writerow([*case, method, one.seeds, *("" if np.isnan(n) else f"{n:.6f}" for n in numbers)])
+    return out.getvalue()
+
+
+def plot(results: Results) -> Figure:
+    """A row of panels per task, one per protocol and label fraction: each method over the lead sets, with intervals."""
+    from matplotlib.figure import Figure
+
+    shapes = [results.of_task(task) for task in results.tasks]
+    columns = max(len(protocols) for protocols, _ in shapes)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * len(shapes) + 0.8), layout="constrained")
+    grid = figure.subplots(len(shapes), columns, squeeze=False, sharey="row")
+    for row, task, (protocols, lead_sets) in zip(grid, results.tasks, shapes, strict=True):
+        for axes in row[len(protocols) :]:
+            axes.axis("off")
+        for axes, (protocol, fraction) in zip(row, protocols, strict=False):
+            for m, method in enumerate(results.methods):
+                cases = [Case(task, protocol, fraction, leads, results.shown(task)) for leads in lead_sets]
+                found = [(x, one) for x, case in enumerate(cases) if (one := results.by.get((case, method)))]
+                if not found:
+                    continue
+                at = [x + 0.08 * (m - len(results.methods) / 2) for x, _ in found]
+                value = np.array([one.mean.value for _, one in found])
+                ends = np.array([(one.mean.low, one.mean.high) for _, one in found]).T
+                error = np.abs(ends - value)
+                axes.errorbar(at, value, error, marker="o", markersize=4, linewidth=1, capsize=2, label=method)
+            axes.set_title(_named(protocol, fraction, results.shown(task)))
+            axes.set_xticks(range(len(lead_sets)), lead_sets)
+            axes.set_xlabel("leads")
+        row[0].set_ylabel(f"{task}: {FIGURES[results.shown(task)]}")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize="small")
+    return figure
