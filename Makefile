@@ -28,11 +28,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 
 demo: setup
 	test -e $(RUNS)/demo/shards/manifest.json || $(BIN)/ecgscale simulate $(RUNS)/demo/shards --patients 400
-	$(BIN)/ecgscale compare --pretrain configs/pretrain/tiny.yaml --finetune configs/finetune/simulated.yaml \
-	  --pretrain-shards $(RUNS)/demo/shards --task-shards $(RUNS)/demo/shards --run $(RUNS)/demo/runs
+	$(BIN)/ecgscale reproduce configs/reproduce/demo.yaml --data_dir $(RUNS)/demo --run.dir $(RUNS)/demo/runs
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -58,8 +57,9 @@ real: setup
 	test -e $(RUNS)/real/ptbxl/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ptbxl $(RUNS)/real/ptbxl \
 	  --labels $(DATA)/ptbxl/labels.csv --split-by strat_fold --validation-values 8 --test-values 9
 	test -e $(RUNS)/real/seta/manifest.json || $(BIN)/ecgscale ingest $(DATA)/cinc2011_seta $(RUNS)/real/seta
-	$(BIN)/ecgscale compare --pretrain configs/pretrain/ptbxl_seta.yaml --finetune configs/finetune/ptbxl_superclass.yaml \
-	  --pretrain-shards $(RUNS)/real/ptbxl,$(RUNS)/real/seta --task-shards $(RUNS)/real/ptbxl --seeds 3 --run $(RUNS)/real/runs
+	test -e $(RUNS)/real/ecgid/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ecgid $(RUNS)/real/ecgid --patient-key @folder \
+	  --ignore-leads "ECG I filtered" --validation-fraction 0.1 --test-fraction 0.5
+	$(BIN)/ecgscale reproduce configs/reproduce/real.yaml --data_dir $(RUNS)/real --run.dir $(RUNS)/real/runs
 
 endurance: setup
 	$(BIN)/python tests/launch/endurance.py --out $(RUNS)/endurance $(ARGS)

@@ -31,6 +31,19 @@ if not os.environ.get("ECGSCALE_GPU"):  # `make gpu` sets it for tests/test_cuda
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest-xdist, a file stays in one process, for its fixtures; the launcher's tests share one SLURM.
+
+    They wait more than they compute, and go first: the other process has the cores to itself meanwhile.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        shared = "launch" if "launch" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(shared))
+    items.sort(key=lambda item: ("launch" not in item.path.parts, "training" not in item.path.parts))
+
+
 def pytest_collection_finish() -> None:
     """A full collection need not walk what all modules hold, a tenth of a second each time."""
     gc.collect()
