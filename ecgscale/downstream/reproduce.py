@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, load
 from ecgscale.data.shard_set import ShardSet
@@ -115,6 +113,10 @@ class ReproduceConfig:
         """The lead sets that a task is scored with."""
         return [chosen_leads(leads.split(",")) for leads in task.lead_sets or self.lead_sets]
 
+    def encoders(self, method: MethodConfig | None) -> int:
+        """How many a method has; random weights are one unit, since each seed draws its own."""
+        return 1 if method is None or method.init else self.pretrain_seeds
+
     def places(self, shards: Sequence[str]) -> list[str]:
         """Data sets where they lie."""
         return [place if "://" in place else str(Path(self.data_dir) / place) for place in shards]
@@ -149,6 +151,7 @@ class Unit:
     def leaves(self) -> Iterator[Leaf]:
         """Seeds that change nothing are left out: those of a probe on a given encoder with all labels."""
         config = self.config
+        encoders = config.encoders(self.method)
         for task in config.tasks:
             for protocol in config.protocols:
                 if protocol == "neighbours" and self.task_config(task).task.kind == "identification":
@@ -156,57 +159,45 @@ class Unit:
                 for fraction in config.label_fractions:
                     drawn = self.method is None or protocol == "finetune" or fraction < 1
                     for seed in range(config.seeds):
-                        own = self.method is None or seed % config.pretrain_seeds == self.pretrain_seed
-                        if own and (drawn or seed < config.pretrain_seeds):
+                        if seed % encoders == self.pretrain_seed and (drawn or seed < encoders):
                             yield Leaf(task, protocol, fraction, seed)
 
-    @cached_property
+    @property
+    def like(self) -> MethodConfig:
+        """The method whose shape and preprocessing it has: for random weights, the first one."""
+        return self.method or self.config.methods[0]
+
+    @property
     def model(self) -> Path:
-        """The run or export that its leaves begin with."""
-        if self.method is not None and self.method.init:
-            return Path(self.method.init)
-        return (
-            self.root
-            / "pretrain"
-            / (_folder_name(self.name) + f"-seed{self.pretrain_seed}" * (self.method is not None))
-        )
+        """The run or export that its leaves begin with, if with new weights."""
+        if self.like.init:
+            return Path(self.like.init)
+        return self.root / "pretrain" / f"{_folder_name(self.name)}-seed{self.pretrain_seed}"
 
     def pretraining(self) -> PretrainConfig:
-        """The resolved config of the pretraining; of the random unit, that of the first method."""
-        method = self.method or self.config.methods[0]
-        given = ["--config", method.pretrain, *_options(method.overrides)]
+        """The resolved config of the pretraining."""
+        given = ["--config", self.like.pretrain, *_options(self.like.overrides)]
         given += ["--data.shards", ",".join(self.config.places(self.config.pretrain_shards))]
         return load(PretrainConfig, [*given, "--train.seed", str(self.pretrain_seed), "--run.dir", str(self.model)])
 
     def prepare(self) -> None:
         """Pretrain where that is not done yet."""
-        if self.method is None:
-            self._untrained()
-        elif not self.method.init:
-            config = self.pretraining()
-            refuse_other_config(self.model / "config.yaml", config)
-            if _step(self.model / "export") < config.train.steps:
-                pretrain(config)
-
-    def _untrained(self) -> None:
-        """An export of the first method's shape. Its weights are not used: each seed draws its own."""
-        first = self.config.methods[0]
-        if first.init:
-            (self.root / "pretrain").mkdir(parents=True, exist_ok=True)
+        if self.like.init:
             return
         config = self.pretraining()
+        if self.method is None:
+            self._write_untrained(config)
+            return
+        refuse_other_config(self.model / "config.yaml", config)
+        if _step(self.model / "export") < config.train.steps:
+            pretrain(config)
+
+    def _write_untrained(self, config: PretrainConfig) -> None:
+        """An export for its shape and preprocessing. Its weights are not used: each seed draws its own."""
         rate_hz = ShardSet.open(config.data.shards, config.data.cache).rate_hz
         about = about_model(config.model, Profile(rate_hz, config.data.segment_s, config.data.normalisation))
-        torch.manual_seed(0)
         weights = {f"encoder.{name}": tensor for name, tensor in ECGEncoder(config.model).state_dict().items()}
         write_export(self.model, weights, about | {"step": 0})
-
-    @property
-    def shape_from(self) -> Path:
-        """What the leaves' ``init.model`` is."""
-        if self.method is None and self.config.methods[0].init:
-            return Path(self.config.methods[0].init)
-        return self.model
 
     def task_config(self, task: TaskPlan, *more: str) -> FinetuneConfig:
         given = ["--config", task.finetune, *_options(task.overrides)]
@@ -221,7 +212,7 @@ class Unit:
     def leaf_config(self, leaf: Leaf) -> FinetuneConfig:
         return self.task_config(
             leaf.task,
-            *("--init.model", str(self.shape_from)),
+            *("--init.model", str(self.model)),
             *("--init.random", str(self.method is None).lower()),
             *("--task.protocol", leaf.protocol),
             *("--task.label_fraction", str(leaf.fraction)),
@@ -233,7 +224,7 @@ class Unit:
         """Train and score what is not done yet; raises InputError where another config, model or data made it."""
         config, result = self.leaf_config(leaf), Result(self.folder(leaf))
         made_from = {
-            "model": "" if self.method is None else file_sha256(_weights(self.shape_from)),
+            "model": "" if self.method is None else file_sha256(_weights(self.model)),
             "data": ShardSet.open(config.data.shards, config.data.cache).identity,
             "config": asdict(config),
         }
@@ -298,11 +289,8 @@ class Result:
 
 def units(config: ReproduceConfig) -> list[Unit]:
     """All units: random weights first, since they take no pretraining."""
-    found = [Unit(config, None, 0)]
-    for method in config.methods:
-        seeds = 1 if method.init else config.pretrain_seeds
-        found += [Unit(config, method, seed) for seed in range(seeds)]
-    return found
+    methods = [None, *config.methods]
+    return [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
 
 
 def _checked(found: list[Unit]) -> list[Unit]:

@@ -19,6 +19,18 @@ from ecgscale.errors import InputError
 from ecgscale.model.stem import CONV_PATCH_SAMPLES, ConvStem, PatchStem
 from ecgscale.record import LEADS
 
+# Fields of ModelConfig that count something.
+SIZES = (
+    "patch_samples",
+    "stem_channels",
+    "width",
+    "depth",
+    "heads",
+    "ffn_width",
+    "position_kernel",
+    "position_groups",
+)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -65,16 +77,7 @@ class ModelConfig:
                 f"model.patch_samples {self.patch_samples}: the conv stem has {CONV_PATCH_SAMPLES}; "
                 "leave it out or choose model.stem patch"
             )
-        for name in (
-            "patch_samples",
-            "stem_channels",
-            "width",
-            "depth",
-            "heads",
-            "ffn_width",
-            "position_kernel",
-            "position_groups",
-        ):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} {getattr(self, name)}: give 1 or more")
         if self.width % self.heads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.model.encoder import SIZES, ModelConfig
 
 PRESETS = {
     "tiny": ModelConfig(
@@ -24,19 +24,7 @@ PRESETS = {
 }
 
 # What weights and embeddings depend on; the other fields (dropout, the stem's gradient scale) are of training alone.
-SHAPE_FIELDS = (
-    "stem",
-    "patch_samples",
-    "stem_channels",
-    "width",
-    "depth",
-    "heads",
-    "ffn_width",
-    "position_kernel",
-    "position_groups",
-    "pre_norm",
-    "stem_bias",
-)
+SHAPE_FIELDS = ("stem", *SIZES, "pre_norm", "stem_bias")
 
 
 def preset_of(model: ModelConfig) -> str:
