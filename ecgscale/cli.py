@@ -458,8 +458,8 @@ def embed(argv: list[str]) -> None:
 def reproduce(argv: list[str]) -> None:
     """Compare pretraining methods: methods x tasks x protocols x label fractions x seeds x lead sets, in one table.
 
-    CONFIG.yaml says which; random weights, probed and trained from scratch, always stand beside. What is finished is
-    not done again. Over many jobs: --part 1/N to N/N side by side, then the same command with --merge.
+    CONFIG.yaml says which; random weights always stand beside. What is finished is not done again. Over many jobs:
+    --part 1/N to N/N side by side, then the same command with --merge.
     """
     from ecgscale import config
 
@@ -468,7 +468,8 @@ def reproduce(argv: list[str]) -> None:
     how.add_argument("--part", type=_part, default=(1, 1))
     how.add_argument("--merge", action="store_true")
     how.add_argument("--dry-run", action="store_true")
-    from ecgscale.downstream.reproduce import ReproduceConfig, merge, plan, work
+    from ecgscale.downstream.comparison import ReproduceConfig
+    from ecgscale.downstream.reproduce import merge, plan, work
 
     if _wants_help(argv):
         print(config.help_text(ReproduceConfig, "reproduce"))

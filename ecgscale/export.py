@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecgscale.data.selection import Normalisation
-from ecgscale.data.shards import write_whole
+from ecgscale.data.shards import file_sha256, write_whole
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.record import LEADS
@@ -112,6 +113,13 @@ def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
 def read_about(path: Path) -> tuple[Path, dict[str, Any]]:
     """What ``read_model`` gives but the weights, of which none is read."""
     return _newest(path)
+
+
+def weights_sha256(path: Path) -> str:
+    """Of the weights that ``read_model`` reads."""
+    place, _ = _newest(path)
+    hashes = [f"{file.name} {file_sha256(file)}" for file in sorted(place.glob("*.safetensors"))]
+    return sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def is_export(folder: Path) -> bool:

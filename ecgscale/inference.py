@@ -53,6 +53,9 @@ def recordings_of(selection: Selection) -> Iterator[Recording]:
         there = lead_positions(bits)
         rows = [row for row, lead in enumerate(there) if lead in kept]
         at = [there[row] for row in rows]
+        if not at:
+            kept_names = ",".join(LEADS[lead] for lead in sorted(kept))
+            raise InputError(f"{selection.split} split: a recording has none of the leads {kept_names}; give others")
         yield Recording(signal_LT if at == there else signal_LT[rows], scale_L[at], at)
 
 

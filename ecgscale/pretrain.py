@@ -83,7 +83,10 @@ def pretrain(config: PretrainConfig) -> Path:
     export = export_engine(run / "export", engine, job.about, config.train.steps)
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
-        _project(run, export, Selection(shards, config.data, "validation"), config.train)
+        try:
+            _project(run, export, Selection(shards, config.data, "validation"), config.train)
+        except InputError as error:  # a picture is no reason to fail
+            log(ranks, f"no embeddings for the projector: {error}")
     leave_run(run)
     return export
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +20,7 @@ from ecgscale.training.ranks import Ranks, first_rank
 
 # What may change when a run continues: how it is computed and written down, how long it goes on (and with it the
 # later part of a schedule that falls to the end of the run).
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "data.shards",  # may have moved; their identity is checked
     "data.workers",
     "data.unreadable",
@@ -58,7 +59,7 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
     def claim() -> None:
         refuse_other_config(path, config)
         run.mkdir(parents=True, exist_ok=True)
-        _be_the_writer(run)
+        lock_run(run)
         write_whole(path, dump(config).encode())
 
     first_rank(ranks, claim)
@@ -70,7 +71,7 @@ _WAIT_S = 15.0  # for the process before, which may just be ending
 _locked: dict[Path, IO[str]] = {}
 
 
-def _be_the_writer(run: Path) -> None:
+def lock_run(run: Path) -> None:
     """Lock the run folder until `leave_run` or the end of this process; RankError where another one holds it."""
     path = run.resolve() / _WRITER
     if path in _locked:
@@ -107,20 +108,22 @@ def refuse_other_config(path: Path, config: Any) -> None:
     if not path.exists():
         return
     try:
-        before, now = completed(yaml.safe_load(path.read_text()), config), flat(asdict(config))
+        before = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
-    for key in sorted(before.keys() | now.keys()):
-        if key not in _MAY_CHANGE and before.get(key) != now.get(key):
-            raise InputError(
-                f"{path}: the run has {key} {before.get(key)!r}, now it is {now.get(key)!r}; "
-                "take another run.dir or the old value"
-            )
+    if differs := first_difference(before, config):
+        key, was, now = differs
+        raise InputError(f"{path}: the run has {key} {was!r}, now it is {now!r}; take another run.dir or the old value")
 
 
-def completed(before: Any, config: Any) -> dict[str, Any]:
-    """Dotted keys of a saved config. A key that came later has its default: that is what the run was begun with."""
-    return {key: _default(config, key) for key in flat(asdict(config))} | flat(before)
+def first_difference(before: Any, config: Any, may_change: Collection[str] = MAY_CHANGE) -> tuple[str, Any, Any] | None:
+    """The first dotted key in which a saved config differs, what it was, and what it is now.
+
+    A key that came later has its default: that is what the run was begun with.
+    """
+    saved, now = {key: _default(config, key) for key in flat(asdict(config))} | flat(before), flat(asdict(config))
+    keys = (key for key in sorted(saved.keys() | now.keys()) if key not in may_change)
+    return next(((key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)), None)
 
 
 def _default(config: Any, key: str) -> Any:

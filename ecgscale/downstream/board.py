@@ -20,6 +20,7 @@ from ecgscale.training.monitor import project
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_PROJECTED = 2000  # recordings: the projector lays them out in the browser
 Floats = npt.NDArray[np.float32]
 
 
@@ -34,7 +35,8 @@ def show(run: Path, step: int, scored: Sequence[Scored]) -> None:
                 board.add_scalar(f"{place}/{name}", value, step)
             if isinstance(one.report, Report):
                 board.add_figure(f"{place}/roc", roc_figure(one.report, one.target_RC, one.score_RC), step)
-        project(board, "test", scored[0].embedding_RD, scored[0].label_R, step)
+            shown = slice(0, _PROJECTED)
+            project(board, place, one.embedding_RD[shown], one.label_R[shown], step)
 
 
 def roc_figure(report: Report, target_RC: Floats, score_RC: Floats) -> Figure:

@@ -40,11 +40,16 @@ class LabelledSet:
 
     @staticmethod
     def open(
-        model: ECGModel, data: DataConfig, config: TaskConfig, splits: Sequence[str] = SPLITS, seed: int = 0
+        model: ECGModel,
+        data: DataConfig,
+        config: TaskConfig,
+        trained: TrainedTask | None = None,
+        splits: Sequence[str] = SPLITS,
+        seed: int = 0,
     ) -> LabelledSet:
         """Raises InputError where the shards have another rate than the model, or not the labels.
 
-        A model that was fine-tuned brings its classes along. ``seed`` draws the patients of ``task.label_fraction``.
+        ``trained``: the classes of a fine-tuned model. ``seed`` draws the patients of ``task.label_fraction``.
         """
         shards, profile = ShardSet.open(data.shards, data.cache), model.profile
         if shards.rate_hz != profile.rate_hz:
@@ -52,7 +57,7 @@ class LabelledSet:
                 f"the model takes {profile.rate_hz:g} Hz, the shards have {shards.rate_hz:g} Hz; ingest at its rate"
             )
         read_as = replace(data, segment_s=profile.segment_s, normalisation=profile.normalisation)
-        return LabelledSet(shards, read_as, load_task(shards, config, _trained(model), splits, seed))
+        return LabelledSet(shards, read_as, load_task(shards, config, trained, splits, seed))
 
     def with_leads(self, leads: Sequence[str]) -> LabelledSet:
         """The same recordings with these leads alone; none: all."""
@@ -106,9 +111,10 @@ def evaluate(
     """
     model = load(model_path)
     if "task" not in model.about:
-        raise InputError(f"{model_path}: has no classification head; give a run of `ecgscale finetune`")
+        what = "was fine-tuned by another system, for a task that is not known" if model.head else "was not fine-tuned"
+        raise InputError(f"{model_path}: {what}; give a run of `ecgscale finetune`")
     config = replace(TaskConfig(**model.about["task"]), label_fraction=1.0)  # which is for training alone
-    if config.kind != "identification" and "thresholds" not in model.about:
+    if config.kind == "multilabel" and "thresholds" not in model.about:
         raise InputError(f"{model_path}: has no thresholds, since its fine-tuning is not finished; run it to the end")
     trained = chosen_leads(model.about.get("leads", [])) or LEADS
     chosen = [chosen_leads(list(leads)) or LEADS for leads in lead_sets] or [trained]
@@ -121,7 +127,7 @@ def evaluate(
     to_tune = config.kind == "multilabel" and any(leads != trained for leads in chosen)
     splits = list(dict.fromkeys([split, "validation"])) if to_tune else [split]
     data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
-    labelled = LabelledSet.open(model, data, config, splits)
+    labelled = LabelledSet.open(model, data, config, _trained(model), splits)
     scored = [_scored(model, labelled.with_leads(leads), config, split, leads, leads == trained) for leads in chosen]
     if out is not None:
         about = {"model": str(model_path), "shards": shards, "split": split}
@@ -136,7 +142,7 @@ def _scored(
     patient_R, recordings = labelled.patients(split), labelled.recordings(split)
     if config.kind == "identification":
         embedding_RD = model.embed_recordings(recordings).record_embedding
-        found = identify(embedding_RD, patient_R, labelled.sessions(split))
+        found = identify(embedding_RD, patient_R, labelled.sessions(split), config.one_probe)
         nothing_RC = np.zeros((len(patient_R), 0), np.float32)
         return Scored(leads, found, embedding_RD, [f"patient {code}" for code in patient_R], nothing_RC, nothing_RC)
     embedding_RD, logit_RC = model.embed_and_classify(recordings)

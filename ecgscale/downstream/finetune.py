@@ -104,7 +104,7 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
         _write(run, model, {}, about)
     elif config.task.protocol == "probe":
         _probe(model, labelled, run, about)
-    if config.task.kind != "identification":
+    if config.task.kind == "multilabel":
         amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
     return run
 

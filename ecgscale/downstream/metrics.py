@@ -247,19 +247,6 @@ def weighted_challenge(
     return value_R if count_BR is None else value_R[None]
 
 
-def bootstrap_interval(
-    metric: Metric,
-    label_BC: Array,
-    score_BC: Array,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-    groups_B: Array | None = None,
-) -> tuple[Floats, Floats]:
-    """Percentile bootstrap interval ``(low_K, high_K)`` of ``auroc``, ``auprc`` or ``f_measure``: see ``resampled``."""
-    return interval(resampled(metric, label_BC, score_BC, resamples, seed, groups_B), level)
-
-
 def resampled(
     metric: Metric,
     label_BC: Array,

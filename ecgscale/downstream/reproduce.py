@@ -1,125 +1,55 @@
-"""`ecgscale reproduce`: methods × tasks × protocols × label fractions × seeds × lead sets, in one table and one plot.
+"""`ecgscale reproduce`: does what a comparison needs and is not done yet, then writes one table and one plot.
 
-A unit is one pretraining with all that is measured on it, so that units may run side by side, as a job array. Whatever
-is finished is not done again.
-
-Shape suffixes: S seeds, R bootstrap resamples.
+A unit is one encoder with all that is measured on it, so that units may run side by side, as a job array.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, load
+from ecgscale.config import FinetuneConfig, PretrainConfig, load
+from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.data.shards import file_sha256, write_whole
+from ecgscale.data.shards import SPLITS, write_whole
 from ecgscale.downstream.board import show
+from ecgscale.downstream.comparison import (
+    RANDOM,
+    MethodConfig,
+    Protocol,
+    ReproduceConfig,
+    TaskPlan,
+    folder_name,
+    options_of,
+)
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
 from ecgscale.downstream.results import Case, Measured, write_results
+from ecgscale.downstream.tasks import load_task
 from ecgscale.errors import InputError
-from ecgscale.export import Profile, about_model, write_export
+from ecgscale.export import Profile, about_model, described, read_about, weights_sha256, write_export
 from ecgscale.model.encoder import ECGEncoder
 from ecgscale.pretrain import pretrain
-from ecgscale.record import chosen_leads, lead_set_name
-from ecgscale.run import completed, flat, leave_run, refuse_other_config
+from ecgscale.record import lead_set_name
+from ecgscale.run import MAY_CHANGE, first_difference, leave_run, lock_run, refuse_other_config
+from ecgscale.training import checkpoint
 from ecgscale.training.ranks import log, start_ranks
 
-RANDOM = "random init"  # the baseline that always stands beside: probed, and trained from scratch
-Protocol = Literal["probe", "neighbours", "finetune"]
+Figures = dict[str, dict[str, dict[str, float | None]]]  # lead set -> name -> value, low, high
+Samples = dict[str, Any]  # float64 arrays: LEADS/NAME -> bootstrap samples
 
 
-@dataclass(frozen=True)
-class MethodConfig:
-    """A way to come by an encoder."""
-
-    name: str
-    """As the table names it."""
-    pretrain: str = ""
-    """YAML config of its pretraining; or else"""
-    init: str = ""
-    """a run or export that is there already, such as an imported model."""
-    overrides: list[str] = field(default_factory=list)
-    """Changes of the pretraining config, such as objective.name=cmsc."""
-
-
-@dataclass(frozen=True)
-class TaskPlan:
-    """A downstream task."""
-
-    name: str
-    """As the table names it."""
-    finetune: str
-    """YAML config of its fine-tuning."""
-    shards: list[str] = field(default_factory=list)
-    """Labelled data sets."""
-    overrides: list[str] = field(default_factory=list)
-    """Changes of the config, such as train.steps=1000."""
-    lead_sets: list[str] = field(default_factory=list)
-    """Leads that this task is scored with, where they are others than those of all."""
-
-
-@dataclass(frozen=True)
-class ReproduceConfig:
-    """What is compared."""
-
-    methods: list[MethodConfig] = field(default_factory=list)
-    """The first one is compared with each of the others, and with random weights of its shape."""
-    tasks: list[TaskPlan] = field(default_factory=list)
-    """Downstream tasks."""
-    pretrain_shards: list[str] = field(default_factory=list)
-    """Data sets to pretrain on."""
-    data_dir: str = ""
-    """Folder in which data sets lie that are named by a relative path."""
-    protocols: list[Protocol] = field(default_factory=lambda: ["probe", "finetune"])
-    """probe, neighbours and finetune, as task.protocol has them."""
-    lead_sets: list[str] = field(default_factory=lambda: ["12"])
-    """Leads that models are scored with: 12, 6, 4, 3, 2, 1, or a list such as I,II,V5."""
-    label_fractions: list[float] = field(default_factory=lambda: [1.0])
-    """Shares of the labelled training patients."""
-    seeds: int = 3
-    """Seeds of fine-tuning, of random weights and of label fractions."""
-    pretrain_seeds: int = 1
-    """Seeds of pretraining; the seeds of fine-tuning are shared out over them."""
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        if not (self.methods and self.tasks):
-            raise InputError("methods and tasks: give one of each at least")
-        names = [RANDOM, *(method.name for method in self.methods)]
-        for kind, listed in (("methods", names), ("tasks", [task.name for task in self.tasks])):
-            if again := next((name for name in listed if listed.count(name) > 1), None):
-                raise InputError(f"{kind}: two are called {again!r}")
-            for name in listed:
-                if not name or set(name) & set("/\\|\n") or name.startswith("."):
-                    raise InputError(f"{kind}: {name!r} cannot name a folder and a row of a table")
-        for method in self.methods:
-            if bool(method.pretrain) == bool(method.init):
-                raise InputError(f"methods: {method.name} needs either pretrain or init")
-        if not 1 <= self.pretrain_seeds <= self.seeds:
-            raise InputError(
-                f"seeds {self.seeds}, pretrain_seeds {self.pretrain_seeds}: give 1 or more, not more of the latter"
-            )
-        for task in self.tasks:
-            self.leads_of(task)
-
-    def leads_of(self, task: TaskPlan) -> list[tuple[str, ...]]:
-        """The lead sets that a task is scored with."""
-        return [chosen_leads(leads.split(",")) for leads in task.lead_sets or self.lead_sets]
-
-    def encoders(self, method: MethodConfig | None) -> int:
-        """How many a method has; random weights are one unit, since each seed draws its own."""
-        return 1 if method is None or method.init else self.pretrain_seeds
-
-    def places(self, shards: Sequence[str]) -> list[str]:
-        """Data sets where they lie."""
-        return [place if "://" in place else str(Path(self.data_dir) / place) for place in shards]
+# Of a leaf's config. Where its encoder lies does not matter, since its weights are compared.
+_MAY_CHANGE = MAY_CHANGE - {"train.steps"} | {"init.model"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +64,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Unit:
-    """One pretraining, or the random weights of all seeds, and what is measured on it."""
+    """One encoder, or the random weights of all seeds, and what is measured on it."""
 
     config: ReproduceConfig
     method: MethodConfig | None  # None: random weights
@@ -143,24 +73,6 @@ class Unit:
     @property
     def name(self) -> str:
         return RANDOM if self.method is None else self.method.name
-
-    @property
-    def root(self) -> Path:
-        return Path(self.config.run.dir)
-
-    def leaves(self) -> Iterator[Leaf]:
-        """Seeds that change nothing are left out: those of a probe on a given encoder with all labels."""
-        config = self.config
-        encoders = config.encoders(self.method)
-        for task in config.tasks:
-            for protocol in config.protocols:
-                if protocol == "neighbours" and self.task_config(task).task.kind == "identification":
-                    continue
-                for fraction in config.label_fractions:
-                    drawn = self.method is None or protocol == "finetune" or fraction < 1
-                    for seed in range(config.seeds):
-                        if seed % encoders == self.pretrain_seed and (drawn or seed < encoders):
-                            yield Leaf(task, protocol, fraction, seed)
 
     @property
     def like(self) -> MethodConfig:
@@ -172,45 +84,81 @@ class Unit:
         """The run or export that its leaves begin with, if with new weights."""
         if self.like.init:
             return Path(self.like.init)
-        return self.root / "pretrain" / f"{_folder_name(self.name)}-seed{self.pretrain_seed}"
+        return Path(self.config.run.dir) / "pretrain" / f"{folder_name(self.name)}-seed{self.pretrain_seed}"
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Seeds and fractions that change nothing are left out, such as those of a probe of a given encoder."""
+        config, encoders = self.config, self.config.encoders(self.method)
+        for task in config.tasks:
+            identification = config.task_config(task).task.kind == "identification"
+            for protocol in config.protocols:
+                if identification and protocol == "neighbours":
+                    continue
+                untrained = identification and protocol == "probe"
+                for fraction in [1.0] if untrained else config.fractions_of(task):
+                    drawn = self.method is None or protocol == "finetune" or fraction < 1
+                    for seed in range(config.seeds):
+                        if seed % encoders == self.pretrain_seed and (drawn or seed < encoders):
+                            yield Leaf(task, protocol, fraction, seed)
 
     def pretraining(self) -> PretrainConfig:
         """The resolved config of the pretraining."""
-        given = ["--config", self.like.pretrain, *_options(self.like.overrides)]
+        given = ["--config", self.like.pretrain, *options_of(self.like.overrides)]
         given += ["--data.shards", ",".join(self.config.places(self.config.pretrain_shards))]
         return load(PretrainConfig, [*given, "--train.seed", str(self.pretrain_seed), "--run.dir", str(self.model)])
+
+    def check(self) -> None:
+        """Raises InputError where its encoder does not go with the tasks."""
+        pretrained_on = None
+        if self.like.init:
+            _, profile = described(*read_about(self.model))
+            rate_hz = profile.rate_hz
+        else:
+            config = self.pretraining()
+            pretrained_on = ShardSet.open(config.data.shards, config.data.cache)
+            rate_hz = pretrained_on.rate_hz
+        for task in self.config.tasks:
+            shards = ShardSet.open(self.config.places(task.shards))
+            if shards.rate_hz != rate_hz:
+                raise InputError(f"{task.name} has {shards.rate_hz:g} Hz, {self.name} takes {rate_hz:g} Hz")
+            if pretrained_on is not None:
+                _refuse_leak(pretrained_on, shards, task.name)
 
     def prepare(self) -> None:
         """Pretrain where that is not done yet."""
         if self.like.init:
             return
         config = self.pretraining()
+        shards = ShardSet.open(config.data.shards, config.data.cache)
         if self.method is None:
-            self._write_untrained(config)
+            about = about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation))
+            self._write_untrained(about | {"step": 0})
             return
         refuse_other_config(self.model / "config.yaml", config)
-        if _step(self.model / "export") < config.train.steps:
-            pretrain(config)
+        done = checkpoint.latest(self.model / "checkpoints")
+        if done is not None and done.step > config.train.steps:
+            raise InputError(f"{self.model}: has {done.step} steps, train.steps is {config.train.steps}; remove it")
+        exported = (self.model / "export" / "config.json").exists()
+        if not (exported and done and done.step == config.train.steps and done.state["data"] == shards.identity):
+            pretrain(config)  # goes on, or says what does not fit
 
-    def _write_untrained(self, config: PretrainConfig) -> None:
+    def _write_untrained(self, about: dict[str, Any]) -> None:
         """An export for its shape and preprocessing. Its weights are not used: each seed draws its own."""
-        rate_hz = ShardSet.open(config.data.shards, config.data.cache).rate_hz
-        about = about_model(config.model, Profile(rate_hz, config.data.segment_s, config.data.normalisation))
-        weights = {f"encoder.{name}": tensor for name, tensor in ECGEncoder(config.model).state_dict().items()}
-        write_export(self.model, weights, about | {"step": 0})
-
-    def task_config(self, task: TaskPlan, *more: str) -> FinetuneConfig:
-        given = ["--config", task.finetune, *_options(task.overrides)]
-        given += ["--data.shards", ",".join(self.config.places(task.shards))]
-        return load(FinetuneConfig, [*given, *more])
+        if (self.model / "config.json").exists():
+            model, profile = described(*read_about(self.model))
+            if about_model(model, profile) | {"step": 0} == about:
+                return
+        model, _ = described(self.model, about)
+        weights = {f"encoder.{name}": tensor for name, tensor in ECGEncoder(model).state_dict().items()}
+        write_export(self.model, weights, about)
 
     def folder(self, leaf: Leaf) -> Path:
         share = "" if leaf.fraction == 1 else f"-labels{leaf.fraction:g}"
         name = f"{leaf.protocol}{share}-seed{leaf.seed}"
-        return self.root / "tasks" / _folder_name(leaf.task.name) / _folder_name(self.name) / name
+        return Path(self.config.run.dir) / "tasks" / folder_name(leaf.task.name) / folder_name(self.name) / name
 
     def leaf_config(self, leaf: Leaf) -> FinetuneConfig:
-        return self.task_config(
+        return self.config.task_config(
             leaf.task,
             *("--init.model", str(self.model)),
             *("--init.random", str(self.method is None).lower()),
@@ -220,108 +168,91 @@ class Unit:
             *("--run.dir", str(self.folder(leaf))),
         )
 
+    @cached_property
+    def encoder_identity(self) -> str:
+        """Its weights; of random ones, their shape and preprocessing. To be asked for when it is prepared."""
+        if self.method is not None:
+            return weights_sha256(self.model)
+        model, profile = described(*read_about(self.model))
+        return sha256(json.dumps([asdict(model), asdict(profile)], sort_keys=True).encode()).hexdigest()
+
+    def found(self, leaf: Leaf) -> Figures:
+        """What a leaf has found so far. Raises InputError where another config, encoder or data made it."""
+        folder = self.folder(leaf)
+        made_from = _read_json(folder / "made_from.json")
+        if not made_from:
+            return {}
+        config = self.leaf_config(leaf)
+        now = self._made_from(config)
+        differs = next((name for name in ("encoder", "data") if made_from.get(name) != now[name]), None)
+        if differs is None and (other := first_difference(made_from.get("config", {}), config, _MAY_CHANGE)):
+            differs = other[0]
+        if differs:
+            raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")
+        return _read_json(folder / "result.json")
+
+    def _made_from(self, config: FinetuneConfig) -> dict[str, Any]:
+        identity = ShardSet.open(config.data.shards, config.data.cache).identity
+        return {"encoder": self.encoder_identity, "data": identity, "config": asdict(config)}
+
     def measure(self, leaf: Leaf) -> None:
-        """Train and score what is not done yet; raises InputError where another config, model or data made it."""
-        config, result = self.leaf_config(leaf), Result(self.folder(leaf))
-        made_from = {
-            "model": "" if self.method is None else file_sha256(_weights(self.model)),
-            "data": ShardSet.open(config.data.shards, config.data.cache).identity,
-            "config": asdict(config),
-        }
-        found = result.read(made_from, config)
+        """Train and score what is not done yet."""
+        folder, config = self.folder(leaf), self.leaf_config(leaf)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_run(folder)
+        found = self.found(leaf)
         missing = [leads for leads in self.config.leads_of(leaf.task) if lead_set_name(leads) not in found]
-        if not missing:
-            return
-        run = self.folder(leaf)
-        if not found:
-            fit(config, start_ranks())
-        scored = evaluate(run, config.data.shards, "test", missing)
-        show(run, config.train.steps, scored)
-        figures = {lead_set_name(one.leads): {k: asdict(v) for k, v in one.report.headline.items()} for one in scored}
-        samples = {
-            f"{lead_set_name(one.leads)}/{name}": sample
-            for one in scored
-            for name, sample in one.report.samples.items()
-        }
-        result.write(made_from, found | figures, samples)
-        leave_run(run)
-
-
-class Result:
-    """What a leaf has found, in its run folder: result.json and the bootstrap samples in samples.npz."""
-
-    def __init__(self, run: Path) -> None:
-        self.run, self.path = run, run / "result.json"
-
-    def read(self, made_from: dict[str, Any] | None = None, config: FinetuneConfig | None = None) -> dict[str, Any]:
-        """Figures by lead set; nothing where it is not done. With ``made_from``, InputError where it differs."""
-        if not self.path.exists():
-            return {}
-        try:
-            finished: dict[str, Any] = json.loads(self.path.read_bytes())
-            before, figures = finished["made_from"], finished["figures"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{self.path}: damaged; remove {self.run}") from error
-        if made_from is not None:
-            same = before | {"config": completed(before["config"], config)}
-            if same != made_from | {"config": flat(made_from["config"])}:
-                raise InputError(
-                    f"{self.run}: was made with another config, model or data; remove it or take another run.dir"
-                )
-        return dict(figures)
-
-    def samples(self) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-        """``LEADS/FIGURE`` -> (R,)."""
-        path = self.run / "samples.npz"
-        if not path.exists():
-            return {}
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-
-    def write(self, made_from: dict[str, Any], figures: dict[str, Any], samples: dict[str, Any]) -> None:
-        import io
-
-        buffer = io.BytesIO()
-        np.savez(buffer, **self.samples() | samples)
-        write_whole(self.run / "samples.npz", buffer.getvalue())
-        write_whole(self.path, json.dumps({"made_from": made_from, "figures": figures}, indent=1).encode())
+        if missing:
+            if not found:
+                write_whole(folder / "made_from.json", json.dumps(self._made_from(config), indent=1).encode())
+                fit(config, start_ranks())
+            samples = _read_samples(folder) if found else {}
+            for one in evaluate(folder, config.data.shards, "test", missing):
+                name = lead_set_name(one.leads)
+                found[name] = {figure: asdict(value) for figure, value in one.report.headline.items()}
+                samples |= {f"{name}/{figure}": sample for figure, sample in one.report.samples.items()}
+                show(folder, config.train.steps, [one])
+            buffer = io.BytesIO()
+            np.savez(buffer, **samples)
+            write_whole(folder / "samples.npz", buffer.getvalue())
+            write_whole(folder / "result.json", json.dumps(found, indent=1).encode())
+        leave_run(folder)
 
 
 def units(config: ReproduceConfig) -> list[Unit]:
-    """All units: random weights first, since they take no pretraining."""
+    """All units: random weights first, since they take no pretraining. Raises InputError where there is no leaf."""
+    if not config.run.dir:
+        raise InputError("run.dir is missing; give --run.dir FOLDER")
     methods = [None, *config.methods]
-    return [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
-
-
-def _checked(found: list[Unit]) -> list[Unit]:
-    """Raises InputError for what is wrong with any of their configs, before hours of work."""
-    for unit in found:
-        if not unit.config.run.dir:
-            raise InputError("run.dir is missing; give --run.dir FOLDER")
-        if unit.method is not None and unit.method.pretrain:
-            unit.pretraining()
-        for leaf in unit.leaves():
-            unit.leaf_config(leaf)
+    found = [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
+    if not any(True for unit in found for _ in unit.leaves()):
+        protocols = ", ".join(config.protocols)
+        raise InputError(f"protocols {protocols}: nothing to measure, since identification has no neighbours")
     return found
 
 
 def plan(config: ReproduceConfig) -> str:
-    """For people: every unit with its runs, and which of them are done."""
+    """For people: every unit with its runs, and which of them are done. All configs are resolved."""
     lines = []
-    for number, unit in enumerate(_checked(units(config)), 1):
+    for number, unit in enumerate(units(config), 1):
+        if not unit.like.init:
+            unit.pretraining()
         lines.append(f"unit {number}: {unit.name}, {unit.model}")
         for leaf in unit.leaves():
-            folder = unit.folder(leaf)
-            lines.append(f"  {'done' if Result(folder).read() else 'to do':<6} {folder}")
+            unit.leaf_config(leaf)
+            lines.append(f"  {'to do' if _missing(unit, leaf) else 'done':<6} {unit.folder(leaf)}")
     return "\n".join(lines)
 
 
 def work(config: ReproduceConfig, part: tuple[int, int] = (1, 1)) -> str:
     """Do what is not done yet of the units of ``part`` (number, of how many); returns what to say."""
     number, parts = part
-    ranks, mine = start_ranks(), _checked(units(config))[number - 1 :: parts]
+    ranks, mine = start_ranks(), units(config)[number - 1 :: parts]
     if ranks.world_size > 1:
         raise InputError("reproduce runs as one process; share it out with --part")
+    for unit in mine:  # before hours of work
+        unit.check()
+    _check_tasks(mine)
     leaves, done = sum(len(list(unit.leaves())) for unit in mine), 0
     for unit in mine:
         unit.prepare()
@@ -332,16 +263,32 @@ def work(config: ReproduceConfig, part: tuple[int, int] = (1, 1)) -> str:
     return f"{leaves} runs of {len(mine)} encoders are done"
 
 
+def _check_tasks(mine: list[Unit]) -> None:
+    """Raises InputError where labels are missing or too few for a batch, by task, label fraction and seed."""
+    checked = set()
+    for leaf in (leaf for unit in mine for leaf in unit.leaves()):
+        key = (leaf.task.name, leaf.fraction, leaf.seed if leaf.fraction < 1 else 0)
+        if (leaf.protocol != "finetune" and "finetune" in mine[0].config.protocols) or key in checked:
+            continue
+        checked.add(key)
+        more = ["--task.label_fraction", str(leaf.fraction), "--train.seed", str(leaf.seed)]
+        chosen = mine[0].config.task_config(leaf.task, *more)
+        shards = ShardSet.open(chosen.data.shards, chosen.data.cache)
+        labelled_R = load_task(shards, chosen.task, seed=leaf.seed).labelled_R
+        if leaf.protocol == "finetune":
+            chosen.train.order(Selection(shards, chosen.data, "train", labelled_R), 1)
+
+
 def merge(config: ReproduceConfig) -> str:
     """Write table and plot; returns the table. Raises InputError that names a run which is not finished."""
     measured = []
     for unit in units(config):
         for leaf in unit.leaves():
-            result = Result(unit.folder(leaf))
-            found, samples = result.read(), result.samples()
+            folder = unit.folder(leaf)
+            if missing := _missing(unit, leaf):
+                raise InputError(f"{folder}: is not finished for leads {', '.join(missing)}; run its part first")
+            found, samples = unit.found(leaf), _read_samples(folder)
             for leads in map(lead_set_name, config.leads_of(leaf.task)):
-                if leads not in found:
-                    raise InputError(f"{result.run}: is not finished for leads {leads}; run its part first")
                 for name, figure in found[leads].items():
                     case = Case(leaf.task.name, leaf.protocol, leaf.fraction, leads, name)
                     sample_R = samples[f"{leads}/{name}"]
@@ -351,20 +298,44 @@ def merge(config: ReproduceConfig) -> str:
     return f"{table}\n\n{where}\nTensorBoard: tensorboard --logdir {config.run.dir}"
 
 
-def _options(overrides: Sequence[str]) -> list[str]:
-    return [f"--{override.removeprefix('--')}" for override in overrides]
+def _missing(unit: Unit, leaf: Leaf) -> list[str]:
+    """Lead sets that a leaf still has to be scored with."""
+    wanted = [lead_set_name(leads) for leads in unit.config.leads_of(leaf.task)]
+    started = (unit.folder(leaf) / "made_from.json").exists()
+    found = unit.found(leaf) if started else {}
+    return [leads for leads in wanted if leads not in found]
 
 
-def _folder_name(name: str) -> str:
-    return name.replace(" ", "-")
+def _refuse_leak(pretrained_on: ShardSet, shards: ShardSet, task: str) -> None:
+    """Raises InputError where a test patient is a training patient of the pretraining data."""
+    trained, tested = (
+        one.column("patient")[one.column("split") == SPLITS.index(split)]
+        for one, split in ((pretrained_on, "train"), (shards, "test"))
+    )
+    both = np.intersect1d(trained, tested)
+    if both.size:
+        raise InputError(
+            f"{task}: {both.size} of its test patients are training patients of pretrain_shards; "
+            "ingest both with the same splits"
+        )
 
 
-def _weights(model: Path) -> Path:
-    return next((p for p in (model / "model.safetensors", model / "export" / "model.safetensors") if p.exists()), model)
-
-
-def _step(export: Path) -> int:
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object that was written whole; nothing where there is none."""
     try:
-        return int(json.loads((export / "config.json").read_bytes())["step"])
-    except (OSError, ValueError, KeyError):
-        return -1
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged; remove {path.parent}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: damaged; remove {path.parent}")
+    return tree
+
+
+def _read_samples(folder: Path) -> Samples:
+    try:
+        with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{folder / 'samples.npz'}: missing or damaged; remove {folder}") from error

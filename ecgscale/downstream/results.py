@@ -151,11 +151,11 @@ _LEGEND = (
 
 def _named(protocol: str, fraction: float, figure: str) -> str:
     how = "frozen" if figure == "top1" and protocol == "probe" else _PROTOCOLS[protocol]
-    return how + (f", {fraction:.0%} of the labels" if fraction < 1 else "")
+    return how + (f", {100 * fraction:g} % of the labels" if fraction < 1 else "")
 
 
 def _signed(difference: Estimate | None) -> str:
-    if difference is None:
+    if difference is None or np.isnan(difference.value):
         return "–"
     value, low, high = difference.value, difference.low, difference.high
     text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -196,7 +196,7 @@ def plot(results: Results) -> Figure:
                 at = [x + 0.08 * (m - len(results.methods) / 2) for x, _ in found]
                 value = np.array([one.mean.value for _, one in found])
                 ends = np.array([(one.mean.low, one.mean.high) for _, one in found]).T
-                error = np.abs(ends - value)
+                error = np.maximum([value - ends[0], ends[1] - value], 0)
                 axes.errorbar(at, value, error, marker="o", markersize=4, linewidth=1, capsize=2, label=method)
             axes.set_title(_named(protocol, fraction, results.shown(task)))
             axes.set_xticks(range(len(lead_sets)), lead_sets)

@@ -48,6 +48,8 @@ class TaskConfig:
     session: str = ""
     """identification: the label or header comment that dates the sessions, such as ECG date; as 2005-03-15, 15.03.2005
     or a whole number. None: each recording is a session of its own."""
+    one_probe: bool = False
+    """identification: score each person's last recording alone, as the paper does, not all of the later sessions."""
     classes: list[str] = field(default_factory=list)
     """The classes; none: all with enough positives in the training split."""
     min_positives: int = 10

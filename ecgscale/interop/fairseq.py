@@ -95,7 +95,7 @@ def _cfg_of(state: dict[str, Any]) -> dict[str, Any]:
 def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(state["model"])
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise InputError(f"model.{name} is no plain tensor but {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES.values():
             raise InputError(f"model.{name} is {tensor.dtype}; an export keeps {', '.join(_DTYPES)} without loss")

@@ -141,7 +141,9 @@ def _list(node: ast.expr) -> list[tuple[int, ...]]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         one, times = (node.left, node.right) if isinstance(node.right, ast.Constant) else (node.right, node.left)
         if isinstance(times, ast.Constant) and type(times.value) is int and 0 < times.value <= _LONGEST:
-            return _list(one) * times.value
+            layers = _list(one)
+            if len(layers) * times.value <= _LONGEST:
+                return layers * times.value
     raise ValueError("not a list")
 
 

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from ecgscale.training.ranks import Ranks
 
 Item = TypeVar("Item")
-_PROJECTED = 2000  # recordings: the projector lays them out in the browser
 
 
 class Monitor:
@@ -123,9 +122,9 @@ class Monitor:
 
 
 def project(board: Any, name: str, embedding_RD: npt.NDArray[np.float32], label_R: Sequence[str], step: int) -> None:
-    """Recordings' embeddings for TensorBoard's projector, with what each of them is."""
-    shown = slice(0, _PROJECTED)
-    board.add_embedding(embedding_RD[shown], list(label_R[shown]), global_step=step, tag=f"{name}/embedding")
+    """Recordings' embeddings for TensorBoard's projector, with what each of them is; once for each name and step."""
+    if not (Path(board.log_dir) / str(step).zfill(5) / name).exists():
+        board.add_embedding(embedding_RD, list(label_R), global_step=step, tag=name)
 
 
 def sum_over_ranks(counts: dict[str, float], ranks: Ranks) -> dict[str, float]:

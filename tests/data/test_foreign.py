@@ -293,7 +293,7 @@ def test_own_tars_can_be_indexed_too(make_record, ingest_records, tmp_path) -> N
         assert (again.leads, again.patient, again.labels) == (record.leads, record.patient, record.labels)
     both = ShardSet.open([own, tmp_path / "again"])
     np.testing.assert_array_equal(both.signal(7), records[2].signal_LT)
-    assert "rejected" in summarise(tmp_path / "again")
+    assert "rejected" in summarise(str(tmp_path / "again"))
 
 
 # --- what is refused ---

@@ -18,7 +18,6 @@ from ecgscale.downstream.metrics import (
     auprc,
     auroc,
     best_thresholds,
-    bootstrap_interval,
     challenge_score,
     f_measure,
     interval,
@@ -29,6 +28,11 @@ from ecgscale.downstream.metrics import (
 )
 from ecgscale.downstream.report import evaluate
 from ecgscale.errors import InputError
+
+
+def bootstrap_interval(*arguments, level=0.95, **settings):
+    return interval(resampled(*arguments, **settings), level)
+
 
 CLASSES = ("164889003", "426783006", "284470004|63593006")
 WEIGHTS_CC = np.array([[1.0, 0.5, 0.3], [0.5, 1.0, 0.45], [0.3, 0.45, 1.0]])

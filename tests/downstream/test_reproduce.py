@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
@@ -91,7 +92,77 @@ def test_everything_is_done_once_and_more_leads_only_score(reproduce, tmp_path: 
     shutil.rmtree(run / "pretrain" / "CMSC-seed0")
     methods = yaml.safe_load((tmp_path / "all.yaml").read_text())["methods"]
     methods[1]["overrides"].append("train.steps=3")  # pretrained anew: with other weights
-    assert "was made with another config, model or data" in reproduce("--methods", json.dumps(methods), code=2)
+    assert "probe-seed0: was made with another encoder" in reproduce("--methods", json.dumps(methods), code=2)
+    fewer = json.dumps(_with(methods, 0, "train.steps=1"))
+    assert "has 2 steps, train.steps is 1" in reproduce("--methods", fewer, code=2)
+
+
+def _with(methods: list[dict], number: int, override: str) -> list[dict]:
+    return [m | {"overrides": [override]} if i == number else m for i, m in enumerate(methods)]
+
+
+def test_what_was_made_from_something_else_is_never_taken_over(reproduce, tmp_path: Path) -> None:
+    few = ["--protocols=finetune", "--seeds=1", f"--tasks=[{json.dumps(_task(tmp_path, 'rhythm'))}]"]
+    reproduce(*few)
+    leaf = tmp_path / "run" / "tasks" / "rhythm" / "W2V+CMSC" / "finetune-seed0"
+    # Interrupted after its training, and the encoder is another one now.
+    (leaf / "result.json").unlink()
+    export = tmp_path / "run" / "pretrain" / "W2V+CMSC-seed0" / "export"
+    weights = load_file(export / "model.safetensors")
+    kept = export / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, kept)
+    assert "finetune-seed0: was made with another encoder" in reproduce(*few, code=2)
+    assert "finetune-seed0: was made with another encoder" in reproduce(*few, "--dry-run", code=2)
+    save_file(weights, kept)
+    assert "finished for leads 12" in reproduce(*few, "--merge", code=2)
+    reproduce(*few)
+    # Another task, other data, another shape.
+    other = _task(tmp_path, "rhythm") | {"overrides": ["task.min_positives=2"]}
+    for command in ((), ("--merge",), ("--dry-run",)):
+        assert "another task.min_positives" in reproduce(*few[:2], f"--tasks=[{json.dumps(other)}]", *command, code=2)
+    methods = yaml.safe_load((tmp_path / "all.yaml").read_text())["methods"]
+    other = json.dumps(_with(methods, 1, "objective.name=wav2vec2"))
+    assert "the run has objective.name 'cmsc', now it is 'wav2vec2'" in reproduce(*few, "--methods", other, code=2)
+    wide = json.dumps(_with(methods, 0, "model.width=64"))
+    assert "random-init/finetune-seed0: was made with another encoder" in reproduce(*few, "--methods", wide, code=2)
+    options = IngestOptions(rate_hz=100, test_fraction=0.3, validation_fraction=0.2)
+    ingest(Simulation(patients=40, rate_hz=100), tmp_path / "more", options)
+    said = reproduce(*few, "--pretrain_shards", "data,more", code=2)
+    assert "was trained on other data than data.shards now names" in said
+    # Damage is told in one line.
+    (leaf / "samples.npz").write_bytes(b"PK\x03\x04")
+    assert "samples.npz: missing or damaged" in reproduce(*few, "--merge", code=2)
+    (leaf / "result.json").write_text("null")
+    assert "result.json: damaged" in reproduce(*few, "--merge", code=2)
+
+
+def test_a_test_patient_in_pretraining_is_refused(reproduce, tmp_path: Path) -> None:
+    options = IngestOptions(rate_hz=100, test_fraction=0.1, validation_fraction=0)
+    ingest(Simulation(patients=32, rate_hz=100), tmp_path / "other", options)
+    said = reproduce("--pretrain_shards=other", code=2)
+    assert "rhythm: " in said
+    assert "of its test patients are training patients of pretrain_shards" in said
+
+
+def test_an_imported_model_label_fractions_and_seeds_of_pretraining(reproduce, tmp_path: Path, small_export) -> None:
+    task = _task(tmp_path, "rhythm") | {"label_fractions": [0.5, 1]}
+    slow = {"name": "there already", "init": str(small_export)}
+    methods = yaml.safe_load((tmp_path / "all.yaml").read_text())["methods"][:1]
+    few = ["--protocols=probe", "--pretrain_seeds=2", f"--tasks=[{json.dumps(task)}]"]
+    said = reproduce(*few, "--methods", json.dumps([*methods, slow]), code=2)
+    assert "rhythm has 100 Hz, there already takes 500 Hz" in said
+    there = {"name": "there already", "init": str(tmp_path / "run" / "pretrain" / "W2V+CMSC-seed0")}
+    reproduce(*few, "--methods", json.dumps(methods))
+    table = reproduce(*few, "--methods", json.dumps([*methods, there]))
+    assert "linear probe, 50 % of the labels" in table
+    rows = list(csv.DictReader((tmp_path / "run" / "table.csv").read_text().splitlines()))
+    seeds = {(row["method"], row["fraction"]): row["seeds"] for row in rows}
+    assert seeds["W2V+CMSC", "1.0"] == seeds["W2V+CMSC", "0.5"] == "2", "one of each pretraining"
+    assert (seeds["there already", "0.5"], seeds["there already", "1.0"]) == ("2", "1")
+
+
+def _task(folder: Path, name: str) -> dict:
+    return {"name": name, "finetune": str(folder / f"{name}.yaml"), "shards": ["data"]}
 
 
 def test_parts_give_what_one_gives(reproduce, tmp_path: Path) -> None:
@@ -121,7 +192,12 @@ def test_every_file_that_comes_along_can_be_planned(path: Path, tmp_path, monkey
     [
         ("--methods", "[]", "methods and tasks: give one of each"),
         ("--methods", "[{name: a/b, pretrain: x}]", "'a/b' cannot name a folder"),
-        ("--methods", "[{name: random init, pretrain: x}]", "methods: two are called 'random init'"),
+        ("--methods", "[{name: random init, pretrain: x}]", "methods: random-init is given twice"),
+        ("--methods", "[{name: a b, pretrain: x}, {name: a-b, pretrain: x}]", "methods: a-b is given twice"),
+        ("--methods", "[{name: a, init: /nowhere}]", "/nowhere: neither an export"),
+        ("--lead_sets", "[I, '1']", "lead_sets: 1 is given twice"),
+        ("--label_fractions", "0.5,0.5", "label_fractions: 0.5 is given twice"),
+        ("--label_fractions", "0.01", "for training among the task.label_fraction 0.01 of it"),
         ("--methods", "[{name: a}]", "methods: a needs either pretrain or init"),
         ("--methods", "[{name: a, pertrain: x}]", "pertrain"),
         ("--lead_sets", "12,7", "unknown lead '7'"),
@@ -135,8 +211,9 @@ def test_slips_end_in_one_line(reproduce, option, value, said) -> None:
     assert said in reproduce(option, value, code=2)
 
 
-def measured(case: Case, method: str, values: list[float], noise_R: np.ndarray) -> list[Measured]:
-    return [Measured(case, method, seed, value, value + noise_R) for seed, value in enumerate(values)]
+def measured(case: Case, method: str, values: list[float], *noise_R: np.ndarray) -> list[Measured]:
+    sampled = zip(values, noise_R * (len(values) // len(noise_R)), strict=True)
+    return [Measured(case, method, seed, value, value + sample_R) for seed, (value, sample_R) in enumerate(sampled)]
 
 
 def test_differences_are_paired_and_intervals_are_of_the_mean_over_seeds() -> None:
@@ -153,4 +230,17 @@ def test_differences_are_paired_and_intervals_are_of_the_mean_over_seeds() -> No
     assert (apart.value, apart.low, apart.high) == pytest.approx((0.05, 0.05, 0.05))
     assert "| random init, linear probe | **+0.050 [+0.050, +0.050]** |" in markdown(results, "ours")
     assert "task,probe,1.0,12,auroc,ours,2,0.800000" in as_csv(results, "ours")
+    assert len(plot(results).axes) == 1
+
+
+def test_seeds_that_err_apart_narrow_the_interval_and_undefined_figures_do_not_count() -> None:
+    rng, case = np.random.default_rng(0), Case("task", "probe", 0.005, "12", "auroc")
+    apart = measured(case, "ours", [0.8, 0.8], *rng.normal(0, 0.1, (2, 2000)))
+    nowhere = [Measured(case, "random init", 0, None, np.full(2000, np.nan))]
+    results = Results([*nowhere, *apart])
+    ours = results.by[case, "ours"].mean
+    assert ours.high - ours.low == pytest.approx(2 * 1.96 * 0.1 / np.sqrt(2), rel=0.1)
+    table = markdown(results, "ours")
+    assert "| random init, linear probe, 0.5 % of the labels | – |" in table
+    assert "nan" not in table
     assert len(plot(results).axes) == 1

@@ -14,7 +14,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from ecgscale import run
-run._be_the_writer(Path(sys.argv[1]))
+run.lock_run(Path(sys.argv[1]))
 print("up", flush=True)
 time.sleep(60)
 """
@@ -25,9 +25,9 @@ def test_a_second_writer_is_refused_by_name_until_the_first_has_gone(tmp_path, m
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "up\n"
         with pytest.raises(RankError, match=rf"run\.dir .*: process {other.pid} of .* trains there"):
-            module._be_the_writer(tmp_path)
+            module.lock_run(tmp_path)
         other.kill()
     monkeypatch.setattr(module, "_WAIT_S", 10.0)
-    module._be_the_writer(tmp_path)
-    module._be_the_writer(tmp_path)  # the same process may go on
+    module.lock_run(tmp_path)
+    module.lock_run(tmp_path)  # the same process may go on
     module.leave_run(tmp_path)
