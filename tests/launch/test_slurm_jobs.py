@@ -162,6 +162,22 @@ def test_ingest_in_parts_in_a_folder_that_would_harm_a_shell(cluster, over, tmp_
     assert not Path("pwned").exists()
 
 
+def test_a_comparison_in_parts_gives_one_table(cluster, labelled_shards, over, tmp_path) -> None:
+    """Random weights in one job, the pretrained ones in another; the table when both have ended."""
+    (tmp_path / "pretrain.yaml").write_text("train: {steps: 2}")
+    (tmp_path / "rhythm.yaml").write_text("task: {label: rhythm, min_positives: 1}\ndata: {min_record_s: 5}")
+    method = {"name": "ours", "pretrain": str(tmp_path / "pretrain.yaml")}
+    method["overrides"] = [*SMALL, "--train.steps=2"]
+    task = {"name": "rhythm", "finetune": str(tmp_path / "rhythm.yaml"), "shards": [str(labelled_shards)]}
+    compared = {"methods": [method], "tasks": [task], "pretrain_shards": [str(labelled_shards)]}
+    (tmp_path / "all.yaml").write_text(json.dumps(compared | {"protocols": ["probe"], "seeds": 1}))
+    command = ["reproduce", tmp_path / "all.yaml", "--run.dir", tmp_path / "run"]
+    launch(cluster, "--run", tmp_path / "job", "--parts", 2, "--", *command)
+    assert over(tmp_path / "job" / "merge") == "COMPLETED"
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert all(f"| {name}, linear probe |" in table for name in ("random init", "ours"))
+
+
 def test_a_sweep_of_fine_tuning_after_pretraining(cluster, labelled_shards, over, tmp_path, capsys) -> None:
     """The sweep waits for the pretraining; its table is there when the last run has ended."""
     data = f"--data.shards={labelled_shards}"
