@@ -390,16 +390,18 @@ def export(argv: list[str]) -> None:
 
     safetensors is a folder with config.json + model.safetensors, which all commands take. fairseq is a .pt file in the
     layout of fairseq-signals, of models with the conv stem. onnx is an .onnx file that takes millivolts (batch, 12,
-    samples), missing leads zero, and is checked in onnxruntime before it is written.
+    samples), missing leads zero, and is checked in onnxruntime before it is written. It takes one window: cut
+    recordings into windows of the profile's length and rate, as `ecgscale embed` does, and average what comes out.
     """
     from ecgscale.interop.formats import FORMATS, export_as
 
     parser = _parser("export", export.__doc__)
     parser.add_argument("run", type=Path, help="run folder or export folder")
     parser.add_argument("out", type=Path, help="folder, .pt or .onnx file to write")
-    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="default: safetensors")
+    parser.add_argument("--format", choices=FORMATS, help="default: by the ending of OUT, else safetensors")
     options = parser.parse_args(argv)
-    print(export_as(options.run, options.out, options.format))
+    by_ending = {".pt": "fairseq", ".onnx": "onnx"}.get(options.out.suffix, "safetensors")
+    print(export_as(options.run, options.out, options.format or by_ending))
 
 
 def import_fairseq(argv: list[str]) -> None:

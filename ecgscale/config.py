@@ -22,7 +22,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import described, read_about
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS, SHAPE_FIELDS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import CODES, ObjectiveConfig
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
 
@@ -42,8 +42,8 @@ class StartConfig:
     """What pretraining begins with."""
 
     model: str = ""
-    """Run folder or export whose weights the run begins with; none: random ones. Its shape, segments and normalisation
-    are taken where the keys are not given."""
+    """Run folder or export whose weights the run begins with; none: random ones. Its shape, codes, segments and
+    normalisation are taken where the keys are not given."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,11 @@ def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
     before = read_yaml(saved, PretrainConfig) if saved.is_file() else {}
     if before.get("init", {}).get("model") == init:
         shape, prepared = before.get("model", {}), before.get("data", {})
+        codes = before.get("objective", {})
     else:
-        config, profile = described(*read_about(Path(init)))
-        shape, prepared = asdict(config), asdict(profile)
+        place, about = read_about(Path(init))
+        config, profile = described(place, about)
+        shape, prepared, codes = asdict(config), asdict(profile), about.get("codes", {})
     for group, given, own, keys in (
         ("model", model, shape, SHAPE_FIELDS),
         ("data", data, prepared, ("segment_s", "normalisation")),
@@ -131,7 +133,9 @@ def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
                     + (" and model.preset too" if group == "model" and "preset" in given else "")
                 )
     prepared = {key: prepared[key] for key in ("segment_s", "normalisation") if key in prepared}
-    return tree | {"model": shape | model, "data": prepared | data}
+    codes = {key: codes[key] for key in CODES if key in codes}
+    objective = codes | tree.get("objective", {})
+    return tree | {"model": shape | model, "data": prepared | data, "objective": objective}
 
 
 def help_text(config_type: type, command: str) -> str:
@@ -140,7 +144,8 @@ def help_text(config_type: type, command: str) -> str:
     parser.usage = f"ecgscale {command} [--config FILE] [--any.key VALUE ...]"
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys; later arguments win")
     # jsonargparse offers every group as a file of its own and --list+ to append; ``load`` does not.
-    text = re.sub(r"\n +--[\w.]+ CONFIG\s+Path\s+to\s+a\s+configuration\s+file\.", "", parser.format_help())
+    text = re.sub(r"\n +--[\w.]+\.help +Show the help .*", "", parser.format_help())
+    text = re.sub(r"\n +--[\w.]+ CONFIG\s+Path\s+to\s+a\s+configuration\s+file\.", "", text)
     return re.sub(r", --\S+\+ \[ITEM,\.\.\.\]", "", text).replace("[ITEM,...]", "A,B")
 
 
@@ -221,7 +226,10 @@ def _nested(key: str, text: str, config_type: type) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(f"--{key}: cannot read the value {text!r}") from error
-    return _unflatten(key, value)
+    tree = _unflatten(key, value)
+    if isinstance(value, list):
+        _check_keys(tree, config_type, "")
+    return tree
 
 
 def _unflatten(key: str, value: Any) -> dict[str, Any]:
@@ -248,6 +256,16 @@ def _check_keys(tree: dict[str, Any], config_type: Any, where: str, prefix: str 
             if not isinstance(value, dict):
                 raise InputError(f"{where}{prefix}{key}: a group of keys, not the value {value!r}")
             _check_keys(value, hints[key], where, f"{prefix}{key}.")
+        for number, (item, kind) in enumerate(_groups_in(value, hints[key])):
+            if not isinstance(item, dict):
+                raise InputError(f"{where}{prefix}{key}[{number}]: a group of keys, not the value {item!r}")
+            _check_keys(item, kind, where, f"{prefix}{key}[{number}].")
+
+
+def _groups_in(value: Any, hint: Any) -> list[tuple[Any, type]]:
+    """The items of a list of groups, each with its type."""
+    kinds = [kind for kind in getattr(hint, "__args__", ()) if is_dataclass(kind) and isinstance(kind, type)]
+    return [(item, kinds[0]) for item in value] if kinds and isinstance(value, list) else []
 
 
 def _check_values(tree: dict[str, Any], prefix: str = "") -> None:

@@ -29,6 +29,8 @@ def embed_files(
     """Embed a WFDB record, a folder of them or an .npy; writes ``out`` and returns the line to print."""
     if out.suffix != ".npz":
         raise InputError(f"{out}: the output is an .npz file")
+    if source.suffix != ".npy" and (rate_hz is not None or leads is not None):
+        raise InputError(f"{source}: --rate-hz and --leads are for an .npy; a WFDB record says both itself")
     model = load(model_path)
     names: list[str] = []
     rejected: list[str] = []

@@ -19,7 +19,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import Profile, about_model, described, export_engine, read_model
 from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
-from ecgscale.objectives import Objective, build_objective, objective_named
+from ecgscale.objectives import CODES, Objective, build_objective, objective_named
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, leave_run
 from ecgscale.training.checkpoint import checkpoints
@@ -44,7 +44,8 @@ def pretrain(config: PretrainConfig) -> Path:
     shards = ShardSet.open(config.data.shards, config.data.cache)
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
-    about = about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation))
+    profile = Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)
+    about = about_model(config.model, profile, codes={key: getattr(config.objective, key) for key in CODES})
     objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
     torch.manual_seed(config.train.seed)
     objective = build_objective(

@@ -64,6 +64,8 @@ def chosen_leads(names: Sequence[str]) -> tuple[str, ...]:
     """
     if len(names) == 1 and names[0] in map(str, LEAD_SETS):
         return LEAD_SETS[int(names[0])]
+    if len(names) > 1 and all(name in map(str, LEAD_SETS) for name in names):
+        raise InputError(f"lead sets {','.join(names)}: give each apart: {' '.join(names)}")
     for name in names:
         if name.strip().casefold() not in _LEAD_BY_FOLDED_NAME:
             near = get_close_matches(name.casefold(), _LEAD_BY_FOLDED_NAME, 1, 0.4)

@@ -103,7 +103,7 @@ def leave_run(run: Path) -> None:
         held.close()
 
 
-def refuse_other_config(path: Path, config: Any) -> None:
+def refuse_other_config(path: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:
     """Raises InputError where a run's config file differs from ``config`` in a key that makes another run."""
     if not path.exists():
         return
@@ -111,7 +111,7 @@ def refuse_other_config(path: Path, config: Any) -> None:
         before = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
-    if differs := first_difference(before, config):
+    if differs := first_difference(before, config, may_change):
         key, was, now = differs
         raise InputError(f"{path}: the run has {key} {was!r}, now it is {now!r}; take another run.dir or the old value")
 

@@ -52,9 +52,11 @@ class ReproduceConfig:
     """What is compared."""
 
     methods: list[MethodConfig] = field(default_factory=list)
-    """The first one is compared with each of the others, and with random weights of its shape."""
+    """Each is {name: NAME, pretrain: CONFIG.yaml, overrides: [KEY=VALUE]} or {name: NAME, init: RUN_OR_EXPORT}. The
+    first one is compared with each of the others, and with random weights of its shape."""
     tasks: list[TaskPlan] = field(default_factory=list)
-    """Downstream tasks."""
+    """Each is {name: NAME, finetune: CONFIG.yaml, shards: [DATASET], overrides: [KEY=VALUE], lead_sets: [SET],
+    label_fractions: [SHARE]}; all but the first three may be left out."""
     pretrain_shards: list[str] = field(default_factory=list)
     """Data sets to pretrain on."""
     data_dir: str = ""
@@ -107,7 +109,10 @@ class ReproduceConfig:
     def task_config(self, task: TaskPlan, *more: str) -> FinetuneConfig:
         """The resolved config of a task's fine-tuning."""
         given = ["--config", task.finetune, *options_of(task.overrides)]
-        return load(FinetuneConfig, [*given, "--data.shards", ",".join(self.places(task.shards)), *more])
+        try:
+            return load(FinetuneConfig, [*given, "--data.shards", ",".join(self.places(task.shards)), *more])
+        except InputError as error:
+            raise InputError(f"tasks, {task.name}: {error}") from error
 
 
 def options_of(overrides: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ecgscale.data.selection import DataConfig, Selection
-from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shard_set import ShardSet, lead_positions
 from ecgscale.data.shards import SPLITS, write_whole
 from ecgscale.downstream.identification import IdentificationReport, identify
 from ecgscale.downstream.metrics import best_thresholds
@@ -128,12 +128,23 @@ def evaluate(
     splits = list(dict.fromkeys([split, "validation"])) if to_tune else [split]
     data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
     labelled = LabelledSet.open(model, data, config, _trained(model), splits)
+    if lead_sets:
+        _refuse_absent(labelled, split, chosen)
     scored = [_scored(model, labelled.with_leads(leads), config, split, leads, leads == trained) for leads in chosen]
     if out is not None:
         about = {"model": str(model_path), "shards": shards, "split": split}
         each = [{"leads": list(one.leads)} | one.report.to_dict() for one in scored]
         write_whole(out, json.dumps(about | (each[0] if len(each) == 1 else {"lead_sets": each}), indent=1).encode())
     return scored
+
+
+def _refuse_absent(labelled: LabelledSet, split: str, lead_sets: Sequence[tuple[str, ...]]) -> None:
+    """Raises InputError for a lead that no recording has: its figures would be those of another lead set."""
+    bits = int(np.bitwise_or.reduce(labelled.shards.take("leads", labelled.selection(split).numbers)))
+    there = {LEADS[position] for position in lead_positions(bits)}
+    for leads in lead_sets:
+        if absent := [lead for lead in leads if lead not in there]:
+            raise InputError(f"leads {','.join(leads)}: no {split} recording has {','.join(absent)}")
 
 
 def _scored(

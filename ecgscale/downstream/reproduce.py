@@ -36,8 +36,9 @@ from ecgscale.downstream.finetune import fit
 from ecgscale.downstream.results import Case, Measured, write_results
 from ecgscale.downstream.tasks import load_task
 from ecgscale.errors import InputError
-from ecgscale.export import Profile, about_model, described, read_about, weights_sha256, write_export
-from ecgscale.model.encoder import ECGEncoder
+from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
+from ecgscale.objectives import objective_named
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
 from ecgscale.run import MAY_CHANGE, first_difference, leave_run, lock_run, refuse_other_config
@@ -48,7 +49,7 @@ Figures = dict[str, dict[str, dict[str, float | None]]]  # lead set -> name -> v
 Samples = dict[str, Any]  # float64 arrays: LEADS/NAME -> bootstrap samples
 
 
-# Of a leaf's config. Where its encoder lies does not matter, since its weights are compared.
+# In a comparison, more steps make another method; where the encoder lies does not matter: its weights are compared.
 _MAY_CHANGE = MAY_CHANGE - {"train.steps"} | {"init.model"}
 
 
@@ -105,10 +106,17 @@ class Unit:
         """The resolved config of the pretraining."""
         given = ["--config", self.like.pretrain, *options_of(self.like.overrides)]
         given += ["--data.shards", ",".join(self.config.places(self.config.pretrain_shards))]
-        return load(PretrainConfig, [*given, "--train.seed", str(self.pretrain_seed), "--run.dir", str(self.model)])
+        try:
+            config = load(
+                PretrainConfig, [*given, "--train.seed", str(self.pretrain_seed), "--run.dir", str(self.model)]
+            )
+            objective_named(config.objective.name)
+        except InputError as error:
+            raise InputError(f"methods, {self.like.name}: {error}") from error
+        return config
 
     def check(self) -> None:
-        """Raises InputError where its encoder does not go with the tasks."""
+        """Raises InputError where its encoder does not go with the tasks, or with what was done before."""
         pretrained_on = None
         if self.like.init:
             _, profile = described(*read_about(self.model))
@@ -117,40 +125,48 @@ class Unit:
             config = self.pretraining()
             pretrained_on = ShardSet.open(config.data.shards, config.data.cache)
             rate_hz = pretrained_on.rate_hz
+            objective_named(config.objective.name).check(config.model, config.objective, config.data, rate_hz)
+            refuse_other_config(self.model / "config.yaml", config, _MAY_CHANGE)
+            if (done := checkpoint.latest(self.model / "checkpoints")) and done.state["data"] != pretrained_on.identity:
+                raise InputError(f"{self.model}: was pretrained on other data; remove it or take another run.dir")
         for task in self.config.tasks:
             shards = ShardSet.open(self.config.places(task.shards))
             if shards.rate_hz != rate_hz:
                 raise InputError(f"{task.name} has {shards.rate_hz:g} Hz, {self.name} takes {rate_hz:g} Hz")
             if pretrained_on is not None:
                 _refuse_leak(pretrained_on, shards, task.name)
+        if self.method is None or self.prepared():
+            for leaf in self.leaves():
+                self.found(leaf)
 
     def prepare(self) -> None:
-        """Pretrain where that is not done yet."""
-        if self.like.init:
+        """Pretrain where that is not done yet; for random weights, an export that says their shape."""
+        if self.prepared():
             return
-        config = self.pretraining()
-        shards = ShardSet.open(config.data.shards, config.data.cache)
-        if self.method is None:
-            about = about_model(config.model, Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation))
-            self._write_untrained(about | {"step": 0})
+        if self.method is not None:
+            pretrain(self.pretraining())
             return
-        refuse_other_config(self.model / "config.yaml", config)
-        done = checkpoint.latest(self.model / "checkpoints")
-        if done is not None and done.step > config.train.steps:
-            raise InputError(f"{self.model}: has {done.step} steps, train.steps is {config.train.steps}; remove it")
-        exported = (self.model / "export" / "config.json").exists()
-        if not (exported and done and done.step == config.train.steps and done.state["data"] == shards.identity):
-            pretrain(config)  # goes on, or says what does not fit
-
-    def _write_untrained(self, about: dict[str, Any]) -> None:
-        """An export for its shape and preprocessing. Its weights are not used: each seed draws its own."""
-        if (self.model / "config.json").exists():
-            model, profile = described(*read_about(self.model))
-            if about_model(model, profile) | {"step": 0} == about:
-                return
-        model, _ = described(self.model, about)
+        model, profile = self._shape()
         weights = {f"encoder.{name}": tensor for name, tensor in ECGEncoder(model).state_dict().items()}
-        write_export(self.model, weights, about)
+        write_export(self.model, weights, about_model(model, profile, step=0))
+
+    def prepared(self) -> bool:
+        """Whether there is nothing to pretrain, or it is done."""
+        if self.like.init:
+            return True
+        if self.method is None:
+            return is_export(self.model) and described(*read_about(self.model)) == self._shape()
+        steps = self.pretraining().train.steps
+        done = checkpoint.latest(self.model / "checkpoints")
+        return is_export(self.model / "export") and done is not None and done.step == steps
+
+    def _shape(self) -> tuple[ModelConfig, Profile]:
+        """Shape and preprocessing of random weights. Each seed draws its own."""
+        if self.like.init:
+            return described(*read_about(self.model))
+        config = self.pretraining()
+        rate_hz = ShardSet.open(config.data.shards, config.data.cache).rate_hz
+        return config.model, Profile(rate_hz, config.data.segment_s, config.data.normalisation)
 
     def folder(self, leaf: Leaf) -> Path:
         share = "" if leaf.fraction == 1 else f"-labels{leaf.fraction:g}"
@@ -173,8 +189,7 @@ class Unit:
         """Its weights; of random ones, their shape and preprocessing. To be asked for when it is prepared."""
         if self.method is not None:
             return weights_sha256(self.model)
-        model, profile = described(*read_about(self.model))
-        return sha256(json.dumps([asdict(model), asdict(profile)], sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps([asdict(one) for one in self._shape()], sort_keys=True).encode()).hexdigest()
 
     def found(self, leaf: Leaf) -> Figures:
         """What a leaf has found so far. Raises InputError where another config, encoder or data made it."""
@@ -232,16 +247,27 @@ def units(config: ReproduceConfig) -> list[Unit]:
 
 
 def plan(config: ReproduceConfig) -> str:
-    """For people: every unit with its runs, and which of them are done. All configs are resolved."""
-    lines = []
-    for number, unit in enumerate(units(config), 1):
+    """For people: every unit with its runs, which of them are done, and what stands in the way of the others."""
+    lines, found = [], units(config)
+    for number, unit in enumerate(found, 1):
         if not unit.like.init:
             unit.pretraining()
         lines.append(f"unit {number}: {unit.name}, {unit.model}")
         for leaf in unit.leaves():
             unit.leaf_config(leaf)
-            lines.append(f"  {'to do' if _missing(unit, leaf) else 'done':<6} {unit.folder(leaf)}")
+            lines.append(f"  {_state(unit, leaf)}  {unit.folder(leaf)}")
+    try:
+        _check(found)
+    except InputError as error:
+        lines.append(f"cannot start yet: {error}")
     return "\n".join(lines)
+
+
+def _state(unit: Unit, leaf: Leaf) -> str:
+    try:
+        return "to do" if _missing(unit, leaf) else "done "
+    except InputError:
+        return "other"  # made from something else: `_check` says from what
 
 
 def work(config: ReproduceConfig, part: tuple[int, int] = (1, 1)) -> str:
@@ -250,9 +276,7 @@ def work(config: ReproduceConfig, part: tuple[int, int] = (1, 1)) -> str:
     ranks, mine = start_ranks(), units(config)[number - 1 :: parts]
     if ranks.world_size > 1:
         raise InputError("reproduce runs as one process; share it out with --part")
-    for unit in mine:  # before hours of work
-        unit.check()
-    _check_tasks(mine)
+    _check(mine)
     leaves, done = sum(len(list(unit.leaves())) for unit in mine), 0
     for unit in mine:
         unit.prepare()
@@ -263,8 +287,10 @@ def work(config: ReproduceConfig, part: tuple[int, int] = (1, 1)) -> str:
     return f"{leaves} runs of {len(mine)} encoders are done"
 
 
-def _check_tasks(mine: list[Unit]) -> None:
-    """Raises InputError where labels are missing or too few for a batch, by task, label fraction and seed."""
+def _check(mine: list[Unit]) -> None:
+    """Raises InputError for whatever would come up after hours of work: encoders, data, labels, batches."""
+    for unit in mine:
+        unit.check()
     checked = set()
     for leaf in (leaf for unit in mine for leaf in unit.leaves()):
         key = (leaf.task.name, leaf.fraction, leaf.seed if leaf.fraction < 1 else 0)

@@ -125,7 +125,7 @@ def markdown(results: Results, reference: str) -> str:
     for task in results.tasks:
         protocols, lead_sets = results.of_task(task)
         figure = results.shown(task)
-        head = " | ".join(f"{leads} leads" if leads.isdecimal() else leads for leads in lead_sets)
+        head = " | ".join(f"{leads} lead{'s' * (leads != '1')}" if leads.isdecimal() else leads for leads in lead_sets)
         rule = "|---" * (len(lead_sets) + 1) + "|"
         lines += [f"{task}: {FIGURES[figure]}", "", f"| {FIGURES[figure]} | {head} |", rule]
         differences = [f"| {reference} minus | {head} |", rule]

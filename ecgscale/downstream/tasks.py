@@ -61,7 +61,8 @@ class TaskConfig:
     """Weights file of the CinC 2021 challenge: its classes are taken and its score is reported."""
     protocol: Literal["finetune", "probe", "neighbours"] = "finetune"
     """finetune: train the encoder and a linear head. probe: a logistic regression on the frozen embeddings. neighbours:
-    the most similar training recordings vote. Identification by a frozen encoder is probe."""
+    the 5 to 100 most similar training recordings vote, by their cosine; validation says how many. Identification by a
+    frozen encoder is probe."""
     freeze_stem: bool = True
     """Leave the stem as it was pretrained, as the paper does. A random start always trains it."""
     lead_mask_probability: float = 0.0
@@ -167,7 +168,7 @@ def _said(shards: ShardSet, key: str, setting: str) -> list[list[str]]:
     for number in range(len(shards)):
         about = shards.metadata(number)
         values = {name: [str(value)] for name, value in about["metadata"].items()} | about["labels"]
-        known.update(list(about["labels"]))
+        known.update(list(values if setting == "task.session" else about["labels"]))
         found.append(values.get(key, []))
     if not any(found):
         near = get_close_matches(key, known, 1)

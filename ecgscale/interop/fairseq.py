@@ -23,6 +23,7 @@ from ecgscale.interop.fairseq_config import PROFILES, cfg_for, contents_of, note
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
 from ecgscale.model.encoder import ModelConfig
+from ecgscale.objectives import CODES
 
 SYSTEM = "fairseq-signals"
 _MARK = "ecgscale"  # key of extra_state in files that we write: what a cfg does not say
@@ -47,6 +48,8 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
         profile, why = _own_profile(ours) if ours and profile_name is None else profile_of(cfg, profile_name)
         about = about_model(contents.model, profile, step=_updates(state), source=_source(path, cfg, tensors, contents))
         about |= _about_classes(contents, classes or _classes_of(ours))
+        if contents.codes is not None:
+            about["codes"] = dict(zip(CODES, contents.codes, strict=True))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     write_export(out, weights, about)

@@ -168,11 +168,13 @@ def _rows(tensors: dict[str, Tensor], name: str) -> int:
 
 def profile_of(cfg: dict[str, Any], name: str | None) -> tuple[Profile, str]:
     """The preprocessing of a checkpoint and why it is that; ``name`` is one of PROFILES, or None: from the cfg."""
-    if name is not None:
-        return PROFILES[name], f"{name}, as given"
     task: Any = cfg.get("task")
     task, known = task if isinstance(task, dict) else {}, ", ".join(PROFILES)
     normalize, rate_hz = task.get("normalize"), task.get("sample_rate")
+    if name is not None:
+        against = type(normalize) is bool and normalize != (PROFILES[name].normalisation == "zscore")
+        said = f", although cfg.task.normalize is {str(normalize).lower()}" if against else ""
+        return PROFILES[name], f"{name}, as given{said}"
     if type(normalize) is not bool:
         raise InputError(f"cfg.task.normalize does not say how signals were prepared; give --profile, one of {known}")
     if task.get("filter"):

@@ -10,13 +10,13 @@ from difflib import get_close_matches
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives.cmsc import CMSC
-from ecgscale.objectives.objective import Objective, ObjectiveConfig
+from ecgscale.objectives.objective import CODES, Objective, ObjectiveConfig
 from ecgscale.objectives.simclr import SimCLR
 from ecgscale.objectives.three_kg import ThreeKG
 from ecgscale.objectives.wav2vec2 import Wav2Vec2
 from ecgscale.objectives.wav2vec2_cmsc import Wav2Vec2CMSC
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "build_objective", "objective_named"]
+__all__ = ["CODES", "OBJECTIVES", "Objective", "ObjectiveConfig", "build_objective", "objective_named"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "wav2vec2": Wav2Vec2,

@@ -19,6 +19,7 @@ from ecgscale.objectives.augmentation import add_noise, check_noise, check_rate
 from ecgscale.objectives.masking import TimeMask, draw_leads
 from ecgscale_kernels import LeadDraw
 
+CODES = ("code_groups", "codes", "code_width")  # keys that the local head's shape depends on
 NONE = ["none"]  # no augmentation, where the objective has some of its own
 
 

@@ -86,7 +86,7 @@ def test_everything_is_done_once_and_more_leads_only_score(reproduce, tmp_path: 
     made = list(run.rglob("export/model.safetensors"))
     before = {path: path.stat().st_mtime_ns for path in made}
     again = reproduce("--lead_sets", "12,2,1")
-    assert again.count("| AUROC | 12 leads | 2 leads | 1 leads |") == 1
+    assert again.count("| AUROC | 12 leads | 2 leads | 1 lead |") == 1
     assert {path: path.stat().st_mtime_ns for path in made} == before, "what is finished is not done again"
 
     shutil.rmtree(run / "pretrain" / "CMSC-seed0")
@@ -94,7 +94,7 @@ def test_everything_is_done_once_and_more_leads_only_score(reproduce, tmp_path: 
     methods[1]["overrides"].append("train.steps=3")  # pretrained anew: with other weights
     assert "probe-seed0: was made with another encoder" in reproduce("--methods", json.dumps(methods), code=2)
     fewer = json.dumps(_with(methods, 0, "train.steps=1"))
-    assert "has 2 steps, train.steps is 1" in reproduce("--methods", fewer, code=2)
+    assert "the run has train.steps 2, now it is 1" in reproduce("--methods", fewer, code=2)
 
 
 def _with(methods: list[dict], number: int, override: str) -> list[dict]:
@@ -112,14 +112,17 @@ def test_what_was_made_from_something_else_is_never_taken_over(reproduce, tmp_pa
     kept = export / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in weights.items()}, kept)
     assert "finetune-seed0: was made with another encoder" in reproduce(*few, code=2)
-    assert "finetune-seed0: was made with another encoder" in reproduce(*few, "--dry-run", code=2)
+    said = reproduce(*few, "--dry-run").splitlines()
+    assert said[-1].endswith("finetune-seed0: was made with another encoder; remove it or take another run.dir")
+    assert f"  other  {leaf}" in said
     save_file(weights, kept)
     assert "finished for leads 12" in reproduce(*few, "--merge", code=2)
     reproduce(*few)
     # Another task, other data, another shape.
     other = _task(tmp_path, "rhythm") | {"overrides": ["task.min_positives=2"]}
-    for command in ((), ("--merge",), ("--dry-run",)):
-        assert "another task.min_positives" in reproduce(*few[:2], f"--tasks=[{json.dumps(other)}]", *command, code=2)
+    for command, code in (((), 2), (("--merge",), 2), (("--dry-run",), 0)):
+        said = reproduce(*few[:2], f"--tasks=[{json.dumps(other)}]", *command, code=code)
+        assert "was made with another task.min_positives" in said
     methods = yaml.safe_load((tmp_path / "all.yaml").read_text())["methods"]
     other = json.dumps(_with(methods, 1, "objective.name=wav2vec2"))
     assert "the run has objective.name 'cmsc', now it is 'wav2vec2'" in reproduce(*few, "--methods", other, code=2)
@@ -128,7 +131,7 @@ def test_what_was_made_from_something_else_is_never_taken_over(reproduce, tmp_pa
     options = IngestOptions(rate_hz=100, test_fraction=0.3, validation_fraction=0.2)
     ingest(Simulation(patients=40, rate_hz=100), tmp_path / "more", options)
     said = reproduce(*few, "--pretrain_shards", "data,more", code=2)
-    assert "was trained on other data than data.shards now names" in said
+    assert "W2V+CMSC-seed0: was pretrained on other data" in said
     # Damage is told in one line.
     (leaf / "samples.npz").write_bytes(b"PK\x03\x04")
     assert "samples.npz: missing or damaged" in reproduce(*few, "--merge", code=2)
@@ -199,7 +202,9 @@ def test_every_file_that_comes_along_can_be_planned(path: Path, tmp_path, monkey
         ("--label_fractions", "0.5,0.5", "label_fractions: 0.5 is given twice"),
         ("--label_fractions", "0.01", "for training among the task.label_fraction 0.01 of it"),
         ("--methods", "[{name: a}]", "methods: a needs either pretrain or init"),
-        ("--methods", "[{name: a, pertrain: x}]", "pertrain"),
+        ("--methods", "[{name: a, pertrain: x}]", "unknown key methods[0].pertrain; did you mean methods[0].pretrain?"),
+        ("--methods", "[a]", "methods[0]: a group of keys, not the value 'a'"),
+        ("--lead_sets", "['12,2']", "lead sets 12,2: give each apart: 12 2"),
         ("--lead_sets", "12,7", "unknown lead '7'"),
         ("--pretrain_seeds", "3", "seeds 2, pretrain_seeds 3"),
         ("--tasks", "[{name: a, finetune: absent.yaml}]", "absent.yaml: cannot read the config"),
