@@ -136,6 +136,8 @@ def test_help_of_every_subcommand(command, name):
         (["inspect", "nowhere"], "nowhere is no data set (manifest.json), no export (config.json) and no run folder"),
         (["export", "nowhere", "out"], "nowhere: neither an export"),
         (["embed", "nowhere", "x.npy", "out.npz"], "nowhere: neither an export"),
+        (["embed", "nowhere", "x.hea", "out.npz", "--leads", "I"], "x.hea: --rate-hz and --leads are for an .npy"),
+        (["evaluate", "m", "--data.shards", "a", "--leads", "12,6"], "m: neither an export"),
     ],
 )
 def test_slips_end_in_one_line(refusal, arguments, said):

@@ -108,6 +108,9 @@ def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp
     assert json.loads((tmp_path / "again.json").read_text())["macro"] == report["macro"]
     assert main(["evaluate", str(tmp_path / "run"), f"--data.shards={shards}", "--leads", "6"]) == 2
     assert "was fine-tuned without III,aVR,aVL,aVF; give some of I,II,V2" in capsys.readouterr().err
+    whole, three = tmp_path / "expected", tmp_path / "three"
+    assert main(["evaluate", str(whole), f"--data.shards={three}", "--leads", "6"]) == 2
+    assert "leads I,II,III,aVR,aVL,aVF: no test recording has III,aVR,aVL,aVF" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "probe"])

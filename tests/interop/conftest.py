@@ -69,6 +69,7 @@ def make_export(small_model_config) -> Callable[..., Path]:
                 groups, values, width = codes
                 head = LocalHead(model.stem_channels, model.width, width, groups, values)
                 weights |= {f"local_head.{n}": t for n, t in head.state_dict().items()}
+                about["codes"] = {"code_groups": groups, "codes": values, "code_width": width}
         return write_export(folder, weights, about_model(model, profile, step=7, **about))
 
     return make

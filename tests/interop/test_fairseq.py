@@ -60,7 +60,7 @@ def test_outputs_of_the_reference(command, shared_reference, tmp_path, name):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_there_and_back(command, shared_reference, tmp_path, read, name):
     command("import-fairseq", shared_reference / f"{name}.pt", tmp_path / "export")
-    command("export", tmp_path / "export", tmp_path / "back.pt", "--format", "fairseq")
+    command("export", tmp_path / "export", tmp_path / "back.pt")  # its ending says the format
     given, back = read(shared_reference / f"{name}.pt"), read(tmp_path / "back.pt")
     assert back.keys() == given.keys()
     assert back["cfg"] == given["cfg"]
@@ -192,7 +192,12 @@ def test_identification_files(command, make_export, tmp_path, read):
         ({"normalize": False}, [], Profile(500.0, 5.0, "mv"), "mv-500hz, since cfg.task.normalize is false; the file"),
         ({"normalize": True}, [], Profile(500.0, 5.0, "zscore"), "zscore-500hz, since cfg.task.normalize is true"),
         ({"normalize": False, "sample_rate": 250}, [], Profile(250.0, 5.0, "mv"), "mv-250hz, since cfg.task.normalize"),
-        ({"normalize": True}, ["--profile", "mv-250hz"], Profile(250.0, 5.0, "mv"), "mv-250hz, as given"),
+        (
+            {"normalize": True},
+            ["--profile", "mv-250hz"],
+            Profile(250.0, 5.0, "mv"),
+            "mv-250hz, as given, although cfg.task.normalize is true",
+        ),
         ({}, ["--profile", "zscore-500hz"], Profile(500.0, 5.0, "zscore"), "zscore-500hz, as given"),
     ],
 )
