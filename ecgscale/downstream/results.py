@@ -193,13 +193,14 @@ def plot(results: Results) -> Figure:
                 found = [(x, one) for x, case in enumerate(cases) if (one := results.by.get((case, method)))]
                 if not found:
                     continue
-                at = [x + 0.08 * (m - len(results.methods) / 2) for x, _ in found]
+                at = [x + 0.08 * (m - (len(results.methods) - 1) / 2) for x, _ in found]
                 value = np.array([one.mean.value for _, one in found])
                 ends = np.array([(one.mean.low, one.mean.high) for _, one in found]).T
                 error = np.maximum([value - ends[0], ends[1] - value], 0)
                 axes.errorbar(at, value, error, marker="o", markersize=4, linewidth=1, capsize=2, label=method)
             axes.set_title(_named(protocol, fraction, results.shown(task)))
             axes.set_xticks(range(len(lead_sets)), lead_sets)
+            axes.set_xlim(-0.5, len(lead_sets) - 0.5)
             axes.set_xlabel("leads")
         row[0].set_ylabel(f"{task}: {FIGURES[results.shown(task)]}")
     handles, labels = grid[0][0].get_legend_handles_labels()
