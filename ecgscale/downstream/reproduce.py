@@ -212,26 +212,33 @@ class Unit:
 
     def measure(self, leaf: Leaf) -> None:
         """Train and score what is not done yet."""
-        folder, config = self.folder(leaf), self.leaf_config(leaf)
+        folder = self.folder(leaf)
         folder.mkdir(parents=True, exist_ok=True)
         lock_run(folder)
-        found = self.found(leaf)
-        missing = [leads for leads in self.config.leads_of(leaf.task) if lead_set_name(leads) not in found]
-        if missing:
-            if not found:
-                write_whole(folder / "made_from.json", json.dumps(self._made_from(config), indent=1).encode())
-                fit(config, start_ranks())
-            samples = _read_samples(folder) if found else {}
-            for one in evaluate(folder, config.data.shards, "test", missing):
-                name = lead_set_name(one.leads)
-                found[name] = {figure: asdict(value) for figure, value in one.report.headline.items()}
-                samples |= {f"{name}/{figure}": sample for figure, sample in one.report.samples.items()}
-                show(folder, config.train.steps, [one])
-            buffer = io.BytesIO()
-            np.savez(buffer, **samples)
-            write_whole(folder / "samples.npz", buffer.getvalue())
-            write_whole(folder / "result.json", json.dumps(found, indent=1).encode())
-        leave_run(folder)
+        try:
+            found = self.found(leaf)
+            missing = [leads for leads in self.config.leads_of(leaf.task) if lead_set_name(leads) not in found]
+            if missing:
+                self._score(leaf, found, missing)
+        finally:
+            leave_run(folder)
+
+    def _score(self, leaf: Leaf, found: Figures, missing: list[tuple[str, ...]]) -> None:
+        """Score with the ``missing`` lead sets, after training where nothing is ``found`` yet."""
+        folder, config = self.folder(leaf), self.leaf_config(leaf)
+        if not found:
+            write_whole(folder / "made_from.json", json.dumps(self._made_from(config), indent=1).encode())
+            fit(config, start_ranks())
+        samples = _read_samples(folder) if found else {}
+        for one in evaluate(folder, config.data.shards, "test", missing):
+            name = lead_set_name(one.leads)
+            found[name] = {figure: asdict(value) for figure, value in one.report.headline.items()}
+            samples |= {f"{name}/{figure}": sample for figure, sample in one.report.samples.items()}
+            show(folder, config.train.steps, [one])
+        buffer = io.BytesIO()
+        np.savez(buffer, **samples)
+        write_whole(folder / "samples.npz", buffer.getvalue())
+        write_whole(folder / "result.json", json.dumps(found, indent=1).encode())
 
 
 def units(config: ReproduceConfig) -> list[Unit]:
