@@ -10,11 +10,11 @@ RUNS ?= runs
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
-	@echo "make test   the test suite: 11 minutes on 2 cores"
+	@echo "make test   the test suite: 10 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
 	@echo "make gpu    on a GPU: the kernels' tests and benchmark and a bf16 ZeRO-1 run; reports in $(RUNS)/gpu"
 	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
-	@echo "make real   the comparison on real recordings below DATA=$(DATA), an hour and a half"
+	@echo "make real   the comparison on real recordings below DATA=$(DATA), an hour or two"
 	@echo "make endurance  preemptions and kills on a real SLURM of this machine, about an hour (apt-get install slurm-wlm munge)"
 	@echo "make setup  only install into $(VENV); PIP_FLAGS are passed to pip"
 

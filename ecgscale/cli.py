@@ -335,7 +335,7 @@ def pretrain(argv: list[str]) -> None:
         print(config.help_text(config.PretrainConfig, "pretrain"))
         print("--init FOLDER is short for --init.model FOLDER. Shape, segments and normalisation are the model's.")
         return
-    chosen = config.load(config.PretrainConfig, ["--init.model" if a == "--init" else a for a in argv])
+    chosen = config.load(config.PretrainConfig, argv)
     from ecgscale.pretrain import pretrain as run
 
     export_folder = run(chosen)
@@ -351,7 +351,7 @@ def finetune(argv: list[str]) -> None:
         print(config.help_text(config.FinetuneConfig, "finetune"))
         print("--init FOLDER is short for --init.model FOLDER. Segments and normalisation are those of the model.")
         return
-    chosen = config.load(config.FinetuneConfig, ["--init.model" if a == "--init" else a for a in argv])
+    chosen = config.load(config.FinetuneConfig, argv)
     from ecgscale.downstream.evaluate import table
     from ecgscale.downstream.finetune import finetune as run
 

@@ -72,7 +72,7 @@ class FinetuneConfig:
 
 
 def load(config_type: type[Config], arguments: list[str]) -> Config:
-    """``--config FILE`` and ``--any.key value`` -> a checked config; later arguments win.
+    """``--config FILE`` and ``--any.key value`` -> a checked config; later ones win, ``--init`` is ``--init.model``.
 
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range.
     """
@@ -192,7 +192,7 @@ def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
 
 
 def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], list(arguments)
+    pairs, rest = [], ["--init.model" if argument == "--init" else argument for argument in arguments]
     while rest:
         key = rest.pop(0)
         if not key.startswith("--"):

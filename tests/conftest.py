@@ -16,6 +16,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from ecgscale.cli import main
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.export import Profile, about_model, write_export
@@ -74,6 +75,25 @@ def shared_data() -> Path:
 def shared_reference() -> Path:
     """Numbers of the reference implementation; the test is skipped where they are absent."""
     return shared_folder("reference")
+
+
+@pytest.fixture
+def refusal(capsys) -> Callable[..., str]:
+    """The one line with which a command line is refused."""
+
+    def run(*arguments: object) -> str:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert err.startswith("ecgscale: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -51,22 +51,6 @@ def command(capsys):
 
 
 @pytest.fixture
-def refusal(command):
-    """The one line with which a command line is refused."""
-
-    def run(*arguments: object) -> str:
-        code, out, err = command(*arguments)
-        assert code == 2
-        assert out == ""
-        assert err.startswith("ecgscale: ")
-        assert err.count("\n") == 1
-        assert err.endswith("\n")
-        return err
-
-    return run
-
-
-@pytest.fixture
 def ecg_LT(smooth_ecg):
     return smooth_ecg(500, 10)
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.downstream.evaluate import Scored
+from ecgscale.downstream.metrics import roc_curve
 from ecgscale.downstream.report import Report
 from ecgscale.record import lead_set_name
 from ecgscale.training.monitor import project
@@ -54,16 +55,3 @@ def roc_figure(report: Report, target_RC: Floats, score_RC: Floats) -> Figure:
     axes.set_ylabel("sensitivity")
     axes.legend(fontsize="small", loc="lower right")
     return figure
-
-
-def roc_curve(
-    positive_R: npt.NDArray[np.bool_], score_R: Floats
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """False and true positive rates (T,) from none predicted to all, a point for each distinct score."""
-    order = np.argsort(-score_R, kind="stable")
-    last_of_score = np.append(np.diff(score_R[order]) != 0, True)
-    rates = []
-    for counted_R in (~positive_R[order], positive_R[order]):
-        total_R = np.cumsum(counted_R)
-        rates.append(np.append(0.0, total_R[last_of_score] / total_R[-1]))
-    return rates[0], rates[1]

@@ -153,10 +153,11 @@ def _train(
         encoder.stem.requires_grad_(False)
     selection = labelled.selection("train")
     order = config.train.order(selection, ranks.world_size)
-    target_RC = None if config.task.kind == "identification" else labelled.task.target_RC
-    held_out = labelled.selection("validation").some(config.train.validation_recordings, seed)
+    held_out, target_RC = labelled.selection("validation"), None
     if config.task.kind == "identification":  # whose persons the head does not know
         held_out = held_out.none()
+    else:
+        held_out, target_RC = held_out.some(config.train.validation_recordings, seed), labelled.task.target_RC
     job = Job(
         name="finetune",
         run=run,

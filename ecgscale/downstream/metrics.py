@@ -120,6 +120,13 @@ def _curve(label_B: Bools, score_B: Floats, count_BR: Floats) -> tuple[Floats, F
     return curves[0], curves[1]
 
 
+def roc_curve(label_B: Array, score_B: Array) -> tuple[Floats, Floats]:
+    """False and true positive rates (T + 1,) of a class that has both, from none predicted down to every score."""
+    label, score = np.asarray(label_B, dtype=np.bool_)[:, None], np.asarray(score_B, dtype=np.float64)
+    hit_TR, false_TR = _curve(label[:, 0], score, _drawn(label, None))
+    return false_TR[:, 0] / false_TR[-1, 0], hit_TR[:, 0] / hit_TR[-1, 0]
+
+
 def _macro_R(value_CR: Floats) -> Floats:
     defined_CR = ~np.isnan(value_CR)
     return _ratio(np.where(defined_CR, value_CR, 0.0).sum(axis=0), defined_CR.sum(axis=0).astype(np.float64))

@@ -48,7 +48,6 @@ from ecgscale.training.ranks import log, start_ranks
 Figures = dict[str, dict[str, dict[str, float | None]]]  # lead set -> name -> value, low, high
 Samples = dict[str, Any]  # float64 arrays: LEADS/NAME -> bootstrap samples
 
-
 # In a comparison, more steps make another method; where the encoder lies does not matter: its weights are compared.
 _MAY_CHANGE = MAY_CHANGE - {"train.steps"} | {"init.model"}
 
@@ -206,6 +205,10 @@ class Unit:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")
         return _read_json(folder / "result.json")
 
+    def missing(self, leaf: Leaf, found: Figures) -> list[tuple[str, ...]]:
+        """Lead sets that a leaf still has to be scored with."""
+        return [leads for leads in self.config.leads_of(leaf.task) if lead_set_name(leads) not in found]
+
     def _made_from(self, config: FinetuneConfig) -> dict[str, Any]:
         identity = ShardSet.open(config.data.shards, config.data.cache).identity
         return {"encoder": self.encoder_identity, "data": identity, "config": asdict(config)}
@@ -217,8 +220,7 @@ class Unit:
         lock_run(folder)
         try:
             found = self.found(leaf)
-            missing = [leads for leads in self.config.leads_of(leaf.task) if lead_set_name(leads) not in found]
-            if missing:
+            if missing := self.missing(leaf, found):
                 self._score(leaf, found, missing)
         finally:
             leave_run(folder)
@@ -272,7 +274,7 @@ def plan(config: ReproduceConfig) -> str:
 
 def _state(unit: Unit, leaf: Leaf) -> str:
     try:
-        return "to do" if _missing(unit, leaf) else "done "
+        return "to do" if unit.missing(leaf, unit.found(leaf)) else "done "
     except InputError:
         return "other"  # made from something else: `_check` says from what
 
@@ -317,10 +319,11 @@ def merge(config: ReproduceConfig) -> str:
     measured = []
     for unit in units(config):
         for leaf in unit.leaves():
-            folder = unit.folder(leaf)
-            if missing := _missing(unit, leaf):
-                raise InputError(f"{folder}: is not finished for leads {', '.join(missing)}; run its part first")
-            found, samples = unit.found(leaf), _read_samples(folder)
+            folder, found = unit.folder(leaf), unit.found(leaf)
+            if missing := unit.missing(leaf, found):
+                names = ", ".join(map(lead_set_name, missing))
+                raise InputError(f"{folder}: is not finished for leads {names}; run its part first")
+            samples = _read_samples(folder)
             for leads in map(lead_set_name, config.leads_of(leaf.task)):
                 for name, figure in found[leads].items():
                     case = Case(leaf.task.name, leaf.protocol, leaf.fraction, leads, name)
@@ -329,14 +332,6 @@ def merge(config: ReproduceConfig) -> str:
     table = write_results(Path(config.run.dir), measured, config.methods[0].name)
     where = f"table.md, table.csv and plot.png are in {config.run.dir}"
     return f"{table}\n\n{where}\nTensorBoard: tensorboard --logdir {config.run.dir}"
-
-
-def _missing(unit: Unit, leaf: Leaf) -> list[str]:
-    """Lead sets that a leaf still has to be scored with."""
-    wanted = [lead_set_name(leads) for leads in unit.config.leads_of(leaf.task)]
-    started = (unit.folder(leaf) / "made_from.json").exists()
-    found = unit.found(leaf) if started else {}
-    return [leads for leads in wanted if leads not in found]
 
 
 def _refuse_leak(pretrained_on: ShardSet, shards: ShardSet, task: str) -> None:

@@ -191,7 +191,7 @@ def load_command(command: list[str]) -> PretrainConfig | FinetuneConfig | None:
     config_type = CONFIGS.get(command[0])
     if config_type is None:
         return None
-    return load(config_type, ["--init.model" if argument == "--init" else argument for argument in command[1:]])
+    return load(config_type, command[1:])
 
 
 def _user() -> str:

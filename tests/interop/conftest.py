@@ -29,21 +29,6 @@ def command(capsys) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
-def refusal(capsys) -> Callable[..., str]:
-    """The one line with which a command line is refused."""
-
-    def run(*arguments: object) -> str:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert (code, out) == (2, "")
-        assert err.startswith("ecgscale: ")
-        assert err.count("\n") == 1
-        return err
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def make_export(small_model_config) -> Callable[..., Path]:
     """Writes an export of random weights, with the local objective's head or with one of fine-tuning."""

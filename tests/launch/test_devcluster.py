@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -87,7 +86,9 @@ def test_two_side_by_side_and_down_ends_only_its_own(devcluster: dev.DevCluster,
 
 
 @needs_slurm
-def test_down_leaves_nothing_after_sigkill_of_slurmctld_either(small: dev.DevCluster, tmp_path: Path) -> None:
+def test_down_leaves_nothing_after_sigkill_of_slurmctld_either(
+    small: dev.DevCluster, wait_for: Callable[..., None], tmp_path: Path
+) -> None:
     here = tmp_path / "started"
     script = f"#!/bin/sh\nsetsid env -i sleep 1000 &\nsetsid sleep 1000 &\nsrun sleep 1000 &\ntouch {here}\nwait\n"
     (tmp_path / "job.sh").write_text(script)
@@ -95,6 +96,7 @@ def test_down_leaves_nothing_after_sigkill_of_slurmctld_either(small: dev.DevClu
     wait_for(lambda: here.exists() and len(processes_of(small.folder)) >= 8)
     controller = int((small.folder / "slurmctld.pid").read_text())
     os.kill(controller, 9)
+    wait_for(lambda: not psutil.pid_exists(controller))
     found = dev.status(small.folder)
     assert found.daemons == {"munged": True, "slurmctld": False, "n1": True}
     assert not found.healthy
@@ -102,13 +104,6 @@ def test_down_leaves_nothing_after_sigkill_of_slurmctld_either(small: dev.DevClu
     assert dev.down(small.folder)
     assert not small.folder.exists()
     assert processes_of(small.folder) == []
-
-
-def wait_for(done, limit_s: float = 20.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @needs_slurm

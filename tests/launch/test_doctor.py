@@ -265,7 +265,9 @@ def on_cluster(devcluster: DevCluster, short_folder: Path, monkeypatch: pytest.M
     return folder
 
 
-def test_two_nodes(on_cluster: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_nodes(
+    on_cluster: Path, data: Path, wait_for: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     for wrong, said in (
         (["--partition", "nowhere"], "partition 'nowhere' is unknown"),
         (["--nodes", "9"], "nodes 9: "),
@@ -285,7 +287,7 @@ def test_two_nodes(on_cluster: Path, data: Path, capsys: pytest.CaptureFixture[s
     assert out.splitlines()[-1] == "files are in checked"
     assert "running on 2 nodes" in err
     running = ["squeue", "--noheader", "--name=doctor", "--states=PENDING,RUNNING"]
-    assert subprocess.run(running, capture_output=True, text=True, check=True).stdout == ""
+    wait_for(lambda: subprocess.run(running, capture_output=True, check=True).stdout == b"")  # a moment later
 
 
 @pytest.mark.parametrize(

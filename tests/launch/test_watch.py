@@ -590,13 +590,6 @@ def test_watching_does_not_wait_for_slow_imports() -> None:
 # -- a real SLURM, without accounting --------------------------------------------------------------------------------
 
 
-def wait_for(what: Callable[[], bool], limit_s: float = 15.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.fixture
 def sbatch(devcluster: DevCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
     for name, value in devcluster.environment.items():
@@ -610,7 +603,7 @@ def sbatch(devcluster: DevCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_slurm_queued_running_asked_to_save_and_ended(
-    sbatch: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sbatch: Callable[..., str], wait_for: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = JobFolder.of(tmp_path / "a")
     script = f"#!/bin/bash\nexec {sys.executable} stub.py {folder.state}\n"
@@ -643,7 +636,7 @@ def test_slurm_queued_running_asked_to_save_and_ended(
 
 
 def test_slurm_names_tasks_of_arrays_and_jobs_that_end_before_their_supervisor_begins(
-    sbatch: Callable[..., str], tmp_path: Path
+    sbatch: Callable[..., str], wait_for: Callable[..., None], tmp_path: Path
 ) -> None:
     job_id = sbatch("#!/bin/bash\nexit $SLURM_ARRAY_TASK_ID\n", "--array=0-1")
     for task in (0, 1):
