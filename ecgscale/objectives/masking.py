@@ -42,7 +42,12 @@ def time_mask(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, share: f
     count_B = torch.round(share * valid_B.double()).long().clamp(min=1)
     last_turn_B1 = covered_at_BN.sort(dim=1).values.gather(1, count_B[:, None] - 1)
     covered_BN = (covered_at_BN <= last_turn_B1) & (covered_at_BN < tokens)
-    return _trim(batch, seed, covered_BN, count_B, max(1, round(share * tokens)))
+    return _trim(batch, seed, covered_BN, count_B, masked_tokens(tokens, share))
+
+
+def masked_tokens(tokens: int, share: float) -> int:
+    """M: how many tokens of an unpadded row are masked."""
+    return max(1, round(share * tokens))
 
 
 def reference_time_mask(batch: ECGBatch, seed: int, tokens: int, valid_B: Tensor, span: int, shared: bool) -> TimeMask:
