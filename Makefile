@@ -14,7 +14,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make gpu    on a GPU: the kernels' tests and benchmark and a bf16 ZeRO-1 run; reports in $(RUNS)/gpu"
 	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
-	@echo "make real   the comparison on real recordings below DATA=$(DATA), an hour or two"
+	@echo "make real   the comparison on real recordings below DATA=$(DATA), two to three hours"
 	@echo "make endurance  preemptions and kills on a real SLURM of this machine, about an hour (apt-get install slurm-wlm munge)"
 	@echo "make setup  only install into $(VENV); PIP_FLAGS are passed to pip"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict
@@ -55,6 +56,8 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
     write_export(out, weights, about)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     lines = [f"{path}: {_kind(contents)}, {parameters:,} parameters in {len(tensors)} tensors, all accounted for"]
+    if not contents.mask_token:
+        lines.append(f"note: the file has no mask token; the export has one of {contents.model.width} parameters beside")
     lines += [f"profile: {why}", *(f"note: {note}" for note in notes_of(cfg)), f"export: {out}"]
     return "\n".join(lines)
 
@@ -65,7 +68,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {'is a folder; give a .pt file' if path.is_dir() else 'no such file'}")
     try:
         # Mapped where it can be: the optimizer's state, twice the weights, is never touched.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # of plain pickles, which are refused
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever bytes may be in a file, torch has an error for
         raise InputError(f"{path}: {_unreadable(str(error))}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
