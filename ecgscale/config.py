@@ -191,8 +191,11 @@ def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
     return tree
 
 
+_SHORT = {"--init": "--init.model", "--profile": "--train.profile_steps=3"}
+
+
 def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], ["--init.model" if argument == "--init" else argument for argument in arguments]
+    pairs, rest = [], [_SHORT.get(argument, argument) for argument in arguments]
     while rest:
         key = rest.pop(0)
         if not key.startswith("--"):

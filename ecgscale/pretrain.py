@@ -11,6 +11,7 @@ import torch
 
 from ecgscale import progress
 from ecgscale.config import PretrainConfig
+from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
@@ -61,11 +62,14 @@ def pretrain(config: PretrainConfig) -> Path:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
     if config.data.min_record_s < SEGMENTS * config.data.segment_s:
         log(ranks, f"recordings shorter than {SEGMENTS * config.data.segment_s:g} s give shorter segments, padded")
+    stream = TrainStream(selection, order, ranks.rank, ranks.world_size, SEGMENTS)
+    contrast_rows = SEGMENTS * config.train.contrast
+    flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
     job = Job(
         name="pretrain",
         run=run,
         objective=objective,
-        stream=TrainStream(selection, order, ranks.rank, ranks.world_size, SEGMENTS),
+        stream=stream,
         train=config.train,
         engine=config.engine,
         config=asdict(config),
@@ -78,6 +82,7 @@ def pretrain(config: PretrainConfig) -> Path:
             SEGMENTS,
             config.train.seed,
         ),
+        flops=sum(part.total for part in flops.values()),
         picture=lambda batch: masked_picture(batch, objective, config.data.segment_s),
     )
     engine = train(job, ranks)

@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "engine.zero_stage",
     "engine.whole_below",
     "engine.activation_checkpointing",
+    "engine.peak_tflops",
     "train.steps",
     "train.log_every",
     "train.validate_every",
@@ -43,6 +44,8 @@ MAY_CHANGE = {
     "train.keep_every",
     "train.max_skipped",
     "train.log_recordings",
+    "train.profile_steps",
+    "train.profile_step",
     "run.dir",
 }
 

@@ -79,7 +79,7 @@ def test_kernels_give_the_same_bits_twice() -> None:
 
 def test_kernel_bench_measures_triton(tmp_path) -> None:
     assert main(["bench", "kernel", "--quick", "--no-compile", "--device=cuda", f"--out={tmp_path}"]) == 0
-    report = json.loads((tmp_path / "kernel.json").read_text())
+    report = json.loads(next(tmp_path.glob("kernel-*.json")).read_text())
     ops = [section for section in report["sections"] if section["title"].startswith(("Patch", "Convolutional"))]
     for section in ops:
         assert section["rows"][0][0] == "ecgscale, Triton"
@@ -90,3 +90,48 @@ def test_kernel_bench_measures_triton(tmp_path) -> None:
     assert kept
     assert all(0 < scalars[name] <= scalars[name.replace("kept", "peak")] for name in kept)
     assert {"step/triton/ms", "step/reference/ms"} <= set(scalars)
+
+
+def test_a_micro_step_never_waits_for_the_gpu(small_model_config, make_batch) -> None:
+    """Forward and backward are only queued. DeepSpeed's update reads the gradient's norm, once per step."""
+    config = ObjectiveConfig(codes=16, code_width=16, negatives=20)
+    objective = build_objective(small_model_config, config, seed=3, rate_hz=500).cuda().train()
+    pairs = {"segment_B": torch.arange(2).repeat_interleave(4), "position_B": torch.arange(4).repeat(2)}
+    counts_BLT = torch.randint(-2000, 2000, (8, 12, 1000), dtype=torch.int16)
+    batch = make_batch(counts_BLT, gain_BL=torch.full((8, 12), 1e-3), patient_B=pairs["position_B"], **pairs)
+    pinned = batch.pin_memory()
+
+    def micro_step() -> None:
+        loss, _ = objective(pinned.to(torch.device("cuda")), share=False)
+        (loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))).backward()
+
+    micro_step()  # kernels are compiled and cuBLAS is set up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        micro_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in objective.parameters())
+
+
+def test_step_bench_measures_every_way(tmp_path) -> None:
+    options = ["--quick", "--preset=tiny", "--batch=4", "--precision=bf16", "--device=cuda", f"--out={tmp_path}"]
+    assert main(["bench", "step", *options]) == 0
+    (section,) = json.loads(next(tmp_path.glob("step-*.json")).read_text())["sections"]
+    label = "tiny/conv/b4/bf16/zero1/r1/cuda"
+    ways = ("ecgscale", "ddp", "straightforward")
+    assert all(section["scalars"][f"{label}/{way}/ecg_per_s"] > 0 for way in ways)
+    assert all(0 < section["scalars"][f"{label}/{way}/peak_gb"] < 10 for way in ways)
+    assert all(check["passed"] for check in section["checks"]), "losses or gradients differ"
+
+
+def test_largest_batch_is_found_where_memory_runs_out(tmp_path) -> None:
+    """By a limit, which takes fewer trials than the GPU's own."""
+    options = ["--quick", "--preset=tiny", "--find-batch", "--memory-gb=0.5", f"--out={tmp_path}"]
+    assert main(["bench", "step", *options, "--device=cuda", "--against"]) == 0
+    (section,) = json.loads(next(tmp_path.glob("step-*.json")).read_text())["sections"]
+    (largest,) = [value for name, value in section["scalars"].items() if name.endswith("largest_batch")]
+    (peak,) = [value for name, value in section["scalars"].items() if name.endswith("peak_gb")]
+    assert largest >= 1
+    assert peak <= 0.5 * 1.01

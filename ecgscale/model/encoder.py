@@ -1,7 +1,7 @@
 """The encoder, whole: stem, projection, positional convolution, transformer.
 
 Oh et al. 2022 after wav2vec 2.0 (Baevski et al. 2020), weight-compatible with the public reference implementation.
-Shape suffixes: B rows, N patches (tokens), C stem channels, D width, H heads, K positional kernel.
+Shape suffixes: B rows, N patches (tokens), C stem channels, D width, H heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
+from ecgscale.model.dropout import add_dropout, dropout, kept_elements
+from ecgscale.model.position import PositionalConvolution
 from ecgscale.model.stem import CONV_PATCH_SAMPLES, ConvStem, PatchStem
 from ecgscale.record import LEADS
 
@@ -37,7 +39,7 @@ class ModelConfig:
     """Shape of the encoder. ``preset`` fills in the fields that are not given."""
 
     preset: str = "base"
-    """tiny, small, base8, base or large: where the other fields begin."""
+    """A named size, from tiny to gigantic (7 billion parameters): where the other fields begin."""
     stem: Literal["conv", "patch"] = "conv"
     """conv: four convolutions that halve the samples, as in the paper. patch: one linear map per patch."""
     patch_samples: int = 16
@@ -103,7 +105,8 @@ class Features(NamedTuple):
 class ECGEncoder(nn.Module):
     """Counts -> one vector per token."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool | int = False) -> None:
+        """``activation_checkpointing``: how many of the layers, from the first, are recomputed in the backward pass."""
         super().__init__()
         self.config = config
         self.stem: ConvStem | PatchStem
@@ -125,7 +128,7 @@ class ECGEncoder(nn.Module):
         """Stem, norm and projection; leads are masked by the gains of the batch."""
         stem_BNC = _scale_gradient(self.stem(batch), self.config.stem_gradient_scale)
         normed_BNC = self.feature_norm(stem_BNC)
-        token_BND = F.dropout(self.feature_projection(normed_BNC), self.config.feature_dropout, self.training)
+        token_BND = dropout(self.feature_projection(normed_BNC), self.config.feature_dropout, self.training)
         valid_BN = None
         if batch.padded:
             valid_BN = valid_tokens(batch.length_B // self.config.patch_samples, stem_BNC.shape[1])
@@ -138,10 +141,11 @@ class ECGEncoder(nn.Module):
         x_BND: Tensor = token_BND + self.position(token_BND)
         if not self.config.pre_norm:
             x_BND = self.norm(x_BND)
-        x_BND = F.dropout(x_BND, self.config.dropout, self.training)
+        x_BND = dropout(x_BND, self.config.dropout, self.training)
         attend_B11N = None if valid_BN is None else valid_BN[:, None, None, :]
-        for layer in self.layers:
-            if self.activation_checkpointing and self.training:
+        recomputed = recomputed_layers(self.activation_checkpointing, len(self.layers)) if self.training else 0
+        for number, layer in enumerate(self.layers):
+            if number < recomputed:
                 x_BND = checkpoint(layer, x_BND, attend_B11N, use_reentrant=False)
             else:
                 x_BND = layer(x_BND, attend_B11N)
@@ -153,6 +157,11 @@ class ECGEncoder(nn.Module):
         """Tokens (B, N, D) of an unmasked batch and which of them are valid (None: all)."""
         features = self.features(batch)
         return self.contextualise(features.token_BND, features.valid_BN), features.valid_BN
+
+
+def recomputed_layers(activation_checkpointing: bool | int, depth: int) -> int:
+    """How many layers are recomputed: True stands for all of them."""
+    return depth if activation_checkpointing is True else min(int(activation_checkpointing), depth)
 
 
 def mean_over_time(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
@@ -183,28 +192,6 @@ class MaskToken(nn.Module):
         return torch.where(masked_BN[..., None], self.token, token_BND)
 
 
-class PositionalConvolution(nn.Module):
-    """Grouped convolution over tokens with weight norm over the kernel axis: relative positions (wav2vec 2.0).
-
-    Owns direction ``v`` and magnitude ``g``, since ``torch.nn.utils.weight_norm`` fails under ZeRO stage 3.
-    """
-
-    def __init__(self, width: int, kernel: int, groups: int) -> None:
-        super().__init__()
-        self.kernel, self.groups = kernel, groups
-        self.v = nn.Parameter(torch.empty(width, width // groups, kernel))
-        nn.init.normal_(self.v, std=(4 / (kernel * width)) ** 0.5)
-        self.g = nn.Parameter(self.v.detach().norm(dim=(0, 1)))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        v32 = self.v.float()
-        weight = (v32 * (self.g.float() / v32.norm(dim=(0, 1)))).to(x_BND.dtype)
-        y_BDN = F.conv1d(x_BND.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
-        return F.gelu(y_BDN[..., : x_BND.shape[1]]).transpose(1, 2)  # an even kernel gives one sample too many
-
-
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, each with a residual and a norm."""
 
@@ -222,24 +209,45 @@ class EncoderLayer(nn.Module):
     def forward(self, x_BND: Tensor, attend_B11N: Tensor | None) -> Tensor:
         """(B, N, D) -> (B, N, D); keys where ``attend_B11N`` is False are not attended to."""
         if self.pre_norm:
-            x_BND = x_BND + self._attention(self.attention_norm(x_BND), attend_B11N)
-            return x_BND + self._ffn(self.ffn_norm(x_BND))
-        x_BND = self.attention_norm(x_BND + self._attention(x_BND, attend_B11N))
-        normed: Tensor = self.ffn_norm(x_BND + self._ffn(x_BND))
+            x_BND = self._added(x_BND, self._attention(self.attention_norm(x_BND), attend_B11N))
+            return self._added(x_BND, self._ffn(self.ffn_norm(x_BND)))
+        x_BND = self.attention_norm(self._added(x_BND, self._attention(x_BND, attend_B11N)))
+        normed: Tensor = self.ffn_norm(self._added(x_BND, self._ffn(x_BND)))
         return normed
+
+    def _added(self, x_BND: Tensor, y_BND: Tensor) -> Tensor:
+        return add_dropout(x_BND, y_BND, self.dropout, self.training)
 
     def _attention(self, x_BND: Tensor, attend_B11N: Tensor | None) -> Tensor:
         batch, tokens, width = x_BND.shape
         q_BHNd, k_BHNd, v_BHNd = (
             self.query_key_value(x_BND).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         )
-        dropout = self.attention_dropout if self.training else 0.0
-        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attend_B11N, dropout)
-        y_BND = self.attention_out(y_BHNd.transpose(1, 2).reshape(batch, tokens, width))
-        return F.dropout(y_BND, self.dropout, self.training)
+        probability = self.attention_dropout if self.training else 0.0
+        if attend_B11N is None and torch.is_grad_enabled() and x_BND.device.type == "cpu":
+            y_BHNd = _attention_in_steps(q_BHNd, k_BHNd, v_BHNd, probability)
+        else:
+            y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attend_B11N, probability)
+        y_BND: Tensor = self.attention_out(y_BHNd.transpose(1, 2).reshape(batch, tokens, width))
+        return y_BND
 
     def _ffn(self, x_BND: Tensor) -> Tensor:
-        return F.dropout(self.ffn_out(F.gelu(self.ffn_in(x_BND))), self.dropout, self.training)
+        y_BND: Tensor = self.ffn_out(F.gelu(self.ffn_in(x_BND)))
+        return y_BND
+
+
+def _attention_in_steps(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, probability: float) -> Tensor:
+    """Attention for training on a CPU, with its weights in memory: PyTorch 2.13 has no fused one with dropout there.
+
+    Without dropout it has, but forward and backward take 1.1 times as long in float32, and 2.9 times in bfloat16, where
+    products and softmax here hand each other bfloat16.
+    """
+    weight_BHNN = (q_BHNd * q_BHNd.shape[-1] ** -0.5 @ k_BHNd.transpose(2, 3)).softmax(dim=-1)
+    if probability:
+        kept_BHNN, scale = kept_elements(weight_BHNN, probability)
+        weight_BHNN, v_BHNd = weight_BHNN * kept_BHNN, v_BHNd * scale
+    y_BHNd: Tensor = weight_BHNN @ v_BHNd
+    return y_BHNd
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -37,7 +37,7 @@ def objective_named(name: str) -> type[Objective]:
 
 
 def build_objective(
-    model: ModelConfig, config: ObjectiveConfig, seed: int, rate_hz: float, activation_checkpointing: bool = False
+    model: ModelConfig, config: ObjectiveConfig, seed: int, rate_hz: float, activation_checkpointing: bool | int = False
 ) -> Objective:
     """The objective that ``config.name`` names, for signals of ``rate_hz``; raises InputError for an unknown one."""
     return objective_named(config.name)(model, config, seed, rate_hz, activation_checkpointing)

@@ -125,7 +125,7 @@ class Objective(nn.Module):
         config: ObjectiveConfig,
         seed: int,
         rate_hz: float,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | int = False,
     ) -> None:
         super().__init__()
         self.config, self.seed, self.rate_hz = config, seed, rate_hz

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
+from ecgscale.model.dropout import dropout
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.quantizer import ProductQuantizer, Quantized, perplexity
 from ecgscale.objectives.gather import sum_over_ranks, world_size
@@ -102,7 +103,7 @@ class Wav2Vec2(Objective):
         config: ObjectiveConfig,
         seed: int,
         rate_hz: float,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | int = False,
     ) -> None:
         super().__init__(model, config, seed, rate_hz, activation_checkpointing)
         self.local_head = LocalHead(
@@ -147,8 +148,7 @@ class Wav2Vec2(Objective):
         mask, config = draws.time_mask, self.config
         assert mask is not None
         assert draws.negative_BMK is not None
-        dropout = self.encoder.config.feature_dropout
-        target_BNC = F.dropout(encoded.features.normed_BNC, dropout, self.training)
+        target_BNC = dropout(encoded.features.normed_BNC, self.encoder.config.feature_dropout, self.training)
         local = self.local_head(
             _at(encoded.context_BND, mask.place_BM),
             _at(target_BNC, mask.place_BM),

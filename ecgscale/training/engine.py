@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
+from ecgscale.training.compiling import compile_layers
 from ecgscale.training.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,8 +41,11 @@ class EngineConfig:
     """At stage 3, parameters with fewer elements stay whole on every rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model. Weights and moments of the optimizer are fp32 in either case."""
-    activation_checkpointing: bool = False
-    """Recompute each transformer layer in the backward pass instead of storing its activations."""
+    activation_checkpointing: bool | int = False
+    """Recompute transformer layers in the backward pass instead of storing their activations: how many of them, from
+    the first. true: all, false: none."""
+    compile: bool = False
+    """Compile the transformer layers with torch.compile, for the shapes that come; on a CPU with a C++ compiler."""
     learning_rate: float = 5e-5
     """Peak learning rate."""
     beta1: float = 0.9
@@ -54,14 +58,20 @@ class EngineConfig:
     """AdamW's weight decay, on all parameters, as in the reference implementation."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; larger ones are scaled down. 0 turns it off."""
+    peak_tflops: float = 0.0
+    """Peak rate of one device in 1e12 FLOP/s, of which MFU is a share. 0: by the table of known GPUs."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "clip_norm"):
+        for name in ("learning_rate", "weight_decay", "clip_norm", "peak_tflops"):
             if getattr(self, name) < 0:
                 raise InputError(f"engine.{name} {getattr(self, name):g}: give 0 or more")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"engine.{name} {getattr(self, name):g}: give 0 or more and below 1")
+        if self.activation_checkpointing < 0:
+            raise InputError(f"engine.activation_checkpointing {self.activation_checkpointing}: give 0 or more layers")
+        if self.compile and self.zero_stage == 3:
+            raise InputError("engine.compile: not with engine.zero_stage 3, whose parameters come and go; use stage 2")
         if self.whole_below < 0:
             raise InputError(f"engine.whole_below {self.whole_below}: give 0 or more")
         if self.epsilon <= 0:
@@ -91,6 +101,8 @@ class Engine:
         self._refuse_tiny_parameters()
         # DeepSpeed makes its fp32 masters from weights that it has rounded to bf16 before.
         masters = {n: named[n].detach().clone() for n in self.trained} if config.precision == "bf16" else {}
+        if config.compile:
+            compile_layers(module, ranks.device)
         self._engine = _initialize(module, config, accumulation, micro_batch, ranks.world_size)
         self._parameters = dict(self._engine.module.named_parameters())
         self._skipped = False
@@ -292,7 +304,7 @@ def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micr
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            fused=torch.cuda.is_available() or None,
+            fused=True,
         )
         settings = {
             "train_batch_size": micro_batch * accumulation * world_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +11,21 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from ecgscale import progress
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.selection import Selection
-from ecgscale.data.stream import TrainStream
+from ecgscale.data.stream import Batches, TrainStream
 from ecgscale.errors import InputError
 from ecgscale.stopping import Stopped, listening
 from ecgscale.training import checkpoint
 from ecgscale.training.boundary import Boundary, Wish
 from ecgscale.training.engine import Engine, EngineConfig
-from ecgscale.training.monitor import Monitor, sum_over_ranks
+from ecgscale.training.metrics import Work, device_peak
+from ecgscale.training.monitor import Monitor, RecordingsLog
+from ecgscale.training.profile import StepProfiler, steps_to_profile
 from ecgscale.training.ranks import Ranks, log
 from ecgscale.training.schedule import Schedule, learning_rate_factor
 from ecgscale.training.validation import Validation
@@ -70,6 +71,11 @@ class TrainConfig:
     """Recordings of the validation split whose embeddings TensorBoard's projector shows after pretraining; 0: none."""
     log_recordings: bool = False
     """Write the numbers of the recordings that each rank has seen in each step to recordings/rank-N.jsonl."""
+    profile_steps: int = 0
+    """Steps of this start whose trace is written to profile/, with the ten costliest operations; 0: none. `--profile`
+    is `--train.profile_steps 3`."""
+    profile_step: int = 0
+    """The first of them; 0: the fourth step of this start."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "max_skipped"):
@@ -85,6 +91,8 @@ class TrainConfig:
             "keep_every",
             "checkpoint_every_s",
             "seed",
+            "profile_steps",
+            "profile_step",
         ):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name} {getattr(self, name)}: give 0 or more")
@@ -129,6 +137,7 @@ class Job:
     about: dict[str, Any]  # what an export of this run says about its model
     identity: str  # of the data: a run continues only on what it began with
     validate: Validation
+    flops: float = 0.0  # model FLOPs of a rank's micro-step, forward and backward; 0: unknown
     picture: Callable[[ECGBatch], Any] | None = None  # a figure of the first batch, for TensorBoard
 
 
@@ -152,9 +161,11 @@ def _train(job: Job, ranks: Ranks) -> Engine:
     engine, step, skipped = _start(job, ranks, resumed)
     if resumed:
         log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
-    monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, yaml.safe_dump(job.config, sort_keys=False))
+    config = yaml.safe_dump(job.config, sort_keys=False)
+    monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, config, _work(job, ranks))
     if job.picture and resumed is None and ranks.first:
         monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
+    profiler = _profiler(job, ranks, monitor, step)
     seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
     batches = job.stream.from_batch(step)
     boundary = Boundary(ranks, job.train.checkpoint_every_s)
@@ -162,40 +173,25 @@ def _train(job: Job, ranks: Ranks) -> Engine:
     try:
         if resumed and resumed.state.get("validation_due") and not _validated(job, engine, monitor, boundary, step):
             raise Stopped(f"stopped before the validation at step {step}")
+        monitor.clock.take()  # what was before is no step
         while step < job.train.steps:
+            profiler.begin(step + 1)
             learning_rate = job.engine.learning_rate * _factor(job.train, step)
-            parts = []
-            for micro_step in range(job.train.accumulation):
-                progress.at(step, "batch")
-                batch = monitor.waiting(batches)
-                if seen:
-                    seen.write(step, micro_step, batch)
-                batch = batch.to(ranks.device)
-                _seed_dropout(job.train.seed, step, micro_step, ranks.rank)
-                progress.at(step, "forward")
-                loss, micro_parts = engine.forward(batch, step=step)
-                progress.at(step, "backward")
-                engine.backward(loss)
-                progress.at(step, "update")
-                updated = engine.step(learning_rate)
-                parts.append(micro_parts)
+            updated, parts = _update(job, engine, monitor, batches, seen, step, learning_rate)
             step += 1
+            profiler.end(step)
             wish = boundary.agree()
             skipped = _count_skipped(job, monitor, skipped, step, updated)
-            monitor.count(
-                job.train.global_batch,
-                job.train.global_batch * job.stream.segments * (batch.signal_BLT.shape[-1] // job.patch_samples),
-            )
+            monitor.count()
             last = step == job.train.steps
             if last or step % job.train.log_every == 0:
                 scalars = {
                     "train/learning_rate": learning_rate,
                     "train/gradient_norm": engine.gradient_norm(),
+                    "train/skipped_steps": float(skipped.total),
                 }
-                scalars |= {"train/skipped_steps": float(skipped.total)} | job.stream.counts(step)
-                scalars |= sum_over_ranks(job.stream.own_counts(), ranks)
-                monitor.log(step, parts, scalars)
-            with monitor.pause():
+                monitor.log(step, parts, scalars | job.stream.counts(step), job.stream.own_counts())
+            with monitor.clock.pause():
                 due = last or bool(job.train.validate_every and step % job.train.validate_every == 0)
                 if due and wish is not Wish.STOP and _validated(job, engine, monitor, boundary, step):
                     due = False
@@ -210,30 +206,43 @@ def _train(job: Job, ranks: Ranks) -> Engine:
         boundary.close()
     finally:
         batches.close()
+        profiler.close()
         monitor.close()
         if seen:
             seen.close()
     return engine
 
 
-class RecordingsLog:
-    """Which recordings a rank has seen, a line per micro-step, to hold a run against another or against its plan."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank-{rank}.jsonl"
-        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
-        self._file = path.open("a")
-        self._file.write("\n" if cut_off else "")
-
-    def write(self, step: int, micro_step: int, batch: ECGBatch) -> None:
-        once = batch.segment_B == 0
-        line = {"step": step + 1, "micro_step": micro_step, "first_position": int(batch.position_B[0])}
-        self._file.write(json.dumps(line | {"recordings": batch.record_B[once].tolist()}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def _update(
+    job: Job,
+    engine: Engine,
+    monitor: Monitor,
+    batches: Batches,
+    seen: RecordingsLog | None,
+    step: int,
+    learning_rate: float,
+) -> tuple[bool, list[dict[str, Tensor]]]:
+    """One step: whether it was not skipped, and the loss parts of each micro-step."""
+    clock, ranks, parts = monitor.clock, engine.ranks, []
+    for micro_step in range(job.train.accumulation):
+        progress.at(step, "batch")
+        batch = monitor.waiting(batches)
+        if seen:
+            seen.write(step, micro_step, batch)
+        with clock("transfer"):
+            batch = batch.to(ranks.device)
+        _seed_dropout(job.train.seed, step, micro_step, ranks.rank)
+        progress.at(step, "forward")
+        with clock("forward"):
+            loss, micro_parts = engine.forward(batch, step=step)
+        progress.at(step, "backward")
+        with clock("backward"):
+            engine.backward(loss)
+        progress.at(step, "update")
+        with clock("optimizer"):
+            updated = engine.step(learning_rate)
+        parts.append(micro_parts)
+    return updated, parts
 
 
 @dataclass
@@ -257,6 +266,24 @@ def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tup
         return engine, 0, Skipped()
     engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"])
     return engine, resumed.step, Skipped(resumed.state["skipped"], resumed.state["skipped_in_a_row"])
+
+
+def _work(job: Job, ranks: Ranks) -> Work:
+    segments = job.train.global_batch * job.stream.segments
+    return Work(
+        recordings=job.train.global_batch,
+        segments=segments,
+        tokens=segments * (job.stream.selection.samples // job.patch_samples),
+        flops=job.flops * job.train.accumulation,
+        peak_flops=device_peak(job.engine, ranks.device),
+    )
+
+
+def _profiler(job: Job, ranks: Ranks, monitor: Monitor, step: int) -> StepProfiler:
+    first, last = steps_to_profile(step, job.train.steps, job.train.profile_step, job.train.profile_steps)
+    if job.train.profile_steps and job.train.profile_step and last < first:
+        log(ranks, f"nothing to profile: step {job.train.profile_step} is not among those that are to be done")
+    return StepProfiler(job.run, ranks, monitor, first, last)
 
 
 def _factor(train: TrainConfig, step: int) -> float:

@@ -1,6 +1,6 @@
 """What a run writes down while it runs: TensorBoard, events.jsonl and the progress line.
 
-Only rank 0 writes; every rank takes part in averaging the loss parts.
+Only rank 0 writes; every rank takes part in what is gathered for it.
 """
 
 from __future__ import annotations
@@ -10,85 +10,107 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from ecgscale.data.batch import ECGBatch
+from ecgscale.training.clock import PARTS, StepClock
+from ecgscale.training.metrics import Straggler, Work, gather_over_ranks, memory, shares, straggler, throughput
 from ecgscale.training.ranks import Ranks
 
 Item = TypeVar("Item")
 
+_SLOW = 1.2  # times the median rank's own time: the progress line names who is slower
+
 
 class Monitor:
-    """Counts recordings, tokens and waiting between two log lines, and writes them with the loss parts."""
+    """Counts steps and their time between two log lines, and writes what comes of it with the loss parts."""
 
-    def __init__(self, run: Path, ranks: Ranks, first_step: int, steps: int, name: str, resolved_config: str) -> None:
-        self.ranks = ranks
-        self._waited_s = 0.0
-        self._since = time.perf_counter()
-        self._recordings = self._tokens = 0
+    def __init__(
+        self, run: Path, ranks: Ranks, first_step: int, steps: int, name: str, resolved_config: str, work: Work
+    ) -> None:
+        self.ranks, self._work = ranks, work
+        self._steps, self._waited_s = 0, 0.0
         if ranks.first:
             from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+            self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
             self._board.add_text("config", f"```yaml\n{resolved_config}\n```", first_step)
             self._events = (run / "events.jsonl").open("a")
             self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", disable=None)
+        self.clock = StepClock(ranks.device)
+        self._timing = ExitStack()
+        if ranks.world_size > 1:
+            self._timing.enter_context(self.clock.timing_collectives())
 
     def waiting(self, items: Iterator[Item]) -> Item:
         """The next item, with the time that it took counted as waiting for the loader."""
         began = time.perf_counter()
-        item = next(items)
+        with self.clock("loader_wait"):
+            item = next(items)
         self._waited_s += time.perf_counter() - began
         return item
 
-    def count(self, recordings: int, tokens: int) -> None:
-        """What one step of all ranks has worked through."""
-        self._recordings += recordings
-        self._tokens += tokens
+    def count(self) -> None:
+        """One more step is done."""
+        self._steps += 1
         if self.ranks.first:
             self._bar.update()
 
-    def log(self, step: int, parts: list[dict[str, Tensor]], scalars: dict[str, float]) -> None:
-        """Write loss parts, scalars, throughput and memory. All ranks call it together.
+    def log(
+        self, step: int, parts: list[dict[str, Tensor]], scalars: dict[str, float], own_counts: dict[str, float]
+    ) -> None:
+        """Write loss parts, scalars and what was measured since the last line. All ranks call it together.
 
-        ``parts`` are those of each micro-step; they are averaged over micro-steps and ranks.
+        ``parts`` are those of each micro-step of this rank, which are averaged over micro-steps and ranks;
+        ``own_counts`` are summed over ranks.
         """
-        averaged = average_over_ranks({name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]})
-        now = time.perf_counter()
-        elapsed, self._since = now - self._since, now
-        values = {f"train/{name}": value for name, value in averaged.items()} | scalars
-        values |= {
-            "throughput/ecg_per_s": self._recordings / elapsed,
-            "throughput/tokens_per_s": self._tokens / elapsed,
-            "throughput/loader_wait_share": self._waited_s / elapsed,
-            "memory/host_rss_gb": psutil.Process().memory_info().rss / 1e9,
-        }
-        if self.ranks.device.type == "cuda":
-            values["memory/device_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self._recordings = self._tokens = 0
-        self._waited_s = 0.0
-        self.write(step, values)
+        of_part, collectives = self.clock.take()
+        losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        held, waited = memory(self.ranks.device), {"host_wait": self._waited_s}
+        of_ranks = gather_over_ranks(losses, of_part | waited | held | own_counts, self.ranks)
         if self.ranks.first:
-            said = f"loss {averaged['loss']:.3f}, {values['throughput/ecg_per_s']:.0f} ECG/s"
-            self._bar.set_postfix_str(said)
-            if self._bar.disable:  # no terminal: a log wants lines
-                print(f"step {step} of {self._bar.total}: {said}", file=sys.stderr, flush=True)
+            elapsed_s = sum(float(of_ranks[part].mean()) for part in PARTS)
+            values = {f"train/{name}": float(of_ranks[name].mean()) for name in losses} | scalars
+            values |= {name: float(of_ranks[name].sum()) for name in own_counts}
+            values |= throughput(self._work, self._steps, elapsed_s, self.ranks.world_size) | shares(of_ranks)
+            values |= {"step/seconds": elapsed_s / self._steps, "step/collectives": collectives / self._steps}
+            values["throughput/loader_wait_share"] = float(of_ranks["host_wait"].mean()) / elapsed_s
+            values |= {name: float(of_ranks[name].max()) for name in held}
+            slow = None
+            if self.ranks.world_size > 1:
+                slow, of_straggler = straggler(of_ranks, self._steps)
+                values |= of_straggler
+            self.write(step, values)
+            self._say(step, values, slow)
+        self._steps, self._waited_s = 0, 0.0
+
+    def _say(self, step: int, values: dict[str, float], slow: Straggler | None) -> None:
+        said = [f"loss {values['train/loss']:.3f}", f"{values['throughput/ecg_per_s']:.0f} ECG/s"]
+        if "throughput/mfu" in values:
+            said.append(f"MFU {values['throughput/mfu']:.1%}")
+        if slow is not None and slow.slowdown >= _SLOW:
+            said.append(f"rank {slow.rank} is {slow.slowdown:.1f} times slower ({slow.part})")
+        self._bar.set_postfix_str(", ".join(said))
+        if self._bar.disable:  # no terminal: a log wants lines
+            print(f"step {step} of {self._bar.total}: {', '.join(said)}", file=sys.stderr, flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of events.jsonl and one point per scalar."""
         if not self.ranks.first:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._board.file_writer.add_summary(Summary(value=points), step)  # add_scalar takes half a millisecond for each
         self.event("step", step=step, **values)
 
     def event(self, kind: str, **values: Any) -> None:
@@ -107,30 +129,38 @@ class Monitor:
         if self.ranks.first:
             self._board.add_figure(name, figure, step)
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave out of the throughput what is no training: validation, saving."""
-        began = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - began
-
     def close(self) -> None:
+        self._timing.close()
         if self.ranks.first:
             self._bar.close()
             self._board.close()
             self._events.close()
 
 
+class RecordingsLog:
+    """Which recordings a rank has seen, a line per micro-step, to hold a run against another or against its plan."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank-{rank}.jsonl"
+        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+        self._file = path.open("a")
+        self._file.write("\n" if cut_off else "")
+
+    def write(self, step: int, micro_step: int, batch: ECGBatch) -> None:
+        once = batch.segment_B == 0
+        line = {"step": step + 1, "micro_step": micro_step, "first_position": int(batch.position_B[0])}
+        self._file.write(json.dumps(line | {"recordings": batch.record_B[once].tolist()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def project(board: Any, name: str, embedding_RD: npt.NDArray[np.float32], label_R: Sequence[str], step: int) -> None:
     """Recordings' embeddings for TensorBoard's projector, with what each of them is; once for each name and step."""
     if not (Path(board.log_dir) / str(step).zfill(5) / name).exists():
         board.add_embedding(embedding_RD, list(label_R), global_step=step, tag=name)
-
-
-def sum_over_ranks(counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Sums over ranks of what each has counted."""
-    mean = average_over_ranks({name: torch.tensor(count, device=ranks.device) for name, count in counts.items()})
-    return {name: value * ranks.world_size for name, value in mean.items()}
 
 
 def average_over_ranks(parts: dict[str, Tensor]) -> dict[str, float]:
