@@ -33,7 +33,7 @@ from ecgscale.bench.measure import (
     spread,
     timed,
 )
-from ecgscale.data.batch import ECGBatch
+from ecgscale.bench.step_batches import synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
@@ -236,7 +236,7 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
         ("kernels", "forward + backward, ms", "segments/s", "peak, MB"),
     )
     objective = build_objective(PRESETS[preset], ObjectiveConfig(), seed=0, rate_hz=500).to(device.torch, device.dtype)
-    batch = _batch(rows, effort.samples).to(device.torch)
+    batch = synthetic_batch(rows, effort.samples).to(device.torch)
     backends: tuple[Backend, ...] = ("triton", "reference") if device.cuda else ("reference",)
 
     def work(backend: Backend) -> int:
@@ -264,19 +264,3 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
         section.notes.append(f"With Triton {faster.text(3)} times as fast as with the reference.")
     section.notes.append("By the wall's clock. No optimizer, no exchange between ranks, no loader.")
     return section
-
-
-def _batch(rows: int, samples: int) -> ECGBatch:
-    """Random counts; the first half of the rows holds segment 0, the second segment 1 of the same positions."""
-    position_B = torch.arange(rows // 2).repeat(2)
-    return ECGBatch(
-        signal_BLT=torch.randint(-2000, 2000, (rows, 12, samples), dtype=torch.int16),
-        gain_BL=torch.full((rows, 12), 1e-3),
-        offset_BL=torch.zeros(rows, 12),
-        length_B=torch.full((rows,), samples),
-        patient_B=position_B,
-        segment_B=torch.arange(2).repeat_interleave(rows // 2),
-        position_B=position_B,
-        record_B=position_B,
-        padded=False,
-    )

@@ -180,7 +180,11 @@ class Check:
 
 @dataclass
 class Section:
-    """A table with what it says. ``scalars`` go to TensorBoard, under stable names."""
+    """A table with what it says. ``scalars`` go to TensorBoard, under stable names.
+
+    ``spreads`` holds the quartiles of some scalars. ``settings`` tells what was measured: of ``a/b`` for scalars
+    ``a/b/...``; they become TensorBoard's hparams.
+    """
 
     title: str
     header: tuple[str, ...]
@@ -189,6 +193,12 @@ class Section:
     checks: list[Check] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
+    spreads: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def scalar(self, name: str, value: Spread) -> None:
+        """A scalar with its quartiles."""
+        self.scalars[name], self.spreads[name] = value.median, (value.low, value.high)
 
     def keep(self, rounds: Mapping[str, list[Round]], prefix: str = "") -> None:
         """Keep every raw round."""
@@ -225,14 +235,23 @@ class Report:
         ]
         return "\n".join([*head, *(section.markdown() for section in self.sections)])
 
+    @property
+    def file_name(self) -> str:
+        """Without its ending: stream-20261123T074501, by the time when the measurement began."""
+        return f"{self.name}-{datetime.fromisoformat(self.machine['date']):%Y%m%dT%H%M%S}"
+
     def write(self, folder: Path) -> None:
-        """NAME.md, NAME.json and TensorBoard scalars ``bench/NAME/...``. Raises InputError where it cannot."""
+        """``file_name`` as .md and .json, beside those of other runs, and TensorBoard scalars ``bench/NAME/...``.
+
+        Raises InputError where it cannot.
+        """
         from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
         make_folder(folder)
-        write_whole(folder / f"{self.name}.md", self.markdown().encode())
-        content = {"machine": self.machine, "sections": [_plain(section) for section in self.sections]}
-        write_whole(folder / f"{self.name}.json", json.dumps(content, indent=1, allow_nan=False).encode())
+        write_whole(folder / f"{self.file_name}.md", self.markdown().encode())
+        content: dict[str, Any] = {"name": self.name, "title": self.title, "machine": self.machine}
+        content |= {"sections": [_plain(section) for section in self.sections]}
+        write_whole(folder / f"{self.file_name}.json", json.dumps(content, indent=1, allow_nan=False).encode())
         with SummaryWriter(str(folder / "tensorboard")) as board:
             for section in self.sections:
                 for name, value in section.scalars.items():

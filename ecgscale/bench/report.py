@@ -1,0 +1,191 @@
+"""`ecgscale bench report`: results as tables, plots and TensorBoard's hparams, and two commits compared."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ecgscale.bench.measure import Check, make_folder
+from ecgscale.bench.results import Change, Run, Value, by_machine, changes, read_runs, sides
+from ecgscale.data.shards import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# What each bench is plotted by: the last part of the scalars' names.
+_PLOTTED = {"step": "ecg_per_s", "scaling": "efficiency", "stream": "records_per_s", "kernel": "both_ms"}
+_MOST_BARS = 60
+_LONGEST_LABEL = 90  # characters
+
+
+def report(places: Sequence[Path], out: Path, against: str = "", threshold: float = 0.05) -> tuple[str, list[Change]]:
+    """The report as markdown, and what has become worse by more than ``threshold`` since ``against``.
+
+    Writes report.md, plots and tensorboard/ to ``out``. Raises InputError where there is nothing to report or compare.
+    """
+    runs = read_runs(places)
+    machines = by_machine(runs)
+    text = ["# Results of benches", ""]
+    if len(machines) > 1:
+        warning = f"These are results of {len(machines)} machines. They stand apart and are not compared."
+        print(f"ecgscale: bench report: {warning}", file=sys.stderr)
+        text += [f"**{warning}**", ""]
+    make_folder(out)
+    for number, (where, each) in enumerate(machines.items()):
+        text += [f"## {where}", "", *_runs_table(each), ""]
+        for name in dict.fromkeys(run.name for run in each):
+            of_bench = [run for run in each if run.name == name]
+            text += [f"### bench {name}", "", *_tables(of_bench), *_checks(of_bench)]
+            picture = out / (f"{name}.png" if len(machines) == 1 else f"{name}-{number + 1}.png")
+            if _plot(of_bench, name, where, picture):
+                text += [f"![{name} on {where}]({picture.name})", ""]
+    worse: list[Change] = []
+    if against:
+        found = changes(*sides(runs, against))
+        worse = [change for change in found if change.worse_by > threshold]
+        text += _comparison(found, worse, against, threshold)
+    _write_hparams(runs, out / "tensorboard")
+    markdown = "\n".join(text)
+    write_whole(out / "report.md", f"{markdown}\n".encode())
+    return markdown, worse
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _runs_table(runs: Sequence[Run]) -> list[str]:
+    rows = []
+    for run in runs:
+        load = run.machine.get("load", ["?"])
+        versions = ", ".join(f"{name} {run.machine['versions'][name]}" for name in ("torch", "deepspeed"))
+        about = (f"{run.date:%Y-%m-%d %H:%M}", run.commit, versions, str(load[0]))
+        rows.append((run.name, *about, f"`{run.machine.get('command', '')}`"))
+    return _markdown(("bench", "date", "commit (+: changed)", "versions", "load", "command"), rows)
+
+
+def _tables(runs: Sequence[Run]) -> list[str]:
+    """A table for each kind of thing that was measured: those whose scalars have the same last parts."""
+    rows: dict[tuple[str, str], dict[str, Value]] = {}
+    for run in runs:  # the oldest first: a later run of the same commit replaces an earlier one
+        for name, value in run.values.items():
+            label, _, last = name.rpartition("/")
+            rows.setdefault((label, run.commit), {})[last] = value
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for (label, commit), values in sorted(rows.items(), key=lambda row: row[0][0]):
+        tables.setdefault(tuple(values), []).append((label, commit, *(value.text() for value in values.values())))
+    lines = []
+    for columns, table in tables.items():
+        lines += [*_markdown(("what", "commit", *columns), table), ""]
+    return lines
+
+
+def _checks(runs: Sequence[Run]) -> list[str]:
+    """What the project must reach, as every run found it."""
+    lines = []
+    for run in runs:
+        for section in run.sections:
+            for check in section.get("checks", []):
+                known = {name: value for name, value in check.items() if name != "passed"}
+                lines.append(f"- {section['title']}, {run.commit}: {Check(**known).text()}")
+    return [*lines, ""] if lines else []
+
+
+def _comparison(found: Sequence[Change], worse: Sequence[Change], against: str, threshold: float) -> list[str]:
+    lines = [f"## Compared with {against}", ""]
+    if not worse:
+        return [*lines, f"{len(found)} numbers compared, none worse by more than {threshold:.1%}.", ""]
+    lines += [f"{len(worse)} of {len(found)} numbers are worse by more than {threshold:.1%}:", ""]
+    return [*lines, *(f"- **{change.text()}**" for change in sorted(worse, key=lambda c: -c.worse_by)), ""]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(row)} |" for row in lines]
+
+
+# -- plots -----------------------------------------------------------------------------------------------------------
+
+
+def _plot(runs: Sequence[Run], name: str, where: str, picture: Path) -> bool:
+    """Whether there was something to plot."""
+    from matplotlib.figure import Figure  # imports slowly
+
+    metric = _PLOTTED.get(name)
+    rows = {
+        (scalar.rpartition("/")[0], run.commit): (run, value)
+        for run in runs
+        for scalar, value in run.values.items()
+        if metric and scalar.endswith(f"/{metric}")
+    }
+    if not rows:
+        return False
+    bars = dict(sorted(rows.items())[:_MOST_BARS])
+    size = (9.0, 1.6 + 0.3 * len(bars)) if name != "scaling" else (7.0, 5.0)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    (_efficiency if name == "scaling" else _bars)(axes, bars)
+    axes.set_title(f"bench {name}: {metric}\n{where}", fontsize=9)
+    figure.savefig(picture, dpi=100)
+    return True
+
+
+Rows = dict[tuple[str, str], tuple[Run, Value]]  # by label and commit
+
+
+def _bars(axes: Axes, rows: Rows) -> None:
+    commits = list(dict.fromkeys(commit for _, commit in rows))
+    for place, ((_, commit), (_, value)) in enumerate(rows.items()):
+        low, high = value.quartiles or (value.median, value.median)
+        color = f"C{commits.index(commit) % 10}"
+        axes.barh(place, value.median, color=color, xerr=[[value.median - low], [high - value.median]], capsize=2)
+    named = [f"{label}  {commit}" if len(commits) > 1 else label for label, commit in rows]
+    axes.set_yticks(range(len(rows)), [name[-_LONGEST_LABEL:] for name in named], fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _efficiency(axes: Axes, rows: Rows) -> None:
+    """Over the number of ranks, a line for each commit and kind of scaling."""
+    lines: dict[str, list[tuple[int, Value]]] = {}
+    for (label, commit), (run, value) in rows.items():
+        settings = run.settings[label]
+        same = "/".join(part for part in label.split("/") if not re.fullmatch(r"[br]\d+", part))
+        lines.setdefault(f"{same} {commit}", []).append((int(settings["ranks"]), value))
+    for name, points in lines.items():
+        points.sort(key=lambda point: point[0])
+        ranks, values = [point[0] for point in points], [point[1] for point in points]
+        quartiles = [value.quartiles or (value.median, value.median) for value in values]
+        below = [value.median - low for value, (low, _) in zip(values, quartiles, strict=True)]
+        above = [high - value.median for value, (_, high) in zip(values, quartiles, strict=True)]
+        axes.errorbar(ranks, [v.median for v in values], yerr=[below, above], marker="o", capsize=3, label=name)
+    axes.axhline(1.0, color="grey", linewidth=0.7)
+    axes.set_xlabel("ranks")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
+
+
+# -- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def _write_hparams(runs: Sequence[Run], folder: Path) -> None:
+    """One line of the hparams page for everything that has settings, in every run; once for each folder."""
+    if not any(run.settings for run in runs):
+        return
+    from torch.utils.tensorboard import SummaryWriter  # imports slowly
+
+    with SummaryWriter(str(folder)) as board:
+        for run in runs:
+            for label, settings in run.settings.items():
+                run_name = f"{run.path.stem}/{label}"
+                if (folder / run_name).exists():
+                    continue
+                metrics = {
+                    name.removeprefix(f"{label}/"): value.median
+                    for name, value in run.values.items()
+                    if name.startswith(f"{label}/")
+                }
+                about = {"bench": run.name, "commit": run.commit, "machine": run.where}
+                board.add_hparams(settings | about, metrics, run_name=run_name)

@@ -1,0 +1,210 @@
+"""What benches have written, read again: runs, grouped by machine, and two commits held against each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ecgscale.errors import InputError
+
+# By the last part of a scalar's name: which way is better. What is in neither is shown and not compared.
+_MORE_IS_BETTER = ("per_s", "tflops", "mfu", "of_product", "of_floor", "efficiency", "largest_batch")
+_LESS_IS_BETTER = ("ms", "us", "us_per_record", "mb", "gb")
+
+
+class Value(NamedTuple):
+    """A scalar with its quartiles where they are known."""
+
+    median: float
+    quartiles: tuple[float, float] | None
+
+    def text(self) -> str:
+        said = _digits(self.median)
+        return said if self.quartiles is None else f"{said} ({' – '.join(map(_digits, self.quartiles))})"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One file of results."""
+
+    path: Path
+    name: str  # step, scaling, stream, kernel …
+    machine: dict[str, Any]
+    sections: list[dict[str, Any]]
+
+    @property
+    def where(self) -> str:
+        """The machine, in words: results of one are never mixed with those of another."""
+        known = self.machine
+        gpus = ", ".join(known["gpus"])
+        return f"{known['cpu']}, {known['cores']} cores, {known['memory_gb']:.0f} GB" + (f", {gpus}" if gpus else "")
+
+    @property
+    def commit(self) -> str:
+        """Shortened; with a plus where the tree had changes of its own."""
+        commit = self.machine["commit"] or "unknown"
+        return commit[:9] + ("+" if commit.endswith("+") else "")
+
+    @property
+    def date(self) -> datetime:
+        return datetime.fromisoformat(self.machine["date"])
+
+    @cached_property
+    def values(self) -> dict[str, Value]:
+        """Every scalar, by its name below the bench's."""
+        found = {}
+        for section in self.sections:
+            spreads = section.get("spreads", {})
+            for name, median in section["scalars"].items():
+                quartiles = spreads.get(name)
+                found[name] = Value(median, None if quartiles is None else (quartiles[0], quartiles[1]))
+        return found
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What was measured, by the begin of its scalars' names."""
+        return {label: each for section in self.sections for label, each in section.get("settings", {}).items()}
+
+
+class Change(NamedTuple):
+    """A scalar before and after."""
+
+    machine: str
+    name: str  # with the bench's before it
+    before: Value
+    after: Value
+    commits: tuple[str, str]
+    worse_by: float  # relative to before; negative: better
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the quartiles of both meet, so that the machine's unrest may be the cause."""
+        if self.before.quartiles is None or self.after.quartiles is None:
+            return False
+        (low, high), (other_low, other_high) = self.before.quartiles, self.after.quartiles
+        return low <= other_high and other_low <= high
+
+    def text(self) -> str:
+        unsure = "; the quartiles overlap" if self.overlap else ""
+        return (
+            f"{self.name}: {self.before.text()} at {self.commits[0]}, {self.after.text()} at {self.commits[1]}, "
+            f"worse by {self.worse_by:.1%}{unsure}"
+        )
+
+
+def read_runs(places: Iterable[Path]) -> list[Run]:
+    """All results in folders and files, the oldest first; a file that is given twice counts once.
+
+    Raises InputError where a place is missing, a file that was named is no result of a bench, or nothing is found.
+    """
+    places, runs = list(places), {}
+    for place in places:
+        if not place.exists():
+            raise InputError(f"{place}: no such folder or file of results")
+        for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
+            run = _read(path)
+            if run is not None:
+                runs[path.resolve()] = run
+            elif not place.is_dir():
+                raise InputError(f"{path}: no result of a bench; `ecgscale bench step` writes some")
+    if not runs:
+        raise InputError(f"{', '.join(map(str, places))}: no results; `ecgscale bench step --out FOLDER` writes some")
+    return sorted(runs.values(), key=lambda run: run.date)
+
+
+def _read(path: Path) -> Run | None:
+    """None for JSON of something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict) or not {"machine", "sections"} <= content.keys():
+        return None
+    try:
+        run = Run(path, content.get("name", path.stem.split("-")[0]), content["machine"], content["sections"])
+        _ = run.where, run.commit, run.date, run.values, run.settings
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: a damaged result of a bench ({type(error).__name__} {error})") from error
+    return run
+
+
+def by_machine(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of each machine, in the order of their first ones."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.where, []).append(run)
+    return groups
+
+
+def sides(runs: Sequence[Run], against: str) -> tuple[list[Run], list[Run]]:
+    """Runs before and after: ``against`` is a folder or file of results, or the begin of a commit's name.
+
+    Raises InputError where there are none on a side, or a commit's name fits several.
+    """
+    if Path(against).exists():
+        before = read_runs([Path(against)])
+        known = {run.path.resolve() for run in before}
+        after = [run for run in runs if run.path.resolve() not in known]
+    else:
+        fits = {run.commit for run in runs if (run.machine["commit"] or "unknown").startswith(against)}
+        if len(fits) > 1 and against not in fits:
+            raise InputError(f"--against {against}: fits {' and '.join(sorted(fits))}; give more of it")
+        chosen = against if against in fits else next(iter(fits), None)
+        before = [run for run in runs if run.commit == chosen]
+        after = [run for run in runs if run.commit != chosen]
+    if not before:
+        commits = dict.fromkeys(run.commit for run in runs)
+        raise InputError(f"--against {against}: neither a folder nor a commit of these results ({', '.join(commits)})")
+    if not after:
+        raise InputError(f"--against {against}: all results are of it; give the folder of others beside it")
+    return before, after
+
+
+def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
+    """Every scalar of ours that both sides have on one machine, by the newest run of each side.
+
+    Raises InputError where no machine is on both sides.
+    """
+    machines = by_machine(after)
+    common = [where for where in by_machine(before) if where in machines]
+    if not common:
+        raise InputError(
+            f"nothing to compare: {before[-1].commit} was measured on {before[-1].where}, {after[-1].commit} on "
+            f"{after[-1].where}; measure both on one machine"
+        )
+    found = []
+    for where in common:
+        olds, news = _newest(by_machine(before)[where]), _newest(machines[where])
+        for name in (name for name in news if name in olds):
+            sign, (old, old_commit), (new, new_commit) = better_way(name), olds[name], news[name]
+            if sign and _is_ours(name) and old.median > 0:
+                worse_by = sign * (old.median - new.median) / old.median
+                found.append(Change(where, name, old, new, (old_commit, new_commit), worse_by))
+    return found
+
+
+def better_way(name: str) -> int:
+    """1 where more is better, −1 where less is, 0 where that is unknown."""
+    last = name.rsplit("/", 1)[-1]
+    if "over_" in last or last.endswith(_MORE_IS_BETTER):
+        return 1
+    return -1 if last.endswith(_LESS_IS_BETTER) else 0
+
+
+def _is_ours(name: str) -> bool:
+    """Whether it says something of ecgscale and not of a baseline alone."""
+    return "ecgscale" in name or "over_" in name.rsplit("/", 1)[-1]
+
+
+def _newest(runs: Sequence[Run]) -> dict[str, tuple[Value, str]]:
+    """Of each scalar the newest value and its commit."""
+    return {f"{run.name}/{name}": (value, run.commit) for run in runs for name, value in run.values.items()}
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,221 @@
+"""`ecgscale bench step`: ecgscale's training step beside a plain DDP loop and beside straightforward PyTorch.
+
+A step is one micro-step of all ranks with its update, on synthetic batches that are ready in time. ECG are recordings,
+of two segments each; FLOPs are those of the model (ecgscale/cost.py), the same for every way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from ecgscale.bench.largest_batch import NothingFitsError, largest_batch
+from ecgscale.bench.measure import Check, Report, Section, machine, make_folder, ratios, spread
+from ecgscale.bench.step_batches import shard_stream
+from ecgscale.bench.step_case import Case, StepConfig
+from ecgscale.bench.step_ranks import FailedError, equality_of
+from ecgscale.bench.step_turns import Effort, Taken, take_turns
+from ecgscale.bench.step_ways import DDP, OURS, PRODUCT, PRODUCT_SIDE, SHARDS, STRAIGHTFORWARD, TITLES, possible
+from ecgscale.errors import InputError
+from ecgscale.training.devices import peak_flops
+
+# In fp32, relative: of the loss and of the gradients. A GPU's kernels add up in their own order.
+_MOST_ERROR = {"cpu": (1e-5, 1e-4), "cuda": (1e-4, 1e-3)}
+_HEADER = ("way", "ECG/s", "step, ms", "TFLOP/s per rank", "of a large product", "MFU", "peak, GB per rank")
+_FEW = 2  # recordings with which ways are held against each other
+
+
+def bench_step(
+    out: Path,
+    cases: Sequence[Case],
+    baselines: Sequence[str],
+    effort: Effort,
+    peak_tflops: float = 0.0,
+    find_within_gb: float | None = None,
+) -> Report:
+    """Measure every case and write to ``out``; what was measured before an error is written too.
+
+    Args:
+        baselines: what stands beside ecgscale where it is possible: ddp, straightforward.
+        peak_tflops: of the device, for MFU; 0: from the table.
+        find_within_gb: measure each case with the largest batch that fits into so many GB; 0: into the GPU.
+
+    Raises InputError where no case could be measured at all, and for shards that do not give its batches.
+    """
+    for case in cases:
+        if case.shards:
+            shard_stream(case, rank=0)
+    make_folder(out)
+    known, began_s = machine(), time.perf_counter()
+    report = Report("step", "A training step", known, [])
+    held: dict[str, list[Check] | str] = {}  # by model and objective
+    try:
+        for case in cases:
+            chosen = case
+            if find_within_gb is not None:
+                try:
+                    chosen = replace(case, batch=largest_batch(case, find_within_gb))
+                except NothingFitsError as error:
+                    report.sections.append(Section(case.title, _HEADER[:2], [(TITLES[OURS], str(error))]))
+                    continue
+            section = measure_case(chosen, baselines, effort, peak_tflops)
+            if f"{chosen.key}/{STRAIGHTFORWARD}/ecg_per_s" in section.scalars:
+                known_as = repr((case.config.model, case.config.objective, case.samples))
+                if known_as not in held:
+                    held[known_as] = equal_checks(chosen)
+                _add_equal(section, held[known_as])
+            if find_within_gb is not None:
+                section.scalars[f"{chosen.key}/ecgscale/largest_batch"] = chosen.batch
+                where = f"{find_within_gb:g} GB" if find_within_gb else "the GPU"
+                section.notes.insert(0, f"{chosen.batch} recordings per rank are the most that fit into {where}.")
+            report.sections.append(section)
+    finally:
+        known["load at the end"], known["minutes"] = psutil.getloadavg(), (time.perf_counter() - began_s) / 60
+        report.write(out)
+    if not any(section.scalars for section in report.sections):
+        raise InputError(f"bench step: {report.sections[0].rows[0][1]}")
+    return report
+
+
+def measure_case(case: Case, baselines: Sequence[str], effort: Effort, peak_tflops: float = 0.0) -> Section:
+    """One case: ecgscale, the baselines that are possible, and what the device multiplies at most."""
+    ways = [way for way in possible(case) if way in (OURS, SHARDS, *baselines)]
+    wanted = {way: (case, way) for way in [*ways, PRODUCT]}
+    taken = take_turns(wanted, effort, case.title)
+    section = Section(case.title, _HEADER)
+    peak = peak_tflops * 1e12 or (_peak_flops(case) or 0.0)
+    product_flops = _product_flops(case, taken)
+    for way in ways:
+        section.rows.append(_row(section, case, way, taken, product_flops, peak))
+    section.keep(taken.rounds)
+    _compare(section, case, taken, effort)
+    if product_flops:
+        section.notes.append(
+            f"A product of {PRODUCT_SIDE[case.device]:,}² matrices in {case.config.engine.precision} took turns with "
+            f"the steps: {product_flops / 1e12:.3g} TFLOP/s per rank."
+        )
+        section.scalars[f"{case.key}/product/tflops"] = product_flops / 1e12
+    if case.overrides:
+        section.notes.append(f"With {case.overrides}.")
+    left_out = [TITLES[way] for way in baselines if way not in ways]
+    if left_out:
+        section.notes.append(f"Not written for this model or objective: {', '.join(left_out)}.")
+    return section
+
+
+def _row(section: Section, case: Case, way: str, taken: Taken, product_flops: float, peak: float) -> tuple[str, ...]:
+    """Of the table; its numbers become scalars too."""
+    if way in taken.failed:
+        return (TITLES[way], taken.failed[way], *[""] * (len(section.header) - 2))
+    rounds, label = taken.rounds[way], f"{case.key}/{way}"
+    per_s, step_ms = (
+        spread(values)
+        for values in (
+            [one.per_s for one in rounds],
+            [1e3 * one.wall_s * case.batch * case.ranks / one.units for one in rounds],
+        )
+    )
+    flop_per_s = case.flops() / (step_ms.median / 1e3)
+    # The straightforward way computes in fp32 whatever the case's precision is.
+    comparable = way != STRAIGHTFORWARD or case.config.engine.precision == "fp32"
+    section.settings[label] = case.settings() | {"way": way}
+    section.scalar(f"{label}/ecg_per_s", per_s)
+    section.scalar(f"{label}/step_ms", step_ms)
+    section.scalars[f"{label}/tflops"] = flop_per_s / 1e12
+    section.scalars[f"{label}/peak_gb"] = taken.peak_bytes[way] / 1e9
+    shares = []
+    for name, most in (("of_product", product_flops), ("mfu", peak)):
+        shares.append(f"{flop_per_s / most:.1%}" if most and comparable else "unknown")
+        if most and comparable:
+            section.scalars[f"{label}/{name}"] = flop_per_s / most
+    peak_gb = f"{taken.peak_bytes[way] / 1e9:.2f}"
+    return TITLES[way], per_s.text(2), step_ms.text(1), f"{flop_per_s / 1e12:.3g}", *shares, peak_gb
+
+
+def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None:
+    """How many times as fast ecgscale is, round by round, and whether the project's bounds are reached."""
+    if OURS not in taken.rounds:
+        return
+    for way in (DDP, STRAIGHTFORWARD):
+        if way not in taken.rounds:
+            continue
+        faster = ratios(taken.rounds[OURS], taken.rounds[way])
+        section.scalar(f"{case.key}/ecgscale_over_{way}", faster)
+        said = f"ecgscale is {faster.text(2)} times as fast as {TITLES[way]}"
+        if case.device == "cpu":
+            by_cpu = ratios(taken.rounds[OURS], taken.rounds[way], cpu=True)
+            section.scalar(f"{case.key}/ecgscale_over_{way}_cpu", by_cpu)
+            said += f"; by CPU time {by_cpu.text(2)}"
+        section.notes.append(f"{said}.")
+        bound = bound_of(case, way) if effort.bounds else None
+        if bound is not None:
+            section.checks.append(Check(f"times as fast as {TITLES[way]}", faster.median, bound))
+    if SHARDS in taken.rounds:
+        kept = ratios(taken.rounds[SHARDS], taken.rounds[OURS])
+        section.scalar(f"{case.key}/shards_over_ecgscale", kept)
+        section.notes.append(f"Reading {case.shards} it is {kept.text(3)} times as fast as with synthetic batches.")
+        if effort.bounds and case.device == "cuda":
+            section.checks.append(Check("times as fast from shards as from synthetic batches", kept.median, 0.97))
+    mfu, bound = section.scalars.get(f"{case.key}/{OURS}/mfu"), mfu_bound(case)
+    if mfu is not None and bound is not None and effort.bounds:
+        section.checks.append(Check("MFU", mfu, bound))
+
+
+def bound_of(case: Case, way: str) -> float | None:
+    """How many times as fast as a way ecgscale must be; None where nothing is demanded."""
+    model, engine = case.config.model, case.config.engine
+    if case.overrides or model.preset != "base" or model.stem != "conv":
+        return None
+    if case.device == "cpu":
+        asked = way == STRAIGHTFORWARD and case.batch == 8 and case.threads == 2 and case.ranks == 1
+        return {"fp32": 1.4, "bf16": 2.2}[engine.precision] if asked else None
+    if way == DDP:
+        return 0.98 if engine.zero_stage == 1 else None
+    return 5.0 if engine.precision == "bf16" else None
+
+
+def mfu_bound(case: Case) -> float | None:
+    """Demanded of an H100; None elsewhere."""
+    if case.device != "cuda" or case.overrides or "H100" not in torch.cuda.get_device_name():
+        return None
+    asked = {"base": 0.45, "large": 0.5}
+    return asked.get(case.config.model.preset) if case.config.engine.precision == "bf16" else None
+
+
+def equal_checks(case: Case) -> list[Check] | str:
+    """Whether ecgscale and the straightforward way give the same loss and gradients; why not where they cannot run."""
+    engine = StepConfig().engine
+    small = replace(case, batch=min(case.batch, _FEW), ranks=1, config=replace(case.config, engine=engine))
+    try:
+        found = equality_of(small)
+    except FailedError as error:
+        return str(error)
+    return [
+        Check(f"{what}, relative difference from {TITLES[STRAIGHTFORWARD]}", error, bound, at_least=False)
+        for what, error, bound in zip(("loss", "gradients"), found, _MOST_ERROR[case.device], strict=True)
+    ]
+
+
+def _add_equal(section: Section, held: list[Check] | str) -> None:
+    if isinstance(held, str):
+        section.notes.append(f"Losses were not held against {TITLES[STRAIGHTFORWARD]}: {held}.")
+    else:
+        section.checks += held
+
+
+def _product_flops(case: Case, taken: Taken) -> float:
+    """FLOP/s of a large product on each rank; 0 where it did not run. A product counts as a step of the case."""
+    rounds = taken.rounds.get(PRODUCT)
+    if rounds is None:
+        return 0.0
+    products_per_s = spread([one.per_s for one in rounds]).median / (case.batch * case.ranks)
+    return 2.0 * PRODUCT_SIDE[case.device] ** 3 * products_per_s
+
+
+def _peak_flops(case: Case) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(), case.config.engine.precision) if case.device == "cuda" else None

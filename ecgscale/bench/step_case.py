@@ -1,0 +1,177 @@
+"""What a step is measured of: model, objective, engine, batch and ranks; and the synthetic batches that it gets."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import product
+
+import torch
+
+from ecgscale.config import load
+from ecgscale.cost import step_flops
+from ecgscale.errors import InputError
+from ecgscale.model.encoder import ModelConfig, recomputed_layers
+from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives.objective import Objective
+from ecgscale.training.engine import EngineConfig
+
+RATE_HZ = 500.0  # what the samples are said to be; nothing that is timed depends on it
+SEGMENTS = 2  # of each recording, as in pretraining
+SEED = 0
+_LONGEST_NAME = 40  # characters of what other keys add to a case's name
+
+Settings = dict[str, str | int | float | bool]
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The keys of `ecgscale pretrain` that a step depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step. ``batch`` is recordings of a rank, each of two segments of ``samples`` samples."""
+
+    config: StepConfig
+    batch: int
+    samples: int = 2500
+    ranks: int = 1
+    device: str = "cpu"
+    threads: int = 1  # of each rank
+    shards: str = ""  # data sets that are read beside synthetic batches
+    overrides: str = ""  # other keys that were given, as they were given
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "ranks", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
+        if self.samples < self.config.model.patch_samples:
+            raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
+        if self.device == "cuda" and self.ranks > torch.cuda.device_count():
+            raise InputError(f"bench: --ranks {self.ranks}, but this machine shows {torch.cuda.device_count()} GPUs")
+
+    @property
+    def rows(self) -> int:
+        """Segments of a rank."""
+        return SEGMENTS * self.batch
+
+    def settings(self) -> Settings:
+        """What tells cases apart, by stable names."""
+        model, engine = self.config.model, self.config.engine
+        return {
+            "preset": model.preset,
+            "stem": model.stem,
+            "objective": self.config.objective.name,
+            "batch": self.batch,
+            "samples": self.samples,
+            "precision": engine.precision,
+            "zero_stage": engine.zero_stage,
+            "activation_checkpointing": recomputed_layers(engine.activation_checkpointing, model.depth),
+            "compile": engine.compile,
+            "ranks": self.ranks,
+            "threads": self.threads,
+            "device": self.device,
+            "overrides": self.overrides,
+        }
+
+    @property
+    def title(self) -> str:
+        """base, batch 8, fp32, ZeRO-1: what a reader needs, and the rest only where it is not usual."""
+        usual, own = Case(StepConfig(), self.batch).settings(), self.settings()
+        parts = [str(own["preset"]), f"batch {self.batch}", str(own["precision"]), f"ZeRO-{own['zero_stage']}"]
+        said = ("preset", "batch", "precision", "zero_stage", "threads", "device", "overrides")
+        parts += [f"{name} {value}" for name, value in own.items() if name not in said and value != usual[name]]
+        return ", ".join([*parts, *([self._overrides_in_short] if self.overrides else [])])
+
+    @property
+    def key(self) -> str:
+        """The same as part of a scalar's name: base/conv/b8/fp32/zero1/r1/cpu2, with two threads of each rank."""
+        own = self.settings()
+        rest = [f"{name}_{own[name]}" for name in ("activation_checkpointing", "compile") if own[name]]
+        rest += [f"samples_{self.samples}"] if self.samples != Case.samples else []
+        rest += [str(own["objective"])] if own["objective"] != ObjectiveConfig.name else []
+        rest += [self._overrides_in_short] if self.overrides else []
+        first = [str(own["preset"]), str(own["stem"]), f"b{self.batch}", str(own["precision"])]
+        device = f"cpu{self.threads}" if self.device == "cpu" else self.device
+        return "/".join([*first, f"zero{own['zero_stage']}", f"r{self.ranks}", device, *rest])
+
+    @property
+    def _overrides_in_short(self) -> str:
+        """model.dropout_0; many of them become a number, which the settings explain."""
+        said = re.sub(r"[^\w.]+", "_", self.overrides).strip("_")
+        return said if len(said) <= _LONGEST_NAME else f"keys_{sha256(said.encode()).hexdigest()[:8]}"
+
+    def flops(self) -> int:
+        """Model FLOPs of a rank's forward and backward pass."""
+        model, objective = self.config.model, self.config.objective
+        parts = step_flops(model, objective, self.rows, self.samples, self.rows * self.ranks)
+        return sum(part.total for part in parts.values())
+
+    def build(self) -> Objective:
+        """The objective with its initial weights, the same in every process."""
+        torch.manual_seed(SEED)
+        config = self.config
+        checkpointing = config.engine.activation_checkpointing
+        return build_objective(config.model, config.objective, SEED, RATE_HZ, checkpointing)
+
+    def without_dropout(self) -> Case:
+        model = replace(self.config.model, dropout=0.0, attention_dropout=0.0, feature_dropout=0.0)
+        return replace(self, config=replace(self.config, model=model))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Values of each setting; every combination of them is a case."""
+
+    preset: Sequence[str] = ("base",)
+    stem: Sequence[str] = ("conv",)
+    batch: Sequence[int] = (8,)
+    precision: Sequence[str] = ("fp32",)
+    zero_stage: Sequence[int] = (1,)
+    activation_checkpointing: Sequence[str] = ("0",)
+    compile: Sequence[str] = ("off",)
+    ranks: Sequence[int] = (1,)
+
+    def cases(self, keys: Sequence[str], device: str, threads: int, samples: int, shards: str = "") -> list[Case]:
+        """``keys`` are `--model.KEY VALUE` and the like, of all cases; ``threads`` 0 shares the cores out.
+
+        What does not go together is left out, which stderr says. Raises InputError where nothing remains.
+        """
+        cases: list[Case] = []
+        refused: list[InputError] = []
+        for preset, stem, precision, stage, checkpointing, compiled, batch, ranks in product(
+            self.preset,
+            self.stem,
+            self.precision,
+            self.zero_stage,
+            self.activation_checkpointing,
+            self.compile,
+            self.batch,
+            self.ranks,
+        ):
+            given = {"model.preset": preset, "model.stem": stem, "engine.precision": precision}
+            given |= {"engine.zero_stage": str(stage), "engine.activation_checkpointing": checkpointing}
+            given |= {"engine.compile": "true" if compiled == "on" else "false"}
+            words = [word for key, value in given.items() for word in (f"--{key}", value)]
+            usable = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+            try:
+                config = load(StepConfig, [*words, *keys])
+                cases.append(Case(config, batch, samples, ranks, device, usable, shards, " ".join(keys)))
+            except InputError as error:
+                refused.append(error)
+        if not cases:
+            raise refused[0]
+        for said in dict.fromkeys(map(str, refused)):
+            print(f"bench: left out: {said}", file=sys.stderr, flush=True)
+        return cases

@@ -1,0 +1,156 @@
+"""`ecgscale bench report`: tables, plots and hparams of results, commits compared, machines kept apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ecgscale.bench.measure import Check, Report, Section, Spread, machine
+from ecgscale.bench.results import better_way, read_runs
+from ecgscale.cli import main
+
+OLD, NEW = "a" * 40, "b" * 40
+LABEL = "base/conv/b8/fp32/zero1/r1"
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    """Writes one result as benches do; returns its folder."""
+
+    def make(commit: str, per_s: float, hour: int, folder: str = "results", name: str = "step", **about) -> Path:
+        section = Section("base", ("way", "ECG/s"), [("ecgscale", f"{per_s}")])
+        for way, rate in (("ecgscale", per_s), ("straightforward", 1.0)):
+            section.settings[f"{LABEL}/{way}"] = {"preset": "base", "batch": 8, "ranks": 1, "way": way}
+            section.scalar(f"{LABEL}/{way}/ecg_per_s", Spread(rate, 0.99 * rate, 1.01 * rate))
+            section.scalars[f"{LABEL}/{way}/peak_gb"] = 2.0
+        if name == "scaling":
+            section.scalar(f"{LABEL}/ecgscale/efficiency", Spread(1.0, 1.0, 1.0))
+        section.checks = [Check("times as fast", per_s, 9.0)]
+        known = machine() | {"commit": commit, "date": f"2026-11-23T{hour:02}:00:00+00:00", "cpu": "a CPU"} | about
+        Report(name, "A step", known, [section]).write(tmp_path / folder)
+        return tmp_path / folder
+
+    return make
+
+
+def report(*arguments: object) -> int:
+    try:
+        return main(["bench", "report", *map(str, arguments)])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+def test_runs_become_one_table_a_plot_and_hparams(write, capsys):
+    write(OLD, 10, hour=1)
+    folder = write(NEW, 12, hour=2)
+    write(NEW, 1.0, hour=3, name="scaling")
+    assert report(folder) == 0
+    text = capsys.readouterr().out
+    assert text.strip() == (folder / "report" / "report.md").read_text().strip()
+    assert f"| {LABEL}/ecgscale | aaaaaaaaa | 10 (9.9 – 10.1) | 2 |" in text
+    assert f"| {LABEL}/ecgscale | bbbbbbbbb | 12 (11.88 – 12.12) | 2 |" in text
+    for name in ("step.png", "scaling.png"):
+        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert "- base, bbbbbbbbb: times as fast: 12, must be ≥ 9: **reached**" in text
+    assert "machines" not in text
+
+
+def test_hparams_hold_settings_and_numbers_and_are_written_once(write, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    folder = write(OLD, 10, hour=1)
+    report(folder)
+    report(folder)
+    (stem,) = [path.stem for path in folder.glob("*.json")]
+    place = folder / "report" / "tensorboard" / stem / LABEL / "ecgscale"
+    assert len(list(place.iterdir())) == 1
+    board = EventAccumulator(str(place))
+    board.Reload()
+    assert board.Scalars("ecg_per_s")[0].value == 10
+    started = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(started).session_start_info.hparams
+    assert hparams["batch"].number_value == 8
+    assert hparams["commit"].string_value == "a" * 9
+    capsys.readouterr()
+
+
+def test_a_later_run_of_a_commit_replaces_an_earlier_one(write, capsys):
+    write(OLD, 10, hour=2)
+    folder = write(OLD, 8, hour=1)
+    assert report(folder) == 0
+    text = capsys.readouterr().out
+    assert "| 10 (" in text
+    assert "| 8 (" not in text
+
+
+def test_what_became_slower_than_a_commit_is_named(write, capsys):
+    write(OLD, 10, hour=1)
+    folder = write(NEW, 9.4, hour=2)
+    assert report(folder, "--against", OLD[:6], "--threshold", "5%") == 1
+    out, err = capsys.readouterr()
+    assert f"- **step/{LABEL}/ecgscale/ecg_per_s: 10 (9.9 – 10.1) at aaaaaaaaa, 9.4 (" in out
+    assert "worse by 6.0%**" in out
+    assert "1 of 2 numbers are worse" in out  # the baseline's own are not compared
+    assert "1 numbers are worse than at aaaaaa" in err
+    assert report(folder, "--against", OLD[:6], "--threshold", "7%") == 0
+    assert report(folder, "--against", NEW) == 0  # the other way round it became faster
+    assert "none worse" in capsys.readouterr().out
+
+
+def test_overlapping_quartiles_are_said(write, capsys):
+    write(OLD, 10, hour=1)
+    folder = write(NEW, 9.85, hour=2)
+    assert report(folder, "--against", OLD, "--threshold", "0.01") == 1
+    assert "worse by 1.5%; the quartiles overlap" in capsys.readouterr().out
+
+
+def test_folders_are_compared(write, capsys):
+    before, after = write(OLD, 10, hour=1, folder="before"), write(OLD, 5, hour=2, folder="after")
+    assert report(after, "--against", before) == 1
+    assert "worse by 50.0%" in capsys.readouterr().out
+
+
+def test_machines_stand_apart_and_are_not_compared(write, capsys, refusal):
+    write(OLD, 10, hour=1, cpu="another CPU")
+    folder = write(NEW, 1, hour=2)
+    assert report(folder) == 0
+    out, err = capsys.readouterr()
+    assert "results of 2 machines" in out
+    assert "results of 2 machines" in err
+    assert out.index("## another CPU") < out.index("## a CPU")
+    assert {path.name for path in (folder / "report").glob("*.png")} == {"step-1.png", "step-2.png"}
+    code = report(folder, "--against", OLD)
+    assert code == 2
+    assert "nothing to compare: aaaaaaaaa was measured on another CPU" in capsys.readouterr().err
+
+
+def test_what_cannot_be_reported_is_one_line(write, tmp_path, refusal):
+    folder = write(OLD, 10, hour=1)
+    assert "no such folder" in refusal("bench", "report", tmp_path / "none")
+    assert "no results" in refusal("bench", "report", tmp_path)
+    assert "neither a folder nor a commit" in refusal("bench", "report", folder, "--against", "ccc")
+    assert "all results are of it" in refusal("bench", "report", folder, "--against", OLD)
+    assert "no share such as 5%" in refusal("bench", "report", folder, "--threshold", "5x")
+    (path,) = folder.glob("*.json")
+    path.write_text(path.read_text()[:-40])
+    assert "cannot be read as JSON" in refusal("bench", "report", folder)
+    path.write_text(json.dumps({"machine": {}, "sections": []}))
+    assert "a damaged result" in refusal("bench", "report", folder)
+    path.write_text("[]")
+    assert "no result of a bench" in refusal("bench", "report", path)
+
+
+def test_results_of_every_bench_are_read(write):
+    folder = write(OLD, 10, hour=1)
+    write(OLD, 10, hour=2, name="stream")
+    assert [run.name for run in read_runs([folder, folder])] == ["step", "stream"]
+
+
+def test_which_way_is_better():
+    more = ("a/ecg_per_s", "a/mfu", "a/ecgscale_over_ddp", "a/device/copy_gb_per_s")
+    less = ("a/step_ms", "a/peak_gb", "a/cpu_us_per_record")
+    assert [better_way(name) for name in (*more, *less, "a/code_ratio")] == [1] * 4 + [-1] * 3 + [0]

@@ -1,0 +1,254 @@
+"""The step bench: its baseline is the method, ways take real steps in processes, what does not fit is said. No time
+is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecgscale.bench.largest_batch import largest
+from ecgscale.bench.scaling import STRONG, WEAK, scaled
+from ecgscale.bench.step import bound_of
+from ecgscale.bench.step_batches import shard_stream, synthetic_batch
+from ecgscale.bench.step_case import Axes, Case, StepConfig
+from ecgscale.bench.step_ways import DDP, STRAIGHTFORWARD, equality
+from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
+from ecgscale.cli import main
+from ecgscale.cost import step_flops
+from ecgscale.errors import InputError
+from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.training.ranks import Ranks
+
+SMALL = [
+    "--model.stem_channels=16", "--model.width=32", "--model.depth=2", "--model.heads=2", "--model.ffn_width=64",
+    "--model.position_kernel=16", "--model.position_groups=4", "--objective.codes=16", "--objective.code_width=16",
+    "--objective.negatives=20",
+]  # fmt: skip
+OBJECTIVE = ObjectiveConfig(codes=16, code_width=16, negatives=20)
+HERE = Ranks(0, 1, torch.device("cpu"))
+
+
+def bench(part: str, out: Path, *options: str) -> int:
+    return main(["bench", part, "--quick", "--preset=tiny", "--threads=1", f"--out={out}", *SMALL, *options])
+
+
+def written(out: Path) -> dict:
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def scalars(out: Path) -> dict[str, float]:
+    """By names without the keys that all cases of this file have."""
+    found = {name: value for section in written(out)["sections"] for name, value in section["scalars"].items()}
+    return {re.sub(r"/keys_[0-9a-f]{8}", "", name): value for name, value in found.items()}
+
+
+# --- the straightforward way ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "objective", "samples"),
+    [
+        ({}, OBJECTIVE, 640),
+        ({"pre_norm": True, "stem_bias": True, "stem_gradient_scale": 1.0}, OBJECTIVE, 1003),
+        ({"stem_channels": 32}, replace(OBJECTIVE, lead_mask_probability=0.0, code_groups=4), 640),
+    ],
+)
+def test_straightforward_losses_and_gradients_equal_those_of_the_objective(
+    small_model_config, shape, objective, samples
+):
+    """Dropout is off; the sums are added up in another order in fp32."""
+    model = replace(small_model_config, dropout=0.0, attention_dropout=0.0, feature_dropout=0.0, **shape)
+    torch.manual_seed(0)
+    ours = build_objective(model, objective, seed=3, rate_hz=500)
+    plain = Straightforward(model, objective)
+    plain.load_state_dict(named_as_here(ours.state_dict(), model, objective))
+    batch = synthetic_batch(6, samples)
+    draws = ours.draw(batch, share=False)
+    loss, _ = ours.losses(batch, draws, step=40_000, share=False)
+    plain_loss = plain.loss(batch, same_draws(draws, 12), step=40_000)
+    assert plain_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    loss.backward()
+    plain_loss.backward()
+    expected = named_as_here({name: p.grad for name, p in ours.named_parameters()}, model, objective)
+    found = {name: p.grad for name, p in plain.named_parameters()}
+    assert found.keys() == expected.keys()
+    largest_norm = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * largest_norm, name
+
+
+def test_equality_sees_a_difference(small_model_config, monkeypatch):
+    case = Case(StepConfig(small_model_config, OBJECTIVE), batch=2, samples=640)
+    found = equality(case, HERE)
+    assert found.loss < 1e-6
+    assert 0 < found.gradient < 1e-5
+
+    def wrong(tensors, model, objective):
+        named = named_as_here(tensors, model, objective)
+        return named | {"final_proj.bias": named["final_proj.bias"] + 0.1}
+
+    monkeypatch.setattr("ecgscale.bench.step_ways.named_as_here", wrong)
+    assert equality(case, HERE).loss > 1e-4
+
+
+def test_what_the_straightforward_way_draws_is_what_the_method_asks_for(small_model_config):
+    torch.manual_seed(0)
+    batch = synthetic_batch(40, 2500)
+    plain = Straightforward(small_model_config, OBJECTIVE)
+    keep_BL, place_BM, negative_BMK, gumbel_BMGV = plain.draw(batch)
+    assert place_BM.shape == (40, 55)  # 0.35 of 156
+    assert all(len({n for n in row if 0 <= n < 156}) == 55 for row in place_BM.tolist())
+    assert place_BM.sort(dim=1).values.unique(dim=0).shape[0] == 40
+    assert 0.4 < keep_BL.mean() < 0.6
+    assert keep_BL.unique().tolist() == [0, 1]
+    own = torch.arange(55)[:, None]
+    assert not (negative_BMK == own).any()
+    assert negative_BMK.unique().tolist() == list(range(55))
+    assert gumbel_BMGV.shape == (40, 55, 2, 16)
+    assert gumbel_BMGV.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert plain(batch).isfinite()
+
+
+def test_only_the_method_of_the_paper_is_written_straightforwardly(small_model_config):
+    assert can_be_written(small_model_config, ObjectiveConfig())
+    assert not can_be_written(replace(small_model_config, stem="patch"), ObjectiveConfig())
+    for other in ({"name": "cmsc"}, {"global_form": "nt_xent"}, {"augmentations": ["emg"]}):
+        assert not can_be_written(small_model_config, ObjectiveConfig(**other))
+
+
+# --- cases ---
+
+
+def test_every_combination_is_a_case_of_its_own():
+    axes = Axes(
+        preset=["tiny", "small"], stem=["conv", "patch"], batch=[1, 2], precision=["fp32", "bf16"], ranks=[1, 2]
+    )
+    cases = axes.cases(["--model.dropout", "0"], "cpu", 0, 2500)
+    assert len(cases) == len({case.key for case in cases}) == len({case.title for case in cases}) == 32
+    assert all(case.config.model.dropout == 0 for case in cases)
+    case = cases[0]
+    flops = step_flops(case.config.model, case.config.objective, 2, 2500, 2)
+    assert case.flops() == sum(part.forward + part.backward for part in flops.values())
+
+
+def test_what_does_not_go_together_is_left_out(capsys):
+    axes = Axes(preset=["tiny"], zero_stage=[1, 3], compile=["off", "on"])
+    cases = axes.cases([], "cpu", 1, 2500)
+    assert [(case.config.engine.zero_stage, case.config.engine.compile) for case in cases] == [
+        (1, False), (1, True), (3, False),
+    ]  # fmt: skip
+    assert "left out: engine.compile: not with engine.zero_stage 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--batch=0"], "--batch 0: give 1 or more"),
+        (["--preset=nothing"], "model.preset 'nothing' is unknown"),
+        (["--samples=10"], "--samples 10: a token has 16"),
+        (["--device=cuda"], "PyTorch sees no GPU"),
+        (["--model.widht=3"], "did you mean model.width?"),
+        (["--checkpointing=many"], "engine.activation_checkpointing"),
+        (["--find-batch"], "needs --memory-gb"),
+        (["--rounds=0"], "--rounds 0: give 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(tmp_path, refusal, options, said):
+    assert said in refusal("bench", "step", "--out", tmp_path, *options)
+
+
+def test_scaling_shares_batches_out():
+    case = Axes(preset=["tiny"], batch=[6]).cases([], "cpu", 1, 2500)[0]
+    assert [(one.ranks, one.batch) for one in scaled(case, [1, 2, 4], WEAK)] == [(1, 6), (2, 6), (4, 6)]
+    assert [(one.ranks, one.batch) for one in scaled(case, [1, 2, 4], STRONG)] == [(1, 24), (2, 12), (4, 6)]
+    with pytest.raises(InputError, match=r"--ranks 4 cannot share 30"):
+        scaled(case, [1, 4, 5], STRONG)
+
+
+def test_bounds_are_those_of_the_base_preset():
+    fp32, bf16 = Axes(precision=["fp32", "bf16"]).cases([], "cpu", 2, 2500)
+    assert (bound_of(fp32, STRAIGHTFORWARD), bound_of(bf16, STRAIGHTFORWARD)) == (1.4, 2.2)
+    assert bound_of(fp32, DDP) is None
+    for other in (replace(fp32, batch=4), replace(fp32, threads=1), replace(fp32, overrides="--model.depth 2")):
+        assert bound_of(other, STRAIGHTFORWARD) is None
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_the_largest_that_fits_is_found_with_few_trials(most):
+    for limit in range(most + 2):
+        tried: list[int] = []
+
+        def fits(n: int, limit: int = limit, tried: list[int] = tried) -> bool:
+            tried.append(n)
+            return n <= limit
+
+        assert largest(fits, most) == min(limit, most)
+        assert len(tried) == len(set(tried)) <= 2 * math.ceil(math.log2(most + 1)) + 1
+        assert max(tried, default=0) <= max(1, 2 * limit)
+
+
+# --- real processes ---
+
+
+def test_step_measures_every_way_and_names_what_does_not_fit(tmp_path):
+    """The first case asks for 8 PB."""
+    huge, small = 10**15, 2
+    options = ["--against=straightforward", "--samples=640", "--batch", str(huge), str(small)]
+    assert bench("step", tmp_path, *options) == 0
+    report = written(tmp_path)
+    first, second = report["sections"]
+    assert [row[1] for row in first["rows"]] == ["out of memory: tried to allocate 8000000000000000 bytes"] * 2
+    assert [row[0] for row in second["rows"]] == ["ecgscale", "straightforward PyTorch, fp32"]
+    assert all(check["passed"] for check in second["checks"])
+    assert {check["what"].split(",")[0] for check in second["checks"]} == {"loss", "gradients"}
+    found, label = scalars(tmp_path), "tiny/conv/b2/fp32/zero1/r1/cpu1/samples_640"
+    for way in ("ecgscale", "straightforward"):
+        per_s, step_ms = found[f"{label}/{way}/ecg_per_s"], found[f"{label}/{way}/step_ms"]
+        assert per_s * step_ms == pytest.approx(1000 * small)
+        assert 0.05 < found[f"{label}/{way}/peak_gb"] < 5
+        assert found[f"{label}/{way}/tflops"] / found[f"{label}/product/tflops"] == pytest.approx(
+            found[f"{label}/{way}/of_product"]
+        )
+    ratio = found[f"{label}/ecgscale/ecg_per_s"] / found[f"{label}/straightforward/ecg_per_s"]
+    assert found[f"{label}/ecgscale_over_straightforward"] == pytest.approx(ratio)
+    (settings,) = [each for name, each in second["settings"].items() if name.endswith("/ecgscale")]
+    assert {name: settings[name] for name in ("batch", "precision", "ranks")} == {
+        "batch": 2,
+        "precision": "fp32",
+        "ranks": 1,
+    }
+    assert report["machine"]["commit"]
+    assert report["machine"]["command"].startswith("ecgscale ")
+
+
+def test_scaling_measures_one_rank_and_two(tmp_path):
+    assert bench("scaling", tmp_path, "--samples=640", "--batch=1", "--kind=weak", "--ranks", "1", "2") == 0
+    found = scalars(tmp_path)
+    labels = [f"weak/tiny/conv/b1/fp32/zero1/r{ranks}/cpu1/samples_640/ecgscale" for ranks in (1, 2)]
+    one, two = (found[f"{label}/ecg_per_s"] for label in labels)
+    assert [found[f"{label}/efficiency"] for label in labels] == [1, pytest.approx(two / one / 2)]
+
+
+def test_a_limit_below_the_least_is_refused(tmp_path, capsys):
+    assert bench("step", tmp_path, "--find-batch", "--memory-gb=0.02") == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("ecgscale: bench step: not even a batch of 1 fits into 0.02 GB; give more memory")
+    )
+
+
+def test_batches_of_a_data_set_are_read_as_in_pretraining(shards):
+    case = Case(StepConfig(), batch=3, samples=625, ranks=2, shards=str(shards))
+    first, second = (shard_stream(case, rank) for rank in (0, 1))
+    batches = [stream.micro_batch(0, 0) for stream in (first, second)]
+    assert [batch.signal_BLT.shape for batch in batches] == [(6, 12, 625)] * 2
+    assert len({*batches[0].record_B.tolist(), *batches[1].record_B.tolist()}) == 6
+    assert not batches[0].padded
