@@ -8,16 +8,17 @@ import sys
 from collections.abc import Callable
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ecgscale.data.source_options import listed
 from ecgscale.errors import InputError, RankError, one_line, tells_of_lost_rank
 from ecgscale.stopping import STOPPED_EXIT_CODE, Stopped
 
 if TYPE_CHECKING:
-    from ecgscale.bench.measure import Report
     from ecgscale.data.ingest import IngestOptions
     from ecgscale.data.sources import Source
+
+Config = TypeVar("Config")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -463,84 +464,93 @@ def reproduce(argv: list[str]) -> None:
     CONFIG.yaml says which; random weights always stand beside. What is finished is not done again. Over many jobs:
     --part 1/N to N/N side by side, then the same command with --merge.
     """
+    from ecgscale.downstream.comparison import ReproduceConfig
+    from ecgscale.downstream.reproduce import merge, plan, work
+
+    _study("reproduce", argv, ReproduceConfig, plan, work, merge)
+
+
+def scaling_law(argv: list[str]) -> None:
+    """Pretrain a ladder of sizes x tokens, fit L = E + A/N^alpha + B/D^beta, predict the next size.
+
+    CONFIG.yaml says which. What is finished is not done again. Over many jobs: --part 1/N to N/N side by side, then the
+    same command with --merge.
+    """
+    from ecgscale.scaling.ladder import ScalingConfig, plan, work
+    from ecgscale.scaling.report import merge
+
+    _study("scaling-law", argv, ScalingConfig, plan, work, merge)
+
+
+def _study(
+    command: str,
+    argv: list[str],
+    config_type: type[Config],
+    plan: Callable[[Config], str],
+    work: Callable[[Config, tuple[int, int]], str],
+    merge: Callable[[Config], str],
+) -> None:
+    """A command that does many runs: all of them or a part, then its table."""
     from ecgscale import config
 
-    parser = OneLineParser(prog="ecgscale reproduce", add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog=f"ecgscale {command}", add_help=False, allow_abbrev=False)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--part", type=_part, default=(1, 1))
     how.add_argument("--merge", action="store_true")
     how.add_argument("--dry-run", action="store_true")
-    from ecgscale.downstream.comparison import ReproduceConfig
-    from ecgscale.downstream.reproduce import merge, plan, work
-
     if _wants_help(argv):
-        print(config.help_text(ReproduceConfig, "reproduce"))
+        print(config.help_text(config_type, command))
         print("  CONFIG.yaml is short for --config CONFIG.yaml\n  --part I/N   do only part I of N, and write no table")
         print("  --merge      write the table, when all parts are done\n  --dry-run    only list what is to be done")
         return
     options, rest = parser.parse_known_args(argv)
     if rest and not rest[0].startswith("-"):
         rest = ["--config", *rest]
-    chosen = config.load(ReproduceConfig, rest)
+    chosen = config.load(config_type, rest)
     if options.dry_run:
         print(plan(chosen))
         return
-    if not options.merge:
-        print(work(chosen, options.part))
+    said = "" if options.merge else work(chosen, options.part)
+    if not _first_rank():
+        return
+    if said:
+        print(said)
     if options.merge or options.part[1] == 1:
         print(merge(chosen))
 
 
+def plan(argv: list[str]) -> None:
+    """Say what a pretraining run needs and how long it takes: memory, time, energy, failures; recommend a config."""
+    from ecgscale import config
+    from ecgscale.plan.command import check, run
+    from ecgscale.plan.config import PlanConfig
+
+    if _wants_help(argv):
+        print(config.help_text(PlanConfig, "plan"))
+        print("  --out FILE.yaml  write the recommended config, for `ecgscale pretrain --config`")
+        print("  --json           for programs: seconds, bytes, FLOP/s")
+        print("  --measure        plan for this machine, with rates that are measured in half a minute")
+        print("  --check          hold predictions against real steps on this machine, in minutes; takes no other key")
+        return
+    parser = OneLineParser(prog="ecgscale plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path)
+    for name in ("json", "measure", "check"):
+        parser.add_argument(f"--{name}", action="store_true")
+    options, rest = parser.parse_known_args(argv)
+    if options.check:
+        print(check(rest, options.json))
+        return
+    print(run(config.load(PlanConfig, rest), options.out, options.json, options.measure))
+
+
 def bench(argv: list[str]) -> None:
-    """Measure a part beside honest baselines: `ecgscale bench stream`, `ecgscale bench kernel`."""
+    """Measure steps of training, scaling, the stream and kernels beside honest baselines, and report on results."""
+    from ecgscale.bench.command import add_parts
+
     parser = _parser("bench", bench.__doc__)
-    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    stream = parts.add_parser(
-        "stream", help="the stream beside a bare loop and the webdataset library", allow_abbrev=False
-    )
-    stream.add_argument(
-        "--shards", default="", metavar="A,B", help="data sets whose recordings are read (default: simulated ones)"
-    )
-    stream.add_argument("--seconds", type=float, default=0.5, help="of each candidate in each round (default 0.5)")
-    stream.add_argument("--quick", action="store_true", help="only show that it runs, in 20 seconds")
-    kernel = parts.add_parser("kernel", help="the fused ops beside eager and compiled PyTorch", allow_abbrev=False)
-    kernel.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
-    kernel.add_argument("--seconds", type=float, help="of each way in each round (default 0.03 on a GPU, else 0.15)")
-    kernel.add_argument("--only", choices=("patches", "stems", "logits", "steps"), nargs="+", help="measure only these")
-    kernel.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    kernel.add_argument("--tune", action="store_true", help="only try other launches of the Triton kernels")
-    kernel.add_argument("--quick", action="store_true", help="only show that it runs")
-    for part in (stream, kernel):
-        part.add_argument(
-            "--out", type=Path, default=Path("runs/bench"), help="folder for the report (default runs/bench)"
-        )
-    options = parser.parse_args(argv)
-    print((_bench_stream if options.part == "stream" else _bench_kernel)(options).markdown())
-
-
-def _bench_stream(options: argparse.Namespace) -> Report:
-    from dataclasses import replace
-
-    from ecgscale.bench.stream import Effort, bench_stream
-
-    effort = Effort.quick() if options.quick else replace(Effort(), seconds=options.seconds)
-    return bench_stream(list(listed(options.shards)), options.out, effort)
-
-
-def _bench_kernel(options: argparse.Namespace) -> Report:
-    from dataclasses import replace
-
-    import torch
-
-    from ecgscale.bench.kernel import Effort, bench_kernel
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    effort = Effort.quick() if options.quick else Effort.usual(device == "cuda")
-    if options.no_compile:
-        effort = replace(effort, compiled=0)
-    if options.seconds is not None:
-        effort = replace(effort, seconds=options.seconds)
-    return bench_kernel(options.out, device, effort.only(options.only) if options.only else effort, options.tune)
+    add_parts(parser.add_subparsers(dest="part", required=True, metavar="PART"))
+    options, keys = parser.parse_known_args(argv)
+    options.run(options, keys)
 
 
 def _wants_help(argv: list[str]) -> bool:
@@ -564,6 +574,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "import-fairseq": import_fairseq,
     "embed": embed,
     "reproduce": reproduce,
+    "scaling-law": scaling_law,
+    "plan": plan,
     "bench": bench,
 }
 

@@ -32,6 +32,8 @@ ARGUMENTS = {
     "embed": "model input output --tokens --rate-hz --leads --ignore-leads",
     "bench": "stream",
     "reproduce": "--config --methods --protocols --lead_sets --seeds --run.dir --part --merge --dry-run",
+    "scaling-law": "--config --sizes --tokens --learning_rate_factors --loss --predict --part --merge --dry-run",
+    "plan": "--config --model.preset --cluster.device --cluster.nodes --length.epochs --out --json --measure --check",
 }
 
 

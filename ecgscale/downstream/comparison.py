@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from ecgscale.config import FinetuneConfig, RunConfig, load
 from ecgscale.errors import InputError
 from ecgscale.record import chosen_leads, lead_set_name
+from ecgscale.studies import options_of, places, refuse_names, refuse_twice
 
 RANDOM = "random init"  # the baseline that always stands beside
 Protocol = Literal["probe", "neighbours", "finetune"]
@@ -76,9 +76,9 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if not (self.methods and self.tasks):
             raise InputError("methods and tasks: give one of each at least")
-        _refuse_names("methods", [RANDOM, *(method.name for method in self.methods)])
-        _refuse_names("tasks", [task.name for task in self.tasks])
-        _refuse_twice("protocols", self.protocols)
+        refuse_names("methods", [RANDOM, *(method.name for method in self.methods)])
+        refuse_names("tasks", [task.name for task in self.tasks])
+        refuse_twice("protocols", self.protocols)
         for method in self.methods:
             if bool(method.pretrain) == bool(method.init):
                 raise InputError(f"methods: {method.name} needs either pretrain or init")
@@ -87,8 +87,8 @@ class ReproduceConfig:
                 f"seeds {self.seeds}, pretrain_seeds {self.pretrain_seeds}: give 1 or more, not more of the latter"
             )
         for task in self.tasks:
-            _refuse_twice("lead_sets", [lead_set_name(leads) for leads in self.leads_of(task)])
-            _refuse_twice("label_fractions", self.fractions_of(task))
+            refuse_twice("lead_sets", [lead_set_name(leads) for leads in self.leads_of(task)])
+            refuse_twice("label_fractions", self.fractions_of(task))
 
     def leads_of(self, task: TaskPlan) -> list[tuple[str, ...]]:
         """The lead sets that a task is scored with."""
@@ -104,7 +104,7 @@ class ReproduceConfig:
 
     def places(self, shards: Sequence[str]) -> list[str]:
         """Data sets where they lie."""
-        return [place if "://" in place else str(Path(self.data_dir) / place) for place in shards]
+        return places(shards, self.data_dir)
 
     def task_config(self, task: TaskPlan, *more: str) -> FinetuneConfig:
         """The resolved config of a task's fine-tuning."""
@@ -113,28 +113,3 @@ class ReproduceConfig:
             return load(FinetuneConfig, [*given, "--data.shards", ",".join(self.places(task.shards)), *more])
         except InputError as error:
             raise InputError(f"tasks, {task.name}: {error}") from error
-
-
-def options_of(overrides: Sequence[str]) -> list[str]:
-    """``train.steps=3`` -> ``--train.steps=3``."""
-    return [f"--{override.removeprefix('--')}" for override in overrides]
-
-
-def folder_name(name: str) -> str:
-    """A name as part of a path."""
-    return name.replace(" ", "-")
-
-
-def _refuse_names(kind: str, names: Sequence[str]) -> None:
-    _refuse_twice(kind, map(folder_name, names))
-    for name in names:
-        if not name or set(name) & set("/\\|\n") or name.startswith("."):
-            raise InputError(f"{kind}: {name!r} cannot name a folder and a row of a table")
-
-
-def _refuse_twice(kind: str, given: Iterable[Hashable]) -> None:
-    values = list(given)
-    if again := next((value for value in values if values.count(value) > 1), None):
-        raise InputError(f"{kind}: {again} is given twice")
-    if not values:
-        raise InputError(f"{kind}: give one at least")

@@ -28,8 +28,6 @@ from ecgscale.downstream.comparison import (
     Protocol,
     ReproduceConfig,
     TaskPlan,
-    folder_name,
-    options_of,
 )
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
@@ -41,15 +39,12 @@ from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.objectives import objective_named
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
-from ecgscale.run import MAY_CHANGE, first_difference, leave_run, lock_run, refuse_other_config
-from ecgscale.training import checkpoint
+from ecgscale.run import first_difference, leave_run, lock_run
+from ecgscale.studies import STUDY_MAY_CHANGE, check_pretraining, folder_name, is_pretrained, options_of, read_json
 from ecgscale.training.ranks import log, start_ranks
 
 Figures = dict[str, dict[str, dict[str, float | None]]]  # lead set -> name -> value, low, high
 Samples = dict[str, Any]  # float64 arrays: LEADS/NAME -> bootstrap samples
-
-# In a comparison, more steps make another method; where the encoder lies does not matter: its weights are compared.
-_MAY_CHANGE = MAY_CHANGE - {"train.steps"} | {"init.model"}
 
 
 @dataclass(frozen=True)
@@ -122,12 +117,8 @@ class Unit:
             rate_hz = profile.rate_hz
         else:
             config = self.pretraining()
-            pretrained_on = ShardSet.open(config.data.shards, config.data.cache)
+            pretrained_on = check_pretraining(config)
             rate_hz = pretrained_on.rate_hz
-            objective_named(config.objective.name).check(config.model, config.objective, config.data, rate_hz)
-            refuse_other_config(self.model / "config.yaml", config, _MAY_CHANGE)
-            if (done := checkpoint.latest(self.model / "checkpoints")) and done.state["data"] != pretrained_on.identity:
-                raise InputError(f"{self.model}: was pretrained on other data; remove it or take another run.dir")
         for task in self.config.tasks:
             shards = ShardSet.open(self.config.places(task.shards))
             if shards.rate_hz != rate_hz:
@@ -155,9 +146,7 @@ class Unit:
             return True
         if self.method is None:
             return is_export(self.model) and described(*read_about(self.model)) == self._shape()
-        steps = self.pretraining().train.steps
-        done = checkpoint.latest(self.model / "checkpoints")
-        return is_export(self.model / "export") and done is not None and done.step == steps
+        return is_pretrained(self.pretraining())
 
     def _shape(self) -> tuple[ModelConfig, Profile]:
         """Shape and preprocessing of random weights. Each seed draws its own."""
@@ -193,17 +182,17 @@ class Unit:
     def found(self, leaf: Leaf) -> Figures:
         """What a leaf has found so far. Raises InputError where another config, encoder or data made it."""
         folder = self.folder(leaf)
-        made_from = _read_json(folder / "made_from.json")
+        made_from = read_json(folder / "made_from.json")
         if not made_from:
             return {}
         config = self.leaf_config(leaf)
         now = self._made_from(config)
         differs = next((name for name in ("encoder", "data") if made_from.get(name) != now[name]), None)
-        if differs is None and (other := first_difference(made_from.get("config", {}), config, _MAY_CHANGE)):
+        if differs is None and (other := first_difference(made_from.get("config", {}), config, STUDY_MAY_CHANGE)):
             differs = other[0]
         if differs:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")
-        return _read_json(folder / "result.json")
+        return read_json(folder / "result.json")
 
     def missing(self, leaf: Leaf, found: Figures) -> list[tuple[str, ...]]:
         """Lead sets that a leaf still has to be scored with."""
@@ -346,19 +335,6 @@ def _refuse_leak(pretrained_on: ShardSet, shards: ShardSet, task: str) -> None:
             f"{task}: {both.size} of its test patients are training patients of pretrain_shards; "
             "ingest both with the same splits"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An object that was written whole; nothing where there is none."""
-    try:
-        tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged; remove {path.parent}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: damaged; remove {path.parent}")
-    return tree
 
 
 def _read_samples(folder: Path) -> Samples:

@@ -30,7 +30,7 @@ crashes and hangs. Several commands form a chain: each begins when the one befor
   --run FOLDER           run folder of a command that has no run.dir (default runs/COMMAND-TIME)
   --after JOB_OR_RUN     begin when that job has succeeded (a job's number or a run folder; may be repeated)
   --sweep KEY VALUE ...  one run for each value of a config key, in RUN/KEY=VALUE; repeated: for each combination
-  --parts N              split ingest or reproduce over N jobs, and merge
+  --parts N              split ingest, reproduce or scaling-law over N jobs, and merge
   --at-once N            jobs of an array that run at the same time (default: all)
 
 Keys of CLUSTER.yaml, which --key VALUE overrides:

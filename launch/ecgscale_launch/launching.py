@@ -50,7 +50,7 @@ from ecgscale_launch.watch import refuse_active
 _RANK = "ecgscale_launch.rank"
 
 
-_IN_PARTS = ("ingest", "reproduce")  # the commands that know --part I/N and --merge
+_IN_PARTS = ("ingest", "reproduce", "scaling-law")  # the commands that know --part I/N and --merge
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def stages(wanted: Wanted) -> list[Stage]:
         run = _run_folder(command, config, wanted.run)
         if wanted.parts:
             if command[0] not in _IN_PARTS:
-                raise InputError(f"--parts splits {' or '.join(_IN_PARTS)}, not {command[0]}")
+                raise InputError(f"--parts splits {', '.join(_IN_PARTS)}, not {command[0]}")
             parts = [f"{part}/{wanted.parts}" for part in range(1, wanted.parts + 1)]
             pieces = [Piece(run / f"part-{i:04d}", [*command, "--part", part]) for i, part in enumerate(parts, 1)]
             found += [Stage(run, pieces), Stage(run / "merge", [Piece(run / "merge", [*command, "--merge"])])]

@@ -73,7 +73,10 @@ def test_refusals(capsys, tmp_path) -> None:
         (["--", "verify", "x"], "give CLUSTER.yaml, or --local N"),
         (["--local", "1", "--node", "2", "--", "verify", "x"], "unknown key node; did you mean nodes?"),
         (["--local", "1", "--sweep", "train.seed", "--", "verify", "x"], "--sweep train.seed: give its values too"),
-        (["--local", "1", "--parts", "3", "--", "verify", "x"], "--parts splits ingest or reproduce, not verify"),
+        (
+            ["--local", "1", "--parts", "3", "--", "verify", "x"],
+            "--parts splits ingest, reproduce, scaling-law, not verify",
+        ),
     ):
         assert main([*arguments, "--run", str(tmp_path / "none")] if "--" not in arguments else arguments) == 2
         assert said in capsys.readouterr().err

@@ -1,0 +1,241 @@
+"""Every way to run a config on a cluster, with its memory and its time; which of them is best, and why none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import log, sqrt
+from typing import NoReturn
+
+from ecgscale.data.order import check_world_size
+from ecgscale.errors import InputError
+from ecgscale.plan.cluster import Cluster
+from ecgscale.plan.config import PlanConfig
+from ecgscale.plan.memory import Memory, Parallel, memory_of, sizes_of
+from ecgscale.plan.network import collectives_of, communication_s
+from ecgscale.plan.speed import micro_step, update_s
+
+SEGMENTS = 2  # of each recording
+_MOST_ROWS = 1 << 16
+_STAGES = (0, 1, 2, 3)
+_NEARLY = 1.03
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step of the slowest rank."""
+
+    compute: float
+    recompute: float
+    """Of that, layers that are done again."""
+    update: float
+    communication: float
+    waiting: float
+    """For the slowest rank."""
+    sent_bytes: float
+    """That each rank sends."""
+    flops: int
+    """Model FLOPs of one rank."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.update + self.communication + self.waiting
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a config."""
+
+    zero_stage: int
+    checkpointed_layers: int
+    offload: bool
+    rows: int
+    """Segments of one rank in a micro-step."""
+    accumulation: int
+    """Micro-steps of a step."""
+    memory: Memory
+    limit: float
+    """Bytes of a GPU for tensors."""
+    largest_rows: int
+    """Segments of one rank in a micro-step that would fit; 0: not even two."""
+    step: Step
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.limit
+
+    @property
+    def lacks(self) -> float:
+        """Bytes."""
+        return self.memory.peak - self.limit
+
+
+def samples_of(config: PlanConfig, rate_hz: float) -> int:
+    """Of one segment."""
+    return round(config.data.segment_s * rate_hz)
+
+
+def check_batch(config: PlanConfig, gpus: int) -> None:
+    """Raises InputError where the recordings of a micro-step, or the lanes of the order, cannot be shared out."""
+    contrast = config.train.contrast
+    if config.train.lanes:
+        check_world_size(gpus, config.train.lanes)
+    if contrast % gpus:
+        raise InputError(
+            f"train.contrast_batch {contrast}: {gpus} GPUs cannot share so many recordings evenly; give a multiple of "
+            f"{gpus}, such as {-(-contrast // gpus) * gpus}, and train.global_batch a multiple of that, or another "
+            "cluster.nodes"
+        )
+
+
+def candidate(
+    config: PlanConfig,
+    cluster: Cluster,
+    samples: int,
+    zero_stage: int,
+    checkpointed_layers: int,
+    offload: bool = False,
+) -> Candidate:
+    """Memory and time of one way. The contrast batch is kept: it is part of the method."""
+    model, objective, train = config.model, config.objective, config.train
+    rows = SEGMENTS * train.contrast // cluster.gpus
+    parallel = Parallel(
+        zero_stage,
+        cluster.gpus,
+        config.engine.precision,
+        cluster.kind,
+        config.engine.whole_below,
+        train.accumulation,
+        offload,
+    )
+    contrast_rows = SEGMENTS * train.contrast
+
+    def memory(rows: int, contrast: int) -> Memory:
+        return memory_of(model, objective, parallel, rows, samples, checkpointed_layers, contrast)
+
+    def fits(pairs: int) -> bool:
+        return memory(SEGMENTS * pairs, SEGMENTS * pairs * cluster.gpus).peak <= cluster.memory_bytes
+
+    done = micro_step(model, objective, parallel, cluster.rates, rows, samples, checkpointed_layers, contrast_rows)
+    collectives = collectives_of(model, objective, parallel, contrast_rows)
+    busy = train.accumulation * done.total + update_s(model, objective, parallel, cluster.rates)
+    step = Step(
+        compute=train.accumulation * done.total,
+        recompute=train.accumulation * done.recompute,
+        update=update_s(model, objective, parallel, cluster.rates),
+        communication=communication_s(collectives, cluster.network),
+        # The largest of W normal deviates is about sqrt(2 ln W) deviations above their mean.
+        waiting=busy * cluster.config.jitter * sqrt(2 * log(cluster.gpus)),
+        sent_bytes=sum(one.sent(cluster.gpus) for one in collectives),
+        flops=train.accumulation * done.flops,
+    )
+    return Candidate(
+        zero_stage,
+        checkpointed_layers,
+        offload,
+        rows,
+        train.accumulation,
+        memory(rows, contrast_rows),
+        cluster.memory_bytes,
+        SEGMENTS * largest(fits, _MOST_ROWS // SEGMENTS),
+        step,
+    )
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, by bisection; 0 where 1 does not."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def candidates(config: PlanConfig, cluster: Cluster, samples: int) -> list[Candidate]:
+    """Each ZeRO stage with no, with as few as fit and with all layers checkpointed; the same with offload."""
+    stages = [stage for stage in _STAGES[: 4 if cluster.gpus > 1 else 2] if possible(config, stage, cluster.gpus)]
+    found = []
+    for offload in (False, True):
+        for stage in stages[1:] if offload else stages:
+            none, every = (
+                candidate(config, cluster, samples, stage, layers, offload) for layers in (0, config.model.depth)
+            )
+            found.append(none)
+            if not none.fits and every.fits and (fewest := _fewest_layers(config, cluster, samples, every)):
+                found.append(fewest)
+            found.append(every)
+    return found
+
+
+def possible(config: PlanConfig, zero_stage: int, gpus: int) -> bool:
+    """Whether the engine takes a stage: 3 only where every parameter has an element for each rank."""
+    return zero_stage < 3 or min(sizes_of(config.model, config.objective)) >= gpus
+
+
+def _fewest_layers(config: PlanConfig, cluster: Cluster, samples: int, every: Candidate) -> Candidate | None:
+    """With as few checkpointed layers as fit; None where that is all of them."""
+
+    def tried(layers: int) -> Candidate:
+        return candidate(config, cluster, samples, every.zero_stage, layers, every.offload)
+
+    spared = largest(lambda spared: tried(config.model.depth - spared).fits, config.model.depth - 1)
+    return tried(config.model.depth - spared) if spared else None
+
+
+def best(found: list[Candidate]) -> Candidate | None:
+    """The fastest that fits; of those that are nearly as fast ZeRO 1, else the lowest. Offloading is not to be had.
+
+    On one GPU there is nothing to share out, and stage 0 has no buffer.
+    """
+    fitting = [one for one in found if one.fits and not one.offload]
+    if not fitting:
+        return None
+    fastest = min(one.step.total for one in fitting)
+    near = [one for one in fitting if one.step.total <= _NEARLY * fastest]
+    usual = int(any(one.zero_stage > 1 for one in found))
+    return min(near, key=lambda one: (one.zero_stage != usual, one.zero_stage, one.checkpointed_layers))
+
+
+def refuse(config: PlanConfig, cluster: Cluster, samples: int, found: list[Candidate]) -> NoReturn:
+    """Raises InputError that says by how much nothing fits, and what would."""
+    least = min((one for one in found if not one.offload), key=lambda one: one.lacks)
+    ways = list(_ways_out(config, cluster, samples))
+    raise InputError(
+        f"model.preset {config.model.preset} with {least.rows} segments per GPU does not fit: it needs "
+        f"{_gb(least.memory.peak)} at least (ZeRO {least.zero_stage}, {checkpointing(least, config)}), which is "
+        f"{_gb(least.lacks)} more than the {_gb(cluster.memory_bytes)} that {cluster.config.device} has for tensors; "
+        + ("what fits: " + "; ".join(ways) if ways else "no number of GPUs up to 4096 is enough: take a smaller model")
+    )
+
+
+def _ways_out(config: PlanConfig, cluster: Cluster, samples: int) -> Iterator[str]:
+    """What would fit: smaller micro-steps, more GPUs."""
+    train, gpus = config.train, cluster.gpus
+    for parts in range(2, train.global_batch // gpus + 1):
+        if train.contrast % parts or train.contrast // parts % gpus:
+            continue
+        smaller = replace(config, train=replace(train, contrast_batch=train.contrast // parts))
+        if (found := best(candidates(smaller, cluster, samples))) is not None:
+            yield (
+                f"train.contrast_batch {smaller.train.contrast} (micro-steps of {found.rows} segments per GPU, ZeRO "
+                f"{found.zero_stage}, {checkpointing(found, config)})"
+            )
+            break
+    nodes = cluster.config.nodes
+    while (nodes := nodes * 2) * cluster.config.gpus_per_node <= 4096:
+        if train.contrast % (nodes * cluster.config.gpus_per_node):
+            continue
+        if (found := best(candidates(config, cluster.of_nodes(nodes), samples))) is not None:
+            yield f"cluster.nodes {nodes} (ZeRO {found.zero_stage}, {checkpointing(found, config)})"
+            break
+
+
+def checkpointing(one: Candidate, config: PlanConfig) -> str:
+    if not one.checkpointed_layers:
+        return "no layer checkpointed"
+    whole = one.checkpointed_layers >= config.model.depth
+    return "all layers checkpointed" if whole else f"{one.checkpointed_layers} layers checkpointed"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

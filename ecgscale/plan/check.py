@@ -1,0 +1,118 @@
+"""`ecgscale plan --check`: predictions beside real steps on this machine.
+
+Peak memory of several presets, stages and precisions, each in a process of its own; and the time of a step with rates
+that were measured on one preset only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+from ecgscale.model.presets import PRESETS
+from ecgscale.objectives import ObjectiveConfig
+from ecgscale.plan.measure import measure_rates
+from ecgscale.plan.memory import Memory, Parallel, memory_of
+from ecgscale.plan.report import table
+from ecgscale.plan.speed import Rates, micro_step, update_s
+from ecgscale.plan.trial import Trial, peak_bytes, timed
+from ecgscale.training.engine import EngineConfig
+
+CALIBRATED = "small"
+"""The preset by whose steps rates are measured."""
+MEMORY_CASES = (
+    Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=32),
+    Trial(PRESETS["tiny"], EngineConfig(zero_stage=1), rows=32),
+    Trial(PRESETS["small"], EngineConfig(zero_stage=0), rows=16),
+    Trial(PRESETS["small"], EngineConfig(zero_stage=1), rows=16),
+    Trial(PRESETS["small"], EngineConfig(zero_stage=1, activation_checkpointing=True), rows=16),
+    Trial(PRESETS["small"], EngineConfig(zero_stage=1, precision="bf16"), rows=16),
+    Trial(PRESETS["base"], EngineConfig(zero_stage=0), rows=4),
+    Trial(PRESETS["base"], EngineConfig(zero_stage=1), rows=4),
+    Trial(PRESETS["base"], EngineConfig(zero_stage=1, precision="bf16"), rows=8),
+)
+TIME_CASES = (
+    Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=16, steps=10),
+    Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=64, steps=6),
+    Trial(PRESETS["small"], EngineConfig(zero_stage=0), rows=16, steps=5),
+    Trial(PRESETS["medium"], EngineConfig(zero_stage=0), rows=8, steps=4),
+    Trial(PRESETS["base"], EngineConfig(zero_stage=0), rows=4, steps=4),
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A prediction and what was measured: bytes or seconds."""
+
+    what: str
+    preset: str
+    zero_stage: int
+    precision: str
+    rows: int
+    predicted: float
+    measured: float
+
+    @property
+    def off(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted / self.measured - 1
+
+
+def check_memory(trial: Trial, threads: int) -> Checked:
+    """Peak of a step beyond what the process had before."""
+    peaks = peak_bytes(trial, threads)
+    return _checked("peak bytes", trial, predicted_memory(trial).peak, max(peaks.values()))
+
+
+def predicted_memory(trial: Trial) -> Memory:
+    """On one CPU rank."""
+    layers = trial.model.depth if trial.engine.activation_checkpointing else 0
+    return memory_of(trial.model, trial.objective, _alone(trial), trial.rows, trial.samples, layers)
+
+
+def check_time(trial: Trial, rates: Rates) -> Checked:
+    """A step of one rank."""
+    done = micro_step(trial.model, trial.objective, _alone(trial), rates, trial.rows, trial.samples)
+    predicted = done.total + update_s(trial.model, trial.objective, _alone(trial), rates)
+    return _checked("step seconds", trial, predicted, timed(trial).total)
+
+
+def _alone(trial: Trial) -> Parallel:
+    return Parallel(trial.engine.zero_stage, 1, trial.engine.precision, "cpu", trial.engine.whole_below)
+
+
+def _checked(what: str, trial: Trial, predicted: float, measured: float) -> Checked:
+    engine = trial.engine
+    preset = trial.model.preset + (" checkpointed" if engine.activation_checkpointing else "")
+    return Checked(what, preset, engine.zero_stage, engine.precision, trial.rows, predicted, measured)
+
+
+def check_all() -> tuple[Rates, list[Checked]]:
+    """All cases, with rates that are measured first."""
+    found = []
+    for trial in tqdm(MEMORY_CASES, desc="memory", unit="case", disable=None):
+        found.append(check_memory(trial, torch.get_num_threads()))
+    rates = measure_rates(PRESETS[CALIBRATED], ObjectiveConfig(), EngineConfig())
+    for trial in tqdm(TIME_CASES, desc="time", unit="case", disable=None):
+        found.append(check_time(trial, rates))
+    return rates, found
+
+
+def text(rates: Rates, found: list[Checked]) -> str:
+    """A table of all cases."""
+    rows = []
+    for one in found:
+        unit = 1e6 if one.what == "peak bytes" else 1e-3
+        figures = [f"{one.predicted / unit:,.1f}", f"{one.measured / unit:,.1f}", f"{one.off:+.1%}"]
+        what = "peak MB" if one.what == "peak bytes" else "step ms"
+        rows.append([what, one.preset, f"{one.zero_stage}", one.precision, f"{one.rows}", *figures])
+    head = ["", "preset", "ZeRO", "precision", "segments", "predicted", "measured", "off"]
+    return f"{table(head, rows)}\n\nTimes by rates {rates.source}; on a GPU: not measured."
+
+
+def tree(rates: Rates, found: list[Checked]) -> dict[str, object]:
+    """For programs."""
+    plain = {name: dict(value) if hasattr(value, "items") else value for name, value in vars(rates).items()}
+    return {"rates": plain, "cases": [asdict(one) | {"off": one.off} for one in found]}

@@ -1,0 +1,57 @@
+"""How often to save, and which share of the time is training where machines fail.
+
+Young, "A first order approximation to the optimum checkpoint interval" (1974); Daly, "A higher order estimate of the
+optimum checkpoint interval for restart dumps" (2006). Failures come at random moments, independently, with a mean time
+between them that is a GPU's over the number of GPUs; while a run restarts it can fail again.
+"""
+
+from __future__ import annotations
+
+from math import exp, sqrt
+
+import numpy as np
+
+
+def young_interval_s(save_s: float, between_failures_s: float) -> float:
+    """Seconds of training between two checkpoints, to first order."""
+    return sqrt(2 * save_s * between_failures_s)
+
+
+def daly_interval_s(save_s: float, between_failures_s: float) -> float:
+    """Seconds of training between two checkpoints; Daly's equation 37."""
+    if save_s >= 2 * between_failures_s:
+        return between_failures_s
+    ratio = save_s / (2 * between_failures_s)
+    return young_interval_s(save_s, between_failures_s) * (1 + sqrt(ratio) / 3 + ratio / 9) - save_s
+
+
+def effective_share(interval_s: float, save_s: float, restart_s: float, between_failures_s: float) -> float:
+    """Share of the time that is training which is kept; Daly's equation 20 (complete, without approximation)."""
+    m = between_failures_s
+    if (interval_s + save_s + restart_s) / m > 500:
+        return 0.0  # never gets to its next checkpoint
+    return interval_s / (m * exp(restart_s / m) * (exp((interval_s + save_s) / m) - 1))
+
+
+def simulated_share(
+    interval_s: float, save_s: float, restart_s: float, between_failures_s: float, intervals: int, seed: int
+) -> float:
+    """The same by trying: a run of so many intervals, whose failures are drawn one by one.
+
+    A failure throws away what was done since the last checkpoint, and a restart that fails begins anew.
+    """
+    random = np.random.default_rng(seed)
+    span = interval_s + save_s
+    elapsed = 0.0
+    for _ in range(intervals):
+        failing = random.exponential(between_failures_s)
+        while failing < span:
+            elapsed += failing
+            failing = random.exponential(between_failures_s)
+            while failing < restart_s:
+                elapsed += failing
+                failing = random.exponential(between_failures_s)
+            elapsed += restart_s
+            failing = random.exponential(between_failures_s)
+        elapsed += span
+    return intervals * interval_s / elapsed

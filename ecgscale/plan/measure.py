@@ -1,0 +1,144 @@
+"""Rates of this machine, from a few short steps: `--measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ecgscale.cost import step_flops
+from ecgscale.model.encoder import ModelConfig
+from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.plan.activations import Storage, saved_bytes
+from ecgscale.plan.memory import sizes_of
+from ecgscale.plan.speed import Rates
+from ecgscale.plan.trial import RATE_HZ, Trial, now_s, random_batch, timed
+from ecgscale.training.engine import EngineConfig
+
+WIDTHS = (64, 128, 256, 512, 768, 1024)
+_TOKENS = 2048  # rows of the matrices that are multiplied
+_LEAST_S = 0.1  # of each measurement
+
+
+def measure_rates(
+    model: ModelConfig, objective: ObjectiveConfig, engine: EngineConfig, samples: int = 2500, rows: int = 8
+) -> Rates:
+    """Rates by matrix products of several widths and by steps of this model with one and with two layers.
+
+    What a part takes beyond its products is put down to the bytes that it keeps. It counts in full, so that a product
+    that is slower than others of its width (a grouped convolution) is part of it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    engine = replace(engine, zero_stage=0, activation_checkpointing=False)
+    with tqdm(total=len(WIDTHS) + 4, desc="measure", unit="rate", disable=None, leave=False) as bar:
+        products = {}
+        for width in WIDTHS:
+            products[width] = _products(width, dtype, device)
+            bar.update()
+        one, two = (replace(model, depth=depth) for depth in (1, 2))
+        times = {}
+        for depth, shape in ((1, one), (2, two)):
+            times[depth] = timed(Trial(shape, engine, rows, samples, steps=5, objective=objective))
+            bar.update()
+        alone = {}
+        for part in ("stem", "position"):
+            alone[part] = _alone(part, one, objective, dtype, device, rows, samples)
+            bar.update()
+    layer = max(0.0, times[2].forward_backward - times[1].forward_backward)
+    seconds = {"layers": layer, **alone}
+    seconds["rest"] = max(0.0, times[1].forward_backward - sum(seconds.values()))
+    update = times[2].update / sum(sizes_of(two, objective))
+    return _rates(one, objective, device.type, engine.precision, rows, samples, products, seconds, update)
+
+
+def _rates(
+    one: ModelConfig,
+    objective: ObjectiveConfig,
+    device: str,
+    precision: str,
+    rows: int,
+    samples: int,
+    products: dict[int, float],
+    seconds: dict[str, float],
+    update: float,
+) -> Rates:
+    """Seconds per kept byte from those of each part; where products are slower than measured alone, how much slower."""
+    plain = Rates("", products, {}, update, 1.0)
+    flops = step_flops(one, objective, rows, samples)
+    kept = saved_bytes(one, objective, rows, samples, Storage.on(device, precision, one))
+    rest = [name for name in flops if name not in ("stem", "position", "attention", "ffn")]
+    parts = {
+        "stem": (["stem"], ["stem"], one.stem_channels),
+        "position": (["position"], ["position"], one.width),
+        "layers": (["attention", "ffn"], ["layers"], one.width),
+        "rest": (rest, ["features", "local_head", "contrast", "norm"], one.stem_channels),
+    }
+    per_byte, slower = {}, {}
+    for part, (names, of, width) in parts.items():
+        product_s = sum(flops[name].total for name in names) / plain.products(width)
+        beyond = seconds[part] - product_s
+        size = sum(kept.get(name, 0) for name in of)
+        per_byte[part] = max(0.0, beyond) / size
+        slower[part] = 1.0 if beyond >= 0 else seconds[part] / product_s
+    for part in ("features", "local_head"):
+        per_byte[part], slower[part] = per_byte["rest"], slower["rest"]
+    where = torch.cuda.get_device_name() if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
+    return Rates(
+        f"measured on {where} by {rows} segments of {one.preset} with one and two layers",
+        products,
+        per_byte,
+        update,
+        10e9,
+        slower=slower,
+    )
+
+
+def _products(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a product of (tokens, width) by (width, 4 width) with both of its backward passes."""
+    x, weight = torch.randn(_TOKENS, width), torch.randn(width, 4 * width)
+    x, weight, grad = (one.to(device, dtype) for one in (x, weight, x @ weight))
+
+    def once() -> None:
+        torch.mm(x, weight)
+        torch.mm(grad, weight.T)
+        torch.mm(x.T, grad)
+
+    return 3 * 2 * _TOKENS * width * 4 * width / _seconds(once, device)
+
+
+def _alone(
+    part: str,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    samples: int,
+) -> float:
+    """Seconds of the stem or of the positional convolution, forward and backward."""
+    encoder = build_objective(model, objective, 0, RATE_HZ).to(device, dtype).encoder
+    batch = random_batch(rows, samples, device)
+    tokens = samples // model.patch_samples
+    given = torch.randn(rows, tokens, model.width, device=device).to(dtype).requires_grad_()
+
+    def once() -> None:
+        out: Tensor = encoder.stem(batch) if part == "stem" else encoder.position(given)
+        torch.autograd.backward(out.sum())
+
+    return _seconds(once, device)
+
+
+def _seconds(once: Callable[[], None], device: torch.device) -> float:
+    """Median of several, after one that is not timed."""
+    once()
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken) < _LEAST_S:
+        began = now_s(device)
+        once()
+        taken.append(now_s(device) - began)
+    return median(taken)

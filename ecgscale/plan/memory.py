@@ -1,0 +1,189 @@
+"""Memory of one rank: what a ZeRO stage keeps of the model, and the peaks of a step.
+
+Parameters, gradients and optimizer state follow from counts and are exact. Letters: n parameters, W ranks, e bytes of
+an element of the model's arithmetic (4 in fp32, 2 in bf16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+import torch
+
+from ecgscale.model.encoder import ModelConfig
+from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes, working_bytes
+from ecgscale.record import LEADS
+
+_FP32 = 4
+MOMENTS = 2
+# DeepSpeed 0.19.8's defaults, in elements.
+BUCKET = 500_000_000  # reduce_bucket_size: gradients that are reduced together
+LIVE = 1_000_000_000  # stage3_max_live_parameters: parameters that stay gathered
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the model's state is spread."""
+
+    zero_stage: int
+    world_size: int
+    precision: str
+    device: str
+    """cpu or cuda."""
+    whole_below: int = 100_000
+    """At stage 3, parameters with fewer elements stay whole on every rank."""
+    accumulation: int = 1
+    """Micro-steps of a step."""
+    offload: bool = False
+    """Optimizer state in the host's memory. ecgscale does not offload; this is an estimate of what it would be."""
+
+    @property
+    def element(self) -> int:
+        """e"""
+        return _FP32 if self.precision == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of one rank that do not depend on the batch."""
+
+    weights: int
+    """In the model's arithmetic: all, or a rank's share at stage 3."""
+    gathered: int
+    """At stage 3, the weights of all ranks that a rank holds at once."""
+    gradients: int
+    """In the model's arithmetic: all, or a rank's share from stage 2 on."""
+    masters: int
+    """fp32 weights that the optimizer updates, where they are not the model's own."""
+    moments: int
+    """Both moments of AdamW, fp32."""
+    bucket: int
+    """DeepSpeed's buffer for the gradients that are reduced together."""
+    host: int = 0
+    """In the host's memory, where the optimizer is offloaded."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    state: State
+    activations: dict[str, int]
+    forward_peak: int
+    backward_peak: int
+    update_peak: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward_peak, self.backward_peak, self.update_peak)
+
+
+def sizes_of(model: ModelConfig, objective: ObjectiveConfig) -> tuple[int, ...]:
+    """Elements of each parameter of the encoder and of the objective's heads; nothing is allocated."""
+    return _sizes(model, objective.name, objective.code_groups, objective.codes, objective.code_width)
+
+
+@cache
+def _sizes(model: ModelConfig, name: str, code_groups: int, codes: int, code_width: int) -> tuple[int, ...]:
+    objective = ObjectiveConfig(name=name, code_groups=code_groups, codes=codes, code_width=code_width)
+    with torch.device("meta"):
+        module = build_objective(model, objective, seed=0, rate_hz=500.0)
+    return tuple(prod(parameter.shape) for parameter in module.parameters())
+
+
+def share(sizes: tuple[int, ...], zero_stage: int, world_size: int) -> int:
+    """Elements of a rank's share of the optimizer's state, the padding included, as DeepSpeed cuts it.
+
+    Stage 0 does not cut. Stages 1 and 2 cut all parameters together, to a multiple of 2 elements per rank; stage 3 cuts
+    each parameter for itself.
+    """
+    if zero_stage == 0:
+        return sum(sizes)
+    if zero_stage == 3:
+        return sum(-(-size // world_size) for size in sizes)
+    return 2 * -(-sum(sizes) // (2 * world_size))
+
+
+def state_bytes(sizes: tuple[int, ...], parallel: Parallel) -> State:
+    """What a ZeRO stage keeps of a model whose parameters have so many elements each."""
+    n, stage, element = sum(sizes), parallel.zero_stage, parallel.element
+    own = share(sizes, stage, parallel.world_size)
+    masters = 0 if stage == 0 and element == _FP32 else own * _FP32
+    moments = MOMENTS * own * _FP32
+    whole = sum(size for size in sizes if size < parallel.whole_below)
+    return State(
+        weights=(own if stage == 3 else n) * element,
+        gathered=max(whole, min(n, LIVE)) * element if stage == 3 else 0,
+        gradients=(own if stage >= 2 else n) * element,
+        masters=0 if parallel.offload else masters,
+        moments=0 if parallel.offload else moments,
+        bucket=_bucket(n, parallel) * element,
+        host=own * _FP32 + masters + moments if parallel.offload else 0,
+    )
+
+
+def _bucket(n: int, parallel: Parallel) -> int:
+    """Elements. A GPU holds the whole buffer, a CPU commits the pages of it that are written."""
+    if parallel.zero_stage == 0:
+        return min(n, BUCKET) if parallel.world_size > 1 else 0
+    return BUCKET if parallel.device == "cuda" else min(n, BUCKET)
+
+
+def memory_of(
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    parallel: Parallel,
+    rows: int,
+    samples: int,
+    checkpointed_layers: int = 0,
+    contrast_rows: int | None = None,
+) -> Memory:
+    """Memory of one rank that works through ``rows`` segments of ``samples`` samples in a micro-step."""
+    sizes = sizes_of(model, objective)
+    state, stage = state_bytes(sizes, parallel), parallel.zero_stage
+    storage = Storage.on(parallel.device, parallel.precision, model)
+    kept = saved_bytes(model, objective, rows, samples, storage, checkpointed_layers, contrast_rows)
+    forward, backward = working_bytes(model, objective, rows, samples, storage)
+    if checkpointed_layers:
+        tokens = samples // model.patch_samples
+        backward += rows * (layer_bytes(model, tokens, storage) - tokens * model.width * storage.element)
+    held = state.weights + state.gathered + state.masters + state.moments + rows * samples * len(LEADS) * 2
+    if stage == 3:  # its buffers are made once
+        held += state.gradients + (state.bucket if parallel.device == "cuda" else 0)
+    accumulated = state.gradients if parallel.accumulation > 1 and stage < 3 else 0
+    activations = sum(kept.values())
+    # The head is through before the transformer's backward pass begins; gradients grow as activations are freed.
+    deep = activations - kept.get("local_head", 0) + backward
+    if stage in (1, 2) and parallel.device == "cuda":
+        deep += state.bucket
+    return Memory(
+        state,
+        kept,
+        forward_peak=held + accumulated + activations + forward,
+        backward_peak=held + max(accumulated + deep, _reduced(sizes, state, parallel)),
+        update_peak=held + _updated(sizes, parallel),
+    )
+
+
+def _reduced(sizes: tuple[int, ...], state: State, parallel: Parallel) -> int:
+    """At the end of the backward pass: gradients, the bucket that they are reduced in, and a rank's share of them."""
+    own = share(sizes, parallel.zero_stage, parallel.world_size) * parallel.element
+    if parallel.zero_stage == 0:
+        return state.gradients + max(state.bucket, max(sizes) * parallel.element)
+    if parallel.zero_stage == 3:
+        return max(sizes) * parallel.element
+    if parallel.zero_stage == 1 and parallel.device == "cuda":
+        return state.gradients + state.bucket
+    return state.bucket + own
+
+
+def _updated(sizes: tuple[int, ...], parallel: Parallel) -> int:
+    """While the weights are updated: gradients in the model's arithmetic, flattened, and in fp32. AdamW is fused."""
+    stage, own = parallel.zero_stage, share(sizes, parallel.zero_stage, parallel.world_size)
+    if parallel.offload:
+        return (0 if stage == 3 else own) * parallel.element
+    copies = {0: 1, 1: 2, 2: 2, 3: 1}[stage]  # stage 3 keeps its gradients all the time
+    return own * (copies * parallel.element + (_FP32 if parallel.precision == "bf16" else 0))

@@ -1,0 +1,169 @@
+"""A plan for people: tables for a terminal, and the config as YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ecgscale.config import dump
+from ecgscale.plan.candidates import Candidate, checkpointing
+from ecgscale.plan.summary import Plan
+
+
+def text(plan: Plan) -> str:
+    """All that a plan says, in a page."""
+    sections = [_head(plan), _ways(plan), _recommended(plan), _run(plan), _scaled(plan), _assumed(plan)]
+    return "\n\n".join(sections)
+
+
+def yaml(plan: Plan) -> str:
+    """The recommended pretraining config, with what is predicted of it."""
+    step = plan.chosen.step
+    first = (
+        f"# By `ecgscale plan` for {plan.cluster.config.nodes} × {plan.cluster.config.gpus_per_node} "
+        f"{plan.cluster.config.device}: {plan.chosen.memory.peak / 1e9:.1f} GB per GPU, {step.total:.3g} s per step, "
+        f"{_duration(plan.hours)}.\n"
+    )
+    return first + dump(plan.pretraining())
+
+
+def _head(plan: Plan) -> str:
+    config, cluster = plan.config, plan.cluster.config
+    data = f"{plan.length.recordings:,} recordings" if plan.length.recordings else "recordings of unknown number"
+    return (
+        f"{config.model.preset}: {plan.parameters:,} parameters with heads, {config.engine.precision}, "
+        f"{config.objective.name}\n"
+        f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.device}, {plan.cluster.memory_bytes / 1e9:.1f} GB for "
+        f"tensors on each; {data}, segments of {config.data.segment_s:g} s at {plan.length.rate_hz:g} Hz\n"
+        f"global batch {config.train.global_batch}, contrast batch {config.train.contrast}: {plan.chosen.accumulation} "
+        f"micro-step{'s' if plan.chosen.accumulation > 1 else ''} of {plan.chosen.rows} segments per GPU"
+    )
+
+
+def _ways(plan: Plan) -> str:
+    rows = []
+    for one in plan.ways:
+        state = one.memory.state
+        rows.append(
+            [
+                f"{one.zero_stage}{' offload*' if one.offload else ''}",
+                _layers(one, plan),
+                *(
+                    f"{size / 1e9:.2f}"
+                    for size in (
+                        state.weights + state.gathered,
+                        state.gradients,
+                        state.masters + state.moments,
+                        sum(one.memory.activations.values()),
+                        state.bucket,
+                        one.memory.peak,
+                    )
+                ),
+                "yes" if one.fits else f"{one.lacks / 1e9:.1f} GB short",
+                f"{one.largest_rows:,}",
+                f"{one.step.total * 1e3:.1f}",
+                f"{one.step.sent_bytes / 1e9:.2f}",
+                "<-" if one is plan.chosen else "",
+            ]
+        )
+    head = "ZeRO|checkpointed|weights|gradients|optimizer|activations|buffer|peak GB|fits|at most|step ms|sent GB|"
+    note = "* an estimate: ecgscale does not offload" if any(one.offload for one in plan.ways) else ""
+    return table(head.split("|"), rows) + (f"\n{note}" if note else "")
+
+
+def _layers(one: Candidate, plan: Plan) -> str:
+    return {0: "none", plan.config.model.depth: "all"}.get(one.checkpointed_layers, f"{one.checkpointed_layers} layers")
+
+
+def _recommended(plan: Plan) -> str:
+    one = plan.chosen
+    step = one.step
+    mfu = "unknown" if plan.mfu is None else f"{plan.mfu:.1%}"
+    parts = {
+        "computing": step.compute - step.recompute,
+        "recomputing": step.recompute,
+        "updating": step.update,
+        "communicating": step.communication,
+        "waiting for the slowest": step.waiting,
+    }
+    shares = ", ".join(f"{name} {value / step.total:.1%}" for name, value in parts.items() if value)
+    batch = plan.config.train.global_batch
+    return (
+        f"Recommended: ZeRO {one.zero_stage}, {checkpointing(one, plan.config)}\n"
+        f"step         {step.total:.4g} s ({shares}); nothing overlaps\n"
+        f"speed        {batch / step.total:,.0f} recordings/s, "
+        f"{step.flops / step.total / 1e12:.3g} TFLOP/s per GPU, MFU {mfu}\n"
+        f"sent         {step.sent_bytes / 1e9:.2f} GB by each GPU and step"
+    )
+
+
+def _run(plan: Plan) -> str:
+    length, storage, survival = plan.length, plan.storage, plan.survival
+    epochs = f" ({length.epochs:.3g} epochs)" if length.epochs else ""
+    return (
+        f"length       {length.steps:,} steps{epochs}: {_duration(plan.hours)}, "
+        f"{_number(plan.hours * plan.cluster.gpus)} GPU-hours, {_number(plan.kwh)} kWh\n"
+        f"checkpoint   {storage.checkpoint_bytes / 1e9:.3f} GB, saved in {storage.save_s:.1f} s; every "
+        f"{survival.daly_s / 60:.0f} min by Daly ({survival.young_s / 60:.0f} by Young); the config has one every "
+        f"{plan.checkpoint_every:,} steps, half an hour at most\n"
+        f"failures     one in {survival.between_failures_s / 3600:,.0f} h; {survival.effective:.2%} of the time is "
+        f"kept training ({survival.simulated:.2%} when simulated)\n"
+        f"reading      {storage.read_bytes_per_s / 1e6:,.1f} MB/s from storage by all nodes, "
+        f"{storage.read_bytes_per_s / plan.cluster.config.nodes / 1e6:,.1f} MB/s by each, which takes "
+        f"{storage.loader_cores_per_node:.1f} of its cores to decode"
+    )
+
+
+def _scaled(plan: Plan) -> str:
+    rows = [
+        [
+            f"{one.gpus:,}",
+            f"{one.global_batch:,}",
+            f"{one.step_s * 1e3:.1f}",
+            f"{one.communication_s * 1e3:.1f}",
+            f"{one.efficiency:.1%}",
+            f"{one.peak_bytes / 1e9:.1f}{'' if one.fits else ' !'}",
+            "" if one.same_batch_step_s is None else f"{one.same_batch_step_s * 1e3:.1f}",
+            f"{one.survival.between_failures_s / 3600:,.0f}",
+            f"{one.survival.daly_s / 60:.0f}",
+            f"{one.survival.effective:.2%}",
+            f"{one.survival.simulated:.2%}",
+            f"{one.recordings_per_s:,.0f}",
+        ]
+        for one in plan.scaled
+    ]
+    head = "GPUs|global batch|step ms|of it sending|efficiency|peak GB|ms at the given batch"
+    shown = table((head + "|h to a failure|min to a save|kept|simulated|recordings/s").split("|"), rows)
+    beyond = (
+        "" if all(one.fits for one in plan.scaled) else "\n! more memory than a GPU has, or too many ranks for ZeRO 3"
+    )
+    return f"With as many recordings per GPU on more machines:\n{shown}{beyond}"
+
+
+def _assumed(plan: Plan) -> str:
+    cluster, network = plan.cluster.config, plan.cluster.network
+    return (
+        f"Assumed: {plan.cluster.rates.source}; {network.link_bytes_per_s / 1e9:.0f} GB/s and "
+        f"{network.link_latency_s * 1e6:g} µs between GPUs of a machine, {network.node_bytes_per_s / 1e9:.0f} GB/s and "
+        f"{network.node_latency_s * 1e6:g} µs between machines; {cluster.mtbf_hours:,.0f} h between failures of a GPU, "
+        f"{cluster.restart_s:g} s to restart; {plan.cluster.watts:g} W per GPU and {cluster.host_watts:g} W beside it, "
+        f"PUE {cluster.pue:g}. Every figure is a key of cluster.*; see ecgscale/plan/README.md."
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.3g} minutes"
+    return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as they need, numbers to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,142 @@
+"""How long a micro-step computes: matrix products at the rate that they reach, everything else by the bytes it moves.
+
+seconds = floating-point operations / rate of products + bytes kept for the backward pass · seconds per byte
+          + kernels · time between two of them.
+
+The bytes that a part keeps (`activations`) measure its elementwise work too: what is kept is written once and read
+again, and as much again passes as gradients. `Rates.of_device` takes all of it from data sheets and stated
+efficiencies; `measure` has it from this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ecgscale.cost import Flops, step_flops
+from ecgscale.model.encoder import ModelConfig
+from ecgscale.objectives import ObjectiveConfig
+from ecgscale.plan.activations import Storage, saved_bytes
+from ecgscale.plan.memory import Parallel, share, sizes_of
+from ecgscale.record import LEADS
+
+PASSES = 6.0
+"""How often a kept byte passes through memory: written, read by what follows, read again in the backward pass, where
+its gradient is written and read, and once more for what is not kept. Assumed; measured rates do not use it."""
+KERNELS_OF_LAYER = 60
+"""Kernels of a layer of the transformer, both passes, and about those of all other parts together. Assumed."""
+PARTS = ("stem", "features", "position", "layers", "local_head")
+_FLOPS_OF = {
+    "stem": ("stem",),
+    "features": ("feature_projection",),
+    "position": ("position",),
+    "layers": ("attention", "ffn"),
+    "local_head": ("quantizer", "local_head", "contrast"),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, and where that is from."""
+
+    source: str
+    products_flops_per_s: Mapping[int, float]
+    """Rate of matrix products by the width of their matrices; between two widths by the logarithm."""
+    seconds_per_byte: Mapping[str, float]
+    """By part of the model: seconds beside its products, for each byte that it keeps for the backward pass."""
+    update_s_per_parameter: float
+    """AdamW, for each element that a rank updates."""
+    copy_bytes_per_s: float
+    """From the host to the device."""
+    kernel_s: float = 0.0
+    """Least time between the begins of two kernels."""
+    slower: Mapping[str, float] = field(default_factory=dict)
+    """Parts whose products take so many times as long as others; 1 where nothing is said."""
+
+    @staticmethod
+    def of_device(
+        name: str, peak_flops: float, efficiency: float, memory_bytes_per_s: float, kernel_s: float, bf16: bool
+    ) -> Rates:
+        """By data sheets: ``peak_flops`` times ``efficiency``, and the bandwidth that elementwise kernels reach."""
+        moved_per_parameter = 28 + (2 + 2 + 4 if bf16 else 0)  # p, g, m, v read, p, m, v written; and the bf16 copies
+        return Rates(
+            f"data sheet of {name}, {efficiency:.0%} of the peak in products: not measured",
+            {1024: peak_flops * efficiency},
+            dict.fromkeys(PARTS, PASSES / memory_bytes_per_s),
+            moved_per_parameter / memory_bytes_per_s,
+            20e9,
+            kernel_s,
+        )
+
+    def products(self, width: int) -> float:
+        """FLOP/s of products of matrices of this width."""
+        known = sorted(self.products_flops_per_s)
+        rates = [self.products_flops_per_s[one] for one in known]
+        return float(np.interp(np.log(width), np.log(known), rates))
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of one micro-step on one rank, without communication."""
+
+    parts: dict[str, float]
+    recompute: float
+    """Forward passes of checkpointed layers, done again."""
+    copy: float
+    """The batch's way to the device."""
+    flops: int
+    """Model FLOPs, without those that are done again."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values()) + self.recompute + self.copy
+
+
+def micro_step(
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    parallel: Parallel,
+    rates: Rates,
+    rows: int,
+    samples: int,
+    checkpointed_layers: int = 0,
+    contrast_rows: int | None = None,
+) -> Compute:
+    """Forward and backward pass of ``rows`` segments of ``samples`` samples on one rank."""
+    flops = step_flops(model, objective, rows, samples, contrast_rows)
+    storage = Storage.on(parallel.device, parallel.precision, model)
+    kept = saved_bytes(model, objective, rows, samples, storage, contrast_rows=contrast_rows)
+    parts = {}
+    for part in PARTS:
+        counted = [flops[name] for name in _FLOPS_OF[part] if name in flops]
+        if not counted and part not in kept:
+            continue
+        products = sum(one.total for one in counted) / rates.products(_width(model, part)) * rates.slower.get(part, 1.0)
+        kernels = KERNELS_OF_LAYER * (model.depth if part == "layers" else 0.25)
+        busy = products + kept.get(part, 0) * rates.seconds_per_byte.get(part, 0.0)
+        parts[part] = max(busy, kernels * rates.kernel_s)
+    once = min(checkpointed_layers, model.depth) / model.depth
+    return Compute(
+        parts,
+        recompute=once * parts["layers"] * _forward_share(flops),
+        copy=rows * samples * len(LEADS) * 2 / rates.copy_bytes_per_s,
+        flops=sum(one.total for one in flops.values()),
+    )
+
+
+def _forward_share(flops: dict[str, Flops]) -> float:
+    """Share of the forward pass in a layer's time, by its products."""
+    names = _FLOPS_OF["layers"]
+    return sum(flops[name].forward for name in names) / sum(flops[name].total for name in names)
+
+
+def _width(model: ModelConfig, part: str) -> int:
+    return model.stem_channels if part in ("stem", "features", "local_head") else model.width
+
+
+def update_s(model: ModelConfig, objective: ObjectiveConfig, parallel: Parallel, rates: Rates) -> float:
+    """Seconds of AdamW on a rank's share."""
+    own = share(sizes_of(model, objective), parallel.zero_stage, parallel.world_size)
+    return own * rates.update_s_per_parameter

@@ -1,0 +1,193 @@
+"""Real steps on this machine, to measure rates by and to hold predictions against.
+
+Memory is measured in a process of its own: the most that it had in memory at once (VmHWM) above what it had before the
+model was built. glibc keeps freed memory below its mmap threshold for later, which says more about the past than about
+the need, so the child runs with a low threshold, at which every larger tensor is given back when it is freed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ecgscale.data.batch import ECGBatch
+from ecgscale.errors import InputError
+from ecgscale.model.encoder import ModelConfig
+from ecgscale.model.presets import PRESETS
+from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.record import LEADS
+from ecgscale.training.engine import Engine, EngineConfig
+from ecgscale.training.ranks import start_ranks
+
+RATE_HZ = 500.0
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some steps of a model on one rank, with random recordings."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    rows: int
+    samples: int = 2500
+    steps: int = 3
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Medians over the steps but the first, in seconds."""
+
+    forward_backward: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.forward_backward + self.update
+
+
+def random_batch(rows: int, samples: int, device: torch.device) -> ECGBatch:
+    """Two segments each of ``rows`` / 2 patients, counts without meaning."""
+    pairs = rows // 2
+    position_B = torch.arange(rows) % pairs
+    batch = ECGBatch(
+        signal_BLT=torch.randint(-1000, 1000, (rows, len(LEADS), samples), dtype=torch.int16),
+        gain_BL=torch.full((rows, len(LEADS)), 1e-3),
+        offset_BL=torch.zeros(rows, len(LEADS)),
+        length_B=torch.full((rows,), samples),
+        patient_B=position_B,
+        segment_B=torch.arange(rows) // pairs,
+        position_B=position_B,
+        record_B=position_B,
+        padded=False,
+    )
+    return batch.to(device)
+
+
+def engine_of(trial: Trial) -> tuple[Engine, ECGBatch]:
+    """The model under DeepSpeed, on this process alone, and a batch."""
+    ranks = start_ranks()
+    torch.manual_seed(0)
+    module = build_objective(trial.model, trial.objective, 0, RATE_HZ, trial.engine.activation_checkpointing)
+    engine = Engine(module, trial.engine, ranks, accumulation=1, micro_batch=trial.rows)
+    return engine, random_batch(trial.rows, trial.samples, ranks.device)
+
+
+def timed(trial: Trial) -> Times:
+    """How long steps take, in this process."""
+    engine, batch = engine_of(trial)
+    device, passes, updates = batch.signal_BLT.device, [], []
+    for _ in range(trial.steps + 1):
+        began = now_s(device)
+        loss, _ = engine.forward(batch)
+        engine.backward(loss)
+        middle = now_s(device)
+        engine.step(learning_rate=1e-5)
+        passes.append(middle - began)
+        updates.append(now_s(device) - middle)
+    return Times(median(passes[1:]), median(updates[1:]))
+
+
+def now_s(device: torch.device) -> float:
+    """A clock. One thread alone on a CPU is timed by what it computes, which others on the machine do not disturb."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def peak_bytes(trial: Trial, threads: int) -> dict[str, int]:
+    """Most bytes above those before the model, in the phases of the second step, in a process of its own.
+
+    Raises InputError where the system does not tell (it is Linux that has /proc).
+    """
+    if not _STATUS.exists():
+        raise InputError(f"{_STATUS}: memory is measured on Linux only")
+    environment = os.environ | {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "ecgscale.plan.trial", json.dumps(asdict(trial))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"a step of {trial.model.preset} could not be measured: {_last_line(done.stderr)}")
+    peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+def _last_line(said: str) -> str:
+    return (said.strip().splitlines() or ["killed"])[-1]
+
+
+def _measure(trial: Trial) -> dict[str, int]:
+    """In the child: a step of the smallest model loads all libraries before the base line is taken."""
+    small = replace(trial, model=replace(PRESETS["tiny"], depth=1), rows=2)
+    _steps(*engine_of(small), steps=2)
+    gc.collect()
+    base = _resident("VmRSS")
+    engine, batch = engine_of(trial)
+    return {name: peak - base for name, peak in _steps(engine, batch, steps=2).items()}
+
+
+def _steps(engine: Engine, batch: ECGBatch, steps: int) -> dict[str, int]:
+    """The peak of each phase of the last step."""
+    peaks = {}
+    for _ in range(steps):
+        _forget_peak()
+        loss, parts = engine.forward(batch)
+        peaks["forward"] = _resident("VmHWM")
+        _forget_peak()
+        engine.backward(loss)
+        peaks["backward"] = _resident("VmHWM")
+        del loss, parts
+        _forget_peak()
+        engine.step(learning_rate=1e-5)
+        peaks["update"] = _resident("VmHWM")
+    return peaks
+
+
+def _resident(what: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _read(text: str) -> Trial:
+    tree: dict[str, Any] = json.loads(text)
+    return Trial(
+        **tree
+        | {
+            "model": ModelConfig(**tree["model"]),
+            "engine": EngineConfig(**tree["engine"]),
+            "objective": ObjectiveConfig(**tree["objective"]),
+        }
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(_read(sys.argv[1]))))

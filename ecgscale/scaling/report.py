@@ -1,0 +1,185 @@
+"""What a ladder has found, for people: table.md, plot.png; and cells.csv and fit.json beside them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ecgscale.data.shards import write_whole
+from ecgscale.scaling import rates
+from ecgscale.scaling.ladder import ScalingConfig, cells
+from ecgscale.scaling.law import Law, interval
+from ecgscale.scaling.results import Findings, HeldOut, Ladder, Point, as_csv, as_json, find, runs_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def merge(config: ScalingConfig) -> str:
+    """Write fit.json, table.md, cells.csv and plot.png; returns the table.
+
+    Raises InputError that names a cell which is not finished.
+    """
+    ladder = Ladder(runs_of(cells(config), config.loss))
+    findings = find(config, ladder)
+    folder, text = Path(config.run.dir), markdown(config, ladder, findings)
+    write_whole(folder / "cells.csv", as_csv(ladder).encode())
+    write_whole(folder / "fit.json", json.dumps(as_json(config, findings), indent=1).encode())
+    write_whole(folder / "table.md", (text + "\n").encode())
+    buffer = io.BytesIO()
+    plot(config, ladder, findings).savefig(buffer, dpi=100)
+    write_whole(folder / "plot.png", buffer.getvalue())
+    return f"{text}\n\ntable.md, cells.csv, fit.json and plot.png are in {folder}"
+
+
+def markdown(config: ScalingConfig, ladder: Ladder, findings: Findings) -> str:
+    """Losses, learning rates, the law with what speaks against it, hold-out, predictions and best spending."""
+    lines = [f"Validation loss `{config.loss}` by size and tokens, mean ± deviation over seeds", ""]
+    lines += _losses(ladder)
+    lines += [f"- {said}" for said in ladder.remarks()]
+    if ladder.swept:
+        lines += ["", *rates.markdown(ladder)]
+    lines += [""] + [f"- **{said}**" for said in findings.doubts]
+    if findings.law is None:
+        return "\n".join(lines)
+    lines += ["", *_constants(findings, findings.law)]
+    if findings.held_out:
+        lines += ["", *_held_out(findings.held_out)]
+    else:
+        lines += ["", "Hold-out: not done, the smaller sizes alone do not determine a law."]
+    lines += ["", "| prediction | parameters | tokens | loss |", "|---|---|---|---|"]
+    lines += [
+        f"| {one.size} | {one.parameters:,} | {one.tokens:,.0f} | {_with_interval(one.loss, one.low, one.high)} |"
+        for one in findings.predictions
+    ]
+    lines += ["", "| best spending of FLOPs | parameters | tokens | loss | parameters by 6ND | tokens by 6ND |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for one in findings.spending:
+        low, high = one.size_interval
+        edge = " (edge)" if one.exact.at_edge else ""
+        lines.append(
+            f"| {one.flops:.2g} | {one.exact.size:.2g} [{low:.2g}, {high:.2g}]{edge} | {one.exact.tokens:.2g} | "
+            f"{one.exact.loss:.3f} | {one.by_6nd.size:.2g} | {one.by_6nd.tokens:.2g} |"
+        )
+    return "\n".join([*lines, "", _LEGEND])
+
+
+_LEGEND = (
+    "N: parameters of the encoder, without the objective's heads. D: tokens that it reads. In brackets 95 % bootstrap "
+    "intervals over cells and seeds; those of predicted losses hold the scatter of one run too. FLOPs are those of "
+    "training with the heads, two per multiply-add; between and beyond the sizes that were run, a power law. (edge): "
+    "the best size lies outside all that was looked at."
+)
+
+
+def _losses(ladder: Ladder) -> list[str]:
+    lines = [f"| size | N | FLOPs per token / 6N | {' | '.join(f'{tokens:,}' for tokens in ladder.tokens)} |"]
+    lines.append("|---" * (3 + len(ladder.tokens)) + "|")
+    for size in ladder.sizes:
+        first = ladder.first(size)
+        ratio = first.flops / first.tokens / (6 * first.parameters)
+        shown = [_loss(ladder, Point(size, tokens)) for tokens in ladder.tokens]
+        lines.append(f"| {size} | {first.parameters:,} | {ratio:.2f} | {' | '.join(shown)} |")
+    return lines
+
+
+def _loss(ladder: Ladder, point: Point) -> str:
+    if point not in ladder.best:
+        return "–"
+    losses = [run.loss for run in ladder.best[point]]
+    if not all(map(math.isfinite, losses)):
+        return "diverged"
+    spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
+    return f"{np.mean(losses):.3f}{spread}"
+
+
+def _constants(findings: Findings, law: Law) -> list[str]:
+    intervals = [interval([getattr(one, name) for one in findings.laws]) for name in law._fields]
+    names = ("E", "A", "α", "B", "β")
+    lines = ["| L = E + A / N^α + B / D^β | fitted | 95 % interval |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |"
+        for name, value, (low, high) in zip(names, law, intervals, strict=True)
+    ]
+    return [
+        *lines,
+        "",
+        f"It explains {findings.explained:.1%} of the variance of the log losses; runs scatter about it by "
+        f"{findings.noise:.2%}.",
+    ]
+
+
+def _held_out(held_out: HeldOut) -> list[str]:
+    lines = [
+        f"| hold-out: {held_out.size} from the smaller sizes | predicted | measured | error |",
+        "|---|---|---|---|",
+    ]
+    for tokens, predicted, low, high, measured, _ in held_out.rows:
+        missed = "" if low <= measured <= high else ", outside"
+        shown = _with_interval(predicted, low, high)
+        lines.append(f"| {tokens:,} tokens | {shown} | {measured:.3f}{missed} | {predicted / measured - 1:+.2%} |")
+    better = "better" if held_out.error < held_out.naive_error else "not better"
+    return [
+        *lines,
+        "",
+        f"Mean error {held_out.error:.2%}: {better} than to take the loss of the size before "
+        f"({held_out.naive_error:.2%}).",
+    ]
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def plot(config: ScalingConfig, ladder: Ladder, findings: Findings) -> Figure:
+    """Loss over tokens for each size, loss over size for equal FLOPs, and over learning rates where there are some."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    colour = dict(zip(ladder.sizes, colormaps["viridis"](np.linspace(0, 0.9, len(ladder.sizes))), strict=True))
+    swept = ladder.swept
+    figure = Figure(figsize=(10.5 + 4.5 * swept, 4.2), layout="constrained")
+    by_tokens, by_flops, *by_rate = figure.subplots(1, 2 + swept)
+    for size in ladder.sizes:
+        for axes, against in ((by_tokens, "tokens"), (by_flops, "flops")):
+            used = [run for point, same in ladder.best.items() if point.size == size for run in same]
+            label = f"{size}: {ladder.first(size).parameters:,}"
+            x, y = [getattr(run, against) for run in used], [run.loss for run in used]
+            axes.plot(x, y, "o", markersize=4, color=colour[size], label=label)
+    if findings.law:
+        _draw_law(by_tokens, by_flops, ladder, findings, findings.law, colour)
+    for axes, title in ((by_tokens, "tokens"), (by_flops, "training FLOPs")):
+        axes.set_xscale("log")
+        axes.set_xlabel(title)
+    by_tokens.set_ylabel(f"validation loss: {config.loss}")
+    by_tokens.legend(title="encoder parameters", fontsize="small")
+    if swept:
+        rates.draw(by_rate[0], ladder, colour)
+    if findings.doubts:
+        title = "See table.md for what speaks against this fit" if findings.law else findings.doubts[0]
+        figure.suptitle(title, fontsize="small")
+    return figure
+
+
+def _draw_law(
+    by_tokens: Axes, by_flops: Axes, ladder: Ladder, findings: Findings, law: Law, colour: dict[str, object]
+) -> None:
+    """Each size's curve over tokens and over FLOPs; beside the latter, where a budget is best spent."""
+    tokens_G = np.geomspace(ladder.tokens[0] / 1.3, ladder.tokens[-1] * 4, 200)
+    for size in ladder.sizes:
+        first = ladder.first(size)
+        loss_RG = np.array([one.loss(first.parameters, tokens_G) for one in findings.laws])
+        low_G, high_G = np.quantile(loss_RG, [0.025, 0.975], axis=0)
+        by_tokens.fill_between(tokens_G, low_G, high_G, color=colour[size], alpha=0.12, linewidth=0)
+        for axes, x_G in ((by_tokens, tokens_G), (by_flops, tokens_G * first.flops / first.tokens)):
+            axes.plot(x_G, law.loss(first.parameters, tokens_G), color=colour[size], linewidth=1)
+    best = [(one.flops, one.exact.loss) for one in findings.spending if not one.exact.at_edge]
+    if best:
+        by_flops.plot(*zip(*best, strict=True), "k--x", linewidth=1, label="best spending")
+        by_flops.legend(fontsize="small")

@@ -1,0 +1,326 @@
+"""What the runs of a ladder have found, the best learning rate of each cell, and all that the law says about them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ecgscale.errors import InputError
+from ecgscale.scaling.ladder import Cell, ScalingConfig, epochs, next_sizes
+from ecgscale.scaling.law import Cells, Floats, Law, Optimum, doubts, explained, fit, interval, noise, optimum, predict
+from ecgscale.scaling.law import resample as bootstrap
+
+MANY_EPOCHS = 4.0
+SWEEP = 3  # learning rates, of which one can lie between the others
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell that is done."""
+
+    size: str
+    parameters: int
+    width: int
+    tokens: int
+    steps: int
+    epochs: float
+    flops: int
+    learning_rate: float
+    seed: int
+    loss: float  # NaN: it diverged
+    parts: dict[str, float | None]  # of the validation loss
+
+
+def runs_of(found: Sequence[Cell], part: str) -> list[Run]:
+    """What the cells have found. Raises InputError for one that is not done, and for an unknown part of the loss."""
+    runs = []
+    for cell in found:
+        parts, config = cell.result(), cell.pretraining
+        if not parts:
+            raise InputError(f"{cell.folder}: is not finished; run its part first")
+        if part not in parts:
+            raise InputError(f"loss {part!r}: the validation loss of {config.objective.name} has {', '.join(parts)}")
+        value = parts[part]
+        runs.append(
+            Run(
+                size=cell.size,
+                parameters=cell.parameters,
+                width=config.model.width,
+                tokens=cell.tokens,
+                steps=config.train.steps,
+                epochs=epochs(cell),
+                flops=cell.flops,
+                learning_rate=config.engine.learning_rate,
+                seed=cell.seed,
+                loss=math.nan if value is None else value,
+                parts=parts,
+            )
+        )
+    return runs
+
+
+class Point(NamedTuple):
+    """One size after so many tokens."""
+
+    size: str
+    tokens: int
+
+
+class Ladder:
+    """Runs by size and tokens, of each the best learning rate."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = list(runs)
+        self.sizes = list(dict.fromkeys(run.size for run in sorted(runs, key=lambda run: run.parameters)))
+        self.tokens = sorted({run.tokens for run in runs})
+        self.by_rate: dict[Point, dict[float, list[Run]]] = {}
+        for run in sorted(runs, key=lambda run: (run.tokens, run.learning_rate)):
+            rates = self.by_rate.setdefault(Point(run.size, run.tokens), {})
+            rates.setdefault(run.learning_rate, []).append(run)
+        self.best = {
+            point: min(rates.values(), key=lambda same: _mean_loss(same)) for point, rates in self.by_rate.items()
+        }
+
+    def mean(self, size: str, tokens: int) -> float:
+        """Mean loss over the seeds, at the best learning rate; NaN where every one diverged."""
+        return _finite(_mean_loss(self.best[Point(size, tokens)]))
+
+    def first(self, size: str) -> Run:
+        """Any run of a size, for what all of them have in common."""
+        return next(run for run in self.runs if run.size == size)
+
+    def cells(self, without: str = "") -> Cells:
+        """What the law is fitted to: the runs of the best learning rates that did not diverge."""
+        kept = [run for same in self.best.values() for run in same if run.size != without and math.isfinite(run.loss)]
+        size, tokens, loss = (
+            np.array([getattr(run, name) for run in kept], np.float64) for name in ("parameters", "tokens", "loss")
+        )
+        return Cells(size, tokens, loss)
+
+    @property
+    def swept(self) -> bool:
+        """Whether enough learning rates were tried to say where the best one is."""
+        return any(len(rates) >= SWEEP for rates in self.by_rate.values())
+
+    def remarks(self) -> list[str]:
+        """What is to be known of the runs before anything is read out of them, a sentence each."""
+        said = []
+        if diverged := [run for run in self.runs if not math.isfinite(run.loss)]:
+            said.append(f"{len(diverged)} of {len(self.runs)} runs have no finite loss and are left out.")
+        if repeated := [run for run in self.runs if run.epochs > MANY_EPOCHS]:
+            said.append(
+                f"{len(repeated)} runs read the training recordings more than {MANY_EPOCHS:g} times (up to "
+                f"{max(run.epochs for run in repeated):.1f}): repeated tokens count for less than new ones."
+            )
+        edges = [
+            point
+            for point, rates in self.by_rate.items()
+            if len(rates) >= SWEEP and self.best[point][0].learning_rate in (min(rates), max(rates))
+        ]
+        if not self.swept and any(len(rates) > 1 for rates in self.by_rate.values()):
+            said.append("Two learning rates were tried and the better one counts: where the best one is, is not known.")
+        if edges:
+            named = ", ".join(f"{size} at {tokens:,} tokens" for size, tokens in edges[:3])
+            more = f" and {len(edges) - 3} more" if len(edges) > 3 else ""
+            said.append(f"The best learning rate is at the edge of those that were tried for {named}{more}.")
+        return said
+
+
+def _mean_loss(same: Sequence[Run]) -> float:
+    """Infinity where a seed diverged: such a learning rate is not the best."""
+    loss = float(np.mean([run.loss for run in same]))
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.nan
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How well the law of all but the largest size predicts that one."""
+
+    size: str
+    rows: list[tuple[int, float, float, float, float, float]]  # tokens, predicted, low, high, measured, size before's
+
+    @property
+    def error(self) -> float:
+        """Mean relative error of the prediction."""
+        return float(np.mean([abs(predicted / measured - 1) for _, predicted, _, _, measured, _ in self.rows]))
+
+    @property
+    def naive_error(self) -> float:
+        """That of the guess that a larger size gains nothing: the loss of the size before."""
+        return float(np.mean([abs(before / measured - 1) for *_, measured, before in self.rows]))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A size that was not run, after so many tokens."""
+
+    size: str
+    parameters: int
+    tokens: float
+    loss: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a budget is best spent on, by exact FLOPs and by 6·N·D."""
+
+    flops: float
+    exact: Optimum
+    size_interval: tuple[float, float]
+    by_6nd: Optimum
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The law of a ladder, or why there is none."""
+
+    law: Law | None
+    laws: list[Law]
+    doubts: list[str]
+    noise: float = math.nan
+    explained: float = math.nan
+    held_out: HeldOut | None = None
+    predictions: tuple[Prediction, ...] = ()
+    spending: tuple[Spending, ...] = ()
+
+
+def find(config: ScalingConfig, ladder: Ladder) -> Findings:
+    """Fit, intervals, hold-out, predictions and best spending."""
+    cells = ladder.cells()
+    if reason := cells.too_few():
+        return Findings(None, [], [f"No law: {reason}."])
+    law = fit(cells)
+    laws = bootstrap(cells, law, config.resamples)
+    return Findings(
+        law,
+        laws,
+        doubts(cells, law, laws),
+        noise(cells, law),
+        explained(cells, law),
+        _hold_out(config, ladder),
+        _predictions(config, ladder, cells, law, laws),
+        _spending(config, ladder, law, laws),
+    )
+
+
+def _hold_out(config: ScalingConfig, ladder: Ladder) -> HeldOut | None:
+    """None where the smaller sizes do not determine a law."""
+    *_, before, largest = ladder.sizes
+    cells = ladder.cells(without=largest)
+    if cells.too_few():
+        return None
+    law = fit(cells)
+    laws = bootstrap(cells, law, config.resamples)
+    rows = []
+    for size, tokens in ladder.best:
+        measured = ladder.mean(size, tokens)
+        if size == largest and math.isfinite(measured):
+            predicted = predict(cells, law, laws, ladder.first(size).parameters, tokens)
+            nearest = min((t for s, t in ladder.best if s == before), key=lambda t: abs(t - tokens))
+            rows.append((tokens, *predicted, measured, ladder.mean(before, nearest)))
+    return HeldOut(largest, rows) if rows else None
+
+
+def _predictions(
+    config: ScalingConfig, ladder: Ladder, cells: Cells, law: Law, laws: list[Law]
+) -> tuple[Prediction, ...]:
+    """The next sizes after as many tokens as were tried, and after as many more times as they are larger."""
+    *_, before, largest = (ladder.first(size).parameters for size in ladder.sizes)
+    asked = [(name, size) for name, size, _ in next_sizes(config)]
+    found = []
+    for name, size in asked or [("next", round(largest * largest / before))]:
+        for tokens in (ladder.tokens[-1], ladder.tokens[-1] * max(1.0, size / largest)):
+            found.append(Prediction(name, size, tokens, *predict(cells, law, laws, size, tokens)))
+    return tuple(dict.fromkeys(found))
+
+
+def _spending(config: ScalingConfig, ladder: Ladder, law: Law, laws: list[Law]) -> tuple[Spending, ...]:
+    """Exact FLOPs per token lie between those of the sizes that are known, and go on beyond them as a power law."""
+    known = {ladder.first(size).parameters: _flops_per_token(ladder.first(size)) for size in ladder.sizes}
+    known |= {size: flops for _, size, flops in next_sizes(config)}
+    size_G, exact_G = _between(known)
+    dearest = max(run.flops for run in ladder.runs)
+    found = []
+    for flops in config.budgets or [dearest, 10 * dearest, 100 * dearest]:
+        best = optimum(law, flops, size_G, exact_G)
+        sizes = [optimum(one, flops, size_G, exact_G).size for one in laws]
+        found.append(Spending(flops, best, interval(sizes), optimum(law, flops, size_G, 6 * size_G)))
+    return tuple(found)
+
+
+def _flops_per_token(run: Run) -> float:
+    return run.flops / run.tokens
+
+
+def _between(known: dict[int, float], factor: float = 100.0) -> tuple[Floats, Floats]:
+    """A grid of sizes, to ``factor`` beyond what is known on both sides, and their training FLOPs per token."""
+    size_K, flops_K = (np.log(np.array(one, np.float64)) for one in zip(*sorted(known.items()), strict=True))
+    ends = np.log(factor)
+    slopes = np.diff(flops_K)[[0, -1]] / np.diff(size_K)[[0, -1]]
+    far_K = np.concatenate([[size_K[0] - ends], size_K, [size_K[-1] + ends]])
+    more_K = np.concatenate([[flops_K[0] - ends * slopes[0]], flops_K, [flops_K[-1] + ends * slopes[1]]])
+    size_G = np.linspace(far_K[0], far_K[-1], 1000)
+    return np.exp(size_G), np.exp(np.interp(size_G, far_K, more_K))
+
+
+def as_csv(ladder: Ladder) -> str:
+    """A line per run, with every part of its validation loss; used: whether the law was fitted to it."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    parts = list(dict.fromkeys(part for run in ladder.runs for part in run.parts))
+    about = ("size", "parameters", "width", "tokens", "steps", "epochs", "flops", "learning_rate", "seed")
+    writer.writerow([*about, "six_n_d", "used", *(f"validation/{part}" for part in parts)])
+    for run in ladder.runs:
+        used = run in ladder.best[Point(run.size, run.tokens)] and math.isfinite(run.loss)
+        numbers = [f"{one:.6g}" if isinstance(one, float) else one for one in (getattr(run, name) for name in about)]
+        losses = ["" if (value := run.parts.get(part)) is None else f"{value:.6f}" for part in parts]
+        writer.writerow([*numbers, 6 * run.parameters * run.tokens, int(used), *losses])
+    return out.getvalue()
+
+
+def as_json(config: ScalingConfig, findings: Findings) -> dict[str, Any]:
+    """Everything that was found, for programs."""
+    tree: dict[str, Any] = {
+        "loss": f"validation/{config.loss}",
+        "law": None,
+        "parameters_count": "encoder, without the objective's heads",
+        "doubts": findings.doubts,
+    }
+    if findings.law is None:
+        return tree
+    tree["law"] = findings.law._asdict()
+    tree["interval_95"] = {
+        name: interval([getattr(one, name) for one in findings.laws]) for name in findings.law._fields
+    }
+    tree |= {"noise_of_log_loss": findings.noise, "explained_variance": findings.explained}
+    tree["predictions"] = [vars(one) for one in findings.predictions]
+    tree["spending"] = [
+        {
+            "flops": one.flops,
+            "exact": vars(one.exact),
+            "exact_size_interval_95": one.size_interval,
+            "by_6nd": vars(one.by_6nd),
+        }
+        for one in findings.spending
+    ]
+    if findings.held_out:
+        keys = ("tokens", "predicted", "low", "high", "measured", "size_before_measured")
+        tree["held_out"] = {
+            "size": findings.held_out.size,
+            "mean_relative_error": findings.held_out.error,
+            "mean_relative_error_of_the_size_before": findings.held_out.naive_error,
+            "rows": [dict(zip(keys, row, strict=True)) for row in findings.held_out.rows],
+        }
+    return tree
