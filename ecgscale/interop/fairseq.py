@@ -57,7 +57,9 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
     parameters = sum(tensor.numel() for tensor in tensors.values())
     lines = [f"{path}: {_kind(contents)}, {parameters:,} parameters in {len(tensors)} tensors, all accounted for"]
     if not contents.mask_token:
-        lines.append(f"note: the file has no mask token; the export has one of {contents.model.width} parameters beside")
+        lines.append(
+            f"note: the file has no mask token; the export has one beside, of {contents.model.width} parameters"
+        )
     lines += [f"profile: {why}", *(f"note: {note}" for note in notes_of(cfg)), f"export: {out}"]
     return "\n".join(lines)
 
