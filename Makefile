@@ -43,7 +43,7 @@ gpu: setup
 
 gpu-run: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/launch
 gpu-run:
-	ECGSCALE_GPU=1 $(PYTHON) -m pytest $(ARGS) tests/kernels tests/test_cuda.py
+	ECGSCALE_GPU=1 $(PYTHON) -m pytest $(ARGS) tests/kernels tests/test_cuda.py tests/training/test_clock.py
 	$(PYTHON) -m ecgscale.cli bench kernel --device cuda --out $(RUNS)/gpu/bench
 	@if command -v compute-sanitizer; then set -x; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -m ecgscale.cli \
@@ -51,7 +51,10 @@ gpu-run:
 	else echo "compute-sanitizer is not on the PATH: skipped"; fi
 	test -e $(RUNS)/gpu/shards/manifest.json || $(PYTHON) -m ecgscale.cli simulate $(RUNS)/gpu/shards --patients 400
 	$(PYTHON) -m ecgscale.cli pretrain --config configs/pretrain/base.yaml --data.shards $(RUNS)/gpu/shards \
-	  --run.dir $(RUNS)/gpu/base --train.steps 50 --train.global_batch 128 --train.contrast_batch 128 --train.log_every 10
+	  --run.dir $(RUNS)/gpu/base --train.steps 50 --train.global_batch 128 --train.contrast_batch 128 --train.log_every 10 --profile
+	$(PYTHON) -m ecgscale.cli bench step --preset base large --batch 32 --precision bf16 --compile off on --shards $(RUNS)/gpu/shards \
+	  --out $(RUNS)/gpu/bench
+	$(PYTHON) -m ecgscale.cli bench report $(RUNS)/gpu/bench --out $(RUNS)/gpu/report
 
 real: setup
 	test -e $(RUNS)/real/ptbxl/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ptbxl $(RUNS)/real/ptbxl \

@@ -538,7 +538,8 @@ def plan(argv: list[str]) -> None:
         parser.add_argument(f"--{name}", action="store_true")
     options, rest = parser.parse_known_args(argv)
     if options.check:
-        print(check(rest, options.json))
+        unwanted = [f"--{name}" for name in ("out", "measure") if getattr(options, name)]
+        print(check([*unwanted, *rest], options.json))
         return
     print(run(config.load(PlanConfig, rest), options.out, options.json, options.measure))
 

@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "engine.zero_stage",
     "engine.whole_below",
     "engine.activation_checkpointing",
+    "engine.compile",
     "engine.peak_tflops",
     "train.steps",
     "train.log_every",

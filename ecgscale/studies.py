@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,11 @@ def refuse_twice(kind: str, given: Iterable[Hashable]) -> None:
         raise InputError(f"{kind}: give one at least")
 
 
-def check_pretraining(config: PretrainConfig) -> ShardSet:
+def check_pretraining(config: PretrainConfig, may_change: Collection[str] = STUDY_MAY_CHANGE) -> ShardSet:
     """The data of a pretraining run. Raises InputError where it cannot start, or where another run lies there."""
     shards, run = ShardSet.open(config.data.shards, config.data.cache), Path(config.run.dir)
     objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
-    refuse_other_config(run / "config.yaml", config, STUDY_MAY_CHANGE)
+    refuse_other_config(run / "config.yaml", config, may_change)
     if (done := checkpoint.latest(run / "checkpoints")) and done.state["data"] != shards.identity:
         raise InputError(f"{run}: was pretrained on other data; remove it or take another run.dir")
     return shards

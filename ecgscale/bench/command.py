@@ -53,8 +53,7 @@ def _add_step(parts: Any) -> None:
     )
     step.add_argument("--shards", default="", metavar="A,B", help="data sets that ecgscale's step reads too, beside")
     step.add_argument("--find-batch", action="store_true", help="take the largest batch that fits, not --batch")
-    step.add_argument("--memory-gb", type=float, default=0.0, help="into which --find-batch fits (default: the GPU's)")
-    step.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for MFU (default: by its name)")
+    step.add_argument("--memory-gb", type=float, help="into which --find-batch fits (default: the GPU's)")
 
 
 def _add_scaling(parts: Any) -> None:
@@ -94,11 +93,15 @@ def _add_case(parser: argparse.ArgumentParser, several: str | None) -> None:
 def _step(options: argparse.Namespace, keys: list[str]) -> None:
     from ecgscale.bench.step import bench_step
 
+    if options.memory_gb is not None and not options.find_batch:
+        raise InputError(f"bench step: --memory-gb {options.memory_gb:g} is for --find-batch, which was not given")
+    if options.find_batch and len(options.batch) > 1:
+        said = " ".join(map(str, options.batch))
+        raise InputError(f"bench step: --batch {said} with --find-batch, which finds the batch; leave one of them out")
     device = _device(options)
     cases = _cases(options, keys, device, options.ranks, options.shards)
-    within_gb = options.memory_gb if options.find_batch else None
-    effort = _effort(options, device)
-    print(bench_step(options.out, cases, options.against, effort, options.peak_tflops, within_gb).markdown())
+    within_gb = (options.memory_gb or 0.0) if options.find_batch else None
+    print(bench_step(options.out, cases, options.against, _effort(options, device), within_gb).markdown())
 
 
 def _scaling(options: argparse.Namespace, keys: list[str]) -> None:

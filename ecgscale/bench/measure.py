@@ -237,8 +237,8 @@ class Report:
 
     @property
     def file_name(self) -> str:
-        """Without its ending: stream-20261123T074501, by the time when the measurement began."""
-        return f"{self.name}-{datetime.fromisoformat(self.machine['date']):%Y%m%dT%H%M%S}"
+        """Without its ending: stream-20261123T074501-4711, by the time when the measurement began and the process."""
+        return f"{self.name}-{datetime.fromisoformat(self.machine['date']):%Y%m%dT%H%M%S}-{os.getpid()}"
 
     def write(self, folder: Path) -> None:
         """``file_name`` as .md and .json, beside those of other runs, and TensorBoard scalars ``bench/NAME/...``.

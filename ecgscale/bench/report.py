@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecgscale.bench.measure import Check, make_folder
+from ecgscale.bench.measure import make_folder
 from ecgscale.bench.results import Change, Run, Value, by_machine, changes, read_runs, sides
 from ecgscale.data.shards import write_whole
 
@@ -40,8 +40,7 @@ def report(places: Sequence[Path], out: Path, against: str = "", threshold: floa
             of_bench = [run for run in each if run.name == name]
             text += [f"### bench {name}", "", *_tables(of_bench), *_checks(of_bench)]
             picture = out / (f"{name}.png" if len(machines) == 1 else f"{name}-{number + 1}.png")
-            if _plot(of_bench, name, where, picture):
-                text += [f"![{name} on {where}]({picture.name})", ""]
+            text += _plot(of_bench, name, where, picture)
     worse: list[Change] = []
     if against:
         found = changes(*sides(runs, against))
@@ -60,8 +59,7 @@ def _runs_table(runs: Sequence[Run]) -> list[str]:
     rows = []
     for run in runs:
         load = run.machine.get("load", ["?"])
-        versions = ", ".join(f"{name} {run.machine['versions'][name]}" for name in ("torch", "deepspeed"))
-        about = (f"{run.date:%Y-%m-%d %H:%M}", run.commit, versions, str(load[0]))
+        about = (f"{run.date:%Y-%m-%d %H:%M}", run.commit, run.versions, str(load[0]))
         rows.append((run.name, *about, f"`{run.machine.get('command', '')}`"))
     return _markdown(("bench", "date", "commit (+: changed)", "versions", "load", "command"), rows)
 
@@ -84,12 +82,7 @@ def _tables(runs: Sequence[Run]) -> list[str]:
 
 def _checks(runs: Sequence[Run]) -> list[str]:
     """What the project must reach, as every run found it."""
-    lines = []
-    for run in runs:
-        for section in run.sections:
-            for check in section.get("checks", []):
-                known = {name: value for name, value in check.items() if name != "passed"}
-                lines.append(f"- {section['title']}, {run.commit}: {Check(**known).text()}")
+    lines = [f"- {title}, {run.commit}: {check.text()}" for run in runs for title, check in run.checks]
     return [*lines, ""] if lines else []
 
 
@@ -109,8 +102,8 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 # -- plots -----------------------------------------------------------------------------------------------------------
 
 
-def _plot(runs: Sequence[Run], name: str, where: str, picture: Path) -> bool:
-    """Whether there was something to plot."""
+def _plot(runs: Sequence[Run], name: str, where: str, picture: Path) -> list[str]:
+    """The picture in the report; nothing where there is nothing to plot."""
     from matplotlib.figure import Figure  # imports slowly
 
     metric = _PLOTTED.get(name)
@@ -121,7 +114,7 @@ def _plot(runs: Sequence[Run], name: str, where: str, picture: Path) -> bool:
         if metric and scalar.endswith(f"/{metric}")
     }
     if not rows:
-        return False
+        return []
     bars = dict(sorted(rows.items())[:_MOST_BARS])
     size = (9.0, 1.6 + 0.3 * len(bars)) if name != "scaling" else (7.0, 5.0)
     figure = Figure(figsize=size, layout="constrained")
@@ -129,7 +122,8 @@ def _plot(runs: Sequence[Run], name: str, where: str, picture: Path) -> bool:
     (_efficiency if name == "scaling" else _bars)(axes, bars)
     axes.set_title(f"bench {name}: {metric}\n{where}", fontsize=9)
     figure.savefig(picture, dpi=100)
-    return True
+    cut = [f"The plot shows the first {len(bars)} of {len(rows)} rows.", ""] if len(bars) < len(rows) else []
+    return [f"![{name} on {where}]({picture.name})", "", *cut]
 
 
 Rows = dict[tuple[str, str], tuple[Run, Value]]  # by label and commit

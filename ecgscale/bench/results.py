@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,11 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ecgscale.bench.measure import Check
 from ecgscale.errors import InputError
 
 # By the last part of a scalar's name: which way is better. What is in neither is shown and not compared.
 _MORE_IS_BETTER = ("per_s", "tflops", "mfu", "of_product", "of_floor", "efficiency", "largest_batch")
 _LESS_IS_BETTER = ("ms", "us", "us_per_record", "mb", "gb")
+# By name, by a ratio, or because the part of the bench measures nothing else.
+_OURS = re.compile(r"ecgscale|over_[^/]*$|^kernel/step/|^stream/(start|scale|codec/pco)/|^stream/.*_threads/")
 
 
 class Value(NamedTuple):
@@ -49,6 +53,21 @@ class Run:
         """Shortened; with a plus where the tree had changes of its own."""
         commit = self.machine["commit"] or "unknown"
         return commit[:9] + ("+" if commit.endswith("+") else "")
+
+    @property
+    def versions(self) -> str:
+        """Of what a step is made of."""
+        return ", ".join(f"{name} {self.machine['versions'][name]}" for name in ("torch", "deepspeed"))
+
+    @property
+    def checks(self) -> list[tuple[str, Check]]:
+        """What the project must reach, with the title of its section."""
+        found = []
+        for section in self.sections:
+            for check in section.get("checks", []):
+                known = {name: value for name, value in check.items() if name != "passed"}
+                found.append((section["title"], Check(**known)))
+        return found
 
     @property
     def date(self) -> datetime:
@@ -127,7 +146,8 @@ def _read(path: Path) -> Run | None:
         return None
     try:
         run = Run(path, content.get("name", path.stem.split("-")[0]), content["machine"], content["sections"])
-        _ = run.where, run.commit, run.date, run.values, run.settings
+        _ = run.where, run.commit, run.date, run.versions, run.values, run.settings
+        _ = [check.text() for _, check in run.checks]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: a damaged result of a bench ({type(error).__name__} {error})") from error
     return run
@@ -166,7 +186,7 @@ def sides(runs: Sequence[Run], against: str) -> tuple[list[Run], list[Run]]:
 
 
 def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
-    """Every scalar of ours that both sides have on one machine, by the newest run of each side.
+    """Every scalar of ours that both sides have on one machine, by the newest run before and the newest commit after.
 
     Raises InputError where no machine is on both sides.
     """
@@ -179,10 +199,13 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
         )
     found = []
     for where in common:
-        olds, news = _newest(by_machine(before)[where]), _newest(machines[where])
+        # A scalar that only an older commit of those after has would tell of a time before ``before``.
+        last = machines[where][-1].commit
+        olds = _newest(by_machine(before)[where])
+        news = _newest([run for run in machines[where] if run.commit == last])
         for name in (name for name in news if name in olds):
             sign, (old, old_commit), (new, new_commit) = better_way(name), olds[name], news[name]
-            if sign and _is_ours(name) and old.median > 0:
+            if sign and is_ours(name) and old.median > 0:
                 worse_by = sign * (old.median - new.median) / old.median
                 found.append(Change(where, name, old, new, (old_commit, new_commit), worse_by))
     return found
@@ -196,9 +219,9 @@ def better_way(name: str) -> int:
     return -1 if last.endswith(_LESS_IS_BETTER) else 0
 
 
-def _is_ours(name: str) -> bool:
-    """Whether it says something of ecgscale and not of a baseline alone."""
-    return "ecgscale" in name or "over_" in name.rsplit("/", 1)[-1]
+def is_ours(name: str) -> bool:
+    """Whether it says something of ecgscale and not of a baseline alone; the name begins with that of its bench."""
+    return _OURS.search(name) is not None
 
 
 def _newest(runs: Sequence[Run]) -> dict[str, tuple[Value, str]]:

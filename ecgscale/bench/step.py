@@ -22,7 +22,7 @@ from ecgscale.bench.step_ranks import FailedError, equality_of
 from ecgscale.bench.step_turns import Effort, Taken, take_turns
 from ecgscale.bench.step_ways import DDP, OURS, PRODUCT, PRODUCT_SIDE, SHARDS, STRAIGHTFORWARD, TITLES, possible
 from ecgscale.errors import InputError
-from ecgscale.training.devices import peak_flops
+from ecgscale.training.metrics import device_peak
 
 # In fp32, relative: of the loss and of the gradients. A GPU's kernels add up in their own order.
 _MOST_ERROR = {"cpu": (1e-5, 1e-4), "cuda": (1e-4, 1e-3)}
@@ -35,15 +35,14 @@ def bench_step(
     cases: Sequence[Case],
     baselines: Sequence[str],
     effort: Effort,
-    peak_tflops: float = 0.0,
     find_within_gb: float | None = None,
 ) -> Report:
     """Measure every case and write to ``out``; what was measured before an error is written too.
 
     Args:
         baselines: what stands beside ecgscale where it is possible: ddp, straightforward.
-        peak_tflops: of the device, for MFU; 0: from the table.
-        find_within_gb: measure each case with the largest batch that fits into so many GB; 0: into the GPU.
+        find_within_gb: measure each case with the largest batch that fits into so many GB; 0: into the GPU. On a GPU
+            ecgscale is then measured alone, as in the trials: others would hold memory that the batch needs.
 
     Raises InputError where no case could be measured at all, and for shards that do not give its batches.
     """
@@ -60,10 +59,10 @@ def bench_step(
             if find_within_gb is not None:
                 try:
                     chosen = replace(case, batch=largest_batch(case, find_within_gb))
-                except NothingFitsError as error:
+                except (NothingFitsError, FailedError) as error:
                     report.sections.append(Section(case.title, _HEADER[:2], [(TITLES[OURS], str(error))]))
                     continue
-            section = measure_case(chosen, baselines, effort, peak_tflops)
+            section = measure_case(chosen, baselines, effort, find_within_gb is not None and case.device == "cuda")
             if f"{chosen.key}/{STRAIGHTFORWARD}/ecg_per_s" in section.scalars:
                 known_as = repr((case.config.model, case.config.objective, case.samples))
                 if known_as not in held:
@@ -82,13 +81,17 @@ def bench_step(
     return report
 
 
-def measure_case(case: Case, baselines: Sequence[str], effort: Effort, peak_tflops: float = 0.0) -> Section:
-    """One case: ecgscale, the baselines that are possible, and what the device multiplies at most."""
-    ways = [way for way in possible(case) if way in (OURS, SHARDS, *baselines)]
-    wanted = {way: (case, way) for way in [*ways, PRODUCT]}
+def measure_case(case: Case, baselines: Sequence[str], effort: Effort, alone: bool = False) -> Section:
+    """One case: ecgscale, the baselines that are possible, and what the device multiplies at most.
+
+    Args:
+        alone: only ecgscale, with all of the device's memory.
+    """
+    ways = [OURS] if alone else [way for way in possible(case) if way in (OURS, SHARDS, *baselines)]
+    wanted = {way: (case, way) for way in (ways if alone else [*ways, PRODUCT])}
     taken = take_turns(wanted, effort, case.title)
     section = Section(case.title, _HEADER)
-    peak = peak_tflops * 1e12 or (_peak_flops(case) or 0.0)
+    peak = device_peak(case.config.engine, torch.device(case.device)) or 0.0
     product_flops = _product_flops(case, taken)
     for way in ways:
         section.rows.append(_row(section, case, way, taken, product_flops, peak))
@@ -103,7 +106,9 @@ def measure_case(case: Case, baselines: Sequence[str], effort: Effort, peak_tflo
     if case.overrides:
         section.notes.append(f"With {case.overrides}.")
     left_out = [TITLES[way] for way in baselines if way not in ways]
-    if left_out:
+    if alone:
+        section.notes.append("Alone on the GPU: whatever took turns with it would hold memory that this batch needs.")
+    elif left_out:
         section.notes.append(f"Not written for this model or objective: {', '.join(left_out)}.")
     return section
 
@@ -159,7 +164,7 @@ def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None
         kept = ratios(taken.rounds[SHARDS], taken.rounds[OURS])
         section.scalar(f"{case.key}/shards_over_ecgscale", kept)
         section.notes.append(f"Reading {case.shards} it is {kept.text(3)} times as fast as with synthetic batches.")
-        if effort.bounds and case.device == "cuda":
+        if effort.bounds and _is_h100(case):
             section.checks.append(Check("times as fast from shards as from synthetic batches", kept.median, 0.97))
     mfu, bound = section.scalars.get(f"{case.key}/{OURS}/mfu"), mfu_bound(case)
     if mfu is not None and bound is not None and effort.bounds:
@@ -169,11 +174,15 @@ def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None
 def bound_of(case: Case, way: str) -> float | None:
     """How many times as fast as a way ecgscale must be; None where nothing is demanded."""
     model, engine = case.config.model, case.config.engine
-    if case.overrides or model.preset != "base" or model.stem != "conv":
+    if case.overrides or model.preset != "base" or model.stem != "conv" or case.samples != Case.samples:
+        return None
+    if engine.activation_checkpointing or engine.compile:
         return None
     if case.device == "cpu":
         asked = way == STRAIGHTFORWARD and case.batch == 8 and case.threads == 2 and case.ranks == 1
         return {"fp32": 1.4, "bf16": 2.2}[engine.precision] if asked else None
+    if not _is_h100(case):
+        return None
     if way == DDP:
         return 0.98 if engine.zero_stage == 1 else None
     return 5.0 if engine.precision == "bf16" else None
@@ -181,10 +190,15 @@ def bound_of(case: Case, way: str) -> float | None:
 
 def mfu_bound(case: Case) -> float | None:
     """Demanded of an H100; None elsewhere."""
-    if case.device != "cuda" or case.overrides or "H100" not in torch.cuda.get_device_name():
+    if case.overrides or not _is_h100(case):
         return None
     asked = {"base": 0.45, "large": 0.5}
     return asked.get(case.config.model.preset) if case.config.engine.precision == "bf16" else None
+
+
+def _is_h100(case: Case) -> bool:
+    """Whether the project's bounds for GPUs are meant for this one."""
+    return case.device == "cuda" and "H100" in torch.cuda.get_device_name()
 
 
 def equal_checks(case: Case) -> list[Check] | str:
@@ -215,7 +229,3 @@ def _product_flops(case: Case, taken: Taken) -> float:
         return 0.0
     products_per_s = spread([one.per_s for one in rounds]).median / (case.batch * case.ranks)
     return 2.0 * PRODUCT_SIDE[case.device] ** 3 * products_per_s
-
-
-def _peak_flops(case: Case) -> float | None:
-    return peak_flops(torch.cuda.get_device_name(), case.config.engine.precision) if case.device == "cuda" else None

@@ -23,6 +23,7 @@ from ecgscale.training.engine import EngineConfig
 RATE_HZ = 500.0  # what the samples are said to be; nothing that is timed depends on it
 SEGMENTS = 2  # of each recording, as in pretraining
 SEED = 0
+_PEAK = "--engine.peak_tflops"
 _LONGEST_NAME = 40  # characters of what other keys add to a case's name
 
 Settings = dict[str, str | int | float | bool]
@@ -148,6 +149,7 @@ class Axes:
 
         What does not go together is left out, which stderr says. Raises InputError where nothing remains.
         """
+        overrides = " ".join(_without_peak(keys))
         cases: list[Case] = []
         refused: list[InputError] = []
         for preset, stem, precision, stage, checkpointing, compiled, batch, ranks in product(
@@ -167,7 +169,7 @@ class Axes:
             usable = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
             try:
                 config = load(StepConfig, [*words, *keys])
-                cases.append(Case(config, batch, samples, ranks, device, usable, shards, " ".join(keys)))
+                cases.append(Case(config, batch, samples, ranks, device, usable, shards, overrides))
             except InputError as error:
                 refused.append(error)
         if not cases:
@@ -175,3 +177,12 @@ class Axes:
         for said in dict.fromkeys(map(str, refused)):
             print(f"bench: left out: {said}", file=sys.stderr, flush=True)
         return cases
+
+
+def _without_peak(keys: Sequence[str]) -> list[str]:
+    """The keys that change what is measured: engine.peak_tflops only tells of the device."""
+    kept: list[str] = []
+    for before, word in zip(["", *keys], keys, strict=False):
+        if before != _PEAK and word != _PEAK and not word.startswith(f"{_PEAK}="):
+            kept.append(word)
+    return kept

@@ -31,6 +31,7 @@ from ecgscale.training.ranks import start_ranks
 
 _EQUALITY = "equality"
 _WATCH_S = 0.1  # between two looks at the memory of ranks that must not exceed a limit
+_LAST_WORD_S = 2.0  # for all ranks to end once one has
 
 
 class FailedError(Exception):
@@ -46,7 +47,6 @@ class Turn(NamedTuple):
 
     wall_s: float
     cpu_s: float
-    losses: list[float]
     peak_bytes: int  # of the device; on a CPU of the process, since it began
 
 
@@ -107,10 +107,6 @@ class Group:
         """Most memory of each rank so far."""
         return [max(turn.peak_bytes for turn in rank) for rank in zip(*self.turns, strict=True)]
 
-    @property
-    def first_loss(self) -> float:
-        return self.turns[0][0].losses[0]
-
     def close(self) -> None:
         """End the processes."""
         for end in self._ends:
@@ -129,37 +125,41 @@ class Group:
     def _ask(self, what: object) -> list[Any]:
         """What each rank answers."""
         answers: dict[int, object] = {}
-        try:
-            for end in self._ends:
+        for end in self._ends:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has ended, and may have said why
                 end.send(what)
-            while len(answers) < len(self._ends):
-                missing = [i for i in range(len(self._ends)) if i not in answers]
-                wait_s = _WATCH_S if self._limit_bytes else None
-                ready = connection.wait([self._ends[i] for i in missing], wait_s)
-                for i in missing:
-                    if self._ends[i] in ready:
-                        answers[i] = self._answer(i)
-                self._watch()
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise self._gone(0) from error
+        while len(answers) < len(self._ends):
+            missing = [i for i in range(len(self._ends)) if i not in answers]
+            wait_s = _WATCH_S if self._limit_bytes else None
+            ready = connection.wait([self._ends[i] for i in missing], wait_s)
+            for i in missing:
+                if self._ends[i] in ready:
+                    answers[i] = self._answer(i)
+            self._watch()
         return [answers[i] for i in range(len(self._ends))]
 
     def _answer(self, rank: int) -> object:
         try:
             answer = self._ends[rank].recv()
-        except EOFError as error:
-            raise self._gone(rank) from error
+        except (EOFError, ConnectionResetError) as error:
+            raise self._gone() from error
         if not isinstance(answer, _Failed):
             return answer
         raise (TooLargeError if answer.too_large else FailedError)(answer.message)
 
-    def _gone(self, rank: int) -> Exception:
-        """A process that ends without a word was killed, by the system where memory ran out, or had an error."""
-        self._ranks[rank].join(timeout=2)
-        code = self._ranks[rank].exitcode
-        if code == -signal.SIGKILL:
+    def _gone(self) -> Exception:
+        """A process that ends without a word was killed, by the system where memory ran out, or had an error.
+
+        The one whose pipe breaks first may only have lost another, so all of them are looked at.
+        """
+        until_s = time.monotonic() + _LAST_WORD_S
+        for process in self._ranks:
+            process.join(timeout=max(0.0, until_s - time.monotonic()))
+        codes = [process.exitcode for process in self._ranks]
+        if -signal.SIGKILL in codes:
             return TooLargeError("killed by the system, which does that where memory runs out")
-        return FailedError(f"rank {rank} ended with code {code}; what it said stands above")
+        ended = [f"rank {rank} ended with code {code}" for rank, code in enumerate(codes) if code is not None]
+        return FailedError(f"{ended[0] if ended else 'a rank ended'}; what it said stands above")
 
     def _watch(self) -> None:
         if not self._limit_bytes:
@@ -204,7 +204,7 @@ def _run_rank(case: Case, way: str, rank: int, port: int, end: connection.Connec
     except InputError as error:
         end.send(_Failed(str(error), too_large=False))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        if not tells_of_memory(error):
             raise
         end.send(_Failed(f"out of memory: {_shortened(error)}", too_large=True))
 
@@ -224,13 +224,21 @@ def _serve(case: Case, way: str, end: connection.Connection) -> None:
             step()
         _meet(case)
         wall, cpu = time.perf_counter(), time.process_time()
-        losses = [step() for _ in range(steps)]
+        for _ in range(steps):
+            step()
         if case.device == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - wall, time.process_time() - cpu
-        end.send(Turn(*took, [float(loss.flatten()[0]) for loss in losses], _peak_bytes(case)))
+        end.send(Turn(*took, _peak_bytes(case)))
         if case.device == "cuda":
             torch.cuda.empty_cache()  # other ways need the memory meanwhile; their untimed steps take it again
+
+
+def tells_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. CUDA's libraries and the CPU's allocator say so by RuntimeErrors only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
+        re.search(r"can't allocate memory|out of memory|ALLOC_FAILED", str(error), re.IGNORECASE)
+    )
 
 
 def _shortened(error: BaseException) -> str:

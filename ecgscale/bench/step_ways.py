@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from ecgscale.bench.step_batches import shard_stream, synthetic_batches
 from ecgscale.bench.step_case import Case
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.data.batch import ECGBatch
+from ecgscale.errors import InputError
 from ecgscale.record import LEADS
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import Ranks
@@ -74,7 +76,9 @@ def _ours(case: Case, ranks: Ranks, batches: Iterator[ECGBatch]) -> Step:
 
 def _ddp(case: Case, ranks: Ranks, batches: Iterator[ECGBatch]) -> Step:
     """DistributedDataParallel, autocast for bf16, PyTorch's fused AdamW, nothing compiled."""
-    module = _distributed(case.build(), ranks)
+    # Only the local loss learns from what stands for masked tokens.
+    unused = not case.config.objective.name.startswith("wav2vec2")
+    module = _distributed(case.build(), ranks, unused)
     optimizer = _adamw(module, case.config.engine, fused=True)
     bf16 = case.config.engine.precision == "bf16"
     done = 0
@@ -119,9 +123,9 @@ def _plain_twin(case: Case) -> Straightforward:
     return plain
 
 
-def _distributed(module: nn.Module, ranks: Ranks) -> DistributedDataParallel:
+def _distributed(module: nn.Module, ranks: Ranks, unused: bool = False) -> DistributedDataParallel:
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(module.to(ranks.device), device_ids=devices)
+    return DistributedDataParallel(module.to(ranks.device), device_ids=devices, find_unused_parameters=unused)
 
 
 def _adamw(module: nn.Module, config: EngineConfig, fused: bool | None = None) -> torch.optim.AdamW:
@@ -143,7 +147,10 @@ def _update(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def equality(case: Case, ranks: Ranks) -> Equality:
-    """Losses and gradients of ecgscale's objective and of the straightforward one, for the same weights and draws."""
+    """Losses and gradients of ecgscale's objective and of the straightforward one, for the same weights and draws.
+
+    Raises InputError where they are not finite, so that nothing can be said of them.
+    """
     case = case.without_dropout()
     model, objective = case.config.model, case.config.objective
     batch = next(synthetic_batches(case, ranks.rank)).to(ranks.device)
@@ -160,4 +167,6 @@ def equality(case: Case, ranks: Ranks) -> Equality:
     assert len(pairs) == len(renamed)
     apart = sum(float((one - other).square().sum()) for one, other in pairs)
     whole = sum(float(other.square().sum()) for _, other in pairs)
+    if not all(math.isfinite(value) for value in (loss.item(), plain_loss.item(), apart, whole)):
+        raise InputError("losses or gradients are not finite")
     return Equality(abs(loss.item() / plain_loss.item() - 1), float((apart / whole) ** 0.5))

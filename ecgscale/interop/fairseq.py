@@ -56,11 +56,10 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
     write_export(out, weights, about)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     lines = [f"{path}: {_kind(contents)}, {parameters:,} parameters in {len(tensors)} tensors, all accounted for"]
+    notes = notes_of(cfg)
     if not contents.mask_token:
-        lines.append(
-            f"note: the file has no mask token; the export has one beside, of {contents.model.width} parameters"
-        )
-    lines += [f"profile: {why}", *(f"note: {note}" for note in notes_of(cfg)), f"export: {out}"]
+        notes = [*notes, f"no mask token is in it; the export has one beside, of {contents.model.width} parameters"]
+    lines += [f"profile: {why}", *(f"note: {note}" for note in notes), f"export: {out}"]
     return "\n".join(lines)
 
 

@@ -191,7 +191,9 @@ def _contrast(model: ModelConfig, objective: ObjectiveConfig, rows: int) -> int:
         return 0
     if objective.name in ("simclr", "3kg"):
         return 2 * rows * model.width * _FP32 + 5 * rows * rows * _FP32
-    return rows * model.width * _FP32 + 2 * (rows // 2) ** 2 * _FP32
+    # Embeddings, similarities with the mask that belongs to them: of A with B; of A and of B with themselves too.
+    embeddings, similarities, masks = (2, 3, 3) if objective.global_form == "nt_xent" else (1, 2, 1)
+    return embeddings * rows * model.width * _FP32 + (similarities * _FP32 + masks) * (rows // 2) ** 2
 
 
 def working_bytes(

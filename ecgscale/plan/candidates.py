@@ -14,8 +14,9 @@ from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.memory import Memory, Parallel, memory_of, sizes_of
 from ecgscale.plan.network import collectives_of, communication_s
 from ecgscale.plan.speed import micro_step, update_s
+from ecgscale.pretrain import SEGMENTS
+from ecgscale.training.loop import TrainConfig
 
-SEGMENTS = 2  # of each recording
 _MOST_ROWS = 1 << 16
 _STAGES = (0, 1, 2, 3)
 _NEARLY = 1.03
@@ -77,9 +78,11 @@ def samples_of(config: PlanConfig, rate_hz: float) -> int:
 
 def check_batch(config: PlanConfig, gpus: int) -> None:
     """Raises InputError where the recordings of a micro-step, or the lanes of the order, cannot be shared out."""
-    contrast = config.train.contrast
-    if config.train.lanes:
-        check_world_size(gpus, config.train.lanes)
+    contrast, lanes = config.train.contrast, config.train.lanes
+    if lanes:
+        check_world_size(gpus, lanes)
+        if contrast % lanes:
+            raise InputError(f"train.lanes {lanes} does not divide the contrast batch of {contrast}")
     if contrast % gpus:
         raise InputError(
             f"train.contrast_batch {contrast}: {gpus} GPUs cannot share so many recordings evenly; give a multiple of "
@@ -168,8 +171,8 @@ def candidates(config: PlanConfig, cluster: Cluster, samples: int) -> list[Candi
 
 
 def possible(config: PlanConfig, zero_stage: int, gpus: int) -> bool:
-    """Whether the engine takes a stage: 3 only where every parameter has an element for each rank."""
-    return zero_stage < 3 or min(sizes_of(config.model, config.objective)) >= gpus
+    """Whether the engine takes a stage: 3 only uncompiled, and where every parameter has an element for each rank."""
+    return zero_stage < 3 or (not config.engine.compile and min(sizes_of(config.model, config.objective)) >= gpus)
 
 
 def _fewest_layers(config: PlanConfig, cluster: Cluster, samples: int, every: Candidate) -> Candidate | None:
@@ -204,7 +207,11 @@ def refuse(config: PlanConfig, cluster: Cluster, samples: int, found: list[Candi
         f"model.preset {config.model.preset} with {least.rows} segments per GPU does not fit: it needs "
         f"{_gb(least.memory.peak)} at least (ZeRO {least.zero_stage}, {checkpointing(least, config)}), which is "
         f"{_gb(least.lacks)} more than the {_gb(cluster.memory_bytes)} that {cluster.config.device} has for tensors; "
-        + ("what fits: " + "; ".join(ways) if ways else "no number of GPUs up to 4096 is enough: take a smaller model")
+        + (
+            "what fits: " + "; ".join(ways)
+            if ways
+            else "nothing that was tried fits: more GPUs need a larger train.contrast_batch; or take a smaller model"
+        )
     )
 
 
@@ -212,7 +219,7 @@ def _ways_out(config: PlanConfig, cluster: Cluster, samples: int) -> Iterator[st
     """What would fit: smaller micro-steps, more GPUs."""
     train, gpus = config.train, cluster.gpus
     for parts in range(2, train.global_batch // gpus + 1):
-        if train.contrast % parts or train.contrast // parts % gpus:
+        if train.contrast % parts or not _shared_out(train, train.contrast // parts, gpus):
             continue
         smaller = replace(config, train=replace(train, contrast_batch=train.contrast // parts))
         if (found := best(candidates(smaller, cluster, samples))) is not None:
@@ -223,11 +230,17 @@ def _ways_out(config: PlanConfig, cluster: Cluster, samples: int) -> Iterator[st
             break
     nodes = cluster.config.nodes
     while (nodes := nodes * 2) * cluster.config.gpus_per_node <= 4096:
-        if train.contrast % (nodes * cluster.config.gpus_per_node):
+        if not _shared_out(train, train.contrast, nodes * cluster.config.gpus_per_node):
             continue
         if (found := best(candidates(config, cluster.of_nodes(nodes), samples))) is not None:
             yield f"cluster.nodes {nodes} (ZeRO {found.zero_stage}, {checkpointing(found, config)})"
             break
+
+
+def _shared_out(train: TrainConfig, contrast: int, gpus: int) -> bool:
+    """Whether so many GPUs can share a contrast batch, in the lanes that are given if any are."""
+    lanes = train.lanes or gpus
+    return contrast % gpus == 0 and contrast % lanes == 0 and lanes % gpus == 0
 
 
 def checkpointing(one: Candidate, config: PlanConfig) -> str:

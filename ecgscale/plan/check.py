@@ -60,27 +60,28 @@ class Checked:
         return self.predicted / self.measured - 1
 
 
-def check_memory(trial: Trial, threads: int) -> Checked:
+def check_memory(trial: Trial, threads: int, device: str) -> Checked:
     """Peak of a step beyond what the process had before."""
-    peaks = peak_bytes(trial, threads)
-    return _checked("peak bytes", trial, predicted_memory(trial).peak, max(peaks.values()))
+    peaks = peak_bytes(trial, threads, device)
+    return _checked("peak bytes", trial, predicted_memory(trial, device).peak, max(peaks.values()))
 
 
-def predicted_memory(trial: Trial) -> Memory:
-    """On one CPU rank."""
+def predicted_memory(trial: Trial, device: str = "cpu") -> Memory:
+    """On one rank, ``cpu`` or ``cuda``."""
     layers = trial.model.depth if trial.engine.activation_checkpointing else 0
-    return memory_of(trial.model, trial.objective, _alone(trial), trial.rows, trial.samples, layers)
+    return memory_of(trial.model, trial.objective, _alone(trial, device), trial.rows, trial.samples, layers)
 
 
-def check_time(trial: Trial, rates: Rates) -> Checked:
+def check_time(trial: Trial, rates: Rates, device: str) -> Checked:
     """A step of one rank."""
-    done = micro_step(trial.model, trial.objective, _alone(trial), rates, trial.rows, trial.samples)
-    predicted = done.total + update_s(trial.model, trial.objective, _alone(trial), rates)
+    alone = _alone(trial, device)
+    done = micro_step(trial.model, trial.objective, alone, rates, trial.rows, trial.samples)
+    predicted = done.total + update_s(trial.model, trial.objective, alone, rates)
     return _checked("step seconds", trial, predicted, timed(trial).total)
 
 
-def _alone(trial: Trial) -> Parallel:
-    return Parallel(trial.engine.zero_stage, 1, trial.engine.precision, "cpu", trial.engine.whole_below)
+def _alone(trial: Trial, device: str) -> Parallel:
+    return Parallel(trial.engine.zero_stage, 1, trial.engine.precision, device, trial.engine.whole_below)
 
 
 def _checked(what: str, trial: Trial, predicted: float, measured: float) -> Checked:
@@ -90,13 +91,14 @@ def _checked(what: str, trial: Trial, predicted: float, measured: float) -> Chec
 
 
 def check_all() -> tuple[Rates, list[Checked]]:
-    """All cases, with rates that are measured first."""
+    """All cases on this machine's GPU, or its CPU where it has none, with rates that are measured first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for trial in tqdm(MEMORY_CASES, desc="memory", unit="case", disable=None):
-        found.append(check_memory(trial, torch.get_num_threads()))
+        found.append(check_memory(trial, torch.get_num_threads(), device))
     rates = measure_rates(PRESETS[CALIBRATED], ObjectiveConfig(), EngineConfig())
     for trial in tqdm(TIME_CASES, desc="time", unit="case", disable=None):
-        found.append(check_time(trial, rates))
+        found.append(check_time(trial, rates, device))
     return rates, found
 
 
@@ -109,10 +111,9 @@ def text(rates: Rates, found: list[Checked]) -> str:
         what = "peak MB" if one.what == "peak bytes" else "step ms"
         rows.append([what, one.preset, f"{one.zero_stage}", one.precision, f"{one.rows}", *figures])
     head = ["", "preset", "ZeRO", "precision", "segments", "predicted", "measured", "off"]
-    return f"{table(head, rows)}\n\nTimes by rates {rates.source}; on a GPU: not measured."
+    return f"{table(head, rows)}\n\nTimes by rates {rates.source}."
 
 
 def tree(rates: Rates, found: list[Checked]) -> dict[str, object]:
     """For programs."""
-    plain = {name: dict(value) if hasattr(value, "items") else value for name, value in vars(rates).items()}
-    return {"rates": plain, "cases": [asdict(one) | {"off": one.off} for one in found]}
+    return {"rates": asdict(rates), "cases": [asdict(one) | {"off": one.off} for one in found]}

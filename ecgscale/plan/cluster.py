@@ -59,6 +59,7 @@ def cluster_of(config: ClusterConfig, precision: str) -> Cluster:
         }
         wanted = {name: value or known[name] for name, value in wanted.items()}
     named = device_of(config.device)
+    fp32_peak = named.peak_flops("fp32") if named and precision == "bf16" else None
     rates = Rates.of_device(
         named.name if named else config.device,
         wanted["peak_tflops"] * 1e12,
@@ -66,14 +67,18 @@ def cluster_of(config: ClusterConfig, precision: str) -> Cluster:
         wanted["memory_gb_per_s"] * 1e9 * config.bandwidth_efficiency,
         config.launch_us * 1e-6,
         precision == "bf16",
+        wanted["peak_tflops"] * 1e12 / fp32_peak if fp32_peak else 1.0,
     )
-    memory_bytes = (wanted["memory_gb"] - config.reserve_gb) * 1e9
-    if memory_bytes <= 0:
-        raise InputError(
-            f"cluster.reserve_gb {config.reserve_gb:g}: leaves nothing of the {wanted['memory_gb']:g} GB of a GPU"
-        )
+    memory_bytes = for_tensors(config, wanted["memory_gb"])
     network = network_of(config, wanted["link_gb_per_s"])
     return Cluster(config, "cuda", memory_bytes, wanted["peak_tflops"] * 1e12, wanted["watts"], network, rates)
+
+
+def for_tensors(config: ClusterConfig, memory_gb: float) -> float:
+    """Bytes of a device's memory without the reserve; InputError where nothing is left."""
+    if memory_gb <= config.reserve_gb:
+        raise InputError(f"cluster.reserve_gb {config.reserve_gb:g}: leaves nothing of the {memory_gb:g} GB of a GPU")
+    return (memory_gb - config.reserve_gb) * 1e9
 
 
 def network_of(config: ClusterConfig, link_gb_per_s: float) -> Network:

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from ecgscale.errors import InputError
-from ecgscale.plan.cluster import Cluster, cluster_of, network_of
+from ecgscale.plan.cluster import Cluster, cluster_of, for_tensors, network_of
 from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.report import text, yaml
 from ecgscale.plan.summary import Plan, make_plan
@@ -34,12 +34,12 @@ def this_machine(config: PlanConfig) -> Cluster:
 
     if torch.cuda.is_available():
         named = replace(config.cluster, device=torch.cuda.get_device_name())
-        rates = measure_rates(config.model, config.objective, config.engine)
-        return replace(cluster_of(named, config.engine.precision), rates=rates)
-    rates = measure_rates(config.model, config.objective, config.engine)
+        by_table = cluster_of(named, config.engine.precision)
+        return replace(by_table, rates=measure_rates(config.model, config.objective, config.engine))
     given = config.cluster
     here = replace(given, device="this CPU", nodes=1, gpus_per_node=1)
-    memory_bytes = given.memory_gb * 1e9 or psutil.virtual_memory().total - given.reserve_gb * 1e9
+    memory_bytes = for_tensors(given, given.memory_gb or psutil.virtual_memory().total / 1e9)
+    rates = measure_rates(config.model, config.objective, config.engine)
     peak = given.peak_tflops * 1e12 or max(rates.products_flops_per_s.values())
     return Cluster(here, "cpu", memory_bytes, peak, given.watts, network_of(here, given.link_gb_per_s or 10.0), rates)
 

@@ -85,7 +85,7 @@ def _rates(
         size = sum(kept.get(name, 0) for name in of)
         per_byte[part] = max(0.0, beyond) / size
         slower[part] = 1.0 if beyond >= 0 else seconds[part] / product_s
-    for part in ("features", "local_head"):
+    for part in ("features", "local_head", "contrast"):
         per_byte[part], slower[part] = per_byte["rest"], slower["rest"]
     where = torch.cuda.get_device_name() if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
     return Rates(

@@ -60,7 +60,7 @@ def _ways(plan: Plan) -> str:
                 ),
                 "yes" if one.fits else f"{one.lacks / 1e9:.1f} GB short",
                 f"{one.largest_rows:,}",
-                f"{one.step.total * 1e3:.1f}",
+                "–" if one.offload else f"{one.step.total * 1e3:.1f}",
                 f"{one.step.sent_bytes / 1e9:.2f}",
                 "<-" if one is plan.chosen else "",
             ]

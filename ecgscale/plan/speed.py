@@ -1,7 +1,7 @@
 """How long a micro-step computes: matrix products at the rate that they reach, everything else by the bytes it moves.
 
-seconds = floating-point operations / rate of products + bytes kept for the backward pass · seconds per byte
-          + kernels · time between two of them.
+seconds = floating-point operations / rate of products + bytes kept for the backward pass · seconds per byte,
+          at least kernels · time between two of them.
 
 The bytes that a part keeps (`activations`) measure its elementwise work too: what is kept is written once and read
 again, and as much again passes as gradients. `Rates.of_device` takes all of it from data sheets and stated
@@ -27,14 +27,16 @@ PASSES = 6.0
 its gradient is written and read, and once more for what is not kept. Assumed; measured rates do not use it."""
 KERNELS_OF_LAYER = 60
 """Kernels of a layer of the transformer, both passes, and about those of all other parts together. Assumed."""
-PARTS = ("stem", "features", "position", "layers", "local_head")
+PARTS = ("stem", "features", "position", "layers", "local_head", "contrast")
 _FLOPS_OF = {
     "stem": ("stem",),
     "features": ("feature_projection",),
     "position": ("position",),
     "layers": ("attention", "ffn"),
-    "local_head": ("quantizer", "local_head", "contrast"),
+    "local_head": ("quantizer", "local_head"),
+    "contrast": ("contrast",),
 }
+_KEPT_OF = {"features": ("features", "norm")}
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,18 @@ class Rates:
 
     @staticmethod
     def of_device(
-        name: str, peak_flops: float, efficiency: float, memory_bytes_per_s: float, kernel_s: float, bf16: bool
+        name: str,
+        peak_flops: float,
+        efficiency: float,
+        memory_bytes_per_s: float,
+        kernel_s: float,
+        bf16: bool,
+        fp32_slower: float = 1.0,
     ) -> Rates:
-        """By data sheets: ``peak_flops`` times ``efficiency``, and the bandwidth that elementwise kernels reach."""
+        """By data sheets: ``peak_flops`` times ``efficiency``, and the bandwidth that elementwise kernels reach.
+
+        The contrast is computed in fp32 always, ``fp32_slower`` times as slow as the run's precision.
+        """
         moved_per_parameter = 28 + (2 + 2 + 4 if bf16 else 0)  # p, g, m, v read, p, m, v written; and the bf16 copies
         return Rates(
             f"data sheet of {name}, {efficiency:.0%} of the peak in products: not measured",
@@ -68,6 +79,7 @@ class Rates:
             moved_per_parameter / memory_bytes_per_s,
             20e9,
             kernel_s,
+            {"contrast": fp32_slower},
         )
 
     def products(self, width: int) -> float:
@@ -111,11 +123,12 @@ def micro_step(
     parts = {}
     for part in PARTS:
         counted = [flops[name] for name in _FLOPS_OF[part] if name in flops]
-        if not counted and part not in kept:
+        size = sum(kept.get(name, 0) for name in _KEPT_OF.get(part, (part,)))
+        if not counted and not size:
             continue
         products = sum(one.total for one in counted) / rates.products(_width(model, part)) * rates.slower.get(part, 1.0)
-        kernels = KERNELS_OF_LAYER * (model.depth if part == "layers" else 0.25)
-        busy = products + kept.get(part, 0) * rates.seconds_per_byte.get(part, 0.0)
+        kernels = KERNELS_OF_LAYER * (model.depth if part == "layers" else 1 / (len(PARTS) - 1))
+        busy = products + size * rates.seconds_per_byte.get(part, 0.0)
         parts[part] = max(busy, kernels * rates.kernel_s)
     once = min(checkpointed_layers, model.depth) / model.depth
     return Compute(

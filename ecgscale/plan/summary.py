@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from ecgscale.config import PretrainConfig
+from ecgscale.data.order import default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
@@ -43,7 +44,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Storage:
+class Traffic:
     """Checkpoints and recordings."""
 
     checkpoint_bytes: int
@@ -63,9 +64,10 @@ class Survival:
     between_failures_s: float
     young_s: float
     daly_s: float
-    """Training between two checkpoints."""
+    interval_s: float
+    """Of the two what the config has: Daly's, half an hour at most. Training between two checkpoints."""
     effective: float
-    """Share of the time that is training which is kept, with Daly's interval."""
+    """Share of the time that is training which is kept, with the config's interval."""
     simulated: float
     """The same by drawing failures."""
 
@@ -100,7 +102,7 @@ class Plan:
     parameters: int
     ways: list[Candidate]
     chosen: Candidate
-    storage: Storage
+    storage: Traffic
     survival: Survival
     scaled: list[Scaled]
 
@@ -113,7 +115,7 @@ class Plan:
     @property
     def checkpoint_every(self) -> int:
         """Steps between two checkpoints: Daly's interval, half an hour at most."""
-        return max(1, round(min(self.survival.daly_s, LONGEST_INTERVAL_S) / self.chosen.step.total))
+        return max(1, round(self.survival.interval_s / self.chosen.step.total))
 
     @property
     def hours(self) -> float:
@@ -137,7 +139,7 @@ class Plan:
         )
         gpus = self.cluster.gpus
         lanes = self.config.train.lanes
-        if not lanes and np.gcd(contrast, 64) % gpus:
+        if not lanes and default_lanes(contrast) % gpus:
             lanes = gpus
         train = replace(
             self.config.train,
@@ -150,11 +152,9 @@ class Plan:
 
     def tree(self) -> dict[str, Any]:
         """For programs: seconds, bytes, FLOP/s."""
-        cluster = asdict(self.cluster)
-        cluster["rates"] = {**cluster["rates"], "products_flops_per_s": dict(self.cluster.rates.products_flops_per_s)}
         return {
             "config": asdict(self.config),
-            "cluster": cluster,
+            "cluster": asdict(self.cluster),
             "length": asdict(self.length),
             "parameters": self.parameters,
             "ways": [_way(one) for one in self.ways],
@@ -173,7 +173,7 @@ def _way(one: Candidate) -> dict[str, Any]:
     return asdict(one) | {
         "fits": one.fits,
         "peak_bytes": one.memory.peak,
-        "step_s": one.step.total,
+        "step_s": None if one.offload else one.step.total,
     }
 
 
@@ -191,6 +191,12 @@ def make_plan(config: PlanConfig, cluster: Cluster) -> Plan:
     n = sum(sizes_of(config.model, config.objective))
     storage = _storage(config, cluster, chosen, length, n)
     survival = survival_of(cluster, storage.save_s)
+    if not survival.effective:
+        raise InputError(
+            f"cluster.mtbf_hours {cluster.config.mtbf_hours:g}: with a failure every "
+            f"{survival.between_failures_s:.3g} s, {cluster.config.restart_s:g} s to restart and "
+            f"{storage.save_s:.3g} s to save, the run never reaches its next checkpoint"
+        )
     scaled = _scaled(config, cluster, chosen, samples, length, n)
     return Plan(config, cluster, length, n, ways, chosen, storage, survival, scaled)
 
@@ -218,11 +224,11 @@ def _length(config: PlanConfig) -> Length:
     return Length(recordings, rate_hz, steps, epochs, stored, plain)
 
 
-def _storage(config: PlanConfig, cluster: Cluster, chosen: Candidate, length: Length, n: int) -> Storage:
+def _storage(config: PlanConfig, cluster: Cluster, chosen: Candidate, length: Length, n: int) -> Traffic:
     size = (1 + MOMENTS) * 4 * n
     rate = config.train.global_batch / chosen.step.total
     cores = rate * length.plain_bytes * DECODE_S_PER_BYTE / cluster.config.nodes
-    return Storage(size, save_s(cluster, chosen.zero_stage, n), rate * length.stored_bytes, cores)
+    return Traffic(size, save_s(cluster, chosen.zero_stage, n), rate * length.stored_bytes, cores)
 
 
 def save_s(cluster: Cluster, zero_stage: int, n: int) -> float:
@@ -235,13 +241,14 @@ def save_s(cluster: Cluster, zero_stage: int, n: int) -> float:
 
 
 def survival_of(cluster: Cluster, saving_s: float) -> Survival:
-    """With checkpoints at Daly's interval."""
+    """With checkpoints at Daly's interval, half an hour at most."""
     config = cluster.config
     between_s = config.mtbf_hours * 3600 / cluster.gpus
-    interval_s = daly_interval_s(saving_s, between_s)
+    daly_s = daly_interval_s(saving_s, between_s)
+    interval_s = min(daly_s, LONGEST_INTERVAL_S)
     effective = effective_share(interval_s, saving_s, config.restart_s, between_s)
     simulated = simulated_share(interval_s, saving_s, config.restart_s, between_s, _SIMULATED_INTERVALS, seed=0)
-    return Survival(between_s, young_interval_s(saving_s, between_s), interval_s, effective, simulated)
+    return Survival(between_s, young_interval_s(saving_s, between_s), daly_s, interval_s, effective, simulated)
 
 
 def _scaled(

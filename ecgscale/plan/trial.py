@@ -1,8 +1,9 @@
 """Real steps on this machine, to measure rates by and to hold predictions against.
 
-Memory is measured in a process of its own: the most that it had in memory at once (VmHWM) above what it had before the
-model was built. glibc keeps freed memory below its mmap threshold for later, which says more about the past than about
-the need, so the child runs with a low threshold, at which every larger tensor is given back when it is freed.
+Memory is measured in a process of its own: the most that it had at once above what it had before the model was built,
+on a GPU what PyTorch allocated, on a CPU by VmHWM. glibc keeps freed memory below its mmap threshold for later, which
+says more about the past than about the need, so the child runs with a low threshold, at which every larger tensor is
+given back when it is freed.
 """
 
 from __future__ import annotations
@@ -108,19 +109,20 @@ def now_s(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_bytes(trial: Trial, threads: int) -> dict[str, int]:
+def peak_bytes(trial: Trial, threads: int, device: str = "cpu") -> dict[str, int]:
     """Most bytes above those before the model, in the phases of the second step, in a process of its own.
 
-    Raises InputError where the system does not tell (it is Linux that has /proc).
+    On ``cpu`` or ``cuda``. Raises InputError where the system does not tell (it is Linux that has /proc).
     """
-    if not _STATUS.exists():
+    if device == "cpu" and not _STATUS.exists():
         raise InputError(f"{_STATUS}: memory is measured on Linux only")
     environment = os.environ | {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
     }
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     done = subprocess.run(
@@ -145,7 +147,7 @@ def _measure(trial: Trial) -> dict[str, int]:
     small = replace(trial, model=replace(PRESETS["tiny"], depth=1), rows=2)
     _steps(*engine_of(small), steps=2)
     gc.collect()
-    base = _resident("VmRSS")
+    base = _held()
     engine, batch = engine_of(trial)
     return {name: peak - base for name, peak in _steps(engine, batch, steps=2).items()}
 
@@ -156,15 +158,25 @@ def _steps(engine: Engine, batch: ECGBatch, steps: int) -> dict[str, int]:
     for _ in range(steps):
         _forget_peak()
         loss, parts = engine.forward(batch)
-        peaks["forward"] = _resident("VmHWM")
+        peaks["forward"] = _most_held()
         _forget_peak()
         engine.backward(loss)
-        peaks["backward"] = _resident("VmHWM")
+        peaks["backward"] = _most_held()
         del loss, parts
         _forget_peak()
         engine.step(learning_rate=1e-5)
-        peaks["update"] = _resident("VmHWM")
+        peaks["update"] = _most_held()
     return peaks
+
+
+def _held() -> int:
+    """Bytes."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _resident("VmRSS")
+
+
+def _most_held() -> int:
+    """Bytes, since they were forgotten."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
 
 
 def _resident(what: str) -> int:
@@ -174,7 +186,10 @@ def _resident(what: str) -> int:
 
 
 def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _read(text: str) -> Trial:

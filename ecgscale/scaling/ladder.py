@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ecgscale import progress
 from ecgscale.config import PretrainConfig, RunConfig, load
 from ecgscale.cost import parameters, step_flops
 from ecgscale.data.selection import Selection
@@ -20,7 +21,9 @@ from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.pretrain import SEGMENTS, pretrain
+from ecgscale.run import leave_run
 from ecgscale.studies import (
+    STUDY_MAY_CHANGE,
     check_pretraining,
     folder_name,
     is_pretrained,
@@ -30,7 +33,12 @@ from ecgscale.studies import (
     refuse_names,
     refuse_twice,
 )
+from ecgscale.training.loop import Diverged
 from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
+
+# The recordings that are scored define L.
+LADDER_MAY_CHANGE = STUDY_MAY_CHANGE - {"train.validation_recordings"}
+DIVERGED: dict[str, float | None] = {"loss": None}  # the validation loss of a run that did not come to its end
 
 
 @dataclass(frozen=True)
@@ -137,37 +145,46 @@ class Cell:
 
     def result(self) -> dict[str, Any]:
         """Parts of the validation loss; nothing where it is not done. Raises InputError for what others have made."""
-        shards = check_pretraining(self.pretraining)
+        shards = check_pretraining(self.pretraining, LADDER_MAY_CHANGE)
         found = read_json(self.folder / "result.json")
         if found and found.get("data") != shards.identity:
             raise InputError(f"{self.folder}: was pretrained on other data; remove it or take another run.dir")
         return dict(found.get("validation", {}))
 
     def do(self, ranks: Ranks) -> None:
-        """Pretrain, or go on with it, and note the loss. All ranks call it together."""
-        if not is_pretrained(self.pretraining) or not _validation(self.folder, self.pretraining.train.steps):
-            pretrain(self.pretraining)
-        first_rank(ranks, self._note)
+        """Pretrain, or go on with it, and note the loss, or that there is none: the ladder goes on beyond a run that
+        diverges. All ranks call it together."""
+        steps = self.pretraining.train.steps
+        try:
+            if not is_pretrained(self.pretraining) or not validation_at(self.folder, steps):
+                pretrain(self.pretraining)
+        except Diverged as error:
+            log(ranks, str(error))
+            progress.at(steps, "")
+            leave_run(self.folder)
+            first_rank(ranks, lambda: self._note(DIVERGED))
+        else:
+            first_rank(ranks, lambda: self._note(validation_at(self.folder, steps)))
 
-    def _note(self) -> None:
-        data = self.pretraining.data
-        found = {
-            "validation": _validation(self.folder, self.pretraining.train.steps),
-            "data": ShardSet.open(data.shards, data.cache).identity,
-        }
-        if not found["validation"]:
+    def _note(self, validation: dict[str, float | None]) -> None:
+        if not validation:
             raise InputError(f"{self.folder}/events.jsonl: tells of no validation at the last step; remove the folder")
+        data = self.pretraining.data
+        found = {"validation": validation, "data": ShardSet.open(data.shards, data.cache).identity}
         write_whole(self.folder / "result.json", json.dumps(found, indent=1).encode())
 
 
-def _validation(run: Path, step: int) -> dict[str, float | None]:
+def validation_at(run: Path, step: int) -> dict[str, float | None]:
     """Parts of the loss on held-out recordings at a step, as the run has written them down; null where not finite."""
     parts: dict[str, float | None] = {}
     path = run / "events.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
-        if '"validation/' not in line or not line.endswith("}"):
+        if '"validation/' not in line:
             continue
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:  # torn: the run was killed while it wrote
+            continue
         if event.get("step") == step:
             parts = {key.partition("/")[2]: event[key] for key in event if key.startswith("validation/")}
     return parts
@@ -192,11 +209,12 @@ def cells(config: ScalingConfig) -> list[Cell]:
     for size in config.sizes:
         base = config.resolved(size)
         samples, per_step = _step_of(base)
+        refuse_twice(f"tokens, in steps of {size.name}", [_steps(tokens, per_step) for tokens in config.tokens])
         for tokens in config.tokens:
-            steps = max(1, round(tokens / per_step))
+            steps = _steps(tokens, per_step)
             for factor in config.learning_rate_factors:
                 for seed in range(config.seeds):
-                    more = f"-rate{factor:g}" if len(config.learning_rate_factors) > 1 else ""
+                    more = "" if factor == 1 else f"-rate{factor:g}"
                     folder = Path(config.run.dir) / "cells" / folder_name(size.name) / f"{tokens:g}{more}-seed{seed}"
                     chosen = replace(
                         base,
@@ -208,6 +226,10 @@ def cells(config: ScalingConfig) -> list[Cell]:
                     )
                     found.append(Cell(size.name, tokens, factor, seed, chosen, per_step, samples))
     return sorted(found, key=lambda cell: cell.flops)
+
+
+def _steps(tokens: float, per_step: int) -> int:
+    return max(1, round(tokens / per_step))
 
 
 def _step_of(config: PretrainConfig) -> tuple[int, int]:

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from scipy.optimize import minimize, nnls
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 HUBER = 1e-3  # of the logarithm of the loss, as Hoffmann et al.
 LARGEST_EXPONENT = 3.0

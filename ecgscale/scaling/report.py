@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ecgscale.data.shards import write_whole
 from ecgscale.scaling import rates
 from ecgscale.scaling.ladder import ScalingConfig, cells
 from ecgscale.scaling.law import Law, interval
-from ecgscale.scaling.results import Findings, HeldOut, Ladder, Point, as_csv, as_json, find, runs_of
+from ecgscale.scaling.results import Findings, HeldOut, Ladder, Point, find, runs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +39,57 @@ def merge(config: ScalingConfig) -> str:
     return f"{text}\n\ntable.md, cells.csv, fit.json and plot.png are in {folder}"
 
 
+def as_csv(ladder: Ladder) -> str:
+    """A line per run, with every part of its validation loss; used: whether the law was fitted to it."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    parts = list(dict.fromkeys(part for run in ladder.runs for part in run.parts))
+    about = ("size", "parameters", "width", "tokens", "steps", "epochs", "flops", "learning_rate", "seed")
+    writer.writerow([*about, "six_n_d", "used", *(f"validation/{part}" for part in parts)])
+    for run in ladder.runs:
+        used = run in ladder.best[Point(run.size, run.tokens)] and math.isfinite(run.loss)
+        numbers = [f"{one:.6g}" if isinstance(one, float) else one for one in (getattr(run, name) for name in about)]
+        losses = ["" if (value := run.parts.get(part)) is None else f"{value:.6f}" for part in parts]
+        writer.writerow([*numbers, 6 * run.parameters * run.tokens, int(used), *losses])
+    return out.getvalue()
+
+
+def as_json(config: ScalingConfig, findings: Findings) -> dict[str, Any]:
+    """Everything that was found, for programs."""
+    tree: dict[str, Any] = {
+        "loss": f"validation/{config.loss}",
+        "law": None,
+        "parameters_count": "encoder, without the objective's heads",
+        "doubts": findings.doubts,
+    }
+    if findings.law is None:
+        return tree
+    tree["law"] = findings.law._asdict()
+    tree["interval_95"] = {
+        name: interval([getattr(one, name) for one in findings.laws]) for name in findings.law._fields
+    }
+    tree |= {"noise_of_log_loss": findings.noise, "explained_variance": findings.explained}
+    tree["predictions"] = [vars(one) for one in findings.predictions]
+    tree["spending"] = [
+        {
+            "flops": one.flops,
+            "exact": vars(one.exact),
+            "exact_size_interval_95": one.size_interval,
+            "by_6nd": vars(one.by_6nd),
+        }
+        for one in findings.spending
+    ]
+    if findings.held_out:
+        keys = ("tokens", "predicted", "low", "high", "measured", "size_before_measured")
+        tree["held_out"] = {
+            "size": findings.held_out.size,
+            "mean_relative_error": findings.held_out.error,
+            "mean_relative_error_of_the_size_before": findings.held_out.naive_error,
+            "rows": [dict(zip(keys, row, strict=True)) for row in findings.held_out.rows],
+        }
+    return tree
+
+
 def markdown(config: ScalingConfig, ladder: Ladder, findings: Findings) -> str:
     """Losses, learning rates, the law with what speaks against it, hold-out, predictions and best spending."""
     lines = [f"Validation loss `{config.loss}` by size and tokens, mean ± deviation over seeds", ""]
@@ -52,7 +104,10 @@ def markdown(config: ScalingConfig, ladder: Ladder, findings: Findings) -> str:
     if findings.held_out:
         lines += ["", *_held_out(findings.held_out)]
     else:
-        lines += ["", "Hold-out: not done, the smaller sizes alone do not determine a law."]
+        lines += [
+            "",
+            "Hold-out: not done, the smaller sizes alone determine no law, or one of the two largest has no loss.",
+        ]
     lines += ["", "| prediction | parameters | tokens | loss |", "|---|---|---|---|"]
     lines += [
         f"| {one.size} | {one.parameters:,} | {one.tokens:,.0f} | {_with_interval(one.loss, one.low, one.high)} |"

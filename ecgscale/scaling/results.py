@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ecgscale.errors import InputError
-from ecgscale.scaling.ladder import Cell, ScalingConfig, epochs, next_sizes
+from ecgscale.scaling.ladder import DIVERGED, Cell, ScalingConfig, epochs, next_sizes
 from ecgscale.scaling.law import Cells, Floats, Law, Optimum, doubts, explained, fit, interval, noise, optimum, predict
 from ecgscale.scaling.law import resample as bootstrap
 
@@ -44,9 +42,9 @@ def runs_of(found: Sequence[Cell], part: str) -> list[Run]:
         parts, config = cell.result(), cell.pretraining
         if not parts:
             raise InputError(f"{cell.folder}: is not finished; run its part first")
-        if part not in parts:
+        if part not in parts and parts != DIVERGED:
             raise InputError(f"loss {part!r}: the validation loss of {config.objective.name} has {', '.join(parts)}")
-        value = parts[part]
+        value = parts.get(part)
         runs.append(
             Run(
                 size=cell.size,
@@ -216,10 +214,12 @@ def find(config: ScalingConfig, ladder: Ladder) -> Findings:
 
 
 def _hold_out(config: ScalingConfig, ladder: Ladder) -> HeldOut | None:
-    """None where the smaller sizes do not determine a law."""
+    """None where the smaller sizes do not determine a law, or every run of the one before diverged."""
     *_, before, largest = ladder.sizes
     cells = ladder.cells(without=largest)
-    if cells.too_few():
+    losses = {tokens: ladder.mean(size, tokens) for size, tokens in ladder.best if size == before}
+    known = {tokens: loss for tokens, loss in losses.items() if math.isfinite(loss)}
+    if cells.too_few() or not known:
         return None
     law = fit(cells)
     laws = bootstrap(cells, law, config.resamples)
@@ -228,8 +228,8 @@ def _hold_out(config: ScalingConfig, ladder: Ladder) -> HeldOut | None:
         measured = ladder.mean(size, tokens)
         if size == largest and math.isfinite(measured):
             predicted = predict(cells, law, laws, ladder.first(size).parameters, tokens)
-            nearest = min((t for s, t in ladder.best if s == before), key=lambda t: abs(t - tokens))
-            rows.append((tokens, *predicted, measured, ladder.mean(before, nearest)))
+            nearest = min(known, key=lambda one: abs(one - tokens))
+            rows.append((tokens, *predicted, measured, known[nearest]))
     return HeldOut(largest, rows) if rows else None
 
 
@@ -273,54 +273,3 @@ def _between(known: dict[int, float], factor: float = 100.0) -> tuple[Floats, Fl
     more_K = np.concatenate([[flops_K[0] - ends * slopes[0]], flops_K, [flops_K[-1] + ends * slopes[1]]])
     size_G = np.linspace(far_K[0], far_K[-1], 1000)
     return np.exp(size_G), np.exp(np.interp(size_G, far_K, more_K))
-
-
-def as_csv(ladder: Ladder) -> str:
-    """A line per run, with every part of its validation loss; used: whether the law was fitted to it."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    parts = list(dict.fromkeys(part for run in ladder.runs for part in run.parts))
-    about = ("size", "parameters", "width", "tokens", "steps", "epochs", "flops", "learning_rate", "seed")
-    writer.writerow([*about, "six_n_d", "used", *(f"validation/{part}" for part in parts)])
-    for run in ladder.runs:
-        used = run in ladder.best[Point(run.size, run.tokens)] and math.isfinite(run.loss)
-        numbers = [f"{one:.6g}" if isinstance(one, float) else one for one in (getattr(run, name) for name in about)]
-        losses = ["" if (value := run.parts.get(part)) is None else f"{value:.6f}" for part in parts]
-        writer.writerow([*numbers, 6 * run.parameters * run.tokens, int(used), *losses])
-    return out.getvalue()
-
-
-def as_json(config: ScalingConfig, findings: Findings) -> dict[str, Any]:
-    """Everything that was found, for programs."""
-    tree: dict[str, Any] = {
-        "loss": f"validation/{config.loss}",
-        "law": None,
-        "parameters_count": "encoder, without the objective's heads",
-        "doubts": findings.doubts,
-    }
-    if findings.law is None:
-        return tree
-    tree["law"] = findings.law._asdict()
-    tree["interval_95"] = {
-        name: interval([getattr(one, name) for one in findings.laws]) for name in findings.law._fields
-    }
-    tree |= {"noise_of_log_loss": findings.noise, "explained_variance": findings.explained}
-    tree["predictions"] = [vars(one) for one in findings.predictions]
-    tree["spending"] = [
-        {
-            "flops": one.flops,
-            "exact": vars(one.exact),
-            "exact_size_interval_95": one.size_interval,
-            "by_6nd": vars(one.by_6nd),
-        }
-        for one in findings.spending
-    ]
-    if findings.held_out:
-        keys = ("tokens", "predicted", "low", "high", "measured", "size_before_measured")
-        tree["held_out"] = {
-            "size": findings.held_out.size,
-            "mean_relative_error": findings.held_out.error,
-            "mean_relative_error_of_the_size_before": findings.held_out.naive_error,
-            "rows": [dict(zip(keys, row, strict=True)) for row in findings.held_out.rows],
-        }
-    return tree

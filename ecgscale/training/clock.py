@@ -109,10 +109,11 @@ class StepClock:
     def _timed(self, method: Callable[..., Any], counts: bool) -> Callable[..., Any]:
         @functools.wraps(method)
         def timed(*arguments: Any, **named: Any) -> Any:
-            inside = self._part in ("communication", _PAUSED)
-            if inside or (self._events is not None and self._events.elsewhere):
+            if self._part in ("communication", _PAUSED):
                 return method(*arguments, **named)
             self._collectives += counts
+            if self._events is not None and self._events.elsewhere:
+                return method(*arguments, **named)
             with self("communication"):
                 return method(*arguments, **named)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 
 import torch
@@ -19,7 +20,7 @@ def compile_layers(module: nn.Module, device: torch.device) -> None:
     """
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
+        if shutil.which(shlex.split(compiler)[0]) is None:
             raise InputError(
                 f"engine.compile: this machine has no C++ compiler {compiler}; install one, or name it in CXX"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +98,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name} {getattr(self, name)}: give 0 or more")
+        if self.profile_step and not self.profile_steps:
+            raise InputError(f"train.profile_step {self.profile_step}: give train.profile_steps too, how many")
         if not 0 <= self.final_lr_ratio <= 1:
             raise InputError(f"train.final_lr_ratio {self.final_lr_ratio:g}: give a share from 0 to 1")
         if self.global_batch % self.contrast:
@@ -162,15 +166,19 @@ def _train(job: Job, ranks: Ranks) -> Engine:
     if resumed:
         log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
     config = yaml.safe_dump(job.config, sort_keys=False)
-    monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, config, _work(job, ranks))
-    if job.picture and resumed is None and ranks.first:
-        monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
-    profiler = _profiler(job, ranks, monitor, step)
-    seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
-    batches = job.stream.from_batch(step)
-    boundary = Boundary(ranks, job.train.checkpoint_every_s)
-    boundary.agree()  # sends the first wishes on their way
-    try:
+    with ExitStack() as stack:
+        seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
+        if seen:
+            stack.enter_context(closing(seen))
+        monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, config, _work(job, ranks))
+        stack.enter_context(closing(monitor))
+        if job.picture and resumed is None and ranks.first:
+            monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
+        profiler = stack.enter_context(closing(_profiler(job, ranks, monitor, step)))
+        batches = stack.enter_context(closing(job.stream.from_batch(step)))
+        stack.enter_context(_settled())
+        boundary = Boundary(ranks, job.train.checkpoint_every_s)
+        boundary.agree()  # sends the first wishes on their way
         if resumed and resumed.state.get("validation_due") and not _validated(job, engine, monitor, boundary, step):
             raise Stopped(f"stopped before the validation at step {step}")
         monitor.clock.take()  # what was before is no step
@@ -204,13 +212,18 @@ def _train(job: Job, ranks: Ranks) -> Engine:
                 monitor.event("stopped", step=step)
                 raise Stopped(f"stopped as asked at step {step} of {job.train.steps}, which is saved")
         boundary.close()
-    finally:
-        batches.close()
-        profiler.close()
-        monitor.close()
-        if seen:
-            seen.close()
     return engine
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """The garbage collector leaves alone what is there: a walk over all of it would hold up a step for 0.1 s."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _update(
@@ -298,6 +311,10 @@ def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
     torch.manual_seed(mixed % 2**63)
 
 
+class Diverged(InputError):  # noqa: N818
+    """The gradient was not finite for train.max_skipped steps in a row. Every rank raises it at the same step."""
+
+
 def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, updated: bool) -> Skipped:
     if updated:
         return Skipped(skipped.total, 0)
@@ -305,7 +322,7 @@ def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, upda
     monitor.event("skipped", step=step, in_a_row=skipped.in_a_row)
     monitor.say(f"step {step} skipped on all ranks: its gradient is not finite ({skipped.in_a_row} in a row)")
     if skipped.in_a_row >= job.train.max_skipped:
-        raise InputError(
+        raise Diverged(
             f"{job.run}: {skipped.in_a_row} steps in a row had a non-finite gradient (the last was step {step}); "
             "lower engine.learning_rate, set engine.clip_norm, or look for damaged recordings"
         )

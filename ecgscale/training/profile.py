@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -31,20 +33,27 @@ class StepProfiler:
 
     def begin(self, step: int) -> None:
         """Step number ``step`` is about to be done."""
-        if not self._first <= step <= self._last or self._ranks.rank >= _RANKS:
+        if not self._first <= step <= self._last:
             return
-        if self._profile is None:
+        traced = self._ranks.rank < _RANKS
+        if step == self._first:
             with self._monitor.clock.pause():
-                self._profile = _started(self._ranks.device)
-            self._monitor.clock.annotates = True
-        self._step.enter_context(record_function(f"ProfilerStep#{step}"))  # what TensorBoard's plugin looks for
+                if traced:
+                    self._profile = _started(self._ranks.device)
+                dist.barrier()  # so that nobody waits for the others in the step
+            self._monitor.clock.annotates = traced
+        if traced:
+            self._step.enter_context(record_function(f"ProfilerStep#{step}"))  # what TensorBoard's plugin looks for
 
     def end(self, step: int) -> None:
         """Step number ``step`` is done; after the last one, the trace is written."""
         self._step.close()
-        if self._profile is not None and step == self._last:
+        if step == self._last:
             with self._monitor.clock.pause():
-                self._write(self._profile)
+                if self._profile is not None:
+                    self._profile.stop()
+                    self._write(self._profile)
+                dist.barrier()
             self._profile, self._monitor.clock.annotates = None, False
 
     def close(self) -> None:
@@ -54,14 +63,19 @@ class StepProfiler:
             self._profile.stop()
 
     def _write(self, profiled: profile) -> None:
-        profiled.stop()
-        self._folder.mkdir(exist_ok=True)
+        """The trace, whole or not at all: a full disk is no reason to end a run."""
         name = f"rank-{self._ranks.rank}.steps-{self._first}-{self._last}"
-        profiled.export_chrome_trace(str(self._folder / f"{name}.pt.trace.json.gz"))
-        if self._ranks.first:
-            table = costliest(profiled, self._last - self._first + 1)
-            (self._folder / f"{name}.txt").write_text(f"{table}\n")
-            self._monitor.say(f"{table}\ntrace: {self._folder / name}.pt.trace.json.gz (ui.perfetto.dev opens it)")
+        trace, partial = (self._folder / f"{name}.{end}.json.gz" for end in ("pt.trace", "partial"))
+        try:
+            self._folder.mkdir(exist_ok=True)
+            profiled.export_chrome_trace(str(partial))
+            partial.replace(trace)
+            if self._ranks.first:
+                table = costliest(profiled, self._last - self._first + 1)
+                (self._folder / f"{name}.txt").write_text(f"{table}\n")
+                self._monitor.say(f"{table}\ntrace: {trace} (ui.perfetto.dev opens it)")
+        except OSError as error:
+            print(f"rank {self._ranks.rank}: no trace: {error}", file=sys.stderr, flush=True)
 
 
 def steps_to_profile(begun: int, steps: int, first: int, count: int) -> tuple[int, int]:

@@ -136,8 +136,8 @@ def check_ranks(stage: Stage, cluster: ClusterConfig) -> None:
             piece.config.train.lanes_for(cluster.world_size)
         elif cluster.world_size > 1:
             raise InputError(
-                f"{piece.command[0]} does not run as several processes: give nodes 1 and tasks_per_node 1 "
-                f"(only {' and '.join(OF_RANKS)} do)"
+                f"{piece.command[0]} does not run as several processes under ecgscale-launch: give nodes 1 and "
+                f"tasks_per_node 1 (only {' and '.join(OF_RANKS)} do)"
             )
 
 

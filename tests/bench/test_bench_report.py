@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ecgscale.bench.measure import Check, Report, Section, Spread, machine
-from ecgscale.bench.results import better_way, read_runs
+from ecgscale.bench.results import better_way, is_ours, read_runs
 from ecgscale.cli import main
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -101,6 +101,22 @@ def test_what_became_slower_than_a_commit_is_named(write, capsys):
     assert "none worse" in capsys.readouterr().out
 
 
+def test_only_the_newest_of_the_other_commits_is_compared(write, capsys):
+    """What only a commit before the given one has says nothing of what came after it."""
+    write("c" * 40, 5, hour=1, name="stream")
+    write(OLD, 10, hour=2, name="stream")
+    write(OLD, 10, hour=2)
+    folder = write(NEW, 10, hour=3)
+    assert report(folder, "--against", OLD) == 0
+    assert "2 numbers compared, none worse" in capsys.readouterr().out
+
+
+def test_a_plot_that_is_cut_says_so(write, capsys, monkeypatch):
+    monkeypatch.setattr("ecgscale.bench.report._MOST_BARS", 1)
+    assert report(write(OLD, 10, hour=1)) == 0
+    assert "The plot shows the first 1 of 2 rows." in capsys.readouterr().out
+
+
 def test_overlapping_quartiles_are_said(write, capsys):
     write(OLD, 10, hour=1)
     folder = write(NEW, 9.85, hour=2)
@@ -136,10 +152,14 @@ def test_what_cannot_be_reported_is_one_line(write, tmp_path, refusal):
     assert "all results are of it" in refusal("bench", "report", folder, "--against", OLD)
     assert "no share such as 5%" in refusal("bench", "report", folder, "--threshold", "5x")
     (path,) = folder.glob("*.json")
+    whole = json.loads(path.read_text())
     path.write_text(path.read_text()[:-40])
     assert "cannot be read as JSON" in refusal("bench", "report", folder)
-    path.write_text(json.dumps({"machine": {}, "sections": []}))
-    assert "a damaged result" in refusal("bench", "report", folder)
+    without_versions = {name: value for name, value in whole["machine"].items() if name != "versions"}
+    wrong_check = [whole["sections"][0] | {"checks": [{"what": "times as fast"}]}]
+    for damage in ({"machine": {}}, {"machine": without_versions}, {"sections": wrong_check}):
+        path.write_text(json.dumps(whole | damage))
+        assert "a damaged result" in refusal("bench", "report", folder)
     path.write_text("[]")
     assert "no result of a bench" in refusal("bench", "report", path)
 
@@ -154,3 +174,10 @@ def test_which_way_is_better():
     more = ("a/ecg_per_s", "a/mfu", "a/ecgscale_over_ddp", "a/device/copy_gb_per_s")
     less = ("a/step_ms", "a/peak_gb", "a/cpu_us_per_record")
     assert [better_way(name) for name in (*more, *less, "a/code_ratio")] == [1] * 4 + [-1] * 3 + [0]
+
+
+def test_what_says_something_of_ecgscale():
+    ours = ("step/a/ecgscale/ecg_per_s", "step/a/ecgscale_over_ddp", "kernel/step/triton/ms", "stream/start/a/0/ms")
+    ours = (*ours, "stream/codec/pco/decode_records_per_s", "stream/scale/index/memory_mb", "stream/plain/2_threads/us")
+    others = ("step/a/ddp/ecg_per_s", "stream/codec/flac/decode_records_per_s", "kernel/device/copy_gb_per_s")
+    assert [is_ours(name) for name in (*ours, *others)] == [True] * 7 + [False] * 3

@@ -5,19 +5,26 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
-from ecgscale.bench.largest_batch import largest
+from ecgscale.bench.largest_batch import NothingFitsError, largest
+from ecgscale.bench.measure import Round
 from ecgscale.bench.scaling import STRONG, WEAK, scaled
-from ecgscale.bench.step import bound_of
+from ecgscale.bench.step import bound_of, measure_case, mfu_bound
 from ecgscale.bench.step_batches import shard_stream, synthetic_batch
 from ecgscale.bench.step_case import Axes, Case, StepConfig
-from ecgscale.bench.step_ways import DDP, STRAIGHTFORWARD, equality
+from ecgscale.bench.step_ranks import FailedError, Group, TooLargeError, _Failed, tells_of_memory
+from ecgscale.bench.step_turns import Effort, Taken
+from ecgscale.bench.step_ways import BASELINES, DDP, OURS, STRAIGHTFORWARD, equality
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.cli import main
 from ecgscale.cost import step_flops
@@ -97,6 +104,14 @@ def test_equality_sees_a_difference(small_model_config, monkeypatch):
     monkeypatch.setattr("ecgscale.bench.step_ways.named_as_here", wrong)
     assert equality(case, HERE).loss > 1e-4
 
+    def not_a_number(tensors, model, objective):
+        named = named_as_here(tensors, model, objective)
+        return named | {"final_proj.bias": named["final_proj.bias"] * math.nan}
+
+    monkeypatch.setattr("ecgscale.bench.step_ways.named_as_here", not_a_number)
+    with pytest.raises(InputError, match="not finite"):
+        equality(case, HERE)
+
 
 def test_what_the_straightforward_way_draws_is_what_the_method_asks_for(small_model_config):
     torch.manual_seed(0)
@@ -158,6 +173,8 @@ def test_what_does_not_go_together_is_left_out(capsys):
         (["--checkpointing=many"], "engine.activation_checkpointing"),
         (["--find-batch"], "needs --memory-gb"),
         (["--rounds=0"], "--rounds 0: give 1 or more"),
+        (["--memory-gb=2"], "--memory-gb 2 is for --find-batch"),
+        (["--find-batch", "--memory-gb=2", "--batch", "1", "2"], "--batch 1 2 with --find-batch"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(tmp_path, refusal, options, said):
@@ -176,8 +193,103 @@ def test_bounds_are_those_of_the_base_preset():
     fp32, bf16 = Axes(precision=["fp32", "bf16"]).cases([], "cpu", 2, 2500)
     assert (bound_of(fp32, STRAIGHTFORWARD), bound_of(bf16, STRAIGHTFORWARD)) == (1.4, 2.2)
     assert bound_of(fp32, DDP) is None
-    for other in (replace(fp32, batch=4), replace(fp32, threads=1), replace(fp32, overrides="--model.depth 2")):
+    for other in ({"batch": 4}, {"threads": 1}, {"samples": 5000}, {"overrides": "--model.depth 2"}):
+        assert bound_of(replace(fp32, **other), STRAIGHTFORWARD) is None
+    for axis in ({"activation_checkpointing": ["2"]}, {"compile": ["on"]}):
+        (other,) = Axes(**axis).cases([], "cpu", 2, 2500)
         assert bound_of(other, STRAIGHTFORWARD) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bounds"), [("NVIDIA H100 80GB HBM3", (0.98, 5.0, 0.45)), ("NVIDIA A100", (None,) * 3)]
+)
+def test_bounds_of_a_gpu_are_those_of_an_h100(monkeypatch, gpu, bounds):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu)
+    (case,) = Axes(precision=["bf16"]).cases([], "cuda", 2, 2500)
+    assert (bound_of(case, DDP), bound_of(case, STRAIGHTFORWARD), mfu_bound(case)) == bounds
+
+
+def test_the_peak_of_the_device_is_no_other_case():
+    keys = ["--model.dropout", "0", "--engine.peak_tflops", "312"]
+    (one,) = Axes().cases(keys, "cpu", 1, 2500)
+    (other,) = Axes().cases(["--engine.peak_tflops=312", "--model.dropout", "0"], "cpu", 1, 2500)
+    assert one.overrides == other.overrides == "--model.dropout 0"
+    assert one.config.engine.peak_tflops == 312
+
+
+@pytest.mark.parametrize("error", [NothingFitsError("nothing fits"), FailedError("rank 0 ended with code 1")])
+def test_a_search_that_fails_is_one_line(tmp_path, refusal, monkeypatch, error):
+    def failing(case: Case, within_gb: float) -> int:
+        raise error
+
+    monkeypatch.setattr("ecgscale.bench.step.largest_batch", failing)
+    assert f"bench step: {error}" in refusal("bench", "step", "--find-batch", "--preset=tiny", "--out", tmp_path)
+
+
+def test_alone_nothing_else_holds_memory(monkeypatch):
+    asked: list[str] = []
+
+    def turns(wanted, effort, title) -> Taken:
+        asked.extend(wanted)
+        return Taken({OURS: [Round(8, 1.0, 1.0)]}, {OURS: 10**9})
+
+    monkeypatch.setattr("ecgscale.bench.step.take_turns", turns)
+    (case,) = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
+    section = measure_case(case, BASELINES, Effort.quick(), alone=True)
+    assert asked == [OURS]
+    assert [row[0] for row in section.rows] == ["ecgscale"]
+    assert "Alone on the GPU" in section.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_errors_of_memory_are_known(said, memory):
+    assert tells_of_memory(RuntimeError(said)) == memory
+
+
+def _leave(rank: int, how: str, end: Connection) -> None:
+    """A rank 0 that only loses the other, and another that is killed, fails or says why."""
+    if rank == 0:
+        while end.recv() != "end":
+            pass
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "said":
+        end.send(_Failed("no room", too_large=True))
+    os._exit(3)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 warns where threads are forked
+@pytest.mark.parametrize(
+    ("how", "kind", "said"),
+    [
+        ("killed", TooLargeError, "killed by the system"),
+        ("failed", FailedError, "rank 1 ended with code 3"),
+        ("said", TooLargeError, "no room"),
+    ],
+)
+def test_the_rank_that_ended_is_blamed(monkeypatch, how, kind, said):
+    """Also by a question that it cannot get any more."""
+    monkeypatch.setattr("ecgscale.bench.step_ranks._LAST_WORD_S", 0.2)
+    case = Case(StepConfig(), batch=1, ranks=2)
+    monkeypatch.setattr("ecgscale.bench.step_ranks._context", lambda device: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(
+        "ecgscale.bench.step_ranks._run_rank", lambda case, way, rank, port, end: _leave(rank, how, end)
+    )
+    with Group(case, OURS) as group:
+        group._ranks[1].join()
+        with pytest.raises(FailedError, match=said) as raised:
+            group.take(1)
+        assert raised.type is kind
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 100])
@@ -225,7 +337,14 @@ def test_step_measures_every_way_and_names_what_does_not_fit(tmp_path):
         "ranks": 1,
     }
     assert report["machine"]["commit"]
-    assert report["machine"]["command"].startswith("ecgscale ")
+    assert report["machine"]["command"].split()[0] == "ecgscale"
+
+
+def test_ddp_takes_an_objective_without_masked_tokens(tmp_path):
+    options = ["--quick", "--preset=tiny", "--threads=1", "--samples=640", "--batch=2", f"--out={tmp_path}"]
+    model = [option for option in SMALL if option.startswith("--model")]
+    assert main(["bench", "step", *options, *model, "--objective.name=cmsc", "--against", "ddp"]) == 0
+    assert sum(name.endswith("/ddp/ecg_per_s") for name in scalars(tmp_path)) == 1
 
 
 def test_scaling_measures_one_rank_and_two(tmp_path):

@@ -67,7 +67,7 @@ def test_refusals(capsys, tmp_path) -> None:
     for arguments, said in (
         (["--local", "2", "--", "pretrian"], "'pretrian' after --: no command of ecgscale"),
         (["--local", "0", "--", "pretrain", "x"], "--local 0"),
-        (["--local", "2", "--", "verify", "x"], "verify does not run as several processes"),
+        (["--local", "2", "--", "verify", "x"], "verify does not run as several processes under ecgscale-launch"),
         (["--local", "2", "--", "pretrain"], "run.dir is missing"),
         (["--local", "2"], "no command after --"),
         (["--", "verify", "x"], "give CLUSTER.yaml, or --local N"),

@@ -12,6 +12,7 @@ from ecgscale.cost import parameters
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives.cmsc import cmsc_loss
 from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes
 from ecgscale.plan.check import predicted_memory
 from ecgscale.plan.memory import BUCKET, Parallel, memory_of, share, sizes_of, state_bytes
@@ -31,6 +32,7 @@ CASES = {
     "direct convolution": (replace(TINY, position_kernel=15), ObjectiveConfig(), "fp32"),
     "local alone": (TINY, ObjectiveConfig(name="wav2vec2"), "fp32"),
     "global alone": (TINY, ObjectiveConfig(name="cmsc"), "fp32"),
+    "nt-xent": (TINY, ObjectiveConfig(name="cmsc", global_form="nt_xent"), "fp32"),
     "simclr": (TINY, ObjectiveConfig(name="simclr"), "fp32"),
 }
 
@@ -81,6 +83,24 @@ def test_activations_are_what_autograd_keeps(case):
     assert predicted["position"] == pytest.approx(kept["position"], rel=0.001)
     assert predicted.get("local_head", 0) == pytest.approx(kept.get("local_head", 0), rel=0.005)
     assert sum(predicted.values()) == pytest.approx(sum(kept.values()), rel=0.002)
+
+
+@pytest.mark.parametrize("form", ["reference", "nt_xent"])
+def test_a_large_contrast_keeps_what_is_counted(form):
+    rows = 512
+    batch = random_batch(rows, 1, torch.device("cpu"))
+    embedding_BD = torch.randn(rows, TINY.width, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        cmsc_loss(embedding_BD, batch.patient_B, batch.segment_B, 0.1, form == "nt_xent")
+    objective = ObjectiveConfig(name="cmsc", global_form=form)
+    counted = saved_bytes(TINY, objective, 2, 1250, Storage.on("cpu", "fp32", TINY), contrast_rows=rows)["contrast"]
+    assert counted == pytest.approx(sum(one.untyped_storage().nbytes() for one in kept.values()), rel=0.02)
 
 
 def test_checkpointed_layers_keep_their_input_only():

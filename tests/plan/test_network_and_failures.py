@@ -116,3 +116,5 @@ def test_the_formula_agrees_with_drawn_failures(between_s, restart_s):
 
 def test_a_run_that_never_reaches_its_next_checkpoint_keeps_nothing():
     assert effective_share(1e6, 60, 300, 100) == 0
+    assert simulated_share(100, 60, 1800, 88, 3_000, seed=0) == 0  # and ends
+    assert effective_share(100, 60, 300, 88) == pytest.approx(simulated_share(100, 60, 300, 88, 3_000, seed=0), rel=0.1)

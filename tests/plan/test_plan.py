@@ -13,6 +13,7 @@ from ecgscale.config import PretrainConfig
 from ecgscale.cost import step_flops
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig
+from ecgscale.plan.failures import effective_share
 from ecgscale.plan.memory import Parallel
 from ecgscale.plan.speed import Rates, micro_step, update_s
 
@@ -49,10 +50,15 @@ def test_a_plan_adds_up(planned):
     assert plan["gpu_hours"] == pytest.approx(16 * plan["hours"])
     assert plan["hours"] == pytest.approx(length["steps"] * way["step_s"] / 3600 / plan["survival"]["effective"])
     assert plan["kwh"] == pytest.approx(plan["gpu_hours"] * (700 + 150) * 1.2 / 1000)
+    survival, save_s = plan["survival"], plan["storage"]["save_s"]
+    assert survival["daly_s"] > survival["interval_s"] == 1800
+    assert survival["effective"] == effective_share(1800, save_s, 300, survival["between_failures_s"])
+    assert plan["checkpoint_every"] == round(1800 / way["step_s"])
     flops = sum(one.total for one in step_flops(PRESETS["base"], ObjectiveConfig(), 64, 2500, 1024).values())
     assert way["mfu"] == pytest.approx(flops / way["step_s"] / 989.5e12)
     assert way["fits"]
     assert {(one["zero_stage"], one["offload"]) for one in plan["ways"]} >= {(0, False), (3, False), (3, True)}
+    assert all((one["step_s"] is None) == one["offload"] for one in plan["ways"])
 
 
 def test_it_is_simulated_up_to_4096_gpus(planned):
@@ -95,6 +101,17 @@ def test_stage_3_needs_an_element_of_every_parameter_for_each_rank(planned):
     assert 3 not in [way["zero_stage"] for way in many["ways"]]
 
 
+def test_stage_3_is_not_compiled(planned):
+    plan = planned(*BASE, "--engine.compile=true")
+    assert {way["zero_stage"] for way in plan["ways"]} == {0, 1, 2}
+
+
+def test_failures_that_stop_only_the_largest_clusters(planned):
+    scaled = planned(*BASE, "--cluster.mtbf_hours=100", "--cluster.restart_s=1800")["scaled"]
+    assert scaled[0]["survival"]["effective"] > 0.8
+    assert scaled[-1]["survival"]["effective"] == 0 == scaled[-1]["recordings_per_s"]
+
+
 def test_a_page_for_people(capsys, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     assert main(BASE) == 0
@@ -119,6 +136,9 @@ def test_what_cannot_fit_is_refused_with_what_would(refusal):
     assert "does not fit" in said
     assert "GB more than the 22.8 GB" in said
     assert "what fits: train.contrast_batch" in said
+    assert "what fits: cluster.nodes 2" in refusal(*LARGE_ON_SMALL, "--train.lanes=512")
+    said = refusal(*LARGE_ON_SMALL, "--cluster.memory_gb=4")
+    assert "nothing that was tried fits: more GPUs need a larger train.contrast_batch" in said
 
 
 def test_a_device_that_no_table_has_needs_its_rates(refusal, planned):
@@ -134,6 +154,8 @@ def test_a_device_that_no_table_has_needs_its_rates(refusal, planned):
     [
         (["--cluster.nodes=3"], "24 GPUs cannot share"),
         (["--train.lanes=4"], "8 ranks do not divide the 4 lanes"),
+        (["--train.global_batch=512", "--train.lanes=48"], "train.lanes 48 does not divide the contrast batch of 512"),
+        (["--cluster.mtbf_hours=0.01"], "never reaches its next checkpoint"),
         (["--cluster.nodes=0"], "cluster.nodes 0: give 1 or more"),
         (["--cluster.matmul_efficiency=1.5"], "cluster.matmul_efficiency 1.5: give a share"),
         (["--cluster.mtbf_hours=0"], "cluster.mtbf_hours 0: give a positive number"),
@@ -145,6 +167,8 @@ def test_a_device_that_no_table_has_needs_its_rates(refusal, planned):
         (["--cluster.node=3"], "did you mean cluster.nodes?"),
         (["--model.preset=bas"], "model.preset 'bas' is unknown"),
         (["--check", "--cluster.nodes=3"], "takes --json only"),
+        (["--check", "--out=plan.yaml"], "unexpected '--out'"),
+        (["--check", "--measure"], "unexpected '--measure'"),
     ],
 )
 def test_refusals(refusal, arguments, expected):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,10 @@ import yaml
 
 from ecgscale.cli import main
 from ecgscale.config import load
-from ecgscale.scaling.ladder import ScalingConfig
+from ecgscale.scaling.ladder import ScalingConfig, validation_at
 from ecgscale.scaling.law import Law
-from ecgscale.scaling.report import markdown, plot
-from ecgscale.scaling.results import Ladder, Run, as_csv, as_json, find
+from ecgscale.scaling.report import as_csv, as_json, markdown, plot
+from ecgscale.scaling.results import Ladder, Run, find
 from small_jobs import Jobs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -102,15 +104,48 @@ def test_two_sizes_and_two_token_counts_in_parts_and_once_more(scaling_law, fold
     assert sum(again[path] != made[path] for path in made) == 1
     assert scaling_law("--dry-run").count("done ") == 4
 
+    # So is what a longer list of factors adds.
+    more = scaling_law("--learning_rate_factors", "1,2", "--dry-run")
+    assert (more.count("done "), more.count("to do")) == (4, 4)
+
     # Another config is another ladder.
-    assert "the run has engine.learning_rate" in scaling_law("--learning_rate_factors", "2", code=2)
-    assert "cannot start yet: " in scaling_law("--learning_rate_factors", "2", "--dry-run")
+    for option, key in (
+        ("[engine.learning_rate=1e-3]", "engine.learning_rate"),
+        ("[train.validation_recordings=3]", "train.validation_recordings"),  # they define the loss
+    ):
+        assert f"the run has {key}" in scaling_law("--overrides", option, code=2)
+        assert "cannot start yet: " in scaling_law("--overrides", option, "--dry-run")
     assert "loss 'cmsc': the validation loss of wav2vec2 has loss, local," in scaling_law("--loss=cmsc", code=2)
+
+
+def test_the_ladder_goes_on_beyond_a_run_that_diverges(scaling_law, folder: Path) -> None:
+    run = folder / "diverging"
+    few = ["--sizes", "[{name: w8, overrides: [model.width=8, train.max_skipped=1]}]", "--tokens", f"{3 * TOKENS}"]
+    few += ["--learning_rate_factors", "1e30,1", f"--run.dir={run}"]
+    table = scaling_law(*few)
+    assert "1 of 2 runs have no finite loss and are left out." in table
+    cells = {path.name: json.loads((path / "result.json").read_text()) for path in run.glob("cells/w8/*")}
+    assert cells.keys() == {"360-seed0", "360-rate1e+30-seed0"}
+    assert cells["360-rate1e+30-seed0"]["validation"] == {"loss": None}
+    assert cells["360-seed0"]["validation"]["local"] > 0
+    rows = list(csv.DictReader((run / "cells.csv").read_text().splitlines()))
+    assert sorted((row["used"], row["validation/local"] != "") for row in rows) == [("0", False), ("1", True)]
+    assert scaling_law(*few, "--dry-run").count("done ") == 2
+    assert "1 of 2 runs" in scaling_law(*few, "--loss", "loss", "--merge"), "whatever part of the loss is asked for"
+
+
+def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    whole = '{"event": "step", "step": 2, "validation/loss": 1.5, "validation/local": null}'
+    for torn in ('{"event": "step", "step": 2, "validation/loss": {"a": 1}', '{"event": "step", "validation/lo'):
+        (tmp_path / "events.jsonl").write_text(f"{torn}\n{whole}\n{torn}")
+        assert validation_at(tmp_path, 2) == {"loss": 1.5, "local": None}
+    assert validation_at(tmp_path, 3) == {}
 
 
 def test_two_ranks_share_each_cell(folder: Path, jobs: Jobs) -> None:
     run = folder / "two"
-    few = ["--sizes", "[{name: w8, overrides: [model.width=8]}]", "--tokens", f"{TOKENS}", f"--run.dir={run}"]
+    few = ["--sizes", "[{name: w8, overrides: [model.width=8, train.max_skipped=1]}]", "--tokens", f"{3 * TOKENS}"]
+    few += ["--learning_rate_factors", "1e30,1", f"--run.dir={run}"]  # both leave the cell that diverges
     jobs.run(2, ["scaling-law", str(folder / "ladder.yaml"), *few])
     assert (run / "table.md").exists()
     (state,) = run.glob("cells/w8/*/checkpoints/*/state.json")
@@ -124,6 +159,7 @@ def test_two_ranks_share_each_cell(folder: Path, jobs: Jobs) -> None:
         ("--sizes", "[{name: a, overrides: [model.wdth=8]}]", "sizes, a: unknown key model.wdth"),
         ("--sizes", "[{name: a, overrides: [model.width=9]}]", "sizes, a: model.width 9 is no multiple"),
         ("--tokens", "1000,1000", "tokens: 1000.0 is given twice"),
+        ("--tokens", "120,130", "tokens, in steps of w8: 1 is given twice"),
         ("--tokens", "[-1]", "tokens -1: give positive numbers"),
         ("--warmup_share", "1", "warmup_share 1: give a share below 1"),
         ("--seeds", "0", "seeds 0: give 1 or more"),
@@ -191,11 +227,20 @@ def test_a_ladder_that_follows_a_law_predicts_its_largest_size_and_the_next(conf
     assert len(plot(config, ladder, found).axes) == 2
 
 
-def test_flat_losses_and_repeated_data_are_said(config: ScalingConfig) -> None:
-    ladder = Ladder(runs(LAW._replace(A=0.0), epochs=6.0))
+def test_flat_losses_repeated_data_and_diverged_runs_are_said(config: ScalingConfig) -> None:
+    repeated = runs(LAW._replace(A=0.0), epochs=6.0)
+    diverged = [run.size == "w64" and run.tokens == 2**16 for run in repeated]
+    ladder = Ladder(
+        [replace(run, loss=math.nan) if gone else run for run, gone in zip(repeated, diverged, strict=True)]
+    )
     found = find(config, ladder)
+    assert len(ladder.cells()) == 30
+    assert found.held_out is not None
+    assert found.held_out.rows[0][-1] == ladder.mean("w64", 2**17), "the nearest that has a loss"
+    json.dumps(as_json(config, found), allow_nan=False)
     assert any("flat along size" in said for said in found.doubts)
     table = markdown(config, ladder, found)
+    assert "2 of 32 runs have no finite loss" in table
     assert "32 runs read the training recordings more than 4 times (up to 6.0)" in table
     assert "See table.md" in plot(config, ladder, found).get_suptitle()
 
@@ -215,5 +260,5 @@ def test_the_best_learning_rate_counts_and_diverged_runs_do_not(config: ScalingC
     table = markdown(config, ladder, found)
     assert "| w16, width 16 |" in table
     assert "diverged" in table
-    assert as_csv(ladder).count(",1,") >= 32
+    assert sum(row["used"] == "1" for row in csv.DictReader(as_csv(ladder).splitlines())) == 32
     assert len(plot(config, ladder, found).axes) == 3

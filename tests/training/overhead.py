@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ecgscale.data.batch import ECGBatch
+from ecgscale.bench.step_batches import synthetic_batch
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.training.engine import Engine, EngineConfig
@@ -36,23 +36,6 @@ SAMPLES = 2500
 LOG_EVERY = 10  # train.log_every
 PHASES = ("loader_wait", "transfer", "forward", "backward", "optimizer")
 ALONE = 2000  # empty steps
-
-
-def batch_of(recordings: int) -> ECGBatch:
-    """Two segments of noise for each recording."""
-    rows = 2 * recordings
-    position_B = torch.arange(recordings).repeat(2)
-    return ECGBatch(
-        signal_BLT=torch.randint(-500, 500, (rows, 12, SAMPLES), dtype=torch.int16),
-        gain_BL=torch.full((rows, 12), 1e-3),
-        offset_BL=torch.zeros(rows, 12),
-        length_B=torch.full((rows,), SAMPLES),
-        patient_B=position_B,
-        segment_B=torch.arange(2).repeat_interleave(recordings),
-        position_B=position_B,
-        record_B=position_B,
-        padded=False,
-    )
 
 
 def collective_us(monitor: Monitor) -> float:
@@ -82,7 +65,7 @@ def main() -> None:
     ranks = start_ranks()
     objective = build_objective(PRESETS[options.preset], ObjectiveConfig(), seed=0, rate_hz=500.0)
     engine = Engine(objective, EngineConfig(precision=options.precision), ranks, 1, options.batch)
-    cpu_batch = batch_of(options.batch)
+    cpu_batch = synthetic_batch(2 * options.batch, SAMPLES)
     cpu_batch = cpu_batch.pin_memory() if ranks.device.type == "cuda" else cpu_batch
     engine.create_optimizer_state(cpu_batch.to(ranks.device))
 

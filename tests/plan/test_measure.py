@@ -1,0 +1,108 @@
+"""Rates of this machine, and the table that holds predictions against it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ecgscale.errors import InputError
+from ecgscale.model.presets import PRESETS
+from ecgscale.objectives import ObjectiveConfig
+from ecgscale.plan import check, command, measure
+from ecgscale.plan.activations import Storage, saved_bytes
+from ecgscale.plan.config import ClusterConfig, PlanConfig
+from ecgscale.plan.memory import Parallel
+from ecgscale.plan.speed import PARTS, Rates, micro_step
+from ecgscale.plan.trial import Times
+from ecgscale.training.engine import EngineConfig
+
+ONE = Parallel(0, 1, "fp32", "cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(measure, "WIDTHS", (64, 128))
+    monkeypatch.setattr(measure, "_LEAST_S", 0.0)
+
+
+def test_rates_are_measured(quick):
+    rates = measure.measure_rates(PRESETS["tiny"], ObjectiveConfig(), EngineConfig(), samples=320, rows=2)
+    assert set(rates.products_flops_per_s) == {64, 128}
+    assert min(rates.products_flops_per_s.values()) > 0
+    assert set(PARTS) <= set(rates.seconds_per_byte)
+    assert rates.update_s_per_parameter > 0
+    assert micro_step(PRESETS["tiny"], ObjectiveConfig(), ONE, rates, 2, 320).total > 0
+
+
+def test_what_a_step_takes_beyond_its_products_is_found_again():
+    model = replace(PRESETS["tiny"], depth=1, pre_norm=True)
+    seconds = {"stem": 3.0, "position": 2.0, "layers": 5.0, "rest": 7.0}
+    rates = measure._rates(model, ObjectiveConfig(), "cpu", "fp32", 8, 2500, {64: 1e15}, seconds, 0.0)
+    parts = micro_step(model, ObjectiveConfig(), ONE, rates, 8, 2500).parts
+    rest = parts["features"] + parts["local_head"] + parts["contrast"]
+    assert [parts["stem"], parts["position"], parts["layers"], rest] == pytest.approx([3, 2, 5, 7], rel=1e-3)
+
+
+@pytest.mark.parametrize("given_gb", [0.0, 64.0])
+def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "measure_rates", lambda *_: Rates("", {64: 1e12}, {}, 0.0, 1.0))
+    whole = given_gb * 1e9 or command.psutil.virtual_memory().total
+    config = PlanConfig(cluster=ClusterConfig(memory_gb=given_gb, reserve_gb=0.5))
+    assert command.this_machine(config).memory_bytes == pytest.approx(whole - 0.5e9)
+
+
+def test_an_unknown_gpu_is_refused_before_it_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H900")
+    monkeypatch.setattr(measure, "measure_rates", lambda *_: pytest.fail("measured"))
+    with pytest.raises(InputError, match="'H900' is in no table"):
+        command.this_machine(PlanConfig())
+
+
+def test_contrast_is_in_fp32_and_everything_that_is_kept_costs_time():
+    model, objective = replace(PRESETS["base"], pre_norm=True), ObjectiveConfig(name="cmsc")
+    parallel = Parallel(1, 64, "bf16", "cuda")
+    rates = Rates.of_device("x", 1000e12, 0.5, 1e12, 0.0, True, fp32_slower=15.0)
+    parts = micro_step(model, objective, parallel, rates, 8, 2500, contrast_rows=16_384).parts
+    kept = saved_bytes(model, objective, 8, 2500, Storage.on("cuda", "bf16", model), contrast_rows=16_384)
+    products_s = 3 * 2 * 8192**2 * model.width / 500e12
+    assert parts["contrast"] == pytest.approx(15 * products_s + 6 * kept["contrast"] / 1e12)
+    free = Rates.of_device("x", 1e30, 0.5, 1e12, 0.0, True)
+    bytes_s = sum(micro_step(model, objective, parallel, free, 8, 2500, contrast_rows=16_384).parts.values())
+    assert bytes_s == pytest.approx(6 * sum(kept.values()) / 1e12)
+
+
+def test_a_gpu_is_checked_against_what_is_predicted_for_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check, "MEMORY_CASES", check.MEMORY_CASES[1:2])
+    monkeypatch.setattr(check, "TIME_CASES", check.TIME_CASES[:1])
+    monkeypatch.setattr(check, "peak_bytes", lambda _trial, _threads, device: asked.append(device) or {"update": 1})
+    monkeypatch.setattr(check, "timed", lambda _: Times(1.0, 1.0))
+    monkeypatch.setattr(check, "measure_rates", lambda *_: Rates("", {64: 1e12}, dict.fromkeys(PARTS, 1e-9), 0.0, 1e9))
+    memory, time = check.check_all()[1]
+    assert asked == ["cuda"]
+    assert memory.predicted == check.predicted_memory(check.MEMORY_CASES[0], "cuda").peak
+    assert memory.predicted > 2e9 > check.predicted_memory(check.MEMORY_CASES[0]).peak  # the whole bucket
+    one = check.TIME_CASES[0]
+    cpu = micro_step(one.model, one.objective, ONE, check.measure_rates(), one.rows, one.samples)
+    assert time.predicted < cpu.total  # less is kept
+
+
+def test_what_is_checked_as_text_and_for_programs():
+    rates = Rates("of a test", {64: 1e12}, {"stem": 1e-9}, 0.0, 1.0)
+    found = [
+        check.Checked("peak bytes", "tiny", 1, "fp32", 32, 335e6, 340e6),
+        check.Checked("step seconds", "tiny", 0, "fp32", 16, 0.22, 0.2),
+    ]
+    page = check.text(rates, found)
+    assert page.splitlines()[1].split() == ["peak", "MB", "tiny", "1", "fp32", "32", "335.0", "340.0", "-1.5%"]
+    assert page.splitlines()[2].split() == ["step", "ms", "tiny", "0", "fp32", "16", "220.0", "200.0", "+10.0%"]
+    assert page.endswith("Times by rates of a test.")
+    read = json.loads(json.dumps(check.tree(rates, found)))
+    assert read["rates"]["products_flops_per_s"] == {"64": 1e12}
+    assert [case["off"] for case in read["cases"]] == pytest.approx([-5 / 340, 0.1])
