@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,6 +95,20 @@ def refusal(capsys) -> Callable[..., str]:
         return err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., None]:
+    """Waits until a condition holds; fails when a process that must run meanwhile has ended, or after a while."""
+
+    def wait(condition: Callable[[], bool], process: object = None, limit_s: float = 120) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert process is None or process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.05)
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ecgscale.bench.step_case import SEGMENTS, Case
+from ecgscale.bench.step_case import Case
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.source_options import listed
 from ecgscale.data.stream import TrainStream
+from ecgscale.pretrain import SEGMENTS
 from ecgscale.record import LEADS
 from ecgscale.training.loop import TrainConfig
 

@@ -18,10 +18,10 @@ from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.objectives.objective import Objective
+from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
 
 RATE_HZ = 500.0  # what the samples are said to be; nothing that is timed depends on it
-SEGMENTS = 2  # of each recording, as in pretraining
 SEED = 0
 _PEAK = "--engine.peak_tflops"
 _LONGEST_NAME = 40  # characters of what other keys add to a case's name

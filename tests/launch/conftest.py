@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,17 +52,3 @@ def undisturbed(jobs: Jobs, long_job: list[str], tmp_path_factory: pytest.TempPa
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     jobs.run(2, [*long_job, f"--run.dir={run}"])
     return run
-
-
-@pytest.fixture(scope="session")
-def wait_for() -> Callable[..., None]:
-    """Waits until a condition holds; fails when a process that must run meanwhile has ended, or after a while."""
-
-    def wait(condition: Callable[[], bool], process: object = None, limit_s: float = 120) -> None:
-        deadline = time.monotonic() + limit_s
-        while not condition():
-            assert process is None or process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "waited too long"
-            time.sleep(0.05)
-
-    return wait

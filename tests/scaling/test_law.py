@@ -51,14 +51,14 @@ def test_a_larger_size_is_predicted(fitted) -> None:
 
 
 def test_intervals_hold_what_they_promise() -> None:
-    """Of 5 ladders with other noise, a 95 % interval misses the truth in more than 2 once in a thousand times."""
+    """Of 10 ladders with other noise, a 95 % interval misses the truth in more than 3 once in a thousand times."""
     missed = 0
-    for seed in range(5):
+    for seed in range(10):
         cells = ladder(seed=seed, sizes=4, tokens=4)
         law = fit(cells)
         low, high = interval([one.alpha for one in resample(cells, law, resamples=30, seed=seed)])
         missed += not low <= TRUTH.alpha <= high
-    assert missed <= 2
+    assert missed <= 3
 
 
 def test_an_outlier_does_not_move_the_law(fitted) -> None:

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +44,7 @@ def run(shards, jobs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(run) -> Iterator[str]:
+def page(run, wait_for) -> Iterator[str]:
     """The address of TensorBoard's page."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -54,7 +53,7 @@ def page(run) -> Iterator[str]:
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={run}", "--host=127.0.0.1", f"--port={port}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            until(lambda: answers(f"{address}/data/plugins_listing"))
+            wait_for(lambda: answers(f"{address}/data/plugins_listing"), limit_s=60)
             yield address
         finally:
             server.kill()
@@ -76,13 +75,6 @@ def browser(tmp_path_factory):
         yield opened
 
 
-def until(condition, limit_s: float = 60.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
-
-
 def answers(address: str) -> bool:
     try:
         return urllib.request.urlopen(address, timeout=5).status == 200
@@ -95,7 +87,7 @@ def points(paths: list[str]) -> int:
     return max((len(re.findall("[ML]", path)) for path in paths), default=0)
 
 
-def test_key_charts_show_the_run(page, browser, tmp_path) -> None:
+def test_key_charts_show_the_run(page, browser, wait_for, tmp_path) -> None:
     wanted = "|".join(f"^{name}$" for name in CHARTS)
     browser.get(f"{page}/?forceSVG=true&tagFilter={wanted}#timeseries")
     shown: dict[str, int] = {}
@@ -105,7 +97,7 @@ def test_key_charts_show_the_run(page, browser, tmp_path) -> None:
         return shown == dict.fromkeys(CHARTS, STEPS)
 
     try:
-        until(complete)
+        wait_for(complete, limit_s=60)
     except AssertionError as error:
         raise AssertionError(f"points of the charts that are shown: {shown}") from error
     picture = tmp_path / "page.png"
