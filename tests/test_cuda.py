@@ -15,6 +15,7 @@ from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from ecgscale.simulate import Simulation
+from ecgscale.training.transfer import Transfer
 from ecgscale_kernels import forced, lead_masked_conv_stem, lead_masked_patch_embed
 
 pytestmark = [
@@ -113,6 +114,16 @@ def test_a_micro_step_never_waits_for_the_gpu(small_model_config, make_batch) ->
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in objective.parameters())
+
+
+def test_a_batch_is_copied_beside_what_the_gpu_computes(make_batch) -> None:
+    batch = make_batch(torch.randint(-2000, 2000, (64, 12, 2500), dtype=torch.int16)).pin_memory()
+    put = Transfer(torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    moved = put(batch)
+    put.stream.synchronize()
+    assert not torch.cuda.current_stream().query(), "the copy is through before the computation"
+    assert torch.equal(moved.signal_BLT.cpu(), batch.signal_BLT)
 
 
 def test_step_bench_measures_every_way(tmp_path) -> None:

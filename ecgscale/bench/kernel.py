@@ -7,7 +7,6 @@ rate of a large matrix product, both measured in the same run; ecgscale_kernels/
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ecgscale.bench.device import Ceilings, Device
@@ -26,14 +24,13 @@ from ecgscale.bench.measure import (
     Report,
     Section,
     interleaved,
-    machine,
-    make_folder,
     one_core,
     ratios,
+    reporting,
     spread,
     timed,
 )
-from ecgscale.bench.step_batches import synthetic_batch
+from ecgscale.data.batch import synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
@@ -95,19 +92,11 @@ def bench_kernel(out: Path, device_name: str, effort: Effort, tune: bool = False
         raise InputError("bench kernel: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
     if tune and not cuda:
         raise InputError("bench kernel: --tune measures Triton kernels and needs a GPU")
-    make_folder(out)
-    known, began_s = machine(), time.perf_counter()
     title = "Kernels on a CPU: plain PyTorch alone; the Triton kernels are not measured here, `make gpu` does that"
-    report = Report(
-        "kernel_tune" if tune else "kernel", f"Kernels on {torch.cuda.get_device_name()}" if cuda else title, known, []
-    )
-    with nullcontext() if cuda else one_core():
-        try:
-            for section in _sections(Device(device_name), effort, tune):
-                report.sections.append(section)
-        finally:
-            known["load at the end"], known["minutes"] = psutil.getloadavg(), (time.perf_counter() - began_s) / 60
-            report.write(out)
+    title = f"Kernels on {torch.cuda.get_device_name()}" if cuda else title
+    with reporting("kernel_tune" if tune else "kernel", title, out) as report, nullcontext() if cuda else one_core():
+        for section in _sections(Device(device_name), effort, tune):
+            report.sections.append(section)
     return report
 
 

@@ -258,6 +258,23 @@ class Report:
                     board.add_scalar(f"bench/{self.name}/{name}", value, 0)
 
 
+@contextmanager
+def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
+    """A report to be filled; what it holds is written to ``out`` in the end, after an error too.
+
+    Raises InputError where ``out`` cannot be made or written.
+    """
+    make_folder(out)
+    began_s = time.perf_counter()
+    report = Report(name, title, machine(), [])
+    try:
+        yield report
+    finally:
+        report.machine["load at the end"] = [round(load, 2) for load in os.getloadavg()]
+        report.machine["minutes"] = (time.perf_counter() - began_s) / 60
+        report.write(out)
+
+
 def _plain(section: Section) -> dict[str, Any]:
     return asdict(section) | {"checks": [asdict(check) | {"passed": check.passed} for check in section.checks]}
 

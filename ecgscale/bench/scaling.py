@@ -6,14 +6,11 @@ the rate of one. On a CPU every rank has the same number of threads, those that 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
-from ecgscale.bench.measure import Report, Section, machine, make_folder, ratios, spread
+from ecgscale.bench.measure import Report, Section, ratios, reporting, spread
 from ecgscale.bench.step_case import Case
 from ecgscale.bench.step_turns import Effort, take_turns
 from ecgscale.bench.step_ways import OURS
@@ -32,15 +29,9 @@ def bench_scaling(out: Path, case: Case, worlds: Sequence[int], kinds: Sequence[
     if worlds[0] != 1:
         raise InputError(f"bench scaling: --ranks {' '.join(map(str, worlds))}: 1 must be among them")
     cases = {kind: scaled(case, worlds, kind) for kind in kinds}
-    make_folder(out)
-    known, began_s = machine(), time.perf_counter()
-    report = Report("scaling", "Scaling over ranks of one machine", known, [])
-    try:
+    with reporting("scaling", "Scaling over ranks of one machine", out) as report:
         for kind, each in cases.items():
             report.sections.append(_section(kind, each, effort))
-    finally:
-        known["load at the end"], known["minutes"] = psutil.getloadavg(), (time.perf_counter() - began_s) / 60
-        report.write(out)
     if not any(section.scalars for section in report.sections):
         raise InputError(f"bench scaling: {report.sections[0].rows[0][3]}")
     return report

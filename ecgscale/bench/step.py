@@ -6,16 +6,14 @@ of two segments each; FLOPs are those of the model (ecgscale/cost.py), the same 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from ecgscale.bench.largest_batch import NothingFitsError, largest_batch
-from ecgscale.bench.measure import Check, Report, Section, machine, make_folder, ratios, spread
+from ecgscale.bench.measure import Check, Report, Section, ratios, reporting, spread
 from ecgscale.bench.step_batches import shard_stream
 from ecgscale.bench.step_case import Case, StepConfig
 from ecgscale.bench.step_ranks import FailedError, equality_of
@@ -49,11 +47,8 @@ def bench_step(
     for case in cases:
         if case.shards:
             shard_stream(case, rank=0)
-    make_folder(out)
-    known, began_s = machine(), time.perf_counter()
-    report = Report("step", "A training step", known, [])
     held: dict[str, list[Check] | str] = {}  # by model and objective
-    try:
+    with reporting("step", "A training step", out) as report:
         for case in cases:
             chosen = case
             if find_within_gb is not None:
@@ -73,9 +68,6 @@ def bench_step(
                 where = f"{find_within_gb:g} GB" if find_within_gb else "the GPU"
                 section.notes.insert(0, f"{chosen.batch} recordings per rank are the most that fit into {where}.")
             report.sections.append(section)
-    finally:
-        known["load at the end"], known["minutes"] = psutil.getloadavg(), (time.perf_counter() - began_s) / 60
-        report.write(out)
     if not any(section.scalars for section in report.sections):
         raise InputError(f"bench step: {report.sections[0].rows[0][1]}")
     return report

@@ -7,31 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from ecgscale.bench.step_case import Case
-from ecgscale.data.batch import ECGBatch
+from ecgscale.data.batch import ECGBatch, synthetic_batch
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.source_options import listed
 from ecgscale.data.stream import TrainStream
 from ecgscale.pretrain import SEGMENTS
-from ecgscale.record import LEADS
 from ecgscale.training.loop import TrainConfig
-
-
-def synthetic_batch(rows: int, samples: int, first_position: int = 0) -> ECGBatch:
-    """Random counts; the first half of the rows holds segment 0, the second segment 1 of the same positions."""
-    position_B = first_position + torch.arange(rows // 2).repeat(2)
-    signal_BLT = torch.randint(-2000, 2000, (rows, len(LEADS), samples), dtype=torch.int16)
-    return ECGBatch(
-        signal_BLT=signal_BLT,
-        gain_BL=torch.full((rows, len(LEADS)), 1e-3),
-        offset_BL=torch.zeros(rows, len(LEADS)),
-        length_B=torch.full((rows,), samples),
-        patient_B=position_B,
-        segment_B=torch.arange(2).repeat_interleave(rows // 2),
-        position_B=position_B,
-        record_B=position_B,
-        padded=False,
-    )
 
 
 def synthetic_batches(case: Case, rank: int) -> Iterator[ECGBatch]:

@@ -65,7 +65,7 @@ def _ours(case: Case, ranks: Ranks, batches: Iterator[ECGBatch]) -> Step:
 
     def step() -> Tensor:
         nonlocal done
-        loss, _ = engine.forward(next(batches).to(ranks.device), step=done)
+        loss, _ = engine.forward(engine.put(next(batches)), step=done)
         engine.backward(loss)
         engine.step(case.config.engine.learning_rate)
         done += 1

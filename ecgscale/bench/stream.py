@@ -7,7 +7,6 @@ that were delivered.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +24,10 @@ from ecgscale.bench.measure import (
     Round,
     Section,
     interleaved,
-    machine,
     make_folder,
     one_core,
     ratios,
+    reporting,
     spread,
     timed,
 )
@@ -68,16 +67,16 @@ class Effort:
 def bench_stream(places: list[str], out: Path, effort: Effort) -> Report:
     """Measure everything and write it to ``out``. Raises InputError for unusable data sets or folders."""
     make_folder(out)
-    known, began_s = machine(), time.perf_counter()
     sets = make_sets(places, out / "sets", effort.records)
-    sections = []
-    with one_core() as core:
-        sections += [_reading(sets, payload, effort, core) for payload in PAYLOADS[::-1]]
-        sections += [_checksums(sets, effort), _start(sets, effort), _formats(sets, effort)]
-    sections += [_workers(sets, effort), _scale(effort, out), _shuffling(effort)]
-    known["load at the end"], known["minutes"] = psutil.getloadavg(), (time.perf_counter() - began_s) / 60
-    report = Report("stream", f"Stream: {sets.described}", known, sections)
-    report.write(out)
+    with reporting("stream", f"Stream: {sets.described}", out) as report:
+        with one_core() as core:
+            for payload in PAYLOADS[::-1]:
+                report.sections.append(_reading(sets, payload, effort, core))
+            for of_sets in (_checksums, _start, _formats):
+                report.sections.append(of_sets(sets, effort))
+        report.sections.append(_workers(sets, effort))
+        report.sections.append(_scale(effort, out))
+        report.sections.append(_shuffling(effort))
     return report
 
 

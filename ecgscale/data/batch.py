@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecgscale.record import LEADS
 from ecgscale_kernels import LeadDraw
 
 
@@ -41,6 +42,15 @@ class ECGBatch:
     def pin_memory(self) -> ECGBatch:
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def used_by(self, stream: torch.cuda.Stream) -> ECGBatch:
+        """Its memory is not used again before ``stream`` is through with it, whatever stream it was made on."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        return self._each(record)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> ECGBatch:
         lead_draw = self.lead_draw
         if lead_draw is not None:
@@ -59,3 +69,20 @@ class ECGBatch:
     @property
     def rows(self) -> int:
         return self.signal_BLT.shape[0]
+
+
+def synthetic_batch(rows: int, samples: int, first_position: int = 0) -> ECGBatch:
+    """Random counts; the first half of the rows holds segment 0, the second segment 1 of the same positions."""
+    position_B = first_position + torch.arange(rows // 2).repeat(2)
+    signal_BLT = torch.randint(-2000, 2000, (rows, len(LEADS), samples), dtype=torch.int16)
+    return ECGBatch(
+        signal_BLT=signal_BLT,
+        gain_BL=torch.full((rows, len(LEADS)), 1e-3),
+        offset_BL=torch.zeros(rows, len(LEADS)),
+        length_B=torch.full((rows,), samples),
+        patient_B=position_B,
+        segment_B=torch.arange(2).repeat_interleave(rows // 2),
+        position_B=position_B,
+        record_B=position_B,
+        padded=False,
+    )

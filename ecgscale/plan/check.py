@@ -1,12 +1,14 @@
 """`ecgscale plan --check`: predictions beside real steps on this machine.
 
 Peak memory of several presets, stages and precisions, each in a process of its own; and the time of a step with rates
-that were measured on one preset only.
+that were measured on one preset only. A machine that others share is now faster and now slower, so rates and steps are
+measured in rounds: a prediction is held against the steps that follow its rates, and the median over rounds is told.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from statistics import median
 
 import torch
 from tqdm import tqdm
@@ -22,6 +24,8 @@ from ecgscale.training.engine import EngineConfig
 
 CALIBRATED = "small"
 """The preset by whose steps rates are measured."""
+ROUNDS = 5
+"""Of rates and of the steps that are predicted by them."""
 MEMORY_CASES = (
     Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=32),
     Trial(PRESETS["tiny"], EngineConfig(zero_stage=1), rows=32),
@@ -34,36 +38,40 @@ MEMORY_CASES = (
     Trial(PRESETS["base"], EngineConfig(zero_stage=1, precision="bf16"), rows=8),
 )
 TIME_CASES = (
-    Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=16, steps=10),
-    Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=64, steps=6),
-    Trial(PRESETS["small"], EngineConfig(zero_stage=0), rows=16, steps=5),
-    Trial(PRESETS["medium"], EngineConfig(zero_stage=0), rows=8, steps=4),
-    Trial(PRESETS["base"], EngineConfig(zero_stage=0), rows=4, steps=4),
+    Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=16, steps=5),
+    Trial(PRESETS["tiny"], EngineConfig(zero_stage=0), rows=64),
+    Trial(PRESETS["small"], EngineConfig(zero_stage=0), rows=16),
+    Trial(PRESETS["medium"], EngineConfig(zero_stage=0), rows=8),
+    Trial(PRESETS["base"], EngineConfig(zero_stage=0), rows=4),
 )
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A prediction and what was measured: bytes or seconds."""
+    """Predictions and what was measured, one of each for every round: bytes or seconds."""
 
     what: str
     preset: str
     zero_stage: int
     precision: str
     rows: int
-    predicted: float
-    measured: float
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
 
     @property
     def off(self) -> float:
-        """Relative error of the prediction."""
-        return self.predicted / self.measured - 1
+        """Relative error of the prediction, the median over rounds."""
+        return median(self.errors)
+
+    @property
+    def errors(self) -> list[float]:
+        return [predicted / measured - 1 for predicted, measured in zip(self.predicted, self.measured, strict=True)]
 
 
 def check_memory(trial: Trial, threads: int, device: str) -> Checked:
     """Peak of a step beyond what the process had before."""
     peaks = peak_bytes(trial, threads, device)
-    return _checked("peak bytes", trial, predicted_memory(trial, device).peak, max(peaks.values()))
+    return _checked("peak bytes", trial, [(predicted_memory(trial, device).peak, max(peaks.values()))])
 
 
 def predicted_memory(trial: Trial, device: str = "cpu") -> Memory:
@@ -72,34 +80,35 @@ def predicted_memory(trial: Trial, device: str = "cpu") -> Memory:
     return memory_of(trial.model, trial.objective, _alone(trial, device), trial.rows, trial.samples, layers)
 
 
-def check_time(trial: Trial, rates: Rates, device: str) -> Checked:
+def predicted_s(trial: Trial, rates: Rates, device: str) -> float:
     """A step of one rank."""
     alone = _alone(trial, device)
     done = micro_step(trial.model, trial.objective, alone, rates, trial.rows, trial.samples)
-    predicted = done.total + update_s(trial.model, trial.objective, alone, rates)
-    return _checked("step seconds", trial, predicted, timed(trial).total)
+    return done.total + update_s(trial.model, trial.objective, alone, rates)
 
 
 def _alone(trial: Trial, device: str) -> Parallel:
     return Parallel(trial.engine.zero_stage, 1, trial.engine.precision, device, trial.engine.whole_below)
 
 
-def _checked(what: str, trial: Trial, predicted: float, measured: float) -> Checked:
+def _checked(what: str, trial: Trial, pairs: list[tuple[float, float]]) -> Checked:
     engine = trial.engine
     preset = trial.model.preset + (" checkpointed" if engine.activation_checkpointing else "")
-    return Checked(what, preset, engine.zero_stage, engine.precision, trial.rows, predicted, measured)
+    return Checked(what, preset, engine.zero_stage, engine.precision, trial.rows, *zip(*pairs, strict=True))
 
 
 def check_all() -> tuple[Rates, list[Checked]]:
-    """All cases on this machine's GPU, or its CPU where it has none, with rates that are measured first."""
+    """All cases on this machine's GPU, or its CPU where it has none, and the rates of the last round."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for trial in tqdm(MEMORY_CASES, desc="memory", unit="case", disable=None):
         found.append(check_memory(trial, torch.get_num_threads(), device))
-    rates = measure_rates(PRESETS[CALIBRATED], ObjectiveConfig(), EngineConfig())
-    for trial in tqdm(TIME_CASES, desc="time", unit="case", disable=None):
-        found.append(check_time(trial, rates, device))
-    return rates, found
+    pairs: list[list[tuple[float, float]]] = [[] for _ in TIME_CASES]
+    for _ in tqdm(range(ROUNDS), desc="time", unit="round", disable=None):
+        rates = measure_rates(PRESETS[CALIBRATED], ObjectiveConfig(), EngineConfig())
+        for known, trial in zip(pairs, TIME_CASES, strict=True):
+            known.append((predicted_s(trial, rates, device), timed(trial).total))
+    return rates, found + [_checked("step seconds", trial, each) for trial, each in zip(TIME_CASES, pairs, strict=True)]
 
 
 def text(rates: Rates, found: list[Checked]) -> str:
@@ -107,10 +116,13 @@ def text(rates: Rates, found: list[Checked]) -> str:
     rows = []
     for one in found:
         unit = 1e6 if one.what == "peak bytes" else 1e-3
-        figures = [f"{one.predicted / unit:,.1f}", f"{one.measured / unit:,.1f}", f"{one.off:+.1%}"]
+        figures = [f"{median(each) / unit:,.1f}" for each in (one.predicted, one.measured)]
+        span = f"{min(one.errors):+.1%} to {max(one.errors):+.1%}" if len(one.errors) > 1 else ""
         what = "peak MB" if one.what == "peak bytes" else "step ms"
-        rows.append([what, one.preset, f"{one.zero_stage}", one.precision, f"{one.rows}", *figures])
-    head = ["", "preset", "ZeRO", "precision", "segments", "predicted", "measured", "off"]
+        rows.append(
+            [what, one.preset, f"{one.zero_stage}", one.precision, f"{one.rows}", *figures, f"{one.off:+.1%}", span]
+        )
+    head = ["", "preset", "ZeRO", "precision", "segments", "predicted", "measured", "off", "rounds"]
     return f"{table(head, rows)}\n\nTimes by rates {rates.source}."
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecgscale.cost import step_flops
+from ecgscale.data.batch import synthetic_batch
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.memory import sizes_of
 from ecgscale.plan.speed import Rates
-from ecgscale.plan.trial import RATE_HZ, Trial, now_s, random_batch, timed
+from ecgscale.plan.trial import RATE_HZ, Trial, now_s, timed
 from ecgscale.training.engine import EngineConfig
 
 WIDTHS = (64, 128, 256, 512, 768, 1024)
@@ -122,7 +123,7 @@ def _alone(
 ) -> float:
     """Seconds of the stem or of the positional convolution, forward and backward."""
     encoder = build_objective(model, objective, 0, RATE_HZ).to(device, dtype).encoder
-    batch = random_batch(rows, samples, device)
+    batch = synthetic_batch(rows, samples).to(device)
     tokens = samples // model.patch_samples
     given = torch.randn(rows, tokens, model.width, device=device).to(dtype).requires_grad_()
 

@@ -16,12 +16,12 @@ from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes, working_bytes
 from ecgscale.record import LEADS
+from ecgscale.training.engine import BUCKET
 
 _FP32 = 4
 MOMENTS = 2
-# DeepSpeed 0.19.8's defaults, in elements.
-BUCKET = 500_000_000  # reduce_bucket_size: gradients that are reduced together
-LIVE = 1_000_000_000  # stage3_max_live_parameters: parameters that stay gathered
+LIVE = 1_000_000_000
+"""DeepSpeed 0.19.8's stage3_max_live_parameters: elements of parameters that stay gathered."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,9 @@ def state_bytes(sizes: tuple[int, ...], parallel: Parallel) -> State:
         gradients=(own if stage >= 2 else n) * element,
         masters=0 if parallel.offload else masters,
         moments=0 if parallel.offload else moments,
-        bucket=_bucket(n, parallel) * element,
+        bucket=0 if stage == 0 and parallel.world_size == 1 else min(n, BUCKET) * element,
         host=own * _FP32 + masters + moments if parallel.offload else 0,
     )
-
-
-def _bucket(n: int, parallel: Parallel) -> int:
-    """Elements. A GPU holds the whole buffer, a CPU commits the pages of it that are written."""
-    if parallel.zero_stage == 0:
-        return min(n, BUCKET) if parallel.world_size > 1 else 0
-    return BUCKET if parallel.device == "cuda" else min(n, BUCKET)
 
 
 def memory_of(

@@ -13,7 +13,8 @@ from typing import Literal
 
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import ObjectiveConfig
-from ecgscale.plan.memory import BUCKET, LIVE, Parallel, sizes_of
+from ecgscale.plan.memory import LIVE, Parallel, sizes_of
+from ecgscale.training.engine import BUCKET
 
 Kind = Literal["all-reduce", "reduce-scatter", "all-gather"]
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from ecgscale.data.batch import ECGBatch
+from ecgscale.data.batch import ECGBatch, synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
-from ecgscale.record import LEADS
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import start_ranks
 
@@ -58,35 +57,18 @@ class Times:
         return self.forward_backward + self.update
 
 
-def random_batch(rows: int, samples: int, device: torch.device) -> ECGBatch:
-    """Two segments each of ``rows`` / 2 patients, counts without meaning."""
-    pairs = rows // 2
-    position_B = torch.arange(rows) % pairs
-    batch = ECGBatch(
-        signal_BLT=torch.randint(-1000, 1000, (rows, len(LEADS), samples), dtype=torch.int16),
-        gain_BL=torch.full((rows, len(LEADS)), 1e-3),
-        offset_BL=torch.zeros(rows, len(LEADS)),
-        length_B=torch.full((rows,), samples),
-        patient_B=position_B,
-        segment_B=torch.arange(rows) // pairs,
-        position_B=position_B,
-        record_B=position_B,
-        padded=False,
-    )
-    return batch.to(device)
-
-
 def engine_of(trial: Trial) -> tuple[Engine, ECGBatch]:
     """The model under DeepSpeed, on this process alone, and a batch."""
     ranks = start_ranks()
     torch.manual_seed(0)
     module = build_objective(trial.model, trial.objective, 0, RATE_HZ, trial.engine.activation_checkpointing)
     engine = Engine(module, trial.engine, ranks, accumulation=1, micro_batch=trial.rows)
-    return engine, random_batch(trial.rows, trial.samples, ranks.device)
+    return engine, engine.put(synthetic_batch(trial.rows, trial.samples))
 
 
 def timed(trial: Trial) -> Times:
     """How long steps take, in this process."""
+    gc.collect()  # engines hold themselves
     engine, batch = engine_of(trial)
     device, passes, updates = batch.signal_BLT.device, [], []
     for _ in range(trial.steps + 1):

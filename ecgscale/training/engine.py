@@ -27,8 +27,11 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
 from ecgscale.training.compiling import compile_layers
 from ecgscale.training.ranks import Ranks
+from ecgscale.training.transfer import Transfer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 500_000_000
+"""Most elements of the gradients that are reduced together."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Engine:
     ) -> None:
         """``weights`` by name are loaded before ZeRO takes the module apart; ``micro_batch`` is a rank's rows."""
         self.config, self.ranks, self._accumulation = config, ranks, accumulation
+        self.put = Transfer(ranks.device)
         if weights is not None:
             module.load_state_dict(weights)
         named = dict(module.named_parameters())
@@ -118,7 +122,7 @@ class Engine:
             )
 
     def forward(self, batch: ECGBatch, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and parts of one micro-step."""
+        """Loss and parts of one micro-step, for a batch that was ``put`` on the device."""
         loss, parts = self._engine(batch, **arguments)
         return loss, parts
 
@@ -316,6 +320,8 @@ def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micr
             "zero_optimization": {
                 "stage": config.zero_stage,
                 "overlap_comm": False,
+                # Its default is half a billion elements, which a GPU holds however small the model is.
+                "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in module.parameters() if p.requires_grad)),
                 "stage3_param_persistence_threshold": config.whole_below,
             },
             "zero_allow_untested_optimizer": True,

@@ -236,15 +236,15 @@ def _update(
     learning_rate: float,
 ) -> tuple[bool, list[dict[str, Tensor]]]:
     """One step: whether it was not skipped, and the loss parts of each micro-step."""
-    clock, ranks, parts = monitor.clock, engine.ranks, []
+    clock, parts = monitor.clock, []
     for micro_step in range(job.train.accumulation):
         progress.at(step, "batch")
         batch = monitor.waiting(batches)
         if seen:
             seen.write(step, micro_step, batch)
         with clock("transfer"):
-            batch = batch.to(ranks.device)
-        _seed_dropout(job.train.seed, step, micro_step, ranks.rank)
+            batch = engine.put(batch)
+        _seed_dropout(job.train.seed, step, micro_step, engine.ranks.rank)
         progress.at(step, "forward")
         with clock("forward"):
             loss, micro_parts = engine.forward(batch, step=step)
@@ -274,7 +274,7 @@ def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tup
     weights = resumed.tensors("weight") if resumed else None
     micro_rows = job.train.contrast // ranks.world_size
     engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
-    engine.create_optimizer_state(job.stream.micro_batch(0, 0).to(ranks.device))
+    engine.create_optimizer_state(engine.put(job.stream.micro_batch(0, 0)))
     if resumed is None:
         return engine, 0, Skipped()
     engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"])

@@ -37,7 +37,7 @@ class Validation:
             for batch, share in batches:
                 if stop():
                     return None
-                _, parts = engine.forward(batch.to(ranks.device), share=share)
+                _, parts = engine.forward(engine.put(batch), share=share)
                 weight = batch.rows * (ranks.world_size if share else 1)
                 for name, value in average_over_ranks(parts).items():
                     sums[name] += value * weight

@@ -20,7 +20,7 @@ from ecgscale.bench.largest_batch import NothingFitsError, largest
 from ecgscale.bench.measure import Round
 from ecgscale.bench.scaling import STRONG, WEAK, scaled
 from ecgscale.bench.step import bound_of, measure_case, mfu_bound
-from ecgscale.bench.step_batches import shard_stream, synthetic_batch
+from ecgscale.bench.step_batches import shard_stream
 from ecgscale.bench.step_case import Axes, Case, StepConfig
 from ecgscale.bench.step_ranks import FailedError, Group, TooLargeError, _Failed, tells_of_memory
 from ecgscale.bench.step_turns import Effort, Taken
@@ -28,6 +28,7 @@ from ecgscale.bench.step_ways import BASELINES, DDP, OURS, STRAIGHTFORWARD, equa
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.cli import main
 from ecgscale.cost import step_flops
+from ecgscale.data.batch import synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.training.ranks import Ranks

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ecgscale.data.batch import synthetic_batch
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
-from ecgscale.plan.trial import random_batch
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import start_ranks
 
@@ -45,7 +45,7 @@ def step_of(stage: int, accumulation: int) -> dict[str, int]:
     ranks = start_ranks()
     module = build_objective(replace(PRESETS["tiny"], depth=2), ObjectiveConfig(), 0, 500.0)
     engine = Engine(module, EngineConfig(zero_stage=stage, whole_below=1000), ranks, accumulation, 2)
-    batch = random_batch(4, 320, ranks.device)
+    batch = synthetic_batch(4, 320)
     for step in range(2):  # the first makes buffers
         if step:
             sent.clear()

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from ecgscale.cost import parameters
+from ecgscale.data.batch import synthetic_batch
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.objectives.cmsc import cmsc_loss
 from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes
 from ecgscale.plan.check import predicted_memory
-from ecgscale.plan.memory import BUCKET, Parallel, memory_of, share, sizes_of, state_bytes
-from ecgscale.plan.trial import Trial, peak_bytes, random_batch
+from ecgscale.plan.memory import Parallel, memory_of, share, sizes_of, state_bytes
+from ecgscale.plan.trial import Trial, peak_bytes
 from ecgscale.training.checkpoint import Checkpoint, checkpoints
-from ecgscale.training.engine import EngineConfig
+from ecgscale.training.engine import BUCKET, EngineConfig
 from small_jobs import NO_DROPOUT, SMALL
 
 TINY = PRESETS["tiny"]
@@ -43,7 +44,7 @@ def kept_for_backward(
     """Bytes of the storages that autograd keeps, weights left out, by part of the model."""
     module = build_objective(model, objective, seed=0, rate_hz=500.0, activation_checkpointing=layers)
     module.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    batch = random_batch(4, 1250, torch.device("cpu"))
+    batch = synthetic_batch(4, 1250)
     seen = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     alive, kept, inside = [], {}, [""]
 
@@ -88,7 +89,7 @@ def test_activations_are_what_autograd_keeps(case):
 @pytest.mark.parametrize("form", ["reference", "nt_xent"])
 def test_a_large_contrast_keeps_what_is_counted(form):
     rows = 512
-    batch = random_batch(rows, 1, torch.device("cpu"))
+    batch = synthetic_batch(rows, 1)
     embedding_BD = torch.randn(rows, TINY.width, requires_grad=True)
     kept: dict[int, Tensor] = {}
 
@@ -154,7 +155,8 @@ def test_state_of_each_stage_is_what_the_zero_paper_says():
         found = (state.weights, state.gradients, state.masters + state.moments)
         assert found == tuple(n * each for each in bytes_of_parameter)
     assert state_bytes(sizes, Parallel(0, 4, "fp32", "cuda")).masters == 0
-    assert state_bytes(sizes, Parallel(1, 4, "bf16", "cuda")).bucket == 2 * BUCKET
+    assert state_bytes(sizes, Parallel(1, 4, "bf16", "cuda")).bucket == 2 * n
+    assert state_bytes((n, BUCKET), Parallel(1, 4, "bf16", "cuda")).bucket == 2 * BUCKET
     offloaded = state_bytes(sizes, Parallel(2, 4, "bf16", "cuda", offload=True))
     assert (offloaded.masters, offloaded.moments, offloaded.host) == (0, 0, 16 * n / 4)
 
@@ -198,7 +200,7 @@ def test_optimizer_state_and_checkpoint_are_exact(shards, jobs, tmp_path):
     assert tensor_bytes == 12 * n
 
 
-def test_optimizer_state_of_a_rank_is_what_deepspeed_holds():
+def test_state_of_a_rank_is_what_deepspeed_holds():
     from ecgscale.plan.trial import engine_of
 
     for stage in (1, 2, 3):
@@ -206,4 +208,8 @@ def test_optimizer_state_of_a_rank_is_what_deepspeed_holds():
         engine, batch = engine_of(trial)
         engine.create_optimizer_state(batch)
         held = engine._base_optimizer().state.values()
-        assert sum(one["exp_avg"].numel() for one in held) == share(sizes_of(trial.model, trial.objective), stage, 1)
+        sizes = sizes_of(trial.model, trial.objective)
+        assert sum(one["exp_avg"].numel() for one in held) == share(sizes, stage, 1)
+        assert (
+            4 * engine._engine.zero_reduce_bucket_size() == state_bytes(sizes, Parallel(stage, 1, "fp32", "cpu")).bucket
+        )

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ecgscale.bench.step_batches import synthetic_batch
+from ecgscale.data.batch import synthetic_batch
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.training.engine import Engine, EngineConfig
