@@ -10,7 +10,7 @@ RUNS ?= runs
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
-	@echo "make test   the test suite: 13 minutes on 2 cores"
+	@echo "make test   the test suite: 12 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
 	@echo "make gpu    on a GPU: the kernels' tests and benchmark and a bf16 ZeRO-1 run; reports in $(RUNS)/gpu"
 	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/ecgscale reproduce configs/reproduce/demo.yaml --data_dir $(RUNS)/demo --run.dir $(RUNS)/demo/runs
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _DECIMALS = 10  # of a similarity: what differs only in the rounding of its sum is a tie
+_CANCELLED = 1e-12  # of a sum of unit vectors: the direction of one that is shorter is rounding error
 _CHUNK = 1 << 22  # similarities that are held at once, 32 MB
 _YEAR_FIRST = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[T ].*)?", re.ASCII)
 _DAY_FIRST = re.compile(r"(\d{1,2})\.(\d{1,2})\.(\d{4})(?: .*)?", re.ASCII)
@@ -286,6 +287,7 @@ def _gallery_and_probes(unit_RD: Floats, person_R: Ints, session_R: Ints, one_pr
     place = np.cumsum(compared) - 1
     gallery_PD = np.zeros((int(compared.sum()), unit_RD.shape[1]))
     np.add.at(gallery_PD, place[person_R[in_gallery_R]], unit_RD[in_gallery_R])
+    gallery_PD[np.abs(gallery_PD).max(axis=1) < _CANCELLED] = 0
     sessions = np.unique(np.stack([person_R, session_R])[:, compared[person_R]], axis=1).shape[1]
     return _Comparison(_units(gallery_PD), unit_RD[is_probe_R], place[person_R[is_probe_R]], sessions)
 
