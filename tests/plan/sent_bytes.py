@@ -45,7 +45,7 @@ def step_of(stage: int, accumulation: int) -> dict[str, int]:
     ranks = start_ranks()
     module = build_objective(replace(PRESETS["tiny"], depth=2), ObjectiveConfig(), 0, 500.0)
     engine = Engine(module, EngineConfig(zero_stage=stage, whole_below=1000), ranks, accumulation, 2)
-    batch = synthetic_batch(4, 320)
+    batch = engine.put(synthetic_batch(4, 320))
     for step in range(2):  # the first makes buffers
         if step:
             sent.clear()

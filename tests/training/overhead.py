@@ -67,14 +67,14 @@ def main() -> None:
     engine = Engine(objective, EngineConfig(precision=options.precision), ranks, 1, options.batch)
     cpu_batch = synthetic_batch(2 * options.batch, SAMPLES)
     cpu_batch = cpu_batch.pin_memory() if ranks.device.type == "cuda" else cpu_batch
-    engine.create_optimizer_state(cpu_batch.to(ranks.device))
+    engine.create_optimizer_state(engine.put(cpu_batch))
 
     def step(monitor: Monitor | None) -> dict[str, Tensor]:
         clock = monitor.clock if monitor else lambda part: nullcontext()
         with clock("loader_wait"):
             batch = cpu_batch
         with clock("transfer"):
-            batch = batch.to(ranks.device)
+            batch = engine.put(batch)
         with clock("forward"):
             loss, parts = engine.forward(batch, step=0)
         with clock("backward"):
