@@ -42,7 +42,7 @@ def _add_step(parts: Any) -> None:
     step = parts.add_parser("step", help="a training step beside plain PyTorch", allow_abbrev=False, epilog=_KEYS)
     step.set_defaults(run=_step)
     _add_case(step, several="+")
-    step.add_argument("--ranks", type=int, nargs="+", default=[1], metavar="N", help="processes (default 1)")
+    step.add_argument("--ranks", type=_count, nargs="+", default=[1], metavar="N", help="processes (default 1)")
     step.add_argument(
         "--against",
         nargs="*",
@@ -61,7 +61,7 @@ def _add_scaling(parts: Any) -> None:
     scaling.set_defaults(run=_scaling)
     _add_case(scaling, several=None)
     scaling.add_argument(
-        "--ranks", type=int, nargs="+", metavar="N", help="processes (default: 1, 2, 4 ... to all GPUs or cores)"
+        "--ranks", type=_count, nargs="+", metavar="N", help="processes (default: 1, 2, 4 ... to all GPUs or cores)"
     )
     scaling.add_argument(
         "--kind", nargs="+", choices=("weak", "strong"), default=["weak", "strong"], help="default: both"
@@ -76,7 +76,7 @@ def _add_case(parser: argparse.ArgumentParser, several: str | None) -> None:
 
     add("--preset", "of the model (default base)", "base", metavar="NAME")
     add("--stem", "default conv", "conv", choices=("conv", "patch"))
-    add("--batch", "recordings of a rank, two segments each (default 8)", 8, type=int, metavar="N")
+    add("--batch", "recordings of a rank, two segments each (default 8)", 8, type=_count, metavar="N")
     add("--precision", "default fp32", "fp32", choices=("fp32", "bf16"))
     add("--zero-stage", "DeepSpeed ZeRO (default 1)", 1, type=int, choices=(0, 1, 2, 3))
     add("--checkpointing", "transformer layers whose activations are recomputed (default 0)", "0", metavar="N")
@@ -84,8 +84,8 @@ def _add_case(parser: argparse.ArgumentParser, several: str | None) -> None:
     parser.add_argument("--samples", type=int, default=2500, help="of a segment (default 2500)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, default=0, help="of each rank (default: the cores shared out)")
-    parser.add_argument("--rounds", type=int, help="of every way (default 7; on a GPU 9)")
-    parser.add_argument("--steps", type=int, help="of a way in a round (default 1; on a GPU 10)")
+    parser.add_argument("--rounds", type=_count, help="of every way (default 7; on a GPU 9)")
+    parser.add_argument("--steps", type=_count, help="of a way in a round (default 1; on a GPU 10)")
     _add_quick(parser)
     _add_out(parser)
 
@@ -132,10 +132,7 @@ def _effort(options: argparse.Namespace, device: str) -> Effort:
 
     effort = Effort.quick() if options.quick else Effort.usual(device == "cuda")
     for name in ("rounds", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"bench: --{name} {value}: give 1 or more")
-        effort = replace(effort, **{name: value or getattr(effort, name)})
+        effort = replace(effort, **{name: getattr(options, name) or getattr(effort, name)})
     return effort
 
 
@@ -222,6 +219,12 @@ def _report(options: argparse.Namespace, keys: list[str]) -> None:
     if worse:
         print(f"ecgscale: bench report: {len(worse)} numbers are worse than at {options.against}", file=sys.stderr)
         sys.exit(1)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give 1 or more")
+    return int(text)
 
 
 def _share(text: str) -> float:

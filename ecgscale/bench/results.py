@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -129,7 +130,9 @@ def read_runs(places: Iterable[Path]) -> list[Run]:
             run = _read(path)
             if run is not None:
                 runs[path.resolve()] = run
-            elif not place.is_dir():
+            elif place.is_dir():
+                print(f"ecgscale: bench report: {path} is no result of a bench and left out", file=sys.stderr)
+            else:
                 raise InputError(f"{path}: no result of a bench; `ecgscale bench step` writes some")
     if not runs:
         raise InputError(f"{', '.join(map(str, places))}: no results; `ecgscale bench step --out FOLDER` writes some")

@@ -57,6 +57,7 @@ class Case:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
+        recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
         if self.device == "cuda" and self.ranks > torch.cuda.device_count():

@@ -29,7 +29,7 @@ from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, Neighbours, load
-from ecgscale.model.encoder import ECGEncoder, mean_over_time
+from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.run import claim_run, leave_run
@@ -150,7 +150,7 @@ def _train(
     encoder, seed = model.encoder.cpu(), config.train.seed
     classes = len(labelled.task.classes)
     objective = _supervised(encoder, classes, config.task, labelled.patients("train"), seed)
-    encoder.activation_checkpointing = config.engine.activation_checkpointing
+    encoder.recomputed_layers = recomputed_layers(config.engine.activation_checkpointing, model.encoder.config.depth)
     if config.task.freeze_stem and not config.init.random:
         encoder.stem.requires_grad_(False)
     selection = labelled.selection("train")

@@ -120,7 +120,7 @@ class ECGEncoder(nn.Module):
         self.position = PositionalConvolution(config.width, config.position_kernel, config.position_groups)
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.depth))
-        self.activation_checkpointing = activation_checkpointing
+        self.recomputed_layers = recomputed_layers(activation_checkpointing, config.depth)
         self.layers.apply(_bert_init)
         nn.init.xavier_uniform_(self.feature_projection.weight)
 
@@ -143,7 +143,7 @@ class ECGEncoder(nn.Module):
             x_BND = self.norm(x_BND)
         x_BND = dropout(x_BND, self.config.dropout, self.training)
         attend_B11N = None if valid_BN is None else valid_BN[:, None, None, :]
-        recomputed = recomputed_layers(self.activation_checkpointing, len(self.layers)) if self.training else 0
+        recomputed = self.recomputed_layers if self.training else 0
         for number, layer in enumerate(self.layers):
             if number < recomputed:
                 x_BND = checkpoint(layer, x_BND, attend_B11N, use_reentrant=False)
@@ -160,8 +160,13 @@ class ECGEncoder(nn.Module):
 
 
 def recomputed_layers(activation_checkpointing: bool | int, depth: int) -> int:
-    """How many layers are recomputed: True stands for all of them."""
-    return depth if activation_checkpointing is True else min(int(activation_checkpointing), depth)
+    """How many layers are recomputed: True stands for all of them. Raises InputError for more than there are."""
+    if activation_checkpointing > depth:
+        raise InputError(
+            f"engine.activation_checkpointing {activation_checkpointing}: the model has {depth} layers; give at most "
+            "that many, or true for all"
+        )
+    return depth if activation_checkpointing is True else int(activation_checkpointing)
 
 
 def mean_over_time(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:

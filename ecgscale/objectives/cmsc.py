@@ -64,6 +64,8 @@ def global_loss(encoded: Encoded, batch: ECGBatch, config: ObjectiveConfig, shar
 class CMSC(Objective):
     """The global objective: two adjacent segments of a patient, told from those of others."""
 
+    parts = ("cmsc",)
+
     def loss(
         self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:

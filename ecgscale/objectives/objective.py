@@ -118,6 +118,8 @@ class Objective(nn.Module):
 
     augmentations: ClassVar[tuple[str, ...]] = ()
     """What an empty ``objective.augmentations`` stands for."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Names of what `loss` gives beside the loss."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ V codes of a group.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,15 @@ class LocalHead(nn.Module):
 
 class Wav2Vec2(Objective):
     """The local objective: what stands at masked places, told from what stands at others of the same segment."""
+
+    parts: ClassVar[tuple[str, ...]] = (
+        "local",
+        "diversity",
+        "feature_penalty",
+        "local_accuracy",
+        "soft_perplexity",
+        "code_perplexity",
+    )
 
     def __init__(
         self,

@@ -186,7 +186,7 @@ def _fewest_layers(config: PlanConfig, cluster: Cluster, samples: int, every: Ca
 
 
 def best(found: list[Candidate]) -> Candidate | None:
-    """The fastest that fits; of those that are nearly as fast ZeRO 1, else the lowest. Offloading is not to be had.
+    """Of those that fit and are nearly as fast as the fastest, ZeRO 1, else the lowest. Offloading is not to be had.
 
     On one GPU there is nothing to share out, and stage 0 has no buffer.
     """
@@ -195,8 +195,18 @@ def best(found: list[Candidate]) -> Candidate | None:
         return None
     fastest = min(one.step.total for one in fitting)
     near = [one for one in fitting if one.step.total <= _NEARLY * fastest]
-    usual = int(any(one.zero_stage > 1 for one in found))
+    usual = _usual(found)
     return min(near, key=lambda one: (one.zero_stage != usual, one.zero_stage, one.checkpointed_layers))
+
+
+def rule(found: list[Candidate]) -> str:
+    """How `best` has chosen, for people."""
+    wanted = "ZeRO 1, else the lowest stage" if _usual(found) else "the lowest stage"
+    return f"of what fits and is within {_NEARLY - 1:.0%} of the fastest, {wanted}"
+
+
+def _usual(found: list[Candidate]) -> int:
+    return int(any(one.zero_stage > 1 for one in found))
 
 
 def refuse(config: PlanConfig, cluster: Cluster, samples: int, found: list[Candidate]) -> NoReturn:

@@ -32,6 +32,11 @@ class Cluster:
     def gpus(self) -> int:
         return self.config.gpus
 
+    @property
+    def device(self) -> str:
+        """What a rank has to itself."""
+        return "CPU" if self.kind == "cpu" else "GPU"
+
     def of_nodes(self, nodes: int) -> Cluster:
         """As many machines of the same kind."""
         config = replace(self.config, nodes=nodes)

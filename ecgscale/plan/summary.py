@@ -113,24 +113,21 @@ class Plan:
         return self.chosen.step.flops / self.chosen.step.total / peak if peak else None
 
     @property
-    def checkpoint_every(self) -> int:
-        """Steps between two checkpoints: Daly's interval, half an hour at most."""
-        return max(1, round(self.survival.interval_s / self.chosen.step.total))
-
-    @property
     def hours(self) -> float:
         """From begin to end, failures and saving included."""
         return self.length.steps * self.chosen.step.total / self.survival.effective / 3600
 
     @property
-    def kwh(self) -> float:
-        """Of the building."""
+    def kwh(self) -> float | None:
+        """Of the building; None where the power of a device is not known."""
+        if not self.cluster.watts:
+            return None
         config = self.cluster.config
         watts = (self.cluster.watts + config.host_watts) * config.pue
         return self.hours * self.cluster.gpus * watts / 1000
 
     def pretraining(self) -> PretrainConfig:
-        """The recommended config."""
+        """The recommended config. Checkpoints come by the clock, as rates are no more than predicted."""
         layers, contrast = self.chosen.checkpointed_layers, self.config.train.contrast
         engine = replace(
             self.config.engine,
@@ -145,7 +142,8 @@ class Plan:
             self.config.train,
             steps=self.length.steps,
             lanes=lanes,
-            checkpoint_every=self.checkpoint_every,
+            checkpoint_every=self.config.train.keep_every or self.length.steps,
+            checkpoint_every_s=round(self.survival.interval_s),
         )
         whole = self.config
         return PretrainConfig(whole.data, whole.init, whole.model, whole.objective, engine, train, whole.run)
@@ -153,7 +151,8 @@ class Plan:
     def tree(self) -> dict[str, Any]:
         """For programs: seconds, bytes, FLOP/s."""
         return {
-            "config": asdict(self.config),
+            "given": asdict(self.config),
+            "pretraining": asdict(self.pretraining()),
             "cluster": asdict(self.cluster),
             "length": asdict(self.length),
             "parameters": self.parameters,
@@ -161,7 +160,6 @@ class Plan:
             "recommended": _way(self.chosen) | {"mfu": self.mfu},
             "storage": asdict(self.storage),
             "survival": asdict(self.survival),
-            "checkpoint_every": self.checkpoint_every,
             "hours": self.hours,
             "gpu_hours": self.hours * self.cluster.gpus,
             "kwh": self.kwh,
@@ -254,7 +252,9 @@ def survival_of(cluster: Cluster, saving_s: float) -> Survival:
 def _scaled(
     config: PlanConfig, cluster: Cluster, chosen: Candidate, samples: int, length: Length, n: int
 ) -> list[Scaled]:
-    """The recommended way on 1, 2, 4 … machines, each GPU with as many recordings as on the cluster."""
+    """The recommended way on 1, 2, 4 … machines, each GPU with as many recordings as on the cluster; not for a CPU."""
+    if cluster.kind == "cpu":
+        return []
     train = config.train
     found: list[Scaled] = []
     nodes = 1

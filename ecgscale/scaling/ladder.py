@@ -20,6 +20,7 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
+from ecgscale.objectives import objective_named
 from ecgscale.pretrain import SEGMENTS, pretrain
 from ecgscale.run import leave_run
 from ecgscale.studies import (
@@ -204,10 +205,13 @@ def step_cost(config: PretrainConfig, samples: int) -> int:
 
 
 def cells(config: ScalingConfig) -> list[Cell]:
-    """All cells, the cheapest first."""
+    """All cells, the cheapest first. Raises InputError for what none of them could be run with."""
     found = []
     for size in config.sizes:
         base = config.resolved(size)
+        objective = base.objective.name
+        if config.loss not in (parts := ("loss", *objective_named(objective).parts)):
+            raise InputError(f"loss {config.loss!r}: the validation loss of {objective} has {', '.join(parts)}")
         samples, per_step = _step_of(base)
         refuse_twice(f"tokens, in steps of {size.name}", [_steps(tokens, per_step) for tokens in config.tokens])
         for tokens in config.tokens:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ecgscale.errors import InputError
-from ecgscale.scaling.ladder import DIVERGED, Cell, ScalingConfig, epochs, next_sizes
+from ecgscale.scaling.ladder import Cell, ScalingConfig, epochs, next_sizes
 from ecgscale.scaling.law import Cells, Floats, Law, Optimum, doubts, explained, fit, interval, noise, optimum, predict
 from ecgscale.scaling.law import resample as bootstrap
 
@@ -36,14 +36,12 @@ class Run:
 
 
 def runs_of(found: Sequence[Cell], part: str) -> list[Run]:
-    """What the cells have found. Raises InputError for one that is not done, and for an unknown part of the loss."""
+    """What the cells have found. Raises InputError for one that is not done."""
     runs = []
     for cell in found:
         parts, config = cell.result(), cell.pretraining
         if not parts:
             raise InputError(f"{cell.folder}: is not finished; run its part first")
-        if part not in parts and parts != DIVERGED:
-            raise InputError(f"loss {part!r}: the validation loss of {config.objective.name} has {', '.join(parts)}")
         value = parts.get(part)
         runs.append(
             Run(

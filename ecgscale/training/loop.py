@@ -338,7 +338,7 @@ def _validated(job: Job, engine: Engine, monitor: Monitor, boundary: Boundary, s
 
     scalars = job.validate(engine, stop)
     if scalars is not None:
-        monitor.write(step, scalars)
+        monitor.write("validation", step, scalars)
     return scalars is not None
 
 

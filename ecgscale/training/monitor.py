@@ -89,7 +89,7 @@ class Monitor:
             if self.ranks.world_size > 1:
                 slow, of_straggler = straggler(of_ranks, self._steps)
                 values |= of_straggler
-            self.write(step, values)
+            self.write("step", step, values)
             self._say(step, values, slow)
         self._steps, self._waited_s = 0, 0.0
 
@@ -103,7 +103,7 @@ class Monitor:
         if self._bar.disable:  # no terminal: a log wants lines
             print(f"step {step} of {self._bar.total}: {', '.join(said)}", file=sys.stderr, flush=True)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line of events.jsonl and one point per scalar."""
         if not self.ranks.first:
             return
@@ -111,7 +111,7 @@ class Monitor:
 
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._board.file_writer.add_summary(Summary(value=points), step)  # add_scalar takes half a millisecond for each
-        self.event("step", step=step, **values)
+        self.event(kind, step=step, **values)
 
     def event(self, kind: str, **values: Any) -> None:
         """Something that happened: a step, a save, a skipped step. JSON knows no NaN: what is not finite is null."""

@@ -164,10 +164,12 @@ def test_what_cannot_be_reported_is_one_line(write, tmp_path, refusal):
     assert "no result of a bench" in refusal("bench", "report", path)
 
 
-def test_results_of_every_bench_are_read(write):
+def test_results_of_every_bench_are_read(write, capsys):
     folder = write(OLD, 10, hour=1)
     write(OLD, 10, hour=2, name="stream")
+    (folder / "other.json").write_text('{"hello": 1}')
     assert [run.name for run in read_runs([folder, folder])] == ["step", "stream"]
+    assert f"{folder / 'other.json'} is no result of a bench and left out" in capsys.readouterr().err
 
 
 def test_which_way_is_better():

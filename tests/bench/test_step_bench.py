@@ -166,14 +166,16 @@ def test_what_does_not_go_together_is_left_out(capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--batch=0"], "--batch 0: give 1 or more"),
+        (["--batch=0"], "argument --batch: '0': give 1 or more"),
+        (["--ranks=0"], "argument --ranks: '0': give 1 or more"),
+        (["--checkpointing=9", "--preset=tiny"], "engine.activation_checkpointing 9: the model has 3 layers"),
         (["--preset=nothing"], "model.preset 'nothing' is unknown"),
         (["--samples=10"], "--samples 10: a token has 16"),
         (["--device=cuda"], "PyTorch sees no GPU"),
         (["--model.widht=3"], "did you mean model.width?"),
         (["--checkpointing=many"], "engine.activation_checkpointing"),
         (["--find-batch"], "needs --memory-gb"),
-        (["--rounds=0"], "--rounds 0: give 1 or more"),
+        (["--rounds=0"], "argument --rounds: '0': give 1 or more"),
         (["--memory-gb=2"], "--memory-gb 2 is for --find-batch"),
         (["--find-batch", "--memory-gb=2", "--batch", "1", "2"], "--batch 1 2 with --find-batch"),
     ],

@@ -272,7 +272,7 @@ def test_the_stem_learns_with_scaled_gradients(small_model_config, batch):
     torch.testing.assert_close(gradients[0.1][1], gradients[1.0][1])
 
 
-@pytest.mark.parametrize(("asked", "recomputed"), [(False, 0), (True, 2), (0, 0), (1, 1), (7, 2)])
+@pytest.mark.parametrize(("asked", "recomputed"), [(False, 0), (True, 2), (0, 0), (1, 1), (2, 2)])
 def test_so_many_layers_are_recomputed(small_model_config, batch, asked, recomputed):
     encoder, runs = ECGEncoder(small_model_config, asked), []
     for number, layer in enumerate(encoder.layers):
@@ -281,6 +281,11 @@ def test_so_many_layers_are_recomputed(small_model_config, batch, asked, recompu
     assert runs == [0, 1]
     loss.backward()
     assert sorted(runs) == sorted([0, 1, *range(recomputed)])
+
+
+def test_more_layers_than_there_are_cannot_be_recomputed(small_model_config):
+    with pytest.raises(InputError, match=r"engine\.activation_checkpointing 3: the model has 2 layers; give at most"):
+        ECGEncoder(small_model_config, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

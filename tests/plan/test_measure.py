@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from ecgscale.plan.memory import Parallel
 from ecgscale.plan.speed import PARTS, Rates, micro_step
 from ecgscale.plan.trial import Times
 from ecgscale.training.engine import EngineConfig
+from ecgscale.training.loop import TrainConfig
 
 ONE = Parallel(0, 1, "fp32", "cpu")
 
@@ -53,6 +55,17 @@ def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
     whole = given_gb * 1e9 or command.psutil.virtual_memory().total
     config = PlanConfig(cluster=ClusterConfig(memory_gb=given_gb, reserve_gb=0.5))
     assert command.this_machine(config).memory_bytes == pytest.approx(whole - 0.5e9)
+
+
+def test_a_cpu_is_no_gpu(monkeypatch):
+    rates = Rates("", {64: 1e12}, dict.fromkeys(PARTS, 1e-12), 1e-12, 1e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "measure_rates", lambda *_: rates)
+    config = PlanConfig(model=PRESETS["tiny"], train=TrainConfig(global_batch=8))
+    page = command.run(config, None, as_json=False, measure=True)
+    assert "CPU-hours" in page
+    assert not re.search(r"GPU|kWh| W |of a machine", page)
+    assert "kWh" in command.run(replace(config, cluster=ClusterConfig(watts=100)), None, as_json=False, measure=True)
 
 
 def test_an_unknown_gpu_is_refused_before_it_is_measured(monkeypatch):

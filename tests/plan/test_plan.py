@@ -53,7 +53,8 @@ def test_a_plan_adds_up(planned):
     survival, save_s = plan["survival"], plan["storage"]["save_s"]
     assert survival["daly_s"] > survival["interval_s"] == 1800
     assert survival["effective"] == effective_share(1800, save_s, 300, survival["between_failures_s"])
-    assert plan["checkpoint_every"] == round(1800 / way["step_s"])
+    train = plan["pretraining"]["train"]
+    assert (train["checkpoint_every_s"], train["checkpoint_every"]) == (1800, train["keep_every"])
     flops = sum(one.total for one in step_flops(PRESETS["base"], ObjectiveConfig(), 64, 2500, 1024).values())
     assert way["mfu"] == pytest.approx(flops / way["step_s"] / 989.5e12)
     assert way["fits"]
@@ -77,6 +78,8 @@ def test_the_recommended_config_is_one_for_pretrain(planned, tmp_path, capsys):
     loaded = config.load(PretrainConfig, ["--config", str(out)])
     assert loaded.engine.zero_stage == plan["recommended"]["zero_stage"]
     assert loaded.train.steps == plan["length"]["steps"] == 3 * (94525 // 512)
+    without = planned("plan", "--model.preset=tiny", "--train.steps=170")["pretraining"]["train"]
+    assert without["checkpoint_every"] == 170, "checkpoints come by the clock, and at the end"
     assert loaded.train.lanes_for(128) % 128 == 0
     assert loaded.model == PRESETS["base"]
     assert not set(yaml.safe_load(out.read_text())) & {"cluster", "length"}

@@ -115,7 +115,14 @@ def test_two_sizes_and_two_token_counts_in_parts_and_once_more(scaling_law, fold
     ):
         assert f"the run has {key}" in scaling_law("--overrides", option, code=2)
         assert "cannot start yet: " in scaling_law("--overrides", option, "--dry-run")
-    assert "loss 'cmsc': the validation loss of wav2vec2 has loss, local," in scaling_law("--loss=cmsc", code=2)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_unknown_part_of_the_loss_is_refused_before_anything_is_run(scaling_law, folder: Path, more) -> None:
+    run = folder / "unknown"
+    said = scaling_law("--loss=cmsc", f"--run.dir={run}", *more, code=2)
+    assert "loss 'cmsc': the validation loss of wav2vec2 has loss, local," in said
+    assert not run.exists()
 
 
 def test_the_ladder_goes_on_beyond_a_run_that_diverges(scaling_law, folder: Path) -> None:
