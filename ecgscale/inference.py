@@ -24,6 +24,7 @@ from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
 from ecgscale.record import LEADS, Record, canonical_leads, resample_millivolts
+from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
 _WINDOWS_AT_ONCE = 64
@@ -99,6 +100,7 @@ class ECGModel:
         self.encoder, self.profile, self.head, self.about = encoder.eval(), profile, head, about
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_kernels(self.device)
+        exact_fp32()
         self.encoder.to(self.device)
         if head is not None:
             head.to(self.device).eval()

@@ -15,6 +15,8 @@ from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from ecgscale.simulate import Simulation
+from ecgscale.training.engine import Engine, EngineConfig
+from ecgscale.training.ranks import exact_fp32, start_ranks
 from ecgscale.training.transfer import Transfer
 from ecgscale_kernels import forced, lead_masked_conv_stem, lead_masked_patch_embed
 
@@ -32,6 +34,7 @@ def test_losses_and_gradients_equal_those_of_the_cpu(small_model_config, make_ba
     pairs = {"segment_B": torch.arange(2).repeat_interleave(4), "position_B": torch.arange(4).repeat(2)}
     batch = make_batch(counts_BLT, gain_BL=torch.full((8, 12), 1e-3), patient_B=pairs["position_B"], **pairs)
     found = []
+    exact_fp32()
     for device in ("cpu", "cuda"):
         objective.to(device).zero_grad()
         loss, _ = objective(batch.to(torch.device(device)), share=False)
@@ -93,37 +96,80 @@ def test_kernel_bench_measures_triton(tmp_path) -> None:
     assert {"step/triton/ms", "step/reference/ms"} <= set(scalars)
 
 
-def test_a_micro_step_never_waits_for_the_gpu(small_model_config, make_batch) -> None:
-    """Forward and backward are only queued. DeepSpeed's update reads the gradient's norm, once per step."""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_micro_step_never_waits_for_the_gpu(small_model_config, make_batch, precision) -> None:
+    """Forward and backward are only queued; tests/training/test_waits.py counts what the update reads."""
+    ranks = start_ranks()
     config = ObjectiveConfig(codes=16, code_width=16, negatives=20)
-    objective = build_objective(small_model_config, config, seed=3, rate_hz=500).cuda().train()
+    objective = build_objective(small_model_config, config, seed=3, rate_hz=500)
+    engine = Engine(objective, EngineConfig(precision=precision, zero_stage=1), ranks, accumulation=1, micro_batch=8)
     pairs = {"segment_B": torch.arange(2).repeat_interleave(4), "position_B": torch.arange(4).repeat(2)}
     counts_BLT = torch.randint(-2000, 2000, (8, 12, 1000), dtype=torch.int16)
     batch = make_batch(counts_BLT, gain_BL=torch.full((8, 12), 1e-3), patient_B=pairs["position_B"], **pairs)
     pinned = batch.pin_memory()
 
     def micro_step() -> None:
-        loss, _ = objective(pinned.to(torch.device("cuda")), share=False)
-        (loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))).backward()
+        loss, _ = engine.forward(engine.put(pinned))
+        engine.backward(loss)
 
-    micro_step()  # kernels are compiled and cuBLAS is set up
+    for _ in range(5):  # kernels are compiled, cuBLAS is set up, and what DeepSpeed does from some step on has begun
+        micro_step()
+        assert engine.step(1e-4)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         micro_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in objective.parameters())
+    assert engine.step(1e-4)
 
 
-def test_a_batch_is_copied_beside_what_the_gpu_computes(make_batch) -> None:
-    batch = make_batch(torch.randint(-2000, 2000, (64, 12, 2500), dtype=torch.int16)).pin_memory()
-    put = Transfer(torch.device("cuda", torch.cuda.current_device()))
-    torch.cuda._sleep(2_000_000_000)  # about a second
-    moved = put(batch)
-    put.stream.synchronize()
+A_SECOND = 2_000_000_000  # about, in a GPU's cycles
+
+
+@pytest.fixture
+def random_batch(make_batch):
+    return lambda: make_batch(torch.randint(-2000, 2000, (64, 12, 2500), dtype=torch.int16)).pin_memory()
+
+
+@pytest.fixture
+def put() -> Transfer:
+    return Transfer(torch.device("cuda", torch.cuda.current_device()))
+
+
+def test_a_batch_is_copied_beside_what_the_gpu_computes(random_batch, put) -> None:
+    torch.cuda._sleep(A_SECOND)
+    put(random_batch())
+    copied = put.copied()
+    copied.synchronize()
     assert not torch.cuda.current_stream().query(), "the copy is through before the computation"
-    assert torch.equal(moved.signal_BLT.cpu(), batch.signal_BLT)
+
+
+def test_what_computes_with_a_batch_waits_for_its_copy(random_batch, put) -> None:
+    batch = random_batch()
+    with torch.cuda.stream(put.stream):
+        torch.cuda._sleep(A_SECOND)
+    moved = put(batch)
+    assert torch.equal((moved.signal_BLT + 0).cpu(), batch.signal_BLT)
+
+
+def test_memory_of_a_batch_is_not_given_away_while_it_is_still_read(random_batch, put) -> None:
+    first, others = random_batch(), [random_batch() for _ in range(4)]
+    moved = put(first)
+    torch.cuda._sleep(A_SECOND)
+    read = moved.signal_BLT + 0  # queued behind the sleep
+    del moved
+    kept = [put(other) for other in others]
+    put.copied().synchronize()
+    assert not torch.cuda.current_stream().query(), "the others were copied before the first was read"
+    assert torch.equal(read.cpu(), first.signal_BLT)
+    assert len(kept) == len(others)
+
+
+def test_autocast_reaches_the_stem_in_triton(small_model_config, random_batch, put) -> None:
+    stem = build_objective(small_model_config, ObjectiveConfig(), seed=3, rate_hz=500).encoder.stem.cuda()
+    with torch.autocast("cuda", torch.bfloat16), forced("triton"):
+        assert stem(put(random_batch())).dtype == torch.bfloat16
 
 
 def test_step_bench_measures_every_way(tmp_path) -> None:

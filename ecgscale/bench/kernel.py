@@ -241,6 +241,7 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
     done = interleaved(candidates, effort.rounds, section.title)
     for name, rounds in done.items():
         took_ms = spread([1e3 * one.wall_s / one.units for one in rounds])
+        objective.zero_grad()  # those of the rounds are no part of what is held before
         peak = device.peak(works[name])
         memory = "not counted" if peak is None else f"{peak / 1e6:,.0f}"
         section.rows.append((name, took_ms.text(1), f"{1e3 * rows / took_ms.median:,.0f}", memory))

@@ -45,7 +45,7 @@ class Cut:
         )
         selection = Selection(shards, config, "train")
         order = selection.order(self.batch, self.batch, default_lanes(self.batch), seed=0)
-        return TrainStream(selection, order, 0, 1, self.segments)
+        return TrainStream(selection, order, 0, 1, self.segments, pinned=False)  # as those that it is held against
 
 
 # -- ecgscale --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import Ranks
 
 OURS, SHARDS, DDP, STRAIGHTFORWARD, PRODUCT = "ecgscale", "shards", "ddp", "straightforward", "product"
-BASELINES = (DDP, STRAIGHTFORWARD)
 TITLES = {
     OURS: "ecgscale",
     SHARDS: "ecgscale, batches from shards",
@@ -156,7 +155,7 @@ def equality(case: Case, ranks: Ranks) -> Equality:
     batch = next(synthetic_batches(case, ranks.rank)).to(ranks.device)
     ours, plain = case.build().to(ranks.device), _plain_twin(case).to(ranks.device)
     draws = ours.draw(batch, share=False)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         loss, _ = ours.losses(batch, draws, 0, share=False)
         plain_loss = plain.loss(batch, same_draws(draws, len(LEADS)), 0)
         loss.backward()  # type: ignore[no-untyped-call]

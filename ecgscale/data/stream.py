@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from ecgscale.errors import InputError
 from ecgscale.record import LEADS
 
 Int64 = npt.NDArray[np.int64]
+Copied = Callable[[], torch.cuda.Event | None]
 
 _PLANNED = 4096  # positions whose places are worked out at once: numpy's cost per call is spread over them
 _AHEAD = 3  # batches that are made ahead of need by each worker
@@ -46,10 +48,13 @@ class TrainStream:
         world_size: int,
         segments: int,
         target: npt.NDArray[np.float32] | None = None,
+        pinned: bool | None = None,
     ) -> None:
-        """``target`` (records of the whole set, classes) gives rows their labels."""
+        """``target`` (records of the whole set, classes) gives rows their labels. Batches lie in ``pinned`` memory,
+        from which a GPU copies by itself; None: where there is one."""
         self.selection, self.order, self.segments, self.target = selection, order, segments, target
         self.rank, self.world_size = rank, world_size
+        self.pinned = torch.cuda.is_available() if pinned is None else pinned
         self.unreadable: set[int] = set()  # shards that are skipped
         self.damaged: set[int] = set()  # numbers of records that are skipped
         self.redrawn = 0  # records that were read instead of others
@@ -60,9 +65,13 @@ class TrainStream:
     def micro_steps(self) -> int:
         return self.order.global_batch // self.order.contrast_batch
 
-    def from_batch(self, batch: int) -> Batches:
-        """The micro-batches from global batch number ``batch`` on; each holds until the next is asked for."""
-        return Batches(self, batch * self.micro_steps)
+    def from_batch(self, batch: int, copied: Copied | None = None) -> Batches:
+        """The micro-batches from global batch number ``batch`` on; each holds until the next is asked for.
+
+        ``copied`` gives, when the next is asked for, what comes when those before are on the device, if they are on
+        their way. Without it, all that the current stream was given before counts as that.
+        """
+        return Batches(self, batch * self.micro_steps, copied or (_given_so_far if self.pinned else lambda: None))
 
     def micro_batch(self, batch: int, micro_step: int) -> ECGBatch:
         """This rank's rows of one micro-step of a global batch."""
@@ -87,7 +96,7 @@ class TrainStream:
                 continue
             with self._lock:
                 self.redrawn += int(redrawn_P.sum())
-            return batch.pin_memory() if torch.cuda.is_available() else batch
+            return batch.pin_memory() if self.pinned else batch
 
     def _skip(self, error: UnreadableShardError | DamagedRecordError) -> None:
         """A damaged record is replaced wherever it is met, so that what is read depends on the data alone."""
@@ -184,12 +193,12 @@ class Batches(Iterator[ECGBatch]):
     when asked once more.
     """
 
-    def __init__(self, stream: TrainStream, first: int) -> None:
-        self._stream, self._workers = stream, stream.selection.config.workers
+    def __init__(self, stream: TrainStream, first: int, copied: Copied) -> None:
+        self._stream, self._workers, self._copied = stream, stream.selection.config.workers, copied
         self._taken, self._asked = first, first
         ahead = _AHEAD * self._workers
-        self._buffers = [_Buffer(stream.shape) for _ in range(ahead + 1)]
-        self._pool = ThreadPoolExecutor(max(1, self._workers), "batches")
+        self._buffers = [_Buffer(stream.shape, stream.pinned) for _ in range(ahead + 1)]
+        self._pool = ThreadPoolExecutor(max(1, self._workers), "batches", _as_here(stream.pinned))
         self._made: deque[Future[ECGBatch]] = deque()
         self._error: BaseException | None = None
         self._stages = _Stages(stream, first // stream.micro_steps)
@@ -199,7 +208,7 @@ class Batches(Iterator[ECGBatch]):
     def __next__(self) -> ECGBatch:
         if self._error is not None:
             raise self._error
-        self._buffers[(self._taken - 1) % len(self._buffers)].release()
+        self._buffers[(self._taken - 1) % len(self._buffers)].release(self._copied())
         self._stages.taken(self._taken // self._stream.micro_steps)
         self._taken += 1
         try:
@@ -234,22 +243,32 @@ class Batches(Iterator[ECGBatch]):
 
 
 class _Buffer:
-    """Samples of one batch, pinned where there is a device; used again when the copy to the device is done."""
+    """Samples of one batch, used again when the copy to the device is done."""
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self._tensor = torch.empty(shape, dtype=torch.int16, pin_memory=torch.cuda.is_available())
+    def __init__(self, shape: tuple[int, int, int], pinned: bool) -> None:
+        self._tensor = torch.empty(shape, dtype=torch.int16, pin_memory=pinned)
         self._copied: torch.cuda.Event | None = None
 
-    def release(self) -> None:
-        """The batch has been handed to the device's queue."""
-        if torch.cuda.is_available():
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+    def release(self, copied: torch.cuda.Event | None) -> None:
+        """It may be used again when its copy has come to the device."""
+        self._copied = copied
 
     def ready(self) -> torch.Tensor:
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensor
+
+
+def _given_so_far() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.current_stream().record_event()
+    return event
+
+
+def _as_here(pinned: bool) -> Callable[[], None]:
+    """How a new thread begins: on this one's GPU. By itself it would take up the first, and memory there."""
+    if not pinned:
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 class _Stages:

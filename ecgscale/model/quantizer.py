@@ -37,15 +37,20 @@ class ProductQuantizer(nn.Module):
         probability_BMGV = logit_BMGV.softmax(dim=-1)
         if gumbel_BMGV is None:
             index_BMG = logit_BMGV.argmax(dim=-1)
-            choice_BMGV = nn.functional.one_hot(index_BMG, self.codes).to(x_BMC.dtype)
+            choice_BMGV = one_hot(index_BMG, self.codes).to(x_BMC.dtype)
         else:
             soft_BMGV = ((logit_BMGV + gumbel_BMGV) / temperature).softmax(dim=-1)
             index_BMG = soft_BMGV.argmax(dim=-1)
-            hard_BMGV = nn.functional.one_hot(index_BMG, self.codes).to(soft_BMGV.dtype)
+            hard_BMGV = one_hot(index_BMG, self.codes).to(soft_BMGV.dtype)
             choice_BMGV = (hard_BMGV - soft_BMGV.detach() + soft_BMGV).to(x_BMC.dtype)
         book_GVW = self.codebook.view(self.groups, self.codes, -1)
         code_BMQ = torch.einsum("bmgv,gvw->bmgw", choice_BMGV, book_GVW).flatten(2)
         return Quantized(code_BMQ, index_BMG, probability_BMGV)
+
+
+def one_hot(index_BMG: Tensor, codes: int) -> Tensor:
+    """(B, M, G, V) bool. PyTorch's own is of int64, and reads on a CPU whether each index is in range."""
+    return torch.eq(index_BMG[..., None], torch.arange(codes, device=index_BMG.device))
 
 
 def perplexity(probability_GV: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Shape suffixes: B rows, L leads, T samples, N patches, C channels.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -38,10 +40,10 @@ class ConvStem(nn.Module):
             batch.signal_BLT,
             batch.gain_BL,
             batch.offset_BL,
-            [getattr(self, f"weight_{block}") for block in range(BLOCKS)],
-            [getattr(self, f"bias_{block}") for block in range(BLOCKS)],
-            self.norm_weight,
-            self.norm_bias,
+            [_in_autocast(getattr(self, f"weight_{block}")) for block in range(BLOCKS)],
+            [_in_autocast(getattr(self, f"bias_{block}")) for block in range(BLOCKS)],
+            _in_autocast(self.norm_weight),
+            _in_autocast(self.norm_bias),
             lead_draw=batch.lead_draw,
         )
 
@@ -57,9 +59,21 @@ class PatchStem(nn.Module):
 
     def forward(self, batch: ECGBatch) -> Tensor:
         """(B, N, C) with N = T // patch samples."""
+        weight, bias = _in_autocast(self.weight), _in_autocast(self.bias)
         return lead_masked_patch_embed(
-            batch.signal_BLT, batch.gain_BL, batch.offset_BL, self.weight, self.bias, lead_draw=batch.lead_draw
+            batch.signal_BLT, batch.gain_BL, batch.offset_BL, weight, bias, lead_draw=batch.lead_draw
         )
+
+
+@overload
+def _in_autocast(parameter: Tensor) -> Tensor: ...
+@overload
+def _in_autocast(parameter: None) -> None: ...
+def _in_autocast(parameter: Tensor | None) -> Tensor | None:
+    """In the dtype of torch.autocast where it is on, which by itself leaves ops that it does not know in fp32."""
+    if parameter is None or not torch.is_autocast_enabled(parameter.device.type):
+        return parameter
+    return parameter.to(torch.get_autocast_dtype(parameter.device.type))
 
 
 def check_kernels(device: torch.device) -> str:

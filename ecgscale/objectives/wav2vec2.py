@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
@@ -17,7 +16,7 @@ from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
 from ecgscale.model.dropout import dropout
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.model.quantizer import ProductQuantizer, Quantized, perplexity
+from ecgscale.model.quantizer import ProductQuantizer, Quantized, one_hot, perplexity
 from ecgscale.objectives.gather import sum_over_ranks, world_size
 from ecgscale.objectives.masking import TimeMask, gumbel_noise, negatives, reference_time_mask, time_mask
 from ecgscale.objectives.objective import Draws, Encoded, Objective, ObjectiveConfig
@@ -89,8 +88,8 @@ class LocalHead(nn.Module):
         mean_GV = (
             sum_over_ranks((quantized.probability_BMGV * weight_BM[..., None, None]).sum(dim=(0, 1)), share) / total
         )
-        one_hot = F.one_hot(quantized.index_BMG, self.quantizer.codes) * weight_BM[..., None, None]
-        chosen_GV = sum_over_ranks(one_hot.sum(dim=(0, 1)), share) / total
+        chosen_BMGV = one_hot(quantized.index_BMG, self.quantizer.codes) * weight_BM[..., None, None]
+        chosen_GV = sum_over_ranks(chosen_BMGV.sum(dim=(0, 1)), share) / total
         return perplexity(mean_GV), perplexity(chosen_GV)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import log, sqrt
@@ -146,12 +147,8 @@ def candidate(
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, by bisection; 0 where 1 does not."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """The largest number up to ``most`` that fits, where all smaller ones fit too; 0 where 1 does not."""
+    return bisect_left(range(1, most + 1), True, key=lambda number: not fits(number))
 
 
 def candidates(config: PlanConfig, cluster: Cluster, samples: int) -> list[Candidate]:
@@ -185,28 +182,28 @@ def _fewest_layers(config: PlanConfig, cluster: Cluster, samples: int, every: Ca
     return tried(config.model.depth - spared) if spared else None
 
 
-def best(found: list[Candidate]) -> Candidate | None:
-    """Of those that fit and are nearly as fast as the fastest, ZeRO 1, else the lowest. Offloading is not to be had.
-
-    On one GPU there is nothing to share out, and stage 0 has no buffer.
-    """
+def best(found: list[Candidate], usual: int) -> Candidate | None:
+    """Of those that fit and are nearly as fast as the fastest, stage ``usual``, else the lowest. None offloads."""
     fitting = [one for one in found if one.fits and not one.offload]
     if not fitting:
         return None
     fastest = min(one.step.total for one in fitting)
     near = [one for one in fitting if one.step.total <= _NEARLY * fastest]
-    usual = _usual(found)
     return min(near, key=lambda one: (one.zero_stage != usual, one.zero_stage, one.checkpointed_layers))
 
 
-def rule(found: list[Candidate]) -> str:
-    """How `best` has chosen, for people."""
-    wanted = "ZeRO 1, else the lowest stage" if _usual(found) else "the lowest stage"
+def usual_stage(config: PlanConfig, gpus: int) -> int:
+    """ZeRO 1, but on one rank in fp32, where nothing is shared out and stage 0 has no buffer.
+
+    In bf16, DeepSpeed 0.19.8 waits for the GPU once for each parameter at stage 0, which the times do not hold.
+    """
+    return int(gpus > 1 or config.engine.precision == "bf16")
+
+
+def rule(usual: int) -> str:
+    """How `best` chooses, for people."""
+    wanted = f"ZeRO {usual}, else the lowest stage" if usual else "the lowest stage"
     return f"of what fits and is within {_NEARLY - 1:.0%} of the fastest, {wanted}"
-
-
-def _usual(found: list[Candidate]) -> int:
-    return int(any(one.zero_stage > 1 for one in found))
 
 
 def refuse(config: PlanConfig, cluster: Cluster, samples: int, found: list[Candidate]) -> NoReturn:
@@ -232,7 +229,7 @@ def _ways_out(config: PlanConfig, cluster: Cluster, samples: int) -> Iterator[st
         if train.contrast % parts or not _shared_out(train, train.contrast // parts, gpus):
             continue
         smaller = replace(config, train=replace(train, contrast_batch=train.contrast // parts))
-        if (found := best(candidates(smaller, cluster, samples))) is not None:
+        if (found := best(candidates(smaller, cluster, samples), usual_stage(config, gpus))) is not None:
             yield (
                 f"train.contrast_batch {smaller.train.contrast} (micro-steps of {found.rows} segments per GPU, ZeRO "
                 f"{found.zero_stage}, {checkpointing(found, config)})"
@@ -242,7 +239,8 @@ def _ways_out(config: PlanConfig, cluster: Cluster, samples: int) -> Iterator[st
     while (nodes := nodes * 2) * cluster.config.gpus_per_node <= 4096:
         if not _shared_out(train, train.contrast, nodes * cluster.config.gpus_per_node):
             continue
-        if (found := best(candidates(config, cluster.of_nodes(nodes), samples))) is not None:
+        more = cluster.of_nodes(nodes)
+        if (found := best(candidates(config, more, samples), usual_stage(config, more.gpus))) is not None:
             yield f"cluster.nodes {nodes} (ZeRO {found.zero_stage}, {checkpointing(found, config)})"
             break
 

@@ -33,7 +33,9 @@ def this_machine(config: PlanConfig) -> Cluster:
     from ecgscale.plan.measure import measure_rates
 
     if torch.cuda.is_available():
-        named = replace(config.cluster, device=torch.cuda.get_device_name())
+        shown = torch.cuda.get_device_properties(0)
+        memory_gb = config.cluster.memory_gb or shown.total_memory / 1e9
+        named = replace(config.cluster, device=shown.name, memory_gb=memory_gb)
         by_table = cluster_of(named, config.engine.precision)
         return replace(by_table, rates=measure_rates(config.model, config.objective, config.engine))
     given = config.cluster

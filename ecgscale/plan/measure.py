@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -16,13 +17,15 @@ from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.memory import sizes_of
-from ecgscale.plan.speed import Rates
-from ecgscale.plan.trial import RATE_HZ, Trial, now_s, timed
+from ecgscale.plan.speed import KERNELS_OF_LAYER, Rates
+from ecgscale.plan.trial import RATE_HZ, Times, Trial, now_s, timed
 from ecgscale.training.engine import EngineConfig
 
 WIDTHS = (64, 128, 256, 512, 768, 1024)
 _TOKENS = 2048  # rows of the matrices that are multiplied
 _LEAST_S = 0.1  # of each measurement
+_HARDLY_LESS = 0.95  # of the time of a row, with twice as many
+_MOST_ROWS = 4096
 
 
 def measure_rates(
@@ -31,21 +34,30 @@ def measure_rates(
     """Rates by matrix products of several widths and by steps of this model with one and with two layers.
 
     What a part takes beyond its products is put down to the bytes that it keeps. It counts in full, so that a product
-    that is slower than others of its width (a grouped convolution) is part of it.
+    that is slower than others of its width (a grouped convolution) is part of it. On a GPU, steps of ``rows`` only tell
+    how fast kernels begin; the other rates are those of as many rows as it takes to keep it busy.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
-    engine = replace(engine, zero_stage=0, activation_checkpointing=False)
+    # At stage 0, DeepSpeed reads each bf16 gradient back; see `candidates.usual_stage`.
+    engine = replace(engine, zero_stage=1 if engine.precision == "bf16" else 0, activation_checkpointing=False)
     with tqdm(total=len(WIDTHS) + 4, desc="measure", unit="rate", disable=None, leave=False) as bar:
         products = {}
         for width in WIDTHS:
             products[width] = _products(width, dtype, device)
             bar.update()
         one, two = (replace(model, depth=depth) for depth in (1, 2))
-        times = {}
-        for depth, shape in ((1, one), (2, two)):
-            times[depth] = timed(Trial(shape, engine, rows, samples, steps=5, objective=objective))
+
+        def step(shape: ModelConfig, rows: int) -> Times:
             bar.update()
+            return timed(Trial(shape, engine, rows, samples, steps=5, objective=objective))
+
+        kernel_s = 0.0
+        if device.type == "cuda":
+            few = step(two, rows).forward_backward - step(one, rows).forward_backward
+            kernel_s = max(0.0, few) / KERNELS_OF_LAYER
+            rows = enough_rows(lambda rows: step(one, rows).forward_backward, rows)
+        times = {depth: step(shape, rows) for depth, shape in ((1, one), (2, two))}
         alone = {}
         for part in ("stem", "position"):
             alone[part] = _alone(part, one, objective, dtype, device, rows, samples)
@@ -54,7 +66,23 @@ def measure_rates(
     seconds = {"layers": layer, **alone}
     seconds["rest"] = max(0.0, times[1].forward_backward - sum(seconds.values()))
     update = times[2].update / sum(sizes_of(two, objective))
-    return _rates(one, objective, device.type, engine.precision, rows, samples, products, seconds, update)
+    rates = _rates(one, objective, device.type, engine.precision, rows, samples, products, seconds, update)
+    return replace(rates, kernel_s=kernel_s)
+
+
+def enough_rows(seconds: Callable[[int], float], rows: int) -> int:
+    """Doubled until with twice as many a row takes hardly less, or no memory is left."""
+    each = seconds(rows) / rows
+    while rows < _MOST_ROWS:
+        try:
+            twice = seconds(2 * rows) / (2 * rows)
+        except torch.OutOfMemoryError:
+            gc.collect()
+            break
+        if twice > _HARDLY_LESS * each:
+            break
+        rows, each = 2 * rows, twice
+    return rows
 
 
 def _rates(
@@ -69,7 +97,7 @@ def _rates(
     update: float,
 ) -> Rates:
     """Seconds per kept byte from those of each part; where products are slower than measured alone, how much slower."""
-    plain = Rates("", products, {}, update, 1.0)
+    plain = Rates("", products, {}, update)
     flops = step_flops(one, objective, rows, samples)
     kept = saved_bytes(one, objective, rows, samples, Storage.on(device, precision, one))
     rest = [name for name in flops if name not in ("stem", "position", "attention", "ffn")]
@@ -94,7 +122,6 @@ def _rates(
         products,
         per_byte,
         update,
-        10e9,
         slower=slower,
     )
 
@@ -135,11 +162,18 @@ def _alone(
 
 
 def _seconds(once: Callable[[], None], device: torch.device) -> float:
-    """Median of several, after one that is not timed."""
+    """Median of several, after one that is not timed. What is short is done often between two looks at the clock, since
+    a GPU is waited for at each."""
     once()
+    often = 1
     taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < _LEAST_S:
+    while len(taken) < 3 or often * sum(taken) < _LEAST_S:
         began = now_s(device)
-        once()
-        taken.append(now_s(device) - began)
+        for _ in range(often):
+            once()
+        took = now_s(device) - began
+        if took < _LEAST_S / 10:
+            often *= 2
+        else:
+            taken.append(took / often)
     return median(taken)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ecgscale.config import dump
-from ecgscale.plan.candidates import Candidate, checkpointing, rule
+from ecgscale.plan.candidates import Candidate, checkpointing, rule, usual_stage
 from ecgscale.plan.summary import Plan
 
 
@@ -78,7 +78,7 @@ def _layers(one: Candidate, plan: Plan) -> str:
 
 
 def _recommended(plan: Plan) -> str:
-    one = plan.chosen
+    one, usual = plan.chosen, usual_stage(plan.config, plan.cluster.gpus)
     step = one.step
     mfu = "unknown" if plan.mfu is None else f"{plan.mfu:.1%}"
     parts = {
@@ -91,8 +91,8 @@ def _recommended(plan: Plan) -> str:
     shares = ", ".join(f"{name} {value / step.total:.1%}" for name, value in parts.items() if value)
     batch = plan.config.train.global_batch
     return (
-        f"Recommended: ZeRO {one.zero_stage}, {checkpointing(one, plan.config)} ({rule(plan.ways)})\n"
-        f"step         {step.total:.4g} s ({shares}); nothing overlaps\n"
+        f"Recommended: ZeRO {one.zero_stage}, {checkpointing(one, plan.config)} ({rule(usual)})\n"
+        f"step         {step.total:.4g} s ({shares}); none of these overlap\n"
         f"speed        {batch / step.total:,.0f} recordings/s, "
         f"{step.flops / step.total / 1e12:.3g} TFLOP/s per {plan.cluster.device}, MFU {mfu}\n"
         f"sent         {step.sent_bytes / 1e9:.2f} GB by each {plan.cluster.device} and step"

@@ -20,7 +20,6 @@ from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.memory import Parallel, share, sizes_of
-from ecgscale.record import LEADS
 
 PASSES = 6.0
 """How often a kept byte passes through memory: written, read by what follows, read again in the backward pass, where
@@ -50,8 +49,6 @@ class Rates:
     """By part of the model: seconds beside its products, for each byte that it keeps for the backward pass."""
     update_s_per_parameter: float
     """AdamW, for each element that a rank updates."""
-    copy_bytes_per_s: float
-    """From the host to the device."""
     kernel_s: float = 0.0
     """Least time between the begins of two kernels."""
     slower: Mapping[str, float] = field(default_factory=dict)
@@ -77,7 +74,6 @@ class Rates:
             {1024: peak_flops * efficiency},
             dict.fromkeys(PARTS, PASSES / memory_bytes_per_s),
             moved_per_parameter / memory_bytes_per_s,
-            20e9,
             kernel_s,
             {"contrast": fp32_slower},
         )
@@ -96,14 +92,12 @@ class Compute:
     parts: dict[str, float]
     recompute: float
     """Forward passes of checkpointed layers, done again."""
-    copy: float
-    """The batch's way to the device."""
     flops: int
     """Model FLOPs, without those that are done again."""
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values()) + self.recompute + self.copy
+        return sum(self.parts.values()) + self.recompute
 
 
 def micro_step(
@@ -134,7 +128,6 @@ def micro_step(
     return Compute(
         parts,
         recompute=once * parts["layers"] * _forward_share(flops),
-        copy=rows * samples * len(LEADS) * 2 / rates.copy_bytes_per_s,
         flops=sum(one.total for one in flops.values()),
     )
 

@@ -14,7 +14,17 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
 from ecgscale.objectives import objective_named
-from ecgscale.plan.candidates import Candidate, best, candidate, candidates, check_batch, possible, refuse, samples_of
+from ecgscale.plan.candidates import (
+    Candidate,
+    best,
+    candidate,
+    candidates,
+    check_batch,
+    possible,
+    refuse,
+    samples_of,
+    usual_stage,
+)
 from ecgscale.plan.cluster import Cluster
 from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.failures import daly_interval_s, effective_share, simulated_share, young_interval_s
@@ -183,7 +193,7 @@ def make_plan(config: PlanConfig, cluster: Cluster) -> Plan:
     check_batch(config, cluster.gpus)
     samples = samples_of(config, length.rate_hz)
     ways = candidates(config, cluster, samples)
-    chosen = best(ways)
+    chosen = best(ways, usual_stage(config, cluster.gpus))
     if chosen is None:
         refuse(config, cluster, samples, ways)
     n = sum(sizes_of(config.model, config.objective))

@@ -29,7 +29,8 @@ class Device:
     fp32_flops: float
     """Peak FLOP/s of fp32 without TF32, which is what PyTorch takes for matrix products where nothing is set."""
     memory_bytes: float
-    """Of the device. Data sheets say GB for 2**30 bytes; the driver keeps one or two hundredths of it."""
+    """Of the device. Data sheets say GB for 2**30 bytes; the driver keeps one or two hundredths of it. Where ECC takes
+    its bits from GDDR6 (A10, A40, L4, L40, L40S, T4), it is what torch shows, about a twelfth less."""
     memory_bytes_per_s: float
     """Bandwidth of that memory."""
     link_bytes_per_s: float
@@ -81,12 +82,12 @@ DEVICES: tuple[Device, ...] = (
             link_gb_per_s=300, watts=300),
     _device("A100 40GB PCIe", "A100-PCIE-40GB", tflops=(312, 156, 19.5), memory_gib=40, memory_gb_per_s=1555,
             link_gb_per_s=300, watts=250),
-    _device("A40", tflops=(149.7, 74.8, 37.4), memory_gib=48, memory_gb_per_s=696, link_gb_per_s=56.25, watts=300),
+    _device("A40", tflops=(149.7, 74.8, 37.4), memory_gib=44.4, memory_gb_per_s=696, link_gb_per_s=56.25, watts=300),
     _device("A30", tflops=(165, 82, 10.3), memory_gib=24, memory_gb_per_s=933, link_gb_per_s=100, watts=165),
-    _device("A10", tflops=(125, 62.5, 31.2), memory_gib=24, memory_gb_per_s=600, link_gb_per_s=32, watts=150),
-    _device("L40S", tflops=(362, 183, 91.6), memory_gib=48, memory_gb_per_s=864, link_gb_per_s=32, watts=350),
-    _device("L40", tflops=(181, 90.5, 90.5), memory_gib=48, memory_gb_per_s=864, link_gb_per_s=32, watts=300),
-    _device("L4", tflops=(121, 60, 30.3), memory_gib=24, memory_gb_per_s=300, link_gb_per_s=32, watts=72),
+    _device("A10", tflops=(125, 62.5, 31.2), memory_gib=22, memory_gb_per_s=600, link_gb_per_s=32, watts=150),
+    _device("L40S", tflops=(362, 183, 91.6), memory_gib=44.4, memory_gb_per_s=864, link_gb_per_s=32, watts=350),
+    _device("L40", tflops=(181, 90.5, 90.5), memory_gib=44.4, memory_gb_per_s=864, link_gb_per_s=32, watts=300),
+    _device("L4", tflops=(121, 60, 30.3), memory_gib=22, memory_gb_per_s=300, link_gb_per_s=32, watts=72),
     _device("V100 SXM2 32GB", "V100-SXM2-32GB", "V100", tflops=(None, None, 15.7), memory_gib=32, memory_gb_per_s=900,
             link_gb_per_s=150, watts=300),
     _device("V100 SXM2 16GB", "V100-SXM2-16GB", tflops=(None, None, 15.7), memory_gib=16, memory_gb_per_s=900,
@@ -95,7 +96,7 @@ DEVICES: tuple[Device, ...] = (
             link_gb_per_s=16, watts=250),
     _device("V100 PCIe 16GB", "V100-PCIE-16GB", tflops=(None, None, 14), memory_gib=16, memory_gb_per_s=900,
             link_gb_per_s=16, watts=250),
-    _device("T4", tflops=(None, None, 8.1), memory_gib=16, memory_gb_per_s=320, link_gb_per_s=16, watts=70),
+    _device("T4", tflops=(None, None, 8.1), memory_gib=14.6, memory_gb_per_s=320, link_gb_per_s=16, watts=70),
     _device("RTX A6000", "A6000", tflops=(154.8, 77.4, 38.7), memory_gib=48, memory_gb_per_s=768, link_gb_per_s=56.25,
             watts=300),
     _device("RTX 6000 Ada", "RTX 6000 Ada Generation", tflops=(364.2, 182.1, 91.1), memory_gib=48, memory_gb_per_s=960,

@@ -327,6 +327,7 @@ def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micr
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**62,
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice per micro-step
         }
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine

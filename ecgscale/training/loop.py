@@ -175,7 +175,7 @@ def _train(job: Job, ranks: Ranks) -> Engine:
         if job.picture and resumed is None and ranks.first:
             monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
         profiler = stack.enter_context(closing(_profiler(job, ranks, monitor, step)))
-        batches = stack.enter_context(closing(job.stream.from_batch(step)))
+        batches = stack.enter_context(closing(job.stream.from_batch(step, engine.put.copied)))
         stack.enter_context(_settled())
         boundary = Boundary(ranks, job.train.checkpoint_every_s)
         boundary.agree()  # sends the first wishes on their way

@@ -126,7 +126,14 @@ def _device(local_rank: int) -> torch.device:
             "start one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )
     torch.cuda.set_device(local_rank)
+    exact_fp32()
     return torch.device("cuda", local_rank)
+
+
+def exact_fp32() -> None:
+    """fp32 convolutions without TF32, as PyTorch's fp32 products are; both have it where a program asks for it by
+    torch.set_float32_matmul_precision."""
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
 
 
 def all_succeed(error: str | None, kind: type[InputError | RankError] = InputError) -> None:

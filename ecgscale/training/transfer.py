@@ -27,3 +27,7 @@ class Transfer:
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self.stream)
         return moved.used_by(computing)
+
+    def copied(self) -> torch.cuda.Event | None:
+        """Comes when all batches so far are on the device; None for a CPU, where nothing is under way."""
+        return None if self.stream is None else self.stream.record_event()

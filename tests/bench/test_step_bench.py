@@ -24,7 +24,7 @@ from ecgscale.bench.step_batches import shard_stream
 from ecgscale.bench.step_case import Axes, Case, StepConfig
 from ecgscale.bench.step_ranks import FailedError, Group, TooLargeError, _Failed, tells_of_memory
 from ecgscale.bench.step_turns import Effort, Taken
-from ecgscale.bench.step_ways import BASELINES, DDP, OURS, STRAIGHTFORWARD, equality
+from ecgscale.bench.step_ways import DDP, OURS, STRAIGHTFORWARD, equality
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.cli import main
 from ecgscale.cost import step_flops
@@ -240,7 +240,7 @@ def test_alone_nothing_else_holds_memory(monkeypatch):
 
     monkeypatch.setattr("ecgscale.bench.step.take_turns", turns)
     (case,) = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
-    section = measure_case(case, BASELINES, Effort.quick(), alone=True)
+    section = measure_case(case, (DDP, STRAIGHTFORWARD), Effort.quick(), alone=True)
     assert asked == [OURS]
     assert [row[0] for row in section.rows] == ["ecgscale"]
     assert "Alone on the GPU" in section.notes[0]

@@ -329,6 +329,25 @@ def test_buffers_are_used_again(train, workers) -> None:
     batches.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_buffer_waits_until_the_batch_in_it_is_copied(train, workers) -> None:
+    given, waited, buffers = itertools.count(), set(), 3 * workers + 1
+
+    class Copied:
+        def __init__(self) -> None:
+            self.batches = next(given)  # so many were taken before
+
+        def synchronize(self) -> None:
+            waited.add(self.batches)
+
+    batches = stream(with_workers(train, workers)).from_batch(0, Copied)
+    for number in range(20):
+        next(batches)
+        assert waited >= set(range(number - buffers + 2))
+        assert workers or waited == set(range(number + 1))
+    batches.close()
+
+
 def test_threads_end_with_their_stream(train) -> None:
     before = threads()
     batches = stream(with_workers(train, 2)).from_batch(0)

@@ -244,6 +244,16 @@ def test_bf16_is_finite_and_near_float32(encoder, batch):
     assert (token_BND.float() - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("stem", ["conv", "patch"])
+def test_autocast_reaches_the_stem(small_model_config, batch, stem):
+    encoder = ECGEncoder(ModelConfig(**vars(small_model_config) | {"stem": stem}))
+    with torch.autocast("cpu", torch.bfloat16):
+        feature_BNC = encoder.stem(batch())
+    feature_BNC.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in encoder.stem.parameters() if p.grad is not None)
+    assert torch.equal(feature_BNC, encoder.bfloat16().stem(batch()))
+
+
 def test_activation_checkpointing_changes_no_gradient(small_model_config, batch):
     gradients = []
     for checkpointing in (False, True):

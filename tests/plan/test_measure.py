@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,26 @@ def test_rates_are_measured(quick):
     assert micro_step(PRESETS["tiny"], ObjectiveConfig(), ONE, rates, 2, 320).total > 0
 
 
+def test_rows_are_enough_when_a_row_takes_no_less():
+    def launched(rows: int) -> float:
+        return max(6e-3, rows * 1e-4)  # a GPU that is kept waiting by its host
+
+    def filled(rows: int) -> float:
+        if rows > 32:
+            raise torch.OutOfMemoryError
+        return launched(rows)
+
+    assert measure.enough_rows(launched, 8) == 64
+    assert measure.enough_rows(filled, 8) == 32
+    assert measure.enough_rows(lambda rows: rows * 1e-4, 8) == 8
+
+
+def test_what_is_short_is_done_often_between_two_looks_at_the_clock(monkeypatch):
+    done = []
+    monkeypatch.setattr(measure, "now_s", lambda _: len(done) * 1e-3)
+    assert measure._seconds(lambda: done.append(0), torch.device("cpu")) == pytest.approx(1e-3)
+
+
 def test_what_a_step_takes_beyond_its_products_is_found_again():
     model = replace(PRESETS["tiny"], depth=1, pre_norm=True)
     seconds = {"stem": 3.0, "position": 2.0, "layers": 5.0, "rest": 7.0}
@@ -51,14 +72,14 @@ def test_what_a_step_takes_beyond_its_products_is_found_again():
 @pytest.mark.parametrize("given_gb", [0.0, 64.0])
 def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(measure, "measure_rates", lambda *_: Rates("", {64: 1e12}, {}, 0.0, 1.0))
+    monkeypatch.setattr(measure, "measure_rates", lambda *_: Rates("", {64: 1e12}, {}, 0.0))
     whole = given_gb * 1e9 or command.psutil.virtual_memory().total
     config = PlanConfig(cluster=ClusterConfig(memory_gb=given_gb, reserve_gb=0.5))
     assert command.this_machine(config).memory_bytes == pytest.approx(whole - 0.5e9)
 
 
 def test_a_cpu_is_no_gpu(monkeypatch):
-    rates = Rates("", {64: 1e12}, dict.fromkeys(PARTS, 1e-12), 1e-12, 1e9)
+    rates = Rates("", {64: 1e12}, dict.fromkeys(PARTS, 1e-12), 1e-12)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measure, "measure_rates", lambda *_: rates)
     config = PlanConfig(model=PRESETS["tiny"], train=TrainConfig(global_batch=8))
@@ -70,7 +91,7 @@ def test_a_cpu_is_no_gpu(monkeypatch):
 
 def test_an_unknown_gpu_is_refused_before_it_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H900")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H900", total_memory=80e9))
     monkeypatch.setattr(measure, "measure_rates", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError, match="'H900' is in no table"):
         command.this_machine(PlanConfig())
@@ -96,7 +117,7 @@ def test_a_gpu_is_checked_against_what_is_predicted_for_a_gpu(monkeypatch):
     monkeypatch.setattr(check, "TIME_CASES", check.TIME_CASES[:1])
     monkeypatch.setattr(check, "peak_bytes", lambda _trial, _threads, device: asked.append(device) or {"update": 1})
     monkeypatch.setattr(check, "timed", lambda _: Times(1.0, 1.0))
-    monkeypatch.setattr(check, "measure_rates", lambda *_: Rates("", {64: 1e12}, dict.fromkeys(PARTS, 1e-9), 0.0, 1e9))
+    monkeypatch.setattr(check, "measure_rates", lambda *_: Rates("", {64: 1e12}, dict.fromkeys(PARTS, 1e-9), 0.0))
     monkeypatch.setattr(check, "ROUNDS", 2)
     memory, time = check.check_all()[1]
     assert asked == ["cuda"]
@@ -109,7 +130,7 @@ def test_a_gpu_is_checked_against_what_is_predicted_for_a_gpu(monkeypatch):
 
 
 def test_what_is_checked_as_text_and_for_programs():
-    rates = Rates("of a test", {64: 1e12}, {"stem": 1e-9}, 0.0, 1.0)
+    rates = Rates("of a test", {64: 1e12}, {"stem": 1e-9}, 0.0)
     found = [
         check.Checked("peak bytes", "tiny", 1, "fp32", 32, (335e6,), (340e6,)),
         check.Checked("step seconds", "tiny", 0, "fp32", 16, (0.22, 0.44, 0.16), (0.2, 0.2, 0.4)),

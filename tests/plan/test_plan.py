@@ -19,7 +19,7 @@ from ecgscale.plan.speed import Rates, micro_step, update_s
 
 BASE = ["plan", "--config", "configs/pretrain/base.yaml", "--length.recordings", "94525"]
 LARGE_ON_SMALL = [
-    "plan", "--model.preset", "gigantic", "--engine.precision", "bf16", "--cluster.device", "A10",
+    "plan", "--model.preset", "gigantic", "--engine.precision", "bf16", "--cluster.device", "RTX 3090",
     "--train.global_batch", "512",
 ]  # fmt: skip
 UNKNOWN = ["plan", "--cluster.device", "H900"]
@@ -184,7 +184,7 @@ def test_time_follows_from_rates():
     fast = Rates.of_device("x", 4e12, 0.5, 4e12, 0.0, True)
     one = micro_step(model, objective, parallel, slow, 8, 2500)
     quick = micro_step(model, objective, parallel, fast, 8, 2500)
-    assert one.total - one.copy == pytest.approx(4 * (quick.total - quick.copy))
+    assert one.total == pytest.approx(4 * quick.total)
     assert sum(one.parts.values()) > one.flops / 0.5e12  # products alone
     assert micro_step(model, objective, parallel, slow, 8, 2500, 6).recompute == pytest.approx(
         micro_step(model, objective, parallel, slow, 8, 2500, 12).recompute / 2

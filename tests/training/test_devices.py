@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ecgscale.errors import InputError
 from ecgscale.training.devices import DEVICES, device_of, known_device, peak_flops
+from ecgscale.training.ranks import exact_fp32
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,11 @@ def test_figures_are_in_the_units_that_are_said(device) -> None:
     assert 8 * 2**30 <= device.memory_bytes < 512 * 2**30
     assert 1e9 < device.link_bytes_per_s < device.memory_bytes_per_s < 1e13
     assert 50 < device.watts < 2000
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("highest", False), ("high", True)])
+def test_convolutions_are_as_exact_as_products(monkeypatch, precision, rounded) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not rounded)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    exact_fp32()
+    assert torch.backends.cudnn.allow_tf32 is rounded
