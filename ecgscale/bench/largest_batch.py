@@ -43,7 +43,10 @@ def largest_batch(case: Case, within_gb: float) -> int:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, where all smaller ones fit too; 0 where none does."""
+    """The largest number up to ``most`` that fits, where all smaller ones fit too; 0 where none does.
+
+    None is tried that is more than twice as large as one that fits: what is far too large takes longest to fail.
+    """
     good, bad = 0, most + 1
     trial = 1
     while bad - good > 1:

@@ -236,6 +236,11 @@ class Report:
         return "\n".join([*head, *(section.markdown() for section in self.sections)])
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing was measured: then there are no sections, or only some that say why."""
+        return not any(section.scalars for section in self.sections)
+
+    @property
     def file_name(self) -> str:
         """Without its ending: stream-20261123T074501-4711, by the time when the measurement began and the process."""
         return f"{self.name}-{datetime.fromisoformat(self.machine['date']):%Y%m%dT%H%M%S}-{os.getpid()}"
@@ -260,9 +265,10 @@ class Report:
 
 @contextmanager
 def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
-    """A report to be filled; what it holds is written to ``out`` in the end, after an error too.
+    """A report to be filled; what was measured is written to ``out`` in the end, after an error too.
 
-    Raises InputError where ``out`` cannot be made or written.
+    Where nothing was, nothing is written: `bench report --against` would take it for the newest commit's result. Raises
+    InputError then, with what the first row's last cell says, and where ``out`` cannot be made or written.
     """
     make_folder(out)
     began_s = time.perf_counter()
@@ -272,7 +278,10 @@ def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
     finally:
         report.machine["load at the end"] = [round(load, 2) for load in os.getloadavg()]
         report.machine["minutes"] = (time.perf_counter() - began_s) / 60
-        report.write(out)
+        if not report.empty:
+            report.write(out)
+    if report.empty:
+        raise InputError(f"bench {name}: {next(cell for cell in reversed(report.sections[0].rows[0]) if cell)}")
 
 
 def _plain(section: Section) -> dict[str, Any]:

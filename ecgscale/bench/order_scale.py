@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.ingest import IngestOptions
 from ecgscale.data.order import Order
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import COLUMNS, Columns, write_index, write_manifest
+from ecgscale.process import memory_bytes
 
 PLANNED = 4096  # positions that a stream works out at once
-_RATE_HZ = 500.0
-_SAMPLES = 2500
+_SAMPLES = 2500  # of 5 s
 _MEMBER = 512 + 128 + 24 * _SAMPLES + 400  # bytes in a tar: header, .npy header, 12 leads, padding
 
 
@@ -106,14 +107,14 @@ def _build(folder: Path, shards: int, records_per_shard: int) -> None:
         with (folder / str(entry["file"])).open("wb") as file:
             file.truncate(tar_bytes)
     source = {"dataset": "large", "options": {}, "records": records, "rejected": 0}
-    write_manifest(folder, _RATE_HZ, write_index(folder, columns), entries, [source])
+    write_manifest(folder, IngestOptions.rate_hz, write_index(folder, columns), entries, [source])
 
 
 def _opened(folder: Path, shards: int, records_per_shard: int) -> Planned:
     with _peak_memory() as memory:
         began_s = time.perf_counter()
         found = ShardSet.open(folder)
-        selection = Selection(found, DataConfig(min_record_s=_SAMPLES / _RATE_HZ), "train")
+        selection = Selection(found, DataConfig(min_record_s=_SAMPLES / found.rate_hz), "train")
         open_s = time.perf_counter() - began_s
         plan_s, places_s = _plan_epoch(selection.counts, selection.numbers)
     return Planned(memory[0] / 1e6, plan_s, places_s, open_s)
@@ -121,12 +122,15 @@ def _opened(folder: Path, shards: int, records_per_shard: int) -> Planned:
 
 @contextmanager
 def _peak_memory() -> Iterator[list[float]]:
-    """Bytes of this process's anonymous memory at its peak, beyond those at the begin; looked at every 2 ms."""
-    peak, ended, before = [0.0], threading.Event(), _anonymous_bytes()
+    """Bytes of this process's anonymous memory at its peak, beyond those at the begin; looked at every 2 ms.
+
+    The pages of mapped files belong to the system, which drops them where it needs room.
+    """
+    peak, ended, before = [0.0], threading.Event(), memory_bytes("RssAnon")
 
     def watch() -> None:
         while not ended.wait(0.002):
-            peak[0] = max(peak[0], _anonymous_bytes() - before)
+            peak[0] = max(peak[0], memory_bytes("RssAnon") - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -135,13 +139,7 @@ def _peak_memory() -> Iterator[list[float]]:
     finally:
         ended.set()
         watcher.join()
-        peak[0] = max(peak[0], _anonymous_bytes() - before)
-
-
-def _anonymous_bytes() -> int:
-    """Of this process; the pages of mapped files belong to the system, which drops them where it needs room."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+        peak[0] = max(peak[0], memory_bytes("RssAnon") - before)
 
 
 # -- shuffling -------------------------------------------------------------------------------------------------------

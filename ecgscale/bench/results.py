@@ -15,11 +15,15 @@ from typing import Any, NamedTuple
 from ecgscale.bench.measure import Check
 from ecgscale.errors import InputError
 
-# By the last part of a scalar's name: which way is better. What is in neither is shown and not compared.
+# By the end of a scalar's name: which way is better. What has neither is shown and not compared: how well an order
+# shuffles, since beyond what a permutation does neither way is better.
 _MORE_IS_BETTER = ("per_s", "tflops", "mfu", "of_product", "of_floor", "efficiency", "largest_batch")
-_LESS_IS_BETTER = ("ms", "us", "us_per_record", "mb", "gb")
-# By name, by a ratio, or because the part of the bench measures nothing else.
-_OURS = re.compile(r"ecgscale|over_[^/]*$|^kernel/step/|^stream/(start|scale|codec/pco)/|^stream/.*_threads/")
+_LESS_IS_BETTER = ("ms", "us", "plan_s", "us_per_record", "mb", "gb", "checksum_share", "/ratio")
+# By name, by a ratio that has something of ours in it, or because the part of the bench measures nothing else.
+_OURS = re.compile(
+    r"ecgscale|/shards/|(?<!/bare)_over_[^/]*$|/checksum_share$|^kernel/step/|^stream/(start|scale|codec/pco)/"
+    r"|^stream/.*_threads/"
+)
 
 
 class Value(NamedTuple):
@@ -189,9 +193,10 @@ def sides(runs: Sequence[Run], against: str) -> tuple[list[Run], list[Run]]:
 
 
 def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
-    """Every scalar of ours that both sides have on one machine, by the newest run before and the newest commit after.
+    """Every scalar of ours that both sides have on one machine, by the newest run before and the newest commit after
+    that has any.
 
-    Raises InputError where no machine is on both sides.
+    Raises InputError where there is none, or no machine is on both sides.
     """
     machines = by_machine(after)
     common = [where for where in by_machine(before) if where in machines]
@@ -203,23 +208,27 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
     found = []
     for where in common:
         # A scalar that only an older commit of those after has would tell of a time before ``before``.
-        last = machines[where][-1].commit
+        last = next((run.commit for run in reversed(machines[where]) if _compared(run)), None)
         olds = _newest(by_machine(before)[where])
         news = _newest([run for run in machines[where] if run.commit == last])
         for name in (name for name in news if name in olds):
-            sign, (old, old_commit), (new, new_commit) = better_way(name), olds[name], news[name]
-            if sign and is_ours(name) and old.median > 0:
-                worse_by = sign * (old.median - new.median) / old.median
+            (old, old_commit), (new, new_commit) = olds[name], news[name]
+            if old.median > 0:
+                worse_by = better_way(name) * (old.median - new.median) / old.median
                 found.append(Change(where, name, old, new, (old_commit, new_commit), worse_by))
+    if not found:
+        raise InputError(
+            f"nothing to compare: {before[-1].commit} and {after[-1].commit} have no number of ecgscale in common; run "
+            "the same bench at both"
+        )
     return found
 
 
 def better_way(name: str) -> int:
     """1 where more is better, −1 where less is, 0 where that is unknown."""
-    last = name.rsplit("/", 1)[-1]
-    if "over_" in last or last.endswith(_MORE_IS_BETTER):
+    if "over_" in name.rsplit("/", 1)[-1] or name.endswith(_MORE_IS_BETTER):
         return 1
-    return -1 if last.endswith(_LESS_IS_BETTER) else 0
+    return -1 if name.endswith(_LESS_IS_BETTER) else 0
 
 
 def is_ours(name: str) -> bool:
@@ -227,9 +236,15 @@ def is_ours(name: str) -> bool:
     return _OURS.search(name) is not None
 
 
+def _compared(run: Run) -> dict[str, Value]:
+    """Its scalars that are compared, by names that begin with the bench's."""
+    named = {f"{run.name}/{name}": value for name, value in run.values.items()}
+    return {name: value for name, value in named.items() if better_way(name) and is_ours(name)}
+
+
 def _newest(runs: Sequence[Run]) -> dict[str, tuple[Value, str]]:
-    """Of each scalar the newest value and its commit."""
-    return {f"{run.name}/{name}": (value, run.commit) for run in runs for name, value in run.values.items()}
+    """Of each scalar that is compared the newest value and its commit."""
+    return {name: (value, run.commit) for run in runs for name, value in _compared(run).items()}
 
 
 def _digits(value: float) -> str:

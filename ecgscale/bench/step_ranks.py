@@ -15,7 +15,6 @@ import time
 from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext, SpawnContext
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from ecgscale.bench.measure import Round
 from ecgscale.bench.step_case import Case
 from ecgscale.bench.step_ways import Equality, equality, prepare
 from ecgscale.errors import InputError
+from ecgscale.process import memory_bytes
 from ecgscale.training.ranks import start_ranks
 
 _EQUALITY = "equality"
@@ -257,6 +257,4 @@ def _meet(case: Case) -> None:
 def _peak_bytes(case: Case) -> int:
     if case.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Not getrusage's: that one keeps the peak of the process that this one was started from.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return memory_bytes("VmHWM")

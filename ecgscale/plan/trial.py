@@ -26,11 +26,11 @@ from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.process import STATUS, memory_bytes
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import start_ranks
 
 RATE_HZ = 500.0
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def peak_bytes(trial: Trial, threads: int, device: str = "cpu") -> dict[str, int
 
     On ``cpu`` or ``cuda``. Raises InputError where the system does not tell (it is Linux that has /proc).
     """
-    if device == "cpu" and not _STATUS.exists():
-        raise InputError(f"{_STATUS}: memory is measured on Linux only")
+    if device == "cpu" and not STATUS.exists():
+        raise InputError(f"{STATUS}: memory is measured on Linux only")
     environment = os.environ | {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -126,12 +126,17 @@ def _last_line(said: str) -> str:
 
 def _measure(trial: Trial) -> dict[str, int]:
     """In the child: a step of the smallest model loads all libraries before the base line is taken."""
-    small = replace(trial, model=replace(PRESETS["tiny"], depth=1), rows=2)
-    _steps(*engine_of(small), steps=2)
+    _steps(*engine_of(_small(trial)), steps=2)
     gc.collect()
     base = _held()
     engine, batch = engine_of(trial)
     return {name: peak - base for name, peak in _steps(engine, batch, steps=2).items()}
+
+
+def _small(trial: Trial) -> Trial:
+    """The same with one layer and hardly any rows; that layer is recomputed where any of the trial's is."""
+    engine = replace(trial.engine, activation_checkpointing=bool(trial.engine.activation_checkpointing))
+    return replace(trial, model=replace(PRESETS["tiny"], depth=1), engine=engine, rows=2)
 
 
 def _steps(engine: Engine, batch: ECGBatch, steps: int) -> dict[str, int]:
@@ -153,18 +158,12 @@ def _steps(engine: Engine, batch: ECGBatch, steps: int) -> dict[str, int]:
 
 def _held() -> int:
     """Bytes."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _resident("VmRSS")
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else memory_bytes("VmRSS")
 
 
 def _most_held() -> int:
     """Bytes, since they were forgotten."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
-
-
-def _resident(what: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{what}:"))
-    return int(line.split()[1]) * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory_bytes("VmHWM")
 
 
 def _forget_peak() -> None:

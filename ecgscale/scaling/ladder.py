@@ -118,7 +118,6 @@ class Cell:
     """One run."""
 
     size: str
-    asked_tokens: float
     factor: float
     seed: int
     pretraining: PretrainConfig
@@ -228,7 +227,7 @@ def cells(config: ScalingConfig) -> list[Cell]:
                         ),
                         run=RunConfig(str(folder)),
                     )
-                    found.append(Cell(size.name, tokens, factor, seed, chosen, per_step, samples))
+                    found.append(Cell(size.name, factor, seed, chosen, per_step, samples))
     return sorted(found, key=lambda cell: cell.flops)
 
 

@@ -56,15 +56,15 @@ class Cells:
         """Some of them, or some several times."""
         return Cells(self.size_K[index], self.tokens_K[index], self.loss_K[index])
 
-    def too_few(self) -> str:
-        """Why no law can be fitted; empty where one can."""
+    def too_few(self, fewest: int = FEWEST_CELLS) -> str:
+        """Why no law can be fitted; empty where one can: with so many different (N, D) at least."""
         sizes, tokens = len(np.unique(self.size_K)), len(np.unique(self.tokens_K))
         points = len(np.unique(np.stack([self.size_K, self.tokens_K]), axis=1).T) if len(self) else 0
-        if sizes >= FEWEST_SIZES and tokens >= FEWEST_TOKENS and points >= FEWEST_CELLS:
+        if sizes >= FEWEST_SIZES and tokens >= FEWEST_TOKENS and points >= fewest:
             return ""
         return (
             f"{sizes} sizes, {tokens} token counts and {points} cells do not determine the law's five constants; "
-            f"it takes {FEWEST_SIZES}, {FEWEST_TOKENS} and {FEWEST_CELLS}"
+            f"it takes {FEWEST_SIZES}, {FEWEST_TOKENS} and {fewest}"
         )
 
 
@@ -125,7 +125,8 @@ def _distance(inner_P: Floats, size_K: Floats, tokens_K: Floats, loss_K: Floats)
 def resample(cells: Cells, law: Law, resamples: int, seed: int = 0) -> list[Law]:
     """Laws of bootstrap resamples: points (N, D) are drawn with replacement, and at each of them its runs (seeds).
 
-    A draw that does not determine a law is drawn again. Raises ValueError where the cells do not.
+    A draw with too few sizes, token counts or different points for the five constants is drawn again. Raises ValueError
+    where the cells do not determine a law.
     """
     if reason := cells.too_few():
         raise ValueError(reason)
@@ -135,7 +136,7 @@ def resample(cells: Cells, law: Law, resamples: int, seed: int = 0) -> list[Law]
     while len(laws) < resamples:
         drawn = [runs[point] for point in rng.integers(len(runs), size=len(runs))]
         some = cells.at(np.concatenate([rng.choice(of, len(of)) for of in drawn]))
-        if len(np.unique(some.size_K)) >= FEWEST_SIZES and len(np.unique(some.tokens_K)) >= FEWEST_TOKENS:
+        if not some.too_few(len(law)):
             laws.append(fit(some, [law, *(laws[-1:])]))
     return laws
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ecgscale.scaling.results import Ladder, Point
+from ecgscale.scaling.results import Ladder, Point, diverged_seeds, mean_loss, mean_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +22,17 @@ class BestRate(NamedTuple):
 
 
 def curve(ladder: Ladder, point: Point) -> tuple[list[float], list[float]]:
-    """Learning rates and mean losses over the seeds; NaN where a seed diverged."""
+    """Learning rates and mean losses over the seeds that did not diverge; NaN where all did."""
     by_rate = ladder.by_rate[point]
-    return list(by_rate), [float(np.mean([run.loss for run in same])) for same in by_rate.values()]
+    return list(by_rate), [mean_loss(same) for same in by_rate.values()]
+
+
+def best_of(ladder: Ladder, point: Point) -> BestRate | None:
+    """Of the rates at which the fewest seeds diverged, as in ``Ladder.best``; None where all did at each."""
+    by_rate = ladder.by_rate[point]
+    fewest = min(map(diverged_seeds, by_rate.values()))
+    losses = [mean_loss(same) if diverged_seeds(same) == fewest else math.nan for same in by_rate.values()]
+    return best_rate(list(by_rate), losses) if any(map(math.isfinite, losses)) else None
 
 
 def best_rate(rates: list[float], losses: list[float]) -> BestRate:
@@ -54,14 +62,9 @@ def markdown(ladder: Ladder) -> list[str]:
         lines += ["|---" * (2 + len(tried)) + "|"]
         found: list[tuple[int, BestRate]] = []
         for size in sizes:
-            rates, losses = curve(ladder, Point(size, tokens))
-            shown = {
-                rate: "diverged" if math.isnan(loss) else f"{loss:.3f}"
-                for rate, loss in zip(rates, losses, strict=True)
-            }
+            shown = {rate: mean_text(same) for rate, same in ladder.by_rate[Point(size, tokens)].items()}
             where = "–"
-            if any(map(math.isfinite, losses)):
-                best = best_rate(rates, losses)
+            if best := best_of(ladder, Point(size, tokens)):
                 found.append((ladder.first(size).width, best))
                 where = f"{best.rate:.2g}" + (" (edge)" if best.at_edge else "")
             row = " | ".join(shown.get(rate, "") for rate in tried)
@@ -87,8 +90,7 @@ def draw(axes: Axes, ladder: Ladder, colour: dict[str, object]) -> None:
             continue
         rates, losses = curve(ladder, Point(size, tokens))
         axes.plot(rates, losses, "o-", markersize=3, color=colour[size], label=f"width {ladder.first(size).width}")
-        if any(map(math.isfinite, losses)):
-            best = best_rate(rates, losses)
+        if best := best_of(ladder, Point(size, tokens)):
             axes.plot(best.rate, best.loss, "v", color=colour[size], markersize=7)
     axes.set_xscale("log")
     axes.set_xlabel(f"learning rate, {tokens:,} tokens")

@@ -15,7 +15,7 @@ from ecgscale.data.shards import write_whole
 from ecgscale.scaling import rates
 from ecgscale.scaling.ladder import ScalingConfig, cells
 from ecgscale.scaling.law import Law, interval
-from ecgscale.scaling.results import Findings, HeldOut, Ladder, Point, find, runs_of
+from ecgscale.scaling.results import Findings, HeldOut, Ladder, Point, find, mean_text, runs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,19 +139,10 @@ def _losses(ladder: Ladder) -> list[str]:
     for size in ladder.sizes:
         first = ladder.first(size)
         ratio = first.flops / first.tokens / (6 * first.parameters)
-        shown = [_loss(ladder, Point(size, tokens)) for tokens in ladder.tokens]
+        best = [ladder.best.get(Point(size, tokens)) for tokens in ladder.tokens]
+        shown = [mean_text(same) if same else "–" for same in best]
         lines.append(f"| {size} | {first.parameters:,} | {ratio:.2f} | {' | '.join(shown)} |")
     return lines
-
-
-def _loss(ladder: Ladder, point: Point) -> str:
-    if point not in ladder.best:
-        return "–"
-    losses = [run.loss for run in ladder.best[point]]
-    if not all(map(math.isfinite, losses)):
-        return "diverged"
-    spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
-    return f"{np.mean(losses):.3f}{spread}"
 
 
 def _constants(findings: Findings, law: Law) -> list[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ecgscale.errors import InputError
-from ecgscale.scaling.ladder import Cell, ScalingConfig, epochs, next_sizes
+from ecgscale.scaling.ladder import DIVERGED, Cell, ScalingConfig, epochs, next_sizes
 from ecgscale.scaling.law import Cells, Floats, Law, Optimum, doubts, explained, fit, interval, noise, optimum, predict
 from ecgscale.scaling.law import resample as bootstrap
 
@@ -31,17 +31,19 @@ class Run:
     flops: int
     learning_rate: float
     seed: int
-    loss: float  # NaN: it diverged
+    loss: float  # NaN: it diverged, or its validation loss is not finite
     parts: dict[str, float | None]  # of the validation loss
 
 
 def runs_of(found: Sequence[Cell], part: str) -> list[Run]:
-    """What the cells have found. Raises InputError for one that is not done."""
+    """What the cells have found. Raises InputError for one that is not done, or has no such part of the loss."""
     runs = []
     for cell in found:
         parts, config = cell.result(), cell.pretraining
         if not parts:
             raise InputError(f"{cell.folder}: is not finished; run its part first")
+        if part not in parts and parts != DIVERGED:
+            raise InputError(f"{cell.folder}/result.json: has no {part}, only {', '.join(parts)}; remove the folder")
         value = parts.get(part)
         runs.append(
             Run(
@@ -69,7 +71,8 @@ class Point(NamedTuple):
 
 
 class Ladder:
-    """Runs by size and tokens, of each the best learning rate."""
+    """Runs by size and tokens, of each the best learning rate: of those at which the fewest seeds diverge, the one with
+    the lowest mean."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
@@ -80,12 +83,13 @@ class Ladder:
             rates = self.by_rate.setdefault(Point(run.size, run.tokens), {})
             rates.setdefault(run.learning_rate, []).append(run)
         self.best = {
-            point: min(rates.values(), key=lambda same: _mean_loss(same)) for point, rates in self.by_rate.items()
+            point: min(rates.values(), key=lambda same: (diverged_seeds(same), mean_loss(same)))
+            for point, rates in self.by_rate.items()
         }
 
     def mean(self, size: str, tokens: int) -> float:
-        """Mean loss over the seeds, at the best learning rate; NaN where every one diverged."""
-        return _finite(_mean_loss(self.best[Point(size, tokens)]))
+        """``mean_loss`` at the best learning rate."""
+        return mean_loss(self.best[Point(size, tokens)])
 
     def first(self, size: str) -> Run:
         """Any run of a size, for what all of them have in common."""
@@ -128,14 +132,30 @@ class Ladder:
         return said
 
 
-def _mean_loss(same: Sequence[Run]) -> float:
-    """Infinity where a seed diverged: such a learning rate is not the best."""
-    loss = float(np.mean([run.loss for run in same]))
-    return loss if math.isfinite(loss) else math.inf
+def finite(same: Sequence[Run]) -> list[float]:
+    """Losses of the seeds that did not diverge: what the law is fitted to, and every mean is taken of."""
+    return [run.loss for run in same if math.isfinite(run.loss)]
 
 
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.nan
+def diverged_seeds(same: Sequence[Run]) -> int:
+    """How many."""
+    return len(same) - len(finite(same))
+
+
+def mean_loss(same: Sequence[Run]) -> float:
+    """Over the seeds that did not diverge; NaN where all did."""
+    losses = finite(same)
+    return float(np.mean(losses)) if losses else math.nan
+
+
+def mean_text(same: Sequence[Run]) -> str:
+    """For tables: 1.234 ± 0.005 (2 of 3 seeds), where one of three diverged."""
+    losses = finite(same)
+    if not losses:
+        return "diverged"
+    deviation = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
+    of = f" ({len(losses)} of {len(same)} seeds)" if len(losses) < len(same) else ""
+    return f"{mean_loss(same):.3f}{deviation}{of}"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ecgscale.bench.measure import Check, Report, Section, Spread, machine
+from ecgscale.bench.measure import Check, Report, Section, Spread, machine, reporting
 from ecgscale.bench.results import better_way, is_ours, read_runs
 from ecgscale.cli import main
+from ecgscale.errors import InputError
 
 OLD, NEW = "a" * 40, "b" * 40
 LABEL = "base/conv/b8/fp32/zero1/r1"
@@ -111,6 +112,44 @@ def test_only_the_newest_of_the_other_commits_is_compared(write, capsys):
     assert "2 numbers compared, none worse" in capsys.readouterr().out
 
 
+def test_a_run_that_measured_nothing_is_not_the_newest_commit(write, tmp_path, capsys, refusal):
+    """Such results lie about from before they were no longer written."""
+    write(OLD, 100, hour=1)
+    folder = write(NEW, 50, hour=2)
+    known = machine() | {"commit": "c" * 40, "date": "2026-11-23T03:00:00+00:00", "cpu": "a CPU"}
+    device = Section("The device", ("what",), [("copy",)], scalars={"device/copy_gb_per_s": 9.0})
+    Report("step", "A step", known, []).write(folder)
+    Report("kernel", "Kernels", known, [device]).write(folder)
+    assert report(folder, "--against", OLD) == 1
+    assert "100 (99 – 101) at aaaaaaaaa, 50 (49.5 – 50.5) at bbbbbbbbb, worse by 50.0%" in capsys.readouterr().out
+    alone = tmp_path / "alone"
+    Report("step", "A step", known, []).write(alone)
+    said = refusal("bench", "report", folder, alone, "--against", alone)
+    assert "nothing to compare: ccccccccc and ccccccccc have no number of ecgscale in common" in said
+
+
+def test_what_was_measured_before_an_error_is_written_and_nothing_else(tmp_path):
+    measured = Section("one", ("way", "s"), [("ecgscale", "1")], scalars={"s": 1.0})
+    failed = Section("two", ("way", "s", "peak"), [("ecgscale", "out of memory", "")])
+
+    def run(sections: list[Section], folder: Path, error: BaseException | None = None) -> int:
+        """How many results there are then."""
+        with reporting("step", "A step", folder) as found:
+            found.sections += sections
+            if error:
+                raise error
+        return len(list(folder.glob("*.json")))
+
+    for sections, files in ([], 0), ([failed], 0), ([failed, measured], 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(sections, tmp_path, KeyboardInterrupt())
+        assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.md"))) == files
+    assert run([failed, measured], tmp_path / "whole") == 1
+    with pytest.raises(InputError, match=r"^bench step: out of memory$"):
+        run([failed, failed], tmp_path / "failed")
+    assert not list((tmp_path / "failed").iterdir())
+
+
 def test_a_plot_that_is_cut_says_so(write, capsys, monkeypatch):
     monkeypatch.setattr("ecgscale.bench.report._MOST_BARS", 1)
     assert report(write(OLD, 10, hour=1)) == 0
@@ -173,13 +212,18 @@ def test_results_of_every_bench_are_read(write, capsys):
 
 
 def test_which_way_is_better():
-    more = ("a/ecg_per_s", "a/mfu", "a/ecgscale_over_ddp", "a/device/copy_gb_per_s")
-    less = ("a/step_ms", "a/peak_gb", "a/cpu_us_per_record")
-    assert [better_way(name) for name in (*more, *less, "a/code_ratio")] == [1] * 4 + [-1] * 3 + [0]
+    more = ("a/ecg_per_s", "a/mfu", "a/ecgscale_over_ddp", "a/device/copy_gb_per_s", "a/ratio/stream_over_bare")
+    less = ("a/step_ms", "a/peak_gb", "a/cpu_us_per_record", "a/scale/counts/plan_s", "a/codec/pco/ratio")
+    less = (*less, "a/plain/checksum_share")
+    unknown = ("a/code_ratio", "a/shuffling/64/correlation", "a/shuffling/64/pairs_per_batch")
+    assert [better_way(name) for name in (*more, *less, *unknown)] == [1] * 5 + [-1] * 6 + [0] * 3
 
 
 def test_what_says_something_of_ecgscale():
     ours = ("step/a/ecgscale/ecg_per_s", "step/a/ecgscale_over_ddp", "kernel/step/triton/ms", "stream/start/a/0/ms")
     ours = (*ours, "stream/codec/pco/decode_records_per_s", "stream/scale/index/memory_mb", "stream/plain/2_threads/us")
+    ours = (*ours, "step/a/shards/ecg_per_s", "kernel/a/eager_conv1d/both_over_ours", "stream/plain/checksum_share")
+    ours = (*ours, "stream/plain/ratio/halves_over_webdataset", "stream/plain/ratio/stream_over_bare")
     others = ("step/a/ddp/ecg_per_s", "stream/codec/flac/decode_records_per_s", "kernel/device/copy_gb_per_s")
-    assert [is_ours(name) for name in (*ours, *others)] == [True] * 7 + [False] * 3
+    others = (*others, "stream/plain/ratio/bare_over_webdataset", "stream/plain/2_processes/records_per_s")
+    assert [is_ours(name) for name in (*ours, *others)] == [True] * 12 + [False] * 5

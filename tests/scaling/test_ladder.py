@@ -17,6 +17,7 @@ import yaml
 
 from ecgscale.cli import main
 from ecgscale.config import load
+from ecgscale.scaling import rates
 from ecgscale.scaling.ladder import ScalingConfig, validation_at
 from ecgscale.scaling.law import Law
 from ecgscale.scaling.report import as_csv, as_json, markdown, plot
@@ -59,8 +60,9 @@ def folder(tmp_path_factory, shards: Path) -> Path:
 
 
 @pytest.fixture
-def scaling_law(folder: Path, capsys) -> Callable[..., str]:
+def scaling_law(folder: Path, capsys, monkeypatch) -> Callable[..., str]:
     """Runs the ladder; returns what is printed, or the error."""
+    monkeypatch.setattr("ecgscale.training.monitor.Monitor.figure", lambda *_: None)  # a third of each run
 
     def run(*more: str, code: int = 0) -> str:
         with warnings.catch_warnings():
@@ -139,6 +141,14 @@ def test_the_ladder_goes_on_beyond_a_run_that_diverges(scaling_law, folder: Path
     assert sorted((row["used"], row["validation/local"] != "") for row in rows) == [("0", False), ("1", True)]
     assert scaling_law(*few, "--dry-run").count("done ") == 2
     assert "1 of 2 runs" in scaling_law(*few, "--loss", "loss", "--merge"), "whatever part of the loss is asked for"
+
+    # Only what has diverged has no loss: a part that is missing elsewhere is no loss of NaN.
+    place = run / "cells" / "w8" / "360-seed0" / "result.json"
+    found = json.loads(place.read_text())
+    del found["validation"]["local"]
+    place.write_text(json.dumps(found))
+    assert f"{place}: has no local, only loss," in scaling_law(*few, "--merge", code=2)
+    assert "1 of 2 runs" in scaling_law(*few, "--loss", "loss", "--merge")
 
 
 def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
@@ -269,3 +279,20 @@ def test_the_best_learning_rate_counts_and_diverged_runs_do_not(config: ScalingC
     assert "diverged" in table
     assert sum(row["used"] == "1" for row in csv.DictReader(as_csv(ladder).splitlines())) == 32
     assert len(plot(config, ladder, found).axes) == 3
+
+
+def test_a_seed_that_diverges_is_left_out_of_the_mean_and_its_rate_is_not_the_best(config: ScalingConfig) -> None:
+    first = [replace(run, learning_rate=4e-3, loss=0.9 * run.loss if run.seed else math.nan) for run in runs(LAW)]
+    alone = Ladder(first)
+    survivor = next(run.loss for run in first if run.seed == 1)
+    assert alone.mean("w16", 2**16) == pytest.approx(survivor)
+    assert f"| {survivor:.3f} (1 of 2 seeds) |" in markdown(config, alone, find(config, alone))
+    assert len(alone.cells()) == sum(row["used"] == "1" for row in csv.DictReader(as_csv(alone).splitlines())) == 16
+
+    ladder = Ladder([*first, *runs(LAW), *runs(LAW, learning_rate=5e-4, scatter=0.1)])
+    assert {same[0].learning_rate for same in ladder.best.values()} <= {1e-3, 5e-4}
+    for point, same in ladder.best.items():
+        best = rates.best_of(ladder, point)
+        assert best is not None
+        assert best.rate == pytest.approx(same[0].learning_rate)
+    assert f"| {survivor:.3f} (1 of 2 seeds) |" in "\n".join(rates.markdown(ladder))

@@ -56,9 +56,18 @@ def test_intervals_hold_what_they_promise() -> None:
     for seed in range(10):
         cells = ladder(seed=seed, sizes=4, tokens=4)
         law = fit(cells)
-        low, high = interval([one.alpha for one in resample(cells, law, resamples=30, seed=seed)])
+        low, high = interval([one.alpha for one in resample(cells, law, resamples=20, seed=seed)])
         missed += not low <= TRUTH.alpha <= high
     assert missed <= 3
+
+
+def test_every_resample_has_as_many_different_points_as_the_law_has_constants(monkeypatch) -> None:
+    """Of nine cells one draw in fifty has fewer, although it has three sizes and three token counts."""
+    drawn: list[Cells] = []
+    monkeypatch.setattr("ecgscale.scaling.law.fit", lambda cells, starts: drawn.append(cells) or TRUTH)
+    resample(ladder(sizes=3, tokens=3), TRUTH, resamples=500)
+    assert min(len({*zip(some.size_K, some.tokens_K, strict=True)}) for some in drawn) == 5
+    assert all(len({*some.size_K}) == len({*some.tokens_K}) == 3 for some in drawn)
 
 
 def test_an_outlier_does_not_move_the_law(fitted) -> None:
