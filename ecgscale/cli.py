@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
+# By default threads that wait for each other keep their cores busy for milliseconds: nothing where each has a core to
+# itself, but beside other programs a step then takes up to twenty times as long (ecgscale/training/README.md).
+_SPINS = "1000"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; exit code 2 and one line for what the user got wrong."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, whose threads wait for each other as this says
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     return run_as_command("ecgscale", dispatch, list(sys.argv[1:] if argv is None else argv))
 
 

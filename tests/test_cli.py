@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_overview_names_every_subcommand(command):
             assert run.__doc__.splitlines()[0] in out
     assert "--debug" in out
     assert command("--version") == (0, f"ecgscale {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_leave_their_cores_to_others(command, monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    command("--version")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_every_subcommand_is_listed_here():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -101,24 +102,24 @@ class Change(NamedTuple):
     machine: str
     name: str  # with the bench's before it
     before: Value
-    after: Value
+    after: Value | None  # None: not measured any more
     commits: tuple[str, str]
-    worse_by: float  # relative to before; negative: better
+    worse_by: float  # relative to before; negative: better; infinite: not measured any more
 
     @property
     def overlap(self) -> bool:
         """Whether the quartiles of both meet, so that the machine's unrest may be the cause."""
-        if self.before.quartiles is None or self.after.quartiles is None:
+        if self.before.quartiles is None or self.after is None or self.after.quartiles is None:
             return False
         (low, high), (other_low, other_high) = self.before.quartiles, self.after.quartiles
         return low <= other_high and other_low <= high
 
     def text(self) -> str:
+        before = f"{self.name}: {self.before.text()} at {self.commits[0]}"
+        if self.after is None:
+            return f"{before}, no longer measured at {self.commits[1]}"
         unsure = "; the quartiles overlap" if self.overlap else ""
-        return (
-            f"{self.name}: {self.before.text()} at {self.commits[0]}, {self.after.text()} at {self.commits[1]}, "
-            f"worse by {self.worse_by:.1%}{unsure}"
-        )
+        return f"{before}, {self.after.text()} at {self.commits[1]}, worse by {self.worse_by:.1%}{unsure}"
 
 
 def read_runs(places: Iterable[Path]) -> list[Run]:
@@ -146,18 +147,23 @@ def read_runs(places: Iterable[Path]) -> list[Run]:
 def _read(path: Path) -> Run | None:
     """None for JSON of something else."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+        content = json.loads(path.read_text(), parse_constant=_refuse)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}; remove it, or measure again") from error
     if not isinstance(content, dict) or not {"machine", "sections"} <= content.keys():
         return None
     try:
         run = Run(path, content.get("name", path.stem.split("-")[0]), content["machine"], content["sections"])
-        _ = run.where, run.commit, run.date, run.versions, run.values, run.settings
-        _ = [check.text() for _, check in run.checks]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: a damaged result of a bench ({type(error).__name__} {error})") from error
+        _ = run.where, run.commit, run.date, run.versions, run.settings
+        _ = [value.text() for value in run.values.values()], [check.text() for _, check in run.checks]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        said = f"{type(error).__name__} {error}"
+        raise InputError(f"{path}: a damaged result of a bench ({said}); remove it, or measure again") from error
     return run
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def by_machine(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -193,10 +199,10 @@ def sides(runs: Sequence[Run], against: str) -> tuple[list[Run], list[Run]]:
 
 
 def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
-    """Every scalar of ours that both sides have on one machine, by the newest run before and the newest commit after
-    that has any.
+    """Every scalar of ours that was measured before on a machine of both sides, by the newest run before and the newest
+    commit after that has any; for one that is no longer measured, `Change.after` is None, unless its bench was not run.
 
-    Raises InputError where there is none, or no machine is on both sides.
+    Raises InputError where both sides have none, or no machine is on both.
     """
     machines = by_machine(after)
     common = [where for where in by_machine(before) if where in machines]
@@ -210,13 +216,17 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
         # A scalar that only an older commit of those after has would tell of a time before ``before``.
         last = next((run.commit for run in reversed(machines[where]) if _compared(run)), None)
         olds = _newest(by_machine(before)[where])
-        news = _newest([run for run in machines[where] if run.commit == last])
-        for name in (name for name in news if name in olds):
-            (old, old_commit), (new, new_commit) = olds[name], news[name]
-            if old.median > 0:
+        newest = [run for run in machines[where] if run.commit == last]
+        news, again = _newest(newest), {run.name for run in newest}
+        for name, (old, old_commit) in olds.items():
+            if old.median <= 0 or name.split("/")[0] not in again:
+                continue
+            new, worse_by = None, math.inf
+            if name in news:
+                new = news[name][0]
                 worse_by = better_way(name) * (old.median - new.median) / old.median
-                found.append(Change(where, name, old, new, (old_commit, new_commit), worse_by))
-    if not found:
+            found.append(Change(where, name, old, new, (old_commit, newest[0].commit), worse_by))
+    if all(change.after is None for change in found):
         raise InputError(
             f"nothing to compare: {before[-1].commit} and {after[-1].commit} have no number of ecgscale in common; run "
             "the same bench at both"

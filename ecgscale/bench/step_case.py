@@ -16,7 +16,7 @@ from ecgscale.config import load
 from ecgscale.cost import step_flops
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import ObjectiveConfig, build_objective, objective_named
 from ecgscale.objectives.objective import Objective
 from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
@@ -57,6 +57,7 @@ class Case:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
+        objective_named(self.config.objective.name)
         recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")

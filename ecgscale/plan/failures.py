@@ -13,7 +13,6 @@ import numpy as np
 
 _HOPELESS = 10.0
 """Means between failures that an interval, its checkpoint and a restart may last: beyond, less than 0.05 % is kept."""
-_MOST_FAILURES = 200_000
 
 
 def young_interval_s(save_s: float, between_failures_s: float) -> float:
@@ -41,24 +40,13 @@ def effective_share(interval_s: float, save_s: float, restart_s: float, between_
 
 
 def simulated_share(
-    interval_s: float, save_s: float, restart_s: float, between_failures_s: float, intervals: int, seed: int
+    interval_s: float, save_s: float, restart_s: float, between_failures_s: float, failures: int, seed: int
 ) -> float:
-    """The same by trying: a run of so many intervals, whose failures are drawn one by one.
+    """The same by trying: a run until so many failures, whose times are drawn.
 
-    A failure throws away what was done since the last checkpoint, and a restart that fails begins anew. The run ends
-    early with its 200,000th failure.
+    Each is followed by a restart, in which it can fail again; then by intervals with their checkpoints, of which the
+    last is thrown away unless it is whole.
     """
-    random = np.random.default_rng(seed)
-    span = interval_s + save_s
-    elapsed, reached, failures, restarting = 0.0, 0, 0, False
-    while reached < intervals and failures < _MOST_FAILURES:
-        failing = random.exponential(between_failures_s)
-        lasts = restart_s if restarting else span
-        if failing < lasts:
-            failures += 1
-            restarting = True
-        else:
-            reached += not restarting
-            restarting = False
-        elapsed += min(failing, lasts)
-    return reached * interval_s / elapsed
+    between_F = np.random.default_rng(seed).exponential(between_failures_s, failures)
+    reached_F = np.maximum(between_F - restart_s, 0.0) // (interval_s + save_s)
+    return float(reached_F.sum() * interval_s / between_F.sum())

@@ -36,7 +36,7 @@ MOST_GPUS = 4096
 LONGEST_INTERVAL_S = 1800.0
 DECODE_S_PER_BYTE = 80e-6 / 60_000
 """Of one core, for each byte of int16 samples: measured by `ecgscale bench stream` (ecgscale/data/README.md)."""
-_SIMULATED_INTERVALS = 3000
+_SIMULATED_FAILURES = 100_000
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def survival_of(cluster: Cluster, saving_s: float) -> Survival:
     daly_s = daly_interval_s(saving_s, between_s)
     interval_s = min(daly_s, LONGEST_INTERVAL_S)
     effective = effective_share(interval_s, saving_s, config.restart_s, between_s)
-    simulated = simulated_share(interval_s, saving_s, config.restart_s, between_s, _SIMULATED_INTERVALS, seed=0)
+    simulated = simulated_share(interval_s, saving_s, config.restart_s, between_s, _SIMULATED_FAILURES, seed=0)
     return Survival(between_s, young_interval_s(saving_s, between_s), daly_s, interval_s, effective, simulated)
 
 

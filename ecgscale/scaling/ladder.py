@@ -39,6 +39,7 @@ from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
 
 # The recordings that are scored define L.
 LADDER_MAY_CHANGE = STUDY_MAY_CHANGE - {"train.validation_recordings"}
+_DECIDED = ("train.steps", "train.warmup_steps", "train.seed")
 DIVERGED: dict[str, float | None] = {"loss": None}  # the validation loss of a run that did not come to its end
 
 
@@ -99,6 +100,9 @@ class ScalingConfig:
                 raise InputError(f"{name} {least:g}: give positive numbers")
         if not 0 <= self.warmup_share < 1:
             raise InputError(f"warmup_share {self.warmup_share:g}: give a share below 1")
+        given = [*self.overrides, *(override for size in self.sizes for override in size.overrides)]
+        if decided := next((one for one in given if one.partition("=")[0].strip() in _DECIDED), None):
+            raise InputError(f"overrides, {decided}: tokens, warmup_share and seeds decide this; leave it out")
         if self.seeds < 1:
             raise InputError(f"seeds {self.seeds}: give 1 or more")
         if self.resamples < 20:

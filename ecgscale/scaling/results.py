@@ -45,6 +45,8 @@ def runs_of(found: Sequence[Cell], part: str) -> list[Run]:
         if part not in parts and parts != DIVERGED:
             raise InputError(f"{cell.folder}/result.json: has no {part}, only {', '.join(parts)}; remove the folder")
         value = parts.get(part)
+        if not isinstance(value, int | float | None):
+            raise InputError(f"{cell.folder}/result.json: {part} is {value!r} and no number; remove the folder")
         runs.append(
             Run(
                 size=cell.size,

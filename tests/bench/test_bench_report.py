@@ -102,6 +102,21 @@ def test_what_became_slower_than_a_commit_is_named(write, capsys):
     assert "none worse" in capsys.readouterr().out
 
 
+def test_what_is_no_longer_measured_is_named(write, capsys):
+    write(OLD, 10, hour=1)
+    folder = write(NEW, 10, hour=2)
+    (path,) = [path for path in folder.glob("step*.json") if NEW in path.read_text()]
+    result = json.loads(path.read_text())
+    del result["sections"][0]["scalars"][f"{LABEL}/ecgscale/ecg_per_s"]
+    path.write_text(json.dumps(result))
+    write(OLD, 10, hour=3, name="stream")
+    assert report(folder, "--against", OLD) == 1
+    said = f"- **step/{LABEL}/ecgscale/ecg_per_s: 10 (9.9 – 10.1) at aaaaaaaaa, no longer measured at bbbbbbbbb**"
+    out = capsys.readouterr().out
+    assert said in out
+    assert "1 of 2 numbers are worse" in out, "the stream's bench was not run again"
+
+
 def test_only_the_newest_of_the_other_commits_is_compared(write, capsys):
     """What only a commit before the given one has says nothing of what came after it."""
     write("c" * 40, 5, hour=1, name="stream")
@@ -194,9 +209,19 @@ def test_what_cannot_be_reported_is_one_line(write, tmp_path, refusal):
     whole = json.loads(path.read_text())
     path.write_text(path.read_text()[:-40])
     assert "cannot be read as JSON" in refusal("bench", "report", folder)
+    path.write_text(json.dumps(whole | {"minutes": float("nan")}))
+    assert "cannot be read as JSON: NaN is no number; remove it" in refusal("bench", "report", folder)
     without_versions = {name: value for name, value in whole["machine"].items() if name != "versions"}
     wrong_check = [whole["sections"][0] | {"checks": [{"what": "times as fast"}]}]
-    for damage in ({"machine": {}}, {"machine": without_versions}, {"sections": wrong_check}):
+    wrong_scalar, wrong_spread = (
+        [whole["sections"][0] | {what: {f"{LABEL}/ecgscale/ecg_per_s": value}}]
+        for what, value in (("scalars", "fast"), ("spreads", [1.0]))
+    )
+    for damage in (
+        {"machine": {}},
+        {"machine": without_versions},
+        *({"sections": sections} for sections in (wrong_check, wrong_scalar, wrong_spread)),
+    ):
         path.write_text(json.dumps(whole | damage))
         assert "a damaged result" in refusal("bench", "report", folder)
     path.write_text("[]")

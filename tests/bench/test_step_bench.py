@@ -167,6 +167,7 @@ def test_what_does_not_go_together_is_left_out(capsys):
     ("options", "said"),
     [
         (["--batch=0"], "argument --batch: '0': give 1 or more"),
+        (["--objective.name=foo", "--preset=tiny"], "objective.name 'foo' is unknown"),
         (["--ranks=0"], "argument --ranks: '0': give 1 or more"),
         (["--checkpointing=9", "--preset=tiny"], "engine.activation_checkpointing 9: the model has 3 layers"),
         (["--preset=nothing"], "model.preset 'nothing' is unknown"),

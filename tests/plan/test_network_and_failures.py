@@ -109,12 +109,14 @@ def test_dalys_interval_is_the_best(between_s):
 def test_the_formula_agrees_with_drawn_failures(between_s, restart_s):
     interval = daly_interval_s(45, between_s)
     formula = effective_share(interval, 45, restart_s, between_s)
-    drawn = [simulated_share(interval, 45, restart_s, between_s, 8_000, seed) for seed in range(3)]
+    drawn = [simulated_share(interval, 45, restart_s, between_s, 30_000, seed) for seed in range(3)]
     assert sum(drawn) / 3 == pytest.approx(formula, rel=0.01)
-    assert drawn[0] == simulated_share(interval, 45, restart_s, between_s, 8_000, seed=0)
+    assert 1 - sum(drawn) / 3 == pytest.approx(1 - formula, rel=0.03), "of what is lost too"
+    assert drawn[0] == simulated_share(interval, 45, restart_s, between_s, 30_000, seed=0)
 
 
 def test_a_run_that_never_reaches_its_next_checkpoint_keeps_nothing():
     assert effective_share(1e6, 60, 300, 100) == 0
-    assert simulated_share(100, 60, 1800, 88, 3_000, seed=0) == 0  # and ends
-    assert effective_share(100, 60, 300, 88) == pytest.approx(simulated_share(100, 60, 300, 88, 3_000, seed=0), rel=0.1)
+    assert simulated_share(100, 60, 1800, 88, 3_000, seed=0) == 0
+    drawn = simulated_share(100, 60, 300, 88, 300_000, seed=0)
+    assert effective_share(100, 60, 300, 88) == pytest.approx(drawn, rel=0.1)

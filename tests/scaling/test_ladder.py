@@ -119,6 +119,13 @@ def test_two_sizes_and_two_token_counts_in_parts_and_once_more(scaling_law, fold
         assert "cannot start yet: " in scaling_law("--overrides", option, "--dry-run")
 
 
+@pytest.mark.parametrize("key", ["train.steps", "train.warmup_steps", "train.seed"])
+def test_what_tokens_and_seeds_decide_cannot_be_given(scaling_law, key) -> None:
+    assert f"overrides, {key}=3: tokens, warmup_share and seeds" in scaling_law("--overrides", f"[{key}=3]", code=2)
+    sizes = f"[{{name: a, overrides: ['{key} = 3']}}]"
+    assert f"overrides, {key} = 3: tokens" in scaling_law("--sizes", sizes, code=2)
+
+
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_an_unknown_part_of_the_loss_is_refused_before_anything_is_run(scaling_law, folder: Path, more) -> None:
     run = folder / "unknown"
