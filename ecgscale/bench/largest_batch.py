@@ -30,8 +30,11 @@ def largest_batch(case: Case, within_gb: float) -> int:
         raise InputError("bench: --find-batch on a CPU needs --memory-gb, what all ranks together may hold")
 
     def fits(batch: int) -> bool:
-        print(f"trying {replace(case, batch=batch).title}", file=sys.stderr, flush=True)
-        return _fits(replace(case, batch=batch), round(within_gb * 1e9))
+        tried = replace(case, batch=batch)
+        print(f"trying {tried.title}: ", end="", file=sys.stderr, flush=True)
+        fitting = _fits(tried, round(within_gb * 1e9))
+        print("fits" if fitting else "does not fit", file=sys.stderr, flush=True)
+        return fitting
 
     found = largest(fits, _MOST)
     if not found:

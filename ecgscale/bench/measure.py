@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
 
+_QUIET = 0.3  # load per core
 _PACKAGES = ("ecgscale", "numpy", "torch", "triton", "webdataset", "pcodec", "soundfile", "xxhash", "deepspeed")
 
 
@@ -273,6 +274,13 @@ def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
     make_folder(out)
     began_s = time.perf_counter()
     report = Report(name, title, machine(), [])
+    load, cores = report.machine["load"][0], report.machine["cores"]
+    if load > _QUIET * cores:
+        print(
+            f"ecgscale: bench {name}: the load of this machine is {load:g} ({cores} cores). If others are at work on "
+            "it, threads that wait for each other are held up, and ratios are wrong: measure when it is quiet",
+            file=sys.stderr,
+        )
     try:
         yield report
     finally:

@@ -156,6 +156,9 @@ def _efficiency(axes: Axes, rows: Rows) -> None:
         above = [high - value.median for value, (_, high) in zip(values, quartiles, strict=True)]
         axes.errorbar(ranks, [v.median for v in values], yerr=[below, above], marker="o", capsize=3, label=name)
     axes.axhline(1.0, color="grey", linewidth=0.7)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({rank for points in lines.values() for rank, _ in points}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("ranks")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)

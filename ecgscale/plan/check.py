@@ -7,6 +7,7 @@ measured in rounds: a prediction is held against the steps that follow its rates
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -103,12 +104,20 @@ def check_all() -> tuple[Rates, list[Checked]]:
     found = []
     for trial in tqdm(MEMORY_CASES, desc="memory", unit="case", disable=None):
         found.append(check_memory(trial, torch.get_num_threads(), device))
+        _log(f"memory of {trial.model.preset}: {found[-1].off:+.1%}")
     pairs: list[list[tuple[float, float]]] = [[] for _ in TIME_CASES]
     for _ in tqdm(range(ROUNDS), desc="time", unit="round", disable=None):
         rates = measure_rates(PRESETS[CALIBRATED], ObjectiveConfig(), EngineConfig())
         for known, trial in zip(pairs, TIME_CASES, strict=True):
             known.append((predicted_s(trial, rates, device), timed(trial).total))
+            _log(f"step of {trial.model.preset}: {known[-1][0] / known[-1][1] - 1:+.1%}")
     return rates, found + [_checked("step seconds", trial, each) for trial, each in zip(TIME_CASES, pairs, strict=True)]
+
+
+def _log(line: str) -> None:
+    """Where no terminal shows a bar."""
+    if not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 def text(rates: Rates, found: list[Checked]) -> str:

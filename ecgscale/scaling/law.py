@@ -209,7 +209,9 @@ def doubts(cells: Cells, law: Law, laws: Sequence[Law]) -> list[str]:
         elif high > 0.99 * LARGEST_EXPONENT or low < 0.01 or high > 3 * max(low, 1e-9):
             said.append(f"{name} = {exponent:.2f} is not determined: its interval is [{low:.2f}, {high:.2f}].")
     low, high = interval([one.E for one in laws])
-    if low < 0.1 * law.E or high > 2 * max(low, 1e-9):
+    if law.E / float(cells.loss_K.min()) < 1e-3:
+        said.append(f"E = {law.E:.2g} is as good as 0: these losses show no floor.")
+    elif low < 0.1 * law.E or high > 2 * max(low, 1e-9):
         said.append(f"E = {law.E:.3g} is not determined: its interval is [{low:.3g}, {high:.3g}].")
     return said
 

@@ -117,10 +117,12 @@ def markdown(config: ScalingConfig, ladder: Ladder, findings: Findings) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for one in findings.spending:
         low, high = one.size_interval
+        below = "below " if low <= one.looked_at[0] else ""
+        above = "above " if high >= one.looked_at[1] else ""
         edge = " (edge)" if one.exact.at_edge else ""
         lines.append(
-            f"| {one.flops:.2g} | {one.exact.size:.2g} [{low:.2g}, {high:.2g}]{edge} | {one.exact.tokens:.2g} | "
-            f"{one.exact.loss:.3f} | {one.by_6nd.size:.2g} | {one.by_6nd.tokens:.2g} |"
+            f"| {one.flops:.2g} | {one.exact.size:.2g} [{below}{low:.2g}, {above}{high:.2g}]{edge} | "
+            f"{one.exact.tokens:.2g} | {one.exact.loss:.3f} | {one.by_6nd.size:.2g} | {one.by_6nd.tokens:.2g} |"
         )
     return "\n".join([*lines, "", _LEGEND])
 
@@ -187,6 +189,7 @@ def plot(config: ScalingConfig, ladder: Ladder, findings: Findings) -> Figure:
     """Loss over tokens for each size, loss over size for equal FLOPs, and over learning rates where there are some."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
     colour = dict(zip(ladder.sizes, colormaps["viridis"](np.linspace(0, 0.9, len(ladder.sizes))), strict=True))
     swept = ladder.swept
@@ -202,6 +205,9 @@ def plot(config: ScalingConfig, ladder: Ladder, findings: Findings) -> Figure:
         _draw_law(by_tokens, by_flops, ladder, findings, findings.law, colour)
     for axes, title in ((by_tokens, "tokens"), (by_flops, "training FLOPs")):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(99, 99)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(title)
     by_tokens.set_ylabel(f"validation loss: {config.loss}")
     by_tokens.legend(title="encoder parameters", fontsize="small")

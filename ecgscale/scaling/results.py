@@ -197,6 +197,8 @@ class Spending:
     flops: float
     exact: Optimum
     size_interval: tuple[float, float]
+    looked_at: tuple[float, float]
+    """Smallest and largest size among which the best was looked for."""
     by_6nd: Optimum
 
 
@@ -276,7 +278,8 @@ def _spending(config: ScalingConfig, ladder: Ladder, law: Law, laws: list[Law]) 
     for flops in config.budgets or [dearest, 10 * dearest, 100 * dearest]:
         best = optimum(law, flops, size_G, exact_G)
         sizes = [optimum(one, flops, size_G, exact_G).size for one in laws]
-        found.append(Spending(flops, best, interval(sizes), optimum(law, flops, size_G, 6 * size_G)))
+        ends = float(size_G[0]), float(size_G[-1])
+        found.append(Spending(flops, best, interval(sizes), ends, optimum(law, flops, size_G, 6 * size_G)))
     return tuple(found)
 
 

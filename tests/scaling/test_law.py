@@ -96,6 +96,7 @@ def test_the_best_spending_is_that_of_the_closed_form() -> None:
         (TRUTH._replace(B=0.0), 0.005, "flat along tokens"),
         (Law(3.0, 0.0, 0.4, 0.0, 0.4), 0.01, "explains only"),
         (Law(1.0, 3.0, 0.02, 20.0, 0.3), 0.01, "is not determined"),
+        (TRUTH._replace(E=0.0), 0.0, "as good as 0"),
     ],
 )
 def test_what_is_not_determined_is_said(law: Law, scatter: float, said: str) -> None:
