@@ -14,6 +14,7 @@ import torch
 
 from ecgscale.config import load
 from ecgscale.cost import step_flops
+from ecgscale.data.batch import SYNTHETIC_RATE_HZ
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import ObjectiveConfig, build_objective, objective_named
@@ -21,7 +22,6 @@ from ecgscale.objectives.objective import Objective
 from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
 
-RATE_HZ = 500.0  # what the samples are said to be; nothing that is timed depends on it
 SEED = 0
 _PEAK = "--engine.peak_tflops"
 _LONGEST_NAME = 40  # characters of what other keys add to a case's name
@@ -126,7 +126,7 @@ class Case:
         torch.manual_seed(SEED)
         config = self.config
         checkpointing = config.engine.activation_checkpointing
-        return build_objective(config.model, config.objective, SEED, RATE_HZ, checkpointing)
+        return build_objective(config.model, config.objective, SEED, SYNTHETIC_RATE_HZ, checkpointing)
 
     def without_dropout(self) -> Case:
         model = replace(self.config.model, dropout=0.0, attention_dropout=0.0, feature_dropout=0.0)

@@ -71,6 +71,10 @@ class ECGBatch:
         return self.signal_BLT.shape[0]
 
 
+SYNTHETIC_RATE_HZ = 500.0
+"""What the samples of synthetic batches are said to be; nothing that is timed depends on it."""
+
+
 def synthetic_batch(rows: int, samples: int, first_position: int = 0) -> ECGBatch:
     """Random counts; the first half of the rows holds segment 0, the second segment 1 of the same positions."""
     position_B = first_position + torch.arange(rows // 2).repeat(2)

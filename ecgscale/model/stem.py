@@ -71,9 +71,11 @@ def _in_autocast(parameter: Tensor) -> Tensor: ...
 def _in_autocast(parameter: None) -> None: ...
 def _in_autocast(parameter: Tensor | None) -> Tensor | None:
     """In the dtype of torch.autocast where it is on, which by itself leaves ops that it does not know in fp32."""
-    if parameter is None or not torch.is_autocast_enabled(parameter.device.type):
-        return parameter
-    return parameter.to(torch.get_autocast_dtype(parameter.device.type))
+    if parameter is None:
+        return None
+    device = parameter.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return parameter.to(torch.get_autocast_dtype(device)) if on else parameter
 
 
 def check_kernels(device: torch.device) -> str:

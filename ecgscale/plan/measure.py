@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecgscale.cost import step_flops
-from ecgscale.data.batch import synthetic_batch
+from ecgscale.data.batch import SYNTHETIC_RATE_HZ, synthetic_batch
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.memory import sizes_of
 from ecgscale.plan.speed import KERNELS_OF_LAYER, Rates
-from ecgscale.plan.trial import RATE_HZ, Times, Trial, now_s, timed
+from ecgscale.plan.trial import Times, Trial, now_s, timed
 from ecgscale.training.engine import EngineConfig
 
 WIDTHS = (64, 128, 256, 512, 768, 1024)
@@ -149,7 +149,7 @@ def _alone(
     samples: int,
 ) -> float:
     """Seconds of the stem or of the positional convolution, forward and backward."""
-    encoder = build_objective(model, objective, 0, RATE_HZ).to(device, dtype).encoder
+    encoder = build_objective(model, objective, 0, SYNTHETIC_RATE_HZ).to(device, dtype).encoder
     batch = synthetic_batch(rows, samples).to(device)
     tokens = samples // model.patch_samples
     given = torch.randn(rows, tokens, model.width, device=device).to(dtype).requires_grad_()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ecgscale.data.batch import ECGBatch, synthetic_batch
+from ecgscale.data.batch import SYNTHETIC_RATE_HZ, ECGBatch, synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
@@ -29,8 +29,6 @@ from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.process import STATUS, memory_bytes
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import start_ranks
-
-RATE_HZ = 500.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def engine_of(trial: Trial) -> tuple[Engine, ECGBatch]:
     """The model under DeepSpeed, on this process alone, and a batch."""
     ranks = start_ranks()
     torch.manual_seed(0)
-    module = build_objective(trial.model, trial.objective, 0, RATE_HZ, trial.engine.activation_checkpointing)
+    module = build_objective(trial.model, trial.objective, 0, SYNTHETIC_RATE_HZ, trial.engine.activation_checkpointing)
     engine = Engine(module, trial.engine, ranks, accumulation=1, micro_batch=trial.rows)
     return engine, engine.put(synthetic_batch(trial.rows, trial.samples))
 
