@@ -27,8 +27,6 @@ _SPINS = "1000"
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; exit code 2 and one line for what the user got wrong."""
-    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, whose threads wait for each other as this says
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     return run_as_command("ecgscale", dispatch, list(sys.argv[1:] if argv is None else argv))
 
 
@@ -49,6 +47,8 @@ def dispatch(arguments: list[str]) -> int:
 
 def run_as_command(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command line with its errors as one line and an exit code; --debug raises them instead."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, whose threads wait for each other as this says
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     debug = "--debug" in arguments
     try:
         return command([argument for argument in arguments if argument != "--debug"])

@@ -94,13 +94,17 @@ class Neighbours(nn.Module):
 
 
 class ECGModel:
-    """A trained encoder, with a classification head if it was fine-tuned."""
+    """A trained encoder, with a classification head if it was fine-tuned.
+
+    On a GPU its convolutions are in fp32 without TF32, and with it all of the process: see ``exact_fp32``.
+    """
 
     def __init__(self, encoder: ECGEncoder, profile: Profile, head: nn.Module | None, about: dict[str, Any]) -> None:
         self.encoder, self.profile, self.head, self.about = encoder.eval(), profile, head, about
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_kernels(self.device)
-        exact_fp32()
+        if self.device.type == "cuda":
+            exact_fp32()
         self.encoder.to(self.device)
         if head is not None:
             head.to(self.device).eval()

@@ -217,7 +217,8 @@ def _report(options: argparse.Namespace, keys: list[str]) -> None:
     text, worse = report(options.results, out, options.against, options.threshold)
     print(text)
     if worse:
-        print(f"ecgscale: bench report: {len(worse)} numbers are worse than at {options.against}", file=sys.stderr)
+        said = f"{len(worse)} numbers are worse than at {options.against}, or no longer measured"
+        print(f"ecgscale: bench report: {said}", file=sys.stderr)
         sys.exit(1)
 
 

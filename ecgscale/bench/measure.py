@@ -274,13 +274,6 @@ def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
     make_folder(out)
     began_s = time.perf_counter()
     report = Report(name, title, machine(), [])
-    load, cores = report.machine["load"][0], report.machine["cores"]
-    if load > _QUIET * cores:
-        print(
-            f"ecgscale: bench {name}: the load of this machine is {load:g} ({cores} cores). If others are at work on "
-            "it, threads that wait for each other are held up, and ratios are wrong: measure when it is quiet",
-            file=sys.stderr,
-        )
     try:
         yield report
     finally:
@@ -288,8 +281,20 @@ def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
         report.machine["minutes"] = (time.perf_counter() - began_s) / 60
         if not report.empty:
             report.write(out)
+            _warn_of_load(report)
     if report.empty:
         raise InputError(f"bench {name}: {next(cell for cell in reversed(report.sections[0].rows[0]) if cell)}")
+
+
+def _warn_of_load(report: Report) -> None:
+    load, cores = report.machine["load"][0], report.machine["cores"]
+    if load > _QUIET * cores:
+        print(
+            f"ecgscale: bench {report.name}: the load of this machine was {load:g} when this began ({cores} cores). If "
+            "others were at work on it, threads that wait for each other were held up, and ratios are wrong: measure "
+            "when it is quiet",
+            file=sys.stderr,
+        )
 
 
 def _plain(section: Section) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def _comparison(found: Sequence[Change], worse: Sequence[Change], against: str, 
     lines = [f"## Compared with {against}", ""]
     if not worse:
         return [*lines, f"{len(found)} numbers compared, none worse by more than {threshold:.1%}.", ""]
-    lines += [f"{len(worse)} of {len(found)} numbers are worse by more than {threshold:.1%}:", ""]
+    gone = sum(change.after is None for change in worse)
+    missing = f", {gone} are no longer measured" if gone else ""
+    lines += [f"Of {len(found)} numbers {len(worse) - gone} are worse by more than {threshold:.1%}{missing}:", ""]
     return [*lines, *(f"- **{change.text()}**" for change in sorted(worse, key=lambda c: -c.worse_by)), ""]
 
 

@@ -17,12 +17,12 @@ from ecgscale.bench.measure import Check
 from ecgscale.errors import InputError
 
 # By the end of a scalar's name: which way is better. What has neither is shown and not compared: how well an order
-# shuffles, since beyond what a permutation does neither way is better.
+# shuffles, since beyond what a permutation does neither way is better, and shares of one part in another.
 _MORE_IS_BETTER = ("per_s", "tflops", "mfu", "of_product", "of_floor", "efficiency", "largest_batch")
-_LESS_IS_BETTER = ("ms", "us", "plan_s", "us_per_record", "mb", "gb", "checksum_share", "/ratio")
+_LESS_IS_BETTER = ("ms", "us", "plan_s", "us_per_record", "mb", "gb", "/ratio")
 # By name, by a ratio that has something of ours in it, or because the part of the bench measures nothing else.
 _OURS = re.compile(
-    r"ecgscale|/shards/|(?<!/bare)_over_[^/]*$|/checksum_share$|^kernel/step/|^stream/(start|scale|codec/pco)/"
+    r"ecgscale|/shards/|(?<!/bare)_over_[^/]*$|^kernel/step/|^stream/(start|scale|codec/pco)/"
     r"|^stream/.*_threads/"
 )
 
@@ -148,7 +148,7 @@ def _read(path: Path) -> Run | None:
     """None for JSON of something else."""
     try:
         content = json.loads(path.read_text(), parse_constant=_refuse)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}; remove it, or measure again") from error
     if not isinstance(content, dict) or not {"machine", "sections"} <= content.keys():
         return None
@@ -199,8 +199,9 @@ def sides(runs: Sequence[Run], against: str) -> tuple[list[Run], list[Run]]:
 
 
 def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
-    """Every scalar of ours that was measured before on a machine of both sides, by the newest run before and the newest
-    commit after that has any; for one that is no longer measured, `Change.after` is None, unless its bench was not run.
+    """Every scalar of ours that was measured before on a machine of both sides; for one that is no longer measured
+    `Change.after` is None, unless its bench was not run again. Before, the newest commit of each bench counts; after,
+    the newest that has run any of these benches.
 
     Raises InputError where both sides have none, or no machine is on both.
     """
@@ -213,19 +214,21 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
         )
     found = []
     for where in common:
-        # A scalar that only an older commit of those after has would tell of a time before ``before``.
-        last = next((run.commit for run in reversed(machines[where]) if _compared(run)), None)
         olds = _newest(by_machine(before)[where])
-        newest = [run for run in machines[where] if run.commit == last]
-        news, again = _newest(newest), {run.name for run in newest}
-        for name, (old, old_commit) in olds.items():
-            if old.median <= 0 or name.split("/")[0] not in again:
+        # What only an older commit of those after has would tell of a time before ``before``.
+        last = next((run.commit for run in reversed(machines[where]) if run.values and run.name in olds), None)
+        news = _newest([run for run in machines[where] if run.commit == last])
+        for bench, (old_commit, of_old) in olds.items():
+            if bench not in news:
                 continue
-            new, worse_by = None, math.inf
-            if name in news:
-                new = news[name][0]
-                worse_by = better_way(name) * (old.median - new.median) / old.median
-            found.append(Change(where, name, old, new, (old_commit, newest[0].commit), worse_by))
+            new_commit, of_new = news[bench]
+            for name, old in of_old.items():
+                if old.median <= 0:
+                    continue
+                new, worse_by = of_new.get(name), math.inf
+                if new is not None:
+                    worse_by = better_way(name) * (old.median - new.median) / old.median
+                found.append(Change(where, name, old, new, (old_commit, new_commit), worse_by))
     if all(change.after is None for change in found):
         raise InputError(
             f"nothing to compare: {before[-1].commit} and {after[-1].commit} have no number of ecgscale in common; run "
@@ -246,15 +249,19 @@ def is_ours(name: str) -> bool:
     return _OURS.search(name) is not None
 
 
-def _compared(run: Run) -> dict[str, Value]:
-    """Its scalars that are compared, by names that begin with the bench's."""
-    named = {f"{run.name}/{name}": value for name, value in run.values.items()}
-    return {name: value for name, value in named.items() if better_way(name) and is_ours(name)}
-
-
-def _newest(runs: Sequence[Run]) -> dict[str, tuple[Value, str]]:
-    """Of each scalar that is compared the newest value and its commit."""
-    return {name: (value, run.commit) for run in runs for name, value in _compared(run).items()}
+def _newest(runs: Sequence[Run]) -> dict[str, tuple[str, dict[str, Value]]]:
+    """Of each bench the newest commit at which anything was measured, of ours or not, and what is compared of it."""
+    found: dict[str, tuple[str, dict[str, Value]]] = {}
+    for run in runs:  # the oldest first
+        if not run.values:
+            continue
+        commit, values = found.get(run.name, ("", {}))
+        if commit != run.commit:
+            values = {}
+        named = {f"{run.name}/{name}": value for name, value in run.values.items()}
+        values |= {name: value for name, value in named.items() if better_way(name) and is_ours(name)}
+        found[run.name] = run.commit, values
+    return found
 
 
 def _digits(value: float) -> str:

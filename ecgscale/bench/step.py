@@ -52,7 +52,7 @@ def bench_step(
             chosen = case
             if find_within_gb is not None:
                 try:
-                    chosen = replace(case, batch=largest_batch(case, find_within_gb))
+                    chosen = replace(case, batch=largest_batch(case, find_within_gb), found=True)
                 except (NothingFitsError, FailedError) as error:
                     report.sections.append(Section(case.title, _HEADER[:2], [(TITLES[OURS], str(error))]))
                     continue
@@ -86,7 +86,7 @@ def measure_case(case: Case, baselines: Sequence[str], effort: Effort, alone: bo
         section.rows.append(_row(section, case, way, taken, product_flops, peak))
     section.keep(taken.rounds)
     _compare(section, case, taken, effort)
-    if product_flops:
+    if product_flops and section.scalars:
         section.notes.append(
             f"A product of {PRODUCT_SIDE[case.device]:,}² matrices in {case.config.engine.precision} took turns with "
             f"the steps: {product_flops / 1e12:.3g} TFLOP/s per rank."

@@ -16,6 +16,7 @@ from ecgscale.bench.step_batches import shard_stream, synthetic_batches
 from ecgscale.bench.step_case import Case
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.stream import Copied
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
 from ecgscale.training.engine import Engine, EngineConfig
@@ -46,9 +47,11 @@ def prepare(way: str, case: Case, ranks: Ranks) -> Step:
     if way == PRODUCT:
         return _product(case, ranks)
     if way == SHARDS:
-        return _ours(case, ranks, shard_stream(case, ranks.rank).from_batch(0))
-    loop = {OURS: _ours, DDP: _ddp, STRAIGHTFORWARD: _straightforward}[way]
-    return loop(case, ranks, synthetic_batches(case, ranks.rank))
+        return _ours(case, ranks, partial(shard_stream(case, ranks.rank).from_batch, 0))
+    batches = synthetic_batches(case, ranks.rank)
+    if way == OURS:
+        return _ours(case, ranks, lambda _: batches)
+    return {DDP: _ddp, STRAIGHTFORWARD: _straightforward}[way](case, ranks, batches)
 
 
 def possible(case: Case) -> list[str]:
@@ -57,10 +60,10 @@ def possible(case: Case) -> list[str]:
     return [OURS, *([SHARDS] if case.shards else []), DDP, *([STRAIGHTFORWARD] if written else [])]
 
 
-def _ours(case: Case, ranks: Ranks, batches: Iterator[ECGBatch]) -> Step:
+def _ours(case: Case, ranks: Ranks, begin: Callable[[Copied], Iterator[ECGBatch]]) -> Step:
     """As the training loop does it."""
     engine = Engine(case.build(), case.config.engine, ranks, accumulation=1, micro_batch=case.batch)
-    done = 0
+    batches, done = begin(engine.put.copied), 0
 
     def step() -> Tensor:
         nonlocal done

@@ -88,6 +88,7 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     model = load(config.init.model)
     labelled = LabelledSet.open(model, config.data, config.task, seed=config.train.seed)
     config = replace(config, data=labelled.data)  # with the preprocessing of the model, which is what is used
+    recomputed = recomputed_layers(config.engine.activation_checkpointing, model.encoder.config.depth)
     run = claim_run(config.run.dir, config, ranks)
     patients = labelled.patients("train")
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
@@ -96,6 +97,7 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
     about = _about(model, labelled, config)
     if config.task.protocol == "finetune":
+        model.encoder.recomputed_layers = recomputed
         _train(model, labelled, config, run, ranks, about)
     progress.at(config.train.steps, "")  # what follows is the first rank's alone
     if not ranks.first:
@@ -150,7 +152,6 @@ def _train(
     encoder, seed = model.encoder.cpu(), config.train.seed
     classes = len(labelled.task.classes)
     objective = _supervised(encoder, classes, config.task, labelled.patients("train"), seed)
-    encoder.recomputed_layers = recomputed_layers(config.engine.activation_checkpointing, model.encoder.config.depth)
     if config.task.freeze_stem and not config.init.random:
         encoder.stem.requires_grad_(False)
     selection = labelled.selection("train")

@@ -64,7 +64,7 @@ def global_loss(encoded: Encoded, batch: ECGBatch, config: ObjectiveConfig, shar
 class CMSC(Objective):
     """The global objective: two adjacent segments of a patient, told from those of others."""
 
-    parts = ("cmsc",)
+    named_losses = ("cmsc",)
 
     def loss(
         self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool

@@ -118,8 +118,8 @@ class Objective(nn.Module):
 
     augmentations: ClassVar[tuple[str, ...]] = ()
     """What an empty ``objective.augmentations`` stands for."""
-    parts: ClassVar[tuple[str, ...]] = ()
-    """Names of what `loss` gives beside the loss."""
+    named_losses: ClassVar[tuple[str, ...]] = ()
+    """Those of the parts that `loss` gives which are losses of their own."""
 
     def __init__(
         self,

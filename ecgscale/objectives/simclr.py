@@ -57,7 +57,7 @@ class SimCLR(Objective):
     """Tells the two views of a segment from those of all others."""
 
     augmentations = tuple(NOISE)
-    parts = ("simclr",)
+    named_losses = ("simclr",)
 
     def view(self, batch: ECGBatch) -> ECGBatch:
         """Two noisy views of each first segment."""

@@ -38,7 +38,7 @@ _INVERSE_DOWER = (
 class ThreeKG(Objective):
     """Tells the views of a patient's segments from those of other patients."""
 
-    parts = ("3kg",)
+    named_losses = ("3kg",)
 
     @classmethod
     def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:

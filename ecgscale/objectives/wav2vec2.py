@@ -96,14 +96,7 @@ class LocalHead(nn.Module):
 class Wav2Vec2(Objective):
     """The local objective: what stands at masked places, told from what stands at others of the same segment."""
 
-    parts: ClassVar[tuple[str, ...]] = (
-        "local",
-        "diversity",
-        "feature_penalty",
-        "local_accuracy",
-        "soft_perplexity",
-        "code_perplexity",
-    )
+    named_losses: ClassVar[tuple[str, ...]] = ("local",)
 
     def __init__(
         self,

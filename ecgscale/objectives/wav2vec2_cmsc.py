@@ -13,7 +13,7 @@ from ecgscale.objectives.wav2vec2 import Wav2Vec2
 class Wav2Vec2CMSC(Wav2Vec2):
     """The sum of both; the global one too sees what the time masks leave."""
 
-    parts = (*Wav2Vec2.parts, "cmsc")
+    named_losses = ("local", "cmsc")
 
     def loss(
         self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool

@@ -211,19 +211,20 @@ def refuse(config: PlanConfig, cluster: Cluster, samples: int, found: list[Candi
     least = min((one for one in found if not one.offload), key=lambda one: one.lacks)
     ways = list(_ways_out(config, cluster, samples))
     raise InputError(
-        f"model.preset {config.model.preset} with {least.rows} segments per GPU does not fit: it needs "
+        f"model.preset {config.model.preset} with {least.rows} segments per {cluster.device} does not fit: it needs "
         f"{_gb(least.memory.peak)} at least (ZeRO {least.zero_stage}, {checkpointing(least, config)}), which is "
         f"{_gb(least.lacks)} more than the {_gb(cluster.memory_bytes)} that {cluster.config.device} has for tensors; "
         + (
             "what fits: " + "; ".join(ways)
             if ways
-            else "nothing that was tried fits: more GPUs need a larger train.contrast_batch; or take a smaller model"
+            else f"nothing that was tried fits: more {cluster.device}s need a larger train.contrast_batch; or take a "
+            "smaller model"
         )
     )
 
 
 def _ways_out(config: PlanConfig, cluster: Cluster, samples: int) -> Iterator[str]:
-    """What would fit: smaller micro-steps, more GPUs."""
+    """What would fit: smaller micro-steps, more machines with GPUs."""
     train, gpus = config.train, cluster.gpus
     for parts in range(2, train.global_batch // gpus + 1):
         if train.contrast % parts or not _shared_out(train, train.contrast // parts, gpus):
@@ -231,10 +232,12 @@ def _ways_out(config: PlanConfig, cluster: Cluster, samples: int) -> Iterator[st
         smaller = replace(config, train=replace(train, contrast_batch=train.contrast // parts))
         if (found := best(candidates(smaller, cluster, samples), usual_stage(config, gpus))) is not None:
             yield (
-                f"train.contrast_batch {smaller.train.contrast} (micro-steps of {found.rows} segments per GPU, ZeRO "
-                f"{found.zero_stage}, {checkpointing(found, config)})"
+                f"train.contrast_batch {smaller.train.contrast} (micro-steps of {found.rows} segments per "
+                f"{cluster.device}, ZeRO {found.zero_stage}, {checkpointing(found, config)})"
             )
             break
+    if cluster.kind == "cpu":
+        return
     nodes = cluster.config.nodes
     while (nodes := nodes * 2) * cluster.config.gpus_per_node <= 4096:
         if not _shared_out(train, train.contrast, nodes * cluster.config.gpus_per_node):

@@ -82,7 +82,9 @@ def cluster_of(config: ClusterConfig, precision: str) -> Cluster:
 def for_tensors(config: ClusterConfig, memory_gb: float) -> float:
     """Bytes of a device's memory without the reserve; InputError where nothing is left."""
     if memory_gb <= config.reserve_gb:
-        raise InputError(f"cluster.reserve_gb {config.reserve_gb:g}: leaves nothing of the {memory_gb:g} GB of a GPU")
+        raise InputError(
+            f"cluster.reserve_gb {config.reserve_gb:g}: leaves nothing of the {memory_gb:g} GB of a device"
+        )
     return (memory_gb - config.reserve_gb) * 1e9
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -34,14 +33,15 @@ def measure_rates(
     """Rates by matrix products of several widths and by steps of this model with one and with two layers.
 
     What a part takes beyond its products is put down to the bytes that it keeps. It counts in full, so that a product
-    that is slower than others of its width (a grouped convolution) is part of it. On a GPU, steps of ``rows`` only tell
+    that is slower than others of its width (a grouped convolution) is part of it. On a GPU, steps of two rows only tell
     how fast kernels begin; the other rates are those of as many rows as it takes to keep it busy.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     # At stage 0, DeepSpeed reads each bf16 gradient back; see `candidates.usual_stage`.
     engine = replace(engine, zero_stage=1 if engine.precision == "bf16" else 0, activation_checkpointing=False)
-    with tqdm(total=len(WIDTHS) + 4, desc="measure", unit="rate", disable=None, leave=False) as bar:
+    total = None if device.type == "cuda" else len(WIDTHS) + 4  # there, as many as it takes
+    with tqdm(total=total, desc="measure", unit="rate", disable=None, leave=False) as bar:
         products = {}
         for width in WIDTHS:
             products[width] = _products(width, dtype, device)
@@ -54,9 +54,9 @@ def measure_rates(
 
         kernel_s = 0.0
         if device.type == "cuda":
-            few = step(two, rows).forward_backward - step(one, rows).forward_backward
+            few = step(two, 2).forward_backward - step(one, 2).forward_backward
             kernel_s = max(0.0, few) / KERNELS_OF_LAYER
-            rows = enough_rows(lambda rows: step(one, rows).forward_backward, rows)
+            rows = enough_rows(lambda rows: step(two, rows).forward_backward, rows)
         times = {depth: step(shape, rows) for depth, shape in ((1, one), (2, two))}
         alone = {}
         for part in ("stem", "position"):
@@ -77,7 +77,6 @@ def enough_rows(seconds: Callable[[int], float], rows: int) -> int:
         try:
             twice = seconds(2 * rows) / (2 * rows)
         except torch.OutOfMemoryError:
-            gc.collect()
             break
         if twice > _HARDLY_LESS * each:
             break

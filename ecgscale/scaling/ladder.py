@@ -19,7 +19,7 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import objective_named
 from ecgscale.pretrain import SEGMENTS, pretrain
 from ecgscale.run import leave_run
@@ -213,8 +213,9 @@ def cells(config: ScalingConfig) -> list[Cell]:
     for size in config.sizes:
         base = config.resolved(size)
         objective = base.objective.name
-        if config.loss not in (parts := ("loss", *objective_named(objective).parts)):
-            raise InputError(f"loss {config.loss!r}: the validation loss of {objective} has {', '.join(parts)}")
+        if config.loss not in (losses := ("loss", *objective_named(objective).named_losses)):
+            raise InputError(f"loss {config.loss!r}: {objective} has {', '.join(losses)}")
+        recomputed_layers(base.engine.activation_checkpointing, base.model.depth)  # refuses more than there are
         samples, per_step = _step_of(base)
         refuse_twice(f"tokens, in steps of {size.name}", [_steps(tokens, per_step) for tokens in config.tokens])
         for tokens in config.tokens:

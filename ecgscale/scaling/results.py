@@ -120,11 +120,12 @@ class Ladder:
                 f"{len(repeated)} runs read the training recordings more than {MANY_EPOCHS:g} times (up to "
                 f"{max(run.epochs for run in repeated):.1f}): repeated tokens count for less than new ones."
             )
-        edges = [
-            point
-            for point, rates in self.by_rate.items()
-            if len(rates) >= SWEEP and self.best[point][0].learning_rate in (min(rates), max(rates))
-        ]
+        edges = []
+        for point, best in self.best.items():
+            rates = self.by_rate[point]
+            tried = [rate for rate, same in rates.items() if diverged_seeds(same) == diverged_seeds(best)]
+            if len(rates) >= SWEEP and finite(best) and best[0].learning_rate in (min(tried), max(tried)):
+                edges.append(point)
         if not self.swept and any(len(rates) > 1 for rates in self.by_rate.values()):
             said.append("Two learning rates were tried and the better one counts: where the best one is, is not known.")
         if edges:

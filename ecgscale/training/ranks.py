@@ -131,9 +131,9 @@ def _device(local_rank: int) -> torch.device:
 
 
 def exact_fp32() -> None:
-    """fp32 convolutions without TF32, as PyTorch's fp32 products are; both have it where a program asks for it by
-    torch.set_float32_matmul_precision."""
-    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+    """fp32 convolutions of this process without TF32, as PyTorch's fp32 products are by default; where a program has
+    asked for TF32 in products, by `torch.set_float32_matmul_precision`, both have it."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def all_succeed(error: str | None, kind: type[InputError | RankError] = InputError) -> None:

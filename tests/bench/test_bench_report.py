@@ -95,7 +95,7 @@ def test_what_became_slower_than_a_commit_is_named(write, capsys):
     out, err = capsys.readouterr()
     assert f"- **step/{LABEL}/ecgscale/ecg_per_s: 10 (9.9 – 10.1) at aaaaaaaaa, 9.4 (" in out
     assert "worse by 6.0%**" in out
-    assert "1 of 2 numbers are worse" in out  # the baseline's own are not compared
+    assert "Of 2 numbers 1 are worse by more than 5.0%:" in out  # the baseline's own are not compared
     assert "1 numbers are worse than at aaaaaa" in err
     assert report(folder, "--against", OLD[:6], "--threshold", "7%") == 0
     assert report(folder, "--against", NEW) == 0  # the other way round it became faster
@@ -114,7 +114,20 @@ def test_what_is_no_longer_measured_is_named(write, capsys):
     said = f"- **step/{LABEL}/ecgscale/ecg_per_s: 10 (9.9 – 10.1) at aaaaaaaaa, no longer measured at bbbbbbbbb**"
     out = capsys.readouterr().out
     assert said in out
-    assert "1 of 2 numbers are worse" in out, "the stream's bench was not run again"
+    assert "Of 2 numbers 0 are worse by more than 5.0%, 1 are no longer measured:" in out, "the stream's not run again"
+
+
+def test_a_commit_at_which_only_the_baselines_ran_is_no_way_round(write, capsys):
+    write(OLD, 10, hour=1)
+    folder = write(NEW, 10, hour=2)
+    last = write("c" * 40, 10, hour=3, folder="last")
+    (path,) = last.glob("*.json")
+    result = json.loads(path.read_text())
+    scalars = result["sections"][0]["scalars"]
+    result["sections"][0]["scalars"] = {name: value for name, value in scalars.items() if "ecgscale" not in name}
+    path.write_text(json.dumps(result))
+    assert report(folder, last, "--against", OLD) == 2
+    assert "nothing to compare: aaaaaaaaa and ccccccccc have no number of ecgscale" in capsys.readouterr().err
 
 
 def test_only_the_newest_of_the_other_commits_is_compared(write, capsys):
@@ -239,16 +252,20 @@ def test_results_of_every_bench_are_read(write, capsys):
 def test_which_way_is_better():
     more = ("a/ecg_per_s", "a/mfu", "a/ecgscale_over_ddp", "a/device/copy_gb_per_s", "a/ratio/stream_over_bare")
     less = ("a/step_ms", "a/peak_gb", "a/cpu_us_per_record", "a/scale/counts/plan_s", "a/codec/pco/ratio")
-    less = (*less, "a/plain/checksum_share")
-    unknown = ("a/code_ratio", "a/shuffling/64/correlation", "a/shuffling/64/pairs_per_batch")
-    assert [better_way(name) for name in (*more, *less, *unknown)] == [1] * 5 + [-1] * 6 + [0] * 3
+    unknown = ("a/plain/checksum_share", "a/code_ratio", "a/shuffling/64/correlation", "a/shuffling/64/pairs_per_batch")
+    assert [better_way(name) for name in (*more, *less, *unknown)] == [1] * 5 + [-1] * 5 + [0] * 4
 
 
 def test_what_says_something_of_ecgscale():
     ours = ("step/a/ecgscale/ecg_per_s", "step/a/ecgscale_over_ddp", "kernel/step/triton/ms", "stream/start/a/0/ms")
     ours = (*ours, "stream/codec/pco/decode_records_per_s", "stream/scale/index/memory_mb", "stream/plain/2_threads/us")
-    ours = (*ours, "step/a/shards/ecg_per_s", "kernel/a/eager_conv1d/both_over_ours", "stream/plain/checksum_share")
+    ours = (*ours, "step/a/shards/ecg_per_s", "kernel/a/eager_conv1d/both_over_ours")
     ours = (*ours, "stream/plain/ratio/halves_over_webdataset", "stream/plain/ratio/stream_over_bare")
     others = ("step/a/ddp/ecg_per_s", "stream/codec/flac/decode_records_per_s", "kernel/device/copy_gb_per_s")
-    others = (*others, "stream/plain/ratio/bare_over_webdataset", "stream/plain/2_processes/records_per_s")
-    assert [is_ours(name) for name in (*ours, *others)] == [True] * 12 + [False] * 5
+    others = (
+        *others,
+        "stream/plain/checksum_share",
+        "stream/plain/ratio/bare_over_webdataset",
+        "stream/plain/2_processes/records_per_s",
+    )
+    assert [is_ours(name) for name in (*ours, *others)] == [True] * 11 + [False] * 6

@@ -223,6 +223,13 @@ def test_the_peak_of_the_device_is_no_other_case():
     assert one.config.engine.peak_tflops == 312
 
 
+def test_the_largest_batch_is_part_of_no_name():
+    """Or a larger one would be another case, and nothing could be compared."""
+    (case,) = Axes(preset=["tiny"], batch=[40]).cases([], "cpu", 1, 2500)
+    assert case.key == "tiny/conv/b40/fp32/zero1/r1/cpu1"
+    assert replace(case, found=True).key == "tiny/conv/largest/fp32/zero1/r1/cpu1"
+
+
 @pytest.mark.parametrize("error", [NothingFitsError("nothing fits"), FailedError("rank 0 ended with code 1")])
 def test_a_search_that_fails_is_one_line(tmp_path, refusal, monkeypatch, error):
     def failing(case: Case, within_gb: float) -> int:

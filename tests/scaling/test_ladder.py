@@ -127,10 +127,20 @@ def test_what_tokens_and_seeds_decide_cannot_be_given(scaling_law, key) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_an_unknown_part_of_the_loss_is_refused_before_anything_is_run(scaling_law, folder: Path, more) -> None:
+@pytest.mark.parametrize(
+    ("option", "refused"),
+    [
+        ("--loss=cmsc", "loss 'cmsc': wav2vec2 has loss, local"),
+        ("--loss=local_accuracy", "loss 'local_accuracy': wav2vec2 has"),  # an accuracy is no loss
+        (
+            "--overrides=[engine.activation_checkpointing=2]",
+            "engine.activation_checkpointing 2: the model has 1 layers",
+        ),
+    ],
+)
+def test_what_no_cell_can_do_is_refused_before_any_is_run(scaling_law, folder: Path, more, option, refused) -> None:
     run = folder / "unknown"
-    said = scaling_law("--loss=cmsc", f"--run.dir={run}", *more, code=2)
-    assert "loss 'cmsc': the validation loss of wav2vec2 has loss, local," in said
+    assert refused in scaling_law(option, f"--run.dir={run}", *more, code=2)
     assert not run.exists()
 
 

@@ -1,6 +1,7 @@
 """Where a step would wait for a GPU, found without one: JSON lines, one for each way.
 
-Counted are values that the host reads (`item`, `bool`, `nonzero` …) and DeepSpeed's calls of `synchronize`.
+Counted are values that the host reads (`item`, `bool`, `tolist`, `nonzero` …), shapes that depend on values (boolean
+indices, counts of repeats), and DeepSpeed's calls of `synchronize`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from dataclasses import replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "bincount",
+    "repeat_interleave",
+}
+METHODS = ("tolist", "cpu", "numpy")
 waits: Counter[str] = Counter()
 
 
@@ -27,9 +38,16 @@ class Counting(TorchDispatchMode):
         self.phase = phase
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in READS:
+        name = function.overloadpacket.__name__
+        by_value = name.startswith("index") and any(one.dtype == torch.bool for one in _indices(args))
+        if name in READS or by_value:
             waits[f"{self.phase} reads"] += 1
         return function(*args, **kwargs or {})
+
+
+def _indices(args: tuple) -> list[torch.Tensor]:
+    """Those of an indexing, which come as a list."""
+    return [one for given in args if isinstance(given, list | tuple) for one in given if torch.is_tensor(one)]
 
 
 @contextmanager
@@ -39,10 +57,21 @@ def counted(phase: str):
     def synchronize(*_: object) -> None:
         waits[f"{phase} synchronizes"] += 1
 
-    accelerator = get_accelerator()
+    def counting(plain):
+        def read(*args, **kwargs):
+            waits[f"{phase} reads"] += 1
+            return plain(*args, **kwargs)
+
+        return read
+
+    accelerator, plain = get_accelerator(), {name: getattr(torch.Tensor, name) for name in METHODS}
     accelerator.synchronize = synchronize
+    for name in METHODS:
+        setattr(torch.Tensor, name, counting(plain[name]))
     with Counting(phase):
         yield
+    for name in METHODS:
+        setattr(torch.Tensor, name, plain[name])
     del accelerator.synchronize
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
-import torch
 
 from ecgscale.errors import InputError
 from ecgscale.training.devices import DEVICES, device_of, known_device, peak_flops
-from ecgscale.training.ranks import exact_fp32
 
 
 @pytest.mark.parametrize(
@@ -61,9 +62,16 @@ def test_figures_are_in_the_units_that_are_said(device) -> None:
     assert 50 < device.watts < 2000
 
 
-@pytest.mark.parametrize(("precision", "rounded"), [("highest", False), ("high", True)])
-def test_convolutions_are_as_exact_as_products(monkeypatch, precision, rounded) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not rounded)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    exact_fp32()
-    assert torch.backends.cudnn.allow_tf32 is rounded
+@pytest.mark.parametrize(
+    ("said", "rounded"),
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),  # the new way, which the old one cannot read
+    ],
+)
+def test_convolutions_are_as_exact_as_products(said, rounded) -> None:
+    """In a process of its own: the two ways of saying it cannot be taken back together."""
+    program = f"import torch; from ecgscale.training.ranks import exact_fp32; {said}; exact_fp32()"
+    program += f"; assert torch.backends.cudnn.allow_tf32 is {rounded}"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
