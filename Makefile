@@ -55,6 +55,7 @@ gpu-run:
 	$(PYTHON) -m ecgscale.cli bench step --preset base large --batch 32 --precision bf16 --compile off on --shards $(RUNS)/gpu/shards \
 	  --out $(RUNS)/gpu/bench
 	$(PYTHON) -m ecgscale.cli bench report $(RUNS)/gpu/bench --out $(RUNS)/gpu/report
+	$(PYTHON) -m ecgscale.cli plan --check
 
 real: setup
 	test -e $(RUNS)/real/ptbxl/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ptbxl $(RUNS)/real/ptbxl \
