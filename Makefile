@@ -10,7 +10,7 @@ RUNS ?= runs
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
-	@echo "make test   the test suite: 12 to 14 minutes on 2 cores"
+	@echo "make test   the test suite: about 11 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
 	@echo "make gpu    on a GPU: the kernels' tests and benchmark and a bf16 ZeRO-1 run; reports in $(RUNS)/gpu"
 	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
