@@ -142,6 +142,7 @@ from pathlib import Path
 
 import torch
 
+from ecgscale import progress
 from ecgscale.training.metrics import Work
 from ecgscale.training.monitor import Monitor
 from ecgscale.training.ranks import start_ranks
@@ -157,6 +158,7 @@ for step in range(2):
     monitor.count()
 monitor.log(2, [{"loss": torch.tensor(float(ranks.rank))}], {}, {"data/skipped": 1.0 + ranks.rank})
 monitor.close()
+progress.at(2, "")  # what a run says at its end, or its ranks do not leave together
 """
 
 
