@@ -12,7 +12,7 @@ help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
 	@echo "make test   the test suite: about 11 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
-	@echo "make gpu    on a GPU: the kernels' tests and benchmark and a bf16 ZeRO-1 run; reports in $(RUNS)/gpu"
+	@echo "make gpu    on a GPU: the kernels' tests and benchmarks, a bf16 ZeRO-1 run, plan --check; reports in $(RUNS)/gpu"
 	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
 	@echo "make real   the comparison on real recordings below DATA=$(DATA), two to three hours"
 	@echo "make endurance  preemptions and kills on a real SLURM of this machine, about an hour (apt-get install slurm-wlm munge)"
@@ -55,7 +55,7 @@ gpu-run:
 	$(PYTHON) -m ecgscale.cli bench step --preset base large --batch 32 --precision bf16 --compile off on --shards $(RUNS)/gpu/shards \
 	  --out $(RUNS)/gpu/bench
 	$(PYTHON) -m ecgscale.cli bench report $(RUNS)/gpu/bench --out $(RUNS)/gpu/report
-	$(PYTHON) -m ecgscale.cli plan --check
+	$(PYTHON) -m ecgscale.cli plan --check > $(RUNS)/gpu/plan.txt && cat $(RUNS)/gpu/plan.txt
 
 real: setup
 	test -e $(RUNS)/real/ptbxl/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ptbxl $(RUNS)/real/ptbxl \

@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Run the subcommand that the first argument names; errors are raised."""
+    """Run the subcommand that the first argument names; errors are raised. The launcher's ranks begin here too."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, whose threads wait for each other as this says
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
     elif arguments[0] == "--version":
@@ -47,8 +49,6 @@ def dispatch(arguments: list[str]) -> int:
 
 def run_as_command(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command line with its errors as one line and an exit code; --debug raises them instead."""
-    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, whose threads wait for each other as this says
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     debug = "--debug" in arguments
     try:
         return command([argument for argument in arguments if argument != "--debug"])

@@ -123,6 +123,7 @@ def machine() -> dict[str, Any]:
         "gpus": gpus,
         "system": f"{platform.system()} {platform.release()}",
         "load": [round(load, 2) for load in os.getloadavg()],
+        "threads": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

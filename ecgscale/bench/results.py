@@ -25,6 +25,9 @@ _OURS = re.compile(
     r"ecgscale|/shards/|(?<!/bare)_over_[^/]*$|^kernel/step/|^stream/(start|scale|codec/pco)/"
     r"|^stream/.*_threads/"
 )
+_WAY = re.compile(r"/(?:ecgscale|ddp|straightforward|shards|product)(?:/|_over_)")
+# With a larger batch a step takes longer and more memory: only rates tell of the largest batch that fits.
+_ALL_IN_ONE = re.compile(r"/largest(_in_[^/]*)?/.*/(step_ms|peak_gb)$")
 
 
 class Value(NamedTuple):
@@ -200,10 +203,10 @@ def sides(runs: Sequence[Run], against: str) -> tuple[list[Run], list[Run]]:
 
 def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
     """Every scalar of ours that was measured before on a machine of both sides; for one that is no longer measured
-    `Change.after` is None, unless its bench was not run again. Before, the newest commit of each bench counts; after,
-    the newest that has run any of these benches.
+    `Change.after` is None, unless its bench was not run again. After, the newest commit counts that has run any of
+    these benches.
 
-    Raises InputError where both sides have none, or no machine is on both.
+    Raises InputError where nothing of ours was measured before, no bench again, or no machine is on both sides.
     """
     machines = by_machine(after)
     common = [where for where in by_machine(before) if where in machines]
@@ -215,30 +218,31 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
     found = []
     for where in common:
         olds = _newest(by_machine(before)[where])
+        benches = {name.split("/")[0] for name in olds}
         # What only an older commit of those after has would tell of a time before ``before``.
-        last = next((run.commit for run in reversed(machines[where]) if run.values and run.name in olds), None)
-        news = _newest([run for run in machines[where] if run.commit == last])
-        for bench, (old_commit, of_old) in olds.items():
-            if bench not in news:
+        last = next((run.commit for run in reversed(machines[where]) if run.values and run.name in benches), None)
+        newest = [run for run in machines[where] if run.commit == last]
+        news, again = _newest(newest), {run.name for run in newest if run.values}
+        for name, (old, old_commit) in olds.items():
+            if old.median <= 0 or name.split("/")[0] not in again:
                 continue
-            new_commit, of_new = news[bench]
-            for name, old in of_old.items():
-                if old.median <= 0:
-                    continue
-                new, worse_by = of_new.get(name), math.inf
-                if new is not None:
-                    worse_by = better_way(name) * (old.median - new.median) / old.median
-                found.append(Change(where, name, old, new, (old_commit, new_commit), worse_by))
-    if all(change.after is None for change in found):
+            new, worse_by = None, math.inf
+            if name in news:
+                new = news[name][0]
+                worse_by = better_way(name) * (old.median - new.median) / old.median
+            found.append(Change(where, name, old, new, (old_commit, newest[0].commit), worse_by))
+    if not found:
         raise InputError(
-            f"nothing to compare: {before[-1].commit} and {after[-1].commit} have no number of ecgscale in common; run "
-            "the same bench at both"
+            f"nothing to compare: {before[-1].commit} and {after[-1].commit} have no bench of ecgscale in common; run "
+            "the same at both"
         )
     return found
 
 
 def better_way(name: str) -> int:
     """1 where more is better, −1 where less is, 0 where that is unknown."""
+    if _ALL_IN_ONE.search(name):
+        return 0
     if "over_" in name.rsplit("/", 1)[-1] or name.endswith(_MORE_IS_BETTER):
         return 1
     return -1 if name.endswith(_LESS_IS_BETTER) else 0
@@ -249,19 +253,20 @@ def is_ours(name: str) -> bool:
     return _OURS.search(name) is not None
 
 
-def _newest(runs: Sequence[Run]) -> dict[str, tuple[str, dict[str, Value]]]:
-    """Of each bench the newest commit at which anything was measured, of ours or not, and what is compared of it."""
-    found: dict[str, tuple[str, dict[str, Value]]] = {}
+def _newest(runs: Sequence[Run]) -> dict[str, tuple[Value, str]]:
+    """Of each scalar that is compared the newest value and its commit; none if its case was measured again without."""
+    found: dict[str, tuple[Value, str]] = {}
     for run in runs:  # the oldest first
-        if not run.values:
-            continue
-        commit, values = found.get(run.name, ("", {}))
-        if commit != run.commit:
-            values = {}
         named = {f"{run.name}/{name}": value for name, value in run.values.items()}
-        values |= {name: value for name, value in named.items() if better_way(name) and is_ours(name)}
-        found[run.name] = run.commit, values
+        again = {_case_of(name) for name in named}
+        found = {name: known for name, known in found.items() if _case_of(name) not in again}
+        found |= {name: (value, run.commit) for name, value in named.items() if better_way(name) and is_ours(name)}
     return found
+
+
+def _case_of(name: str) -> str:
+    """Of a step's scalar what stands before the way; of others their whole name."""
+    return _WAY.split(name, maxsplit=1)[0]
 
 
 def _digits(value: float) -> str:

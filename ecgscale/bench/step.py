@@ -52,7 +52,8 @@ def bench_step(
             chosen = case
             if find_within_gb is not None:
                 try:
-                    chosen = replace(case, batch=largest_batch(case, find_within_gb), found=True)
+                    within = f"largest_in_{find_within_gb:g}gb" if find_within_gb else "largest"
+                    chosen = replace(case, batch=largest_batch(case, find_within_gb), found=within)
                 except (NothingFitsError, FailedError) as error:
                     report.sections.append(Section(case.title, _HEADER[:2], [(TITLES[OURS], str(error))]))
                     continue

@@ -50,7 +50,7 @@ class Case:
     threads: int = 1  # of each rank
     shards: str = ""  # data sets that are read beside synthetic batches
     overrides: str = ""  # other keys that were given, as they were given
-    found: bool = False  # the batch is the largest that fits
+    found: str = ""  # into what the batch is the largest that fits: largest_in_2gb, or largest, which is the GPU
 
     def __post_init__(self) -> None:
         for name in ("batch", "ranks", "threads"):
@@ -106,7 +106,7 @@ class Case:
         rest += [f"samples_{self.samples}"] if self.samples != Case.samples else []
         rest += [str(own["objective"])] if own["objective"] != ObjectiveConfig.name else []
         rest += [self._overrides_in_short] if self.overrides else []
-        batch = "largest" if self.found else f"b{self.batch}"
+        batch = self.found or f"b{self.batch}"
         first = [str(own["preset"]), str(own["stem"]), batch, str(own["precision"])]
         device = f"cpu{self.threads}" if self.device == "cpu" else self.device
         return "/".join([*first, f"zero{own['zero_stage']}", f"r{self.ranks}", device, *rest])

@@ -217,8 +217,9 @@ def refuse(config: PlanConfig, cluster: Cluster, samples: int, found: list[Candi
         + (
             "what fits: " + "; ".join(ways)
             if ways
-            else f"nothing that was tried fits: more {cluster.device}s need a larger train.contrast_batch; or take a "
-            "smaller model"
+            else "nothing that was tried fits: take a smaller model, or more memory"
+            if cluster.kind == "cpu"
+            else "nothing that was tried fits: more GPUs need a larger train.contrast_batch; or take a smaller model"
         )
     )
 

@@ -215,7 +215,10 @@ def cells(config: ScalingConfig) -> list[Cell]:
         objective = base.objective.name
         if config.loss not in (losses := ("loss", *objective_named(objective).named_losses)):
             raise InputError(f"loss {config.loss!r}: {objective} has {', '.join(losses)}")
-        recomputed_layers(base.engine.activation_checkpointing, base.model.depth)  # refuses more than there are
+        try:
+            recomputed_layers(base.engine.activation_checkpointing, base.model.depth)
+        except InputError as error:
+            raise InputError(f"sizes, {size.name}: {error}") from error
         samples, per_step = _step_of(base)
         refuse_twice(f"tokens, in steps of {size.name}", [_steps(tokens, per_step) for tokens in config.tokens])
         for tokens in config.tokens:

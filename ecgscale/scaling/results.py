@@ -131,7 +131,7 @@ class Ladder:
         if edges:
             named = ", ".join(f"{size} at {tokens:,} tokens" for size, tokens in edges[:3])
             more = f" and {len(edges) - 3} more" if len(edges) > 3 else ""
-            said.append(f"The best learning rate is at the edge of those that were tried for {named}{more}.")
+            said.append(f"The best learning rate is at the edge of those that did not diverge for {named}{more}.")
         return said
 
 

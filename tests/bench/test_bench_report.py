@@ -126,8 +126,10 @@ def test_a_commit_at_which_only_the_baselines_ran_is_no_way_round(write, capsys)
     scalars = result["sections"][0]["scalars"]
     result["sections"][0]["scalars"] = {name: value for name, value in scalars.items() if "ecgscale" not in name}
     path.write_text(json.dumps(result))
-    assert report(folder, last, "--against", OLD) == 2
-    assert "nothing to compare: aaaaaaaaa and ccccccccc have no number of ecgscale" in capsys.readouterr().err
+    assert report(folder, last, "--against", OLD) == 1
+    assert "Of 2 numbers 0 are worse by more than 5.0%, 2 are no longer measured:" in capsys.readouterr().out
+    whole = write("c" * 40, 10, hour=2, folder="last")  # the same commit, before
+    assert report(folder, whole, "--against", OLD) == 1, "what was measured again without ecgscale is gone"
 
 
 def test_only_the_newest_of_the_other_commits_is_compared(write, capsys):
@@ -153,7 +155,7 @@ def test_a_run_that_measured_nothing_is_not_the_newest_commit(write, tmp_path, c
     alone = tmp_path / "alone"
     Report("step", "A step", known, []).write(alone)
     said = refusal("bench", "report", folder, alone, "--against", alone)
-    assert "nothing to compare: ccccccccc and ccccccccc have no number of ecgscale in common" in said
+    assert "nothing to compare: ccccccccc and ccccccccc have no bench of ecgscale in common" in said
 
 
 def test_what_was_measured_before_an_error_is_written_and_nothing_else(tmp_path):
@@ -252,8 +254,15 @@ def test_results_of_every_bench_are_read(write, capsys):
 def test_which_way_is_better():
     more = ("a/ecg_per_s", "a/mfu", "a/ecgscale_over_ddp", "a/device/copy_gb_per_s", "a/ratio/stream_over_bare")
     less = ("a/step_ms", "a/peak_gb", "a/cpu_us_per_record", "a/scale/counts/plan_s", "a/codec/pco/ratio")
-    unknown = ("a/plain/checksum_share", "a/code_ratio", "a/shuffling/64/correlation", "a/shuffling/64/pairs_per_batch")
-    assert [better_way(name) for name in (*more, *less, *unknown)] == [1] * 5 + [-1] * 5 + [0] * 4
+    unknown = ("a/largest_in_2gb/r1/ecgscale/step_ms", "a/largest/r1/ecgscale/peak_gb")
+    unknown = (
+        *unknown,
+        "a/plain/checksum_share",
+        "a/code_ratio",
+        "a/shuffling/64/correlation",
+        "a/shuffling/64/pairs_per_batch",
+    )
+    assert [better_way(name) for name in (*more, *less, *unknown)] == [1] * 5 + [-1] * 5 + [0] * 6
 
 
 def test_what_says_something_of_ecgscale():

@@ -227,7 +227,7 @@ def test_the_largest_batch_is_part_of_no_name():
     """Or a larger one would be another case, and nothing could be compared."""
     (case,) = Axes(preset=["tiny"], batch=[40]).cases([], "cpu", 1, 2500)
     assert case.key == "tiny/conv/b40/fp32/zero1/r1/cpu1"
-    assert replace(case, found=True).key == "tiny/conv/largest/fp32/zero1/r1/cpu1"
+    assert replace(case, found="largest_in_2gb").key == "tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1"
 
 
 @pytest.mark.parametrize("error", [NothingFitsError("nothing fits"), FailedError("rank 0 ended with code 1")])
