@@ -158,6 +158,15 @@ def test_a_run_that_measured_nothing_is_not_the_newest_commit(write, tmp_path, c
     assert "nothing to compare: ccccccccc and ccccccccc have no bench of ecgscale in common" in said
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1.9, True)])
+def test_a_machine_at_work_is_warned_of(tmp_path, capsys, monkeypatch, load, warned):
+    known = machine() | {"load": [load, 0.0, 0.0], "cores": 2}
+    monkeypatch.setattr("ecgscale.bench.measure.machine", lambda: known)
+    with reporting("step", "A step", tmp_path) as found:
+        found.sections.append(Section("one", ("way", "s"), [("ecgscale", "1")], scalars={"s": 1.0}))
+    assert ("the load of this machine was 1.9 when this began (2 cores)" in capsys.readouterr().err) == warned
+
+
 def test_what_was_measured_before_an_error_is_written_and_nothing_else(tmp_path):
     measured = Section("one", ("way", "s"), [("ecgscale", "1")], scalars={"s": 1.0})
     failed = Section("two", ("way", "s", "peak"), [("ecgscale", "out of memory", "")])

@@ -19,12 +19,12 @@ import torch
 from ecgscale.bench.largest_batch import NothingFitsError, largest
 from ecgscale.bench.measure import Round
 from ecgscale.bench.scaling import STRONG, WEAK, scaled
-from ecgscale.bench.step import bound_of, measure_case, mfu_bound
+from ecgscale.bench.step import bench_step, bound_of, measure_case, mfu_bound
 from ecgscale.bench.step_batches import shard_stream
 from ecgscale.bench.step_case import Axes, Case, StepConfig
 from ecgscale.bench.step_ranks import FailedError, Group, TooLargeError, _Failed, tells_of_memory
 from ecgscale.bench.step_turns import Effort, Taken
-from ecgscale.bench.step_ways import DDP, OURS, STRAIGHTFORWARD, equality
+from ecgscale.bench.step_ways import DDP, OURS, PRODUCT, STRAIGHTFORWARD, equality
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.cli import main
 from ecgscale.cost import step_flops
@@ -228,6 +228,30 @@ def test_the_largest_batch_is_part_of_no_name():
     (case,) = Axes(preset=["tiny"], batch=[40]).cases([], "cpu", 1, 2500)
     assert case.key == "tiny/conv/b40/fp32/zero1/r1/cpu1"
     assert replace(case, found="largest_in_2gb").key == "tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1"
+
+
+@pytest.fixture
+def turns(monkeypatch) -> Taken:
+    """What is taken for measured, without any step; to be filled."""
+    taken = Taken()
+    monkeypatch.setattr("ecgscale.bench.step.take_turns", lambda *_: taken)
+    monkeypatch.setattr("ecgscale.bench.step.largest_batch", lambda *_: 40)
+    return taken
+
+
+def test_a_found_batch_is_a_number_of_a_case_that_its_limit_names(turns, tmp_path):
+    turns.rounds[OURS], turns.peak_bytes[OURS] = [Round(40, 1.0, 1.0)], 10**9
+    cases = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
+    (section,) = bench_step(tmp_path, cases, [], Effort.quick(), find_within_gb=2.0).sections
+    assert section.scalars["tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1/ecgscale/largest_batch"] == 40
+    assert all("/largest_in_2gb/" in name for name in section.scalars)
+
+
+def test_a_product_alone_is_no_measurement(turns, tmp_path):
+    turns.rounds[PRODUCT], turns.failed[OURS] = [Round(8, 1.0, 1.0)], "out of memory"
+    with pytest.raises(InputError, match=r"^bench step: out of memory$"):
+        bench_step(tmp_path, Axes(preset=["tiny"]).cases([], "cpu", 1, 2500), [], Effort.quick())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [NothingFitsError("nothing fits"), FailedError("rank 0 ended with code 1")])

@@ -79,10 +79,22 @@ def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
     assert command.this_machine(config).memory_bytes == pytest.approx(whole - 0.5e9)
 
 
-def test_a_cpu_is_no_gpu(monkeypatch):
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """And rates without measuring any."""
     rates = Rates("", {64: 1e12}, dict.fromkeys(PARTS, 1e-12), 1e-12)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measure, "measure_rates", lambda *_: rates)
+
+
+def test_what_a_cpu_cannot_hold_is_not_offered_to_gpus(no_gpu):
+    small = ClusterConfig(memory_gb=3.002, reserve_gb=3.0)
+    config = PlanConfig(model=PRESETS["tiny"], train=TrainConfig(global_batch=64), cluster=small)
+    with pytest.raises(InputError, match=r"segments per CPU does not fit: .*; nothing .*or more memory$"):
+        command.run(config, None, as_json=False, measure=True)
+
+
+def test_a_cpu_is_no_gpu(no_gpu):
     config = PlanConfig(model=PRESETS["tiny"], train=TrainConfig(global_batch=8))
     page = command.run(config, None, as_json=False, measure=True)
     assert "CPU-hours" in page

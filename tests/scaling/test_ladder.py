@@ -290,6 +290,7 @@ def test_the_best_learning_rate_counts_and_diverged_runs_do_not(config: ScalingC
     assert {same[0].learning_rate for same in ladder.best.values()} == {2e-3}
     assert len(ladder.cells()) == 32
     assert "32 of 96 runs have no finite loss" in ladder.remarks()[0]
+    assert "at the edge of those that did not diverge" in ladder.remarks()[1], "of 0.001 and 0.002"
     found = find(config, ladder)
     table = markdown(config, ladder, found)
     assert "| w16, width 16 |" in table
