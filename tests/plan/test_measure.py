@@ -88,8 +88,8 @@ def no_gpu(monkeypatch):
 
 
 def test_what_a_cpu_cannot_hold_is_not_offered_to_gpus(no_gpu):
-    small = ClusterConfig(memory_gb=3.002, reserve_gb=3.0)
-    config = PlanConfig(model=PRESETS["tiny"], train=TrainConfig(global_batch=64), cluster=small)
+    small = ClusterConfig(memory_gb=6.0, reserve_gb=3.0)  # eight machines could share what it lacks
+    config = PlanConfig(model=PRESETS["large"], train=TrainConfig(global_batch=64), cluster=small)
     with pytest.raises(InputError, match=r"segments per CPU does not fit: .*; nothing .*or more memory$"):
         command.run(config, None, as_json=False, measure=True)
 
