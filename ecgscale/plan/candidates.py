@@ -193,10 +193,7 @@ def best(found: list[Candidate], usual: int) -> Candidate | None:
 
 
 def usual_stage(config: PlanConfig, gpus: int) -> int:
-    """ZeRO 1, but on one rank in fp32, where nothing is shared out and stage 0 has no buffer.
-
-    In bf16, DeepSpeed 0.19.8 waits for the GPU once for each parameter at stage 0, which the times do not hold.
-    """
+    """ZeRO 1, but on one rank in fp32, where nothing is shared out and stage 0 has no buffer; see `speed.READ_S`."""
     return int(gpus > 1 or config.engine.precision == "bf16")
 
 

@@ -16,8 +16,8 @@ from ecgscale.objectives import ObjectiveConfig
 from ecgscale.plan import check, command, measure
 from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.config import ClusterConfig, PlanConfig
-from ecgscale.plan.memory import Parallel
-from ecgscale.plan.speed import PARTS, Rates, micro_step
+from ecgscale.plan.memory import Parallel, sizes_of
+from ecgscale.plan.speed import PARTS, READ_S, Rates, micro_step, update_s
 from ecgscale.plan.trial import Times
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
@@ -77,6 +77,17 @@ def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
     whole = given_gb * 1e9 or command.psutil.virtual_memory().total
     config = PlanConfig(cluster=ClusterConfig(memory_gb=given_gb, reserve_gb=0.5))
     assert command.this_machine(config).memory_bytes == pytest.approx(whole - 0.5e9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "device"), [(0, "bf16", "cuda"), (1, "bf16", "cuda"), (0, "fp32", "cuda")]
+)
+def test_only_stage_0_in_bf16_reads_each_parameter_back(stage, precision, device):
+    model, objective, free = PRESETS["base"], ObjectiveConfig(), Rates("", {64: 1e12}, {}, 0.0)
+    parameters = len(sizes_of(model, objective))
+    read = parameters * READ_S if stage == 0 and precision == "bf16" else 0.0
+    assert update_s(model, objective, Parallel(stage, 8, precision, device), free) == pytest.approx(read)
+    assert update_s(model, objective, Parallel(stage, 8, precision, "cpu"), free) == 0
 
 
 @pytest.fixture
