@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ecgscale.data.source_options import listed
-from ecgscale.errors import InputError, RankError, one_line, tells_of_lost_rank
+from ecgscale.errors import InputError, MachineError, RankError, one_line, system_error, tells_of_lost_rank
 from ecgscale.stopping import STOPPED_EXIT_CODE, Stopped
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _SPINS = "1000"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; exit code 2 and one line for what the user got wrong."""
+    """Run a subcommand; one line and exit code 2 for what the user got wrong, 1 for what the machine did."""
     return run_as_command("ecgscale", dispatch, list(sys.argv[1:] if argv is None else argv))
 
 
@@ -55,11 +55,12 @@ def run_as_command(name: str, command: Callable[[list[str]], int], arguments: li
     except BrokenPipeError:
         sys.stderr.close()
         return 141
-    except (InputError, OSError) as error:
+    except (InputError, MachineError, OSError) as error:
         if debug:
             raise
-        print(f"{name}:", one_line(str(error)), file=sys.stderr)
-        return 2
+        told = system_error(error) if isinstance(error, OSError) else error
+        print(f"{name}:", one_line(str(told)), file=sys.stderr)
+        return 2 if isinstance(told, InputError) else 1
     except Stopped as told:
         if _first_rank():
             print(f"{name}: {told}; the same command goes on", file=sys.stderr)

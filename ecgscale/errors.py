@@ -1,11 +1,26 @@
-"""The one error that users see as a single line."""
+"""What users see as one line: what they gave is wrong, the machine failed, or another process is gone."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong: a file, a key, a value.
+    """Something that the user gave is wrong: a file, a key, a value. No retry mends it.
 
     The message is one line that names the file or key, the offending value and what would be right.
-    The command line prints it and exits with code 2; everything else is a defect of ecgscale.
+    The command line prints it and exits with code 2.
+    """
+
+
+class MachineError(Exception):
+    """The machine did not do its part: a disk, a file system, a network. The same command may succeed later.
+
+    The message is one line that names the file. The command line prints it and exits with code 1; the launcher tries
+    again. Everything that is neither this nor InputError nor RankError is a defect of ecgscale.
     """
 
 
@@ -13,8 +28,46 @@ class RankError(RuntimeError):
     """Other processes of the job are missing or gone. The command line prints the message and exits with code 1."""
 
 
+# What a path that the user gave can be wrong about; all else that a system call says is the machine's fault.
+_OF_THE_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+}
+
 # How gloo and NCCL say that another process is gone.
 _LOST_RANK = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+
+
+def file_error(path: Path | str, doing: str, error: OSError) -> InputError | MachineError:
+    """The error to raise for a system call that failed over ``path``, such as ``doing`` = "cannot write".
+
+    InputError where the path is wrong (not there, not ours to write), MachineError for all else (EIO, ESTALE, ENOSPC).
+    """
+    kind = InputError if error.errno in _OF_THE_PATH else MachineError
+    return kind(f"{path}: {doing}: {error.strerror or error}")
+
+
+def system_error(error: OSError) -> InputError | MachineError:
+    """The same for a system call that nobody has put into words, with what it says of the file."""
+    places = [str(one) for one in (error.filename, error.filename2) if one is not None]
+    return file_error(" -> ".join(places) or "a file without a name", type(error).__name__, error)
+
+
+@contextmanager
+def naming_file(path: Path | str, doing: str) -> Iterator[None]:
+    """Errors of system calls inside come out as ``file_error(path, doing, error)``."""
+    try:
+        yield
+    except OSError as error:
+        raise file_error(path, doing, error) from error
 
 
 def tells_of_lost_rank(error: BaseException) -> bool:

@@ -198,7 +198,7 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory) -> Iterator[Jobs]:
     command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    env = os.environ | {"TRITON_INTERPRET": "1"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
         yield Jobs(server, tmp_path_factory.mktemp("errors"))
         server.stdin.close()

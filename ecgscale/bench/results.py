@@ -26,8 +26,8 @@ _OURS = re.compile(
     r"|^stream/.*_threads/"
 )
 _WAY = re.compile(r"/(?:ecgscale|ddp|straightforward|shards|product)(?:/|_over_)")
-# With a larger batch a step takes longer and more memory: only rates tell of the largest batch that fits.
-_ALL_IN_ONE = re.compile(r"/largest(_in_[^/]*)?/.*/(step_ms|peak_gb)$")
+# A step with a larger batch takes longer and more memory, which is no loss where the batch is the largest that fits.
+_OF_FOUND_BATCH = re.compile(r"/largest(_in_[^/]*)?/.*/(step_ms|peak_gb)$")
 
 
 class Value(NamedTuple):
@@ -241,7 +241,7 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
 
 def better_way(name: str) -> int:
     """1 where more is better, −1 where less is, 0 where that is unknown."""
-    if _ALL_IN_ONE.search(name):
+    if _OF_FOUND_BATCH.search(name):
         return 0
     if "over_" in name.rsplit("/", 1)[-1] or name.endswith(_MORE_IS_BETTER):
         return 1

@@ -207,17 +207,17 @@ def refuse(config: PlanConfig, cluster: Cluster, samples: int, found: list[Candi
     """Raises InputError that says by how much nothing fits, and what would."""
     least = min((one for one in found if not one.offload), key=lambda one: one.lacks)
     ways = list(_ways_out(config, cluster, samples))
+    if ways:
+        instead = f"what fits: {'; '.join(ways)}"
+    elif cluster.kind == "cpu":
+        instead = "nothing that was tried fits: take a smaller model, or more memory"
+    else:
+        instead = "nothing that was tried fits: more GPUs need a larger train.contrast_batch; or take a smaller model"
     raise InputError(
         f"model.preset {config.model.preset} with {least.rows} segments per {cluster.device} does not fit: it needs "
         f"{_gb(least.memory.peak)} at least (ZeRO {least.zero_stage}, {checkpointing(least, config)}), which is "
         f"{_gb(least.lacks)} more than the {_gb(cluster.memory_bytes)} that {cluster.config.device} has for tensors; "
-        + (
-            "what fits: " + "; ".join(ways)
-            if ways
-            else "nothing that was tried fits: take a smaller model, or more memory"
-            if cluster.kind == "cpu"
-            else "nothing that was tried fits: more GPUs need a larger train.contrast_batch; or take a smaller model"
-        )
+        f"{instead}"
     )
 
 

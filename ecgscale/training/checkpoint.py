@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecgscale.data.shards import file_sha256
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError, file_error, naming_file
 from ecgscale.training.engine import MOMENTS, Engine
 from ecgscale.training.ranks import all_succeed, first_rank
 
@@ -110,7 +110,8 @@ def latest(folder: Path) -> Checkpoint | None:
 def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path:
     """Write ``step-XXXXXXXX`` below ``folder``. All ranks call it together and share out the files.
 
-    Raises InputError on every rank, and leaves nothing behind, where any rank cannot write.
+    Raises the same error on every rank, and leaves nothing behind, where any rank cannot write: InputError where the
+    path is wrong, MachineError where the disk fails.
     """
     final, ranks = folder / _name(step), engine.ranks
     partial = final.with_suffix(".partial")
@@ -120,9 +121,9 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path
     outcomes: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(outcomes, (name, outcome))
     try:
-        all_succeed(outcome if isinstance(outcome, str) else None)
+        all_succeed(None if isinstance(outcome, dict) else outcome)
         first_rank(ranks, lambda: _finish(partial, final, state | {"step": step, "files": dict(outcomes)}))
-    except InputError:
+    except (InputError, MachineError):
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -140,12 +141,10 @@ def _make_empty(folder: Path) -> None:
 
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     """Write the state, read everything back, and give the folder its name."""
-    try:
+    with naming_file(partial, "cannot write the checkpoint"):
         write_state(partial, state)
         Checkpoint.open(partial)
         partial.replace(final)
-    except OSError as error:
-        raise InputError(f"{partial}: cannot write the checkpoint: {error.strerror or error}") from error
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -179,15 +178,17 @@ def _collect(engine: Engine) -> dict[str, Tensor]:
     return mine
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any] | str:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any] | InputError | MachineError:
     """Size and hash of the written file, or what went wrong."""
     try:
         save_file(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    except (OSError, SafetensorError) as error:
-        return f"{path}: cannot write the checkpoint: {error}"
+    except OSError as error:
+        return file_error(path, "cannot write the checkpoint", error)
+    except SafetensorError as error:  # how safetensors says what the disk did
+        return MachineError(f"{path}: cannot write the checkpoint: {error}")
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:

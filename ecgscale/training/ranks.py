@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from ecgscale import progress
-from ecgscale.errors import InputError, RankError
+from ecgscale.errors import InputError, MachineError, RankError, system_error
 from ecgscale.training.environment import MEETING_TIMEOUT_S, NODES
 
 
@@ -136,27 +136,29 @@ def exact_fp32() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def all_succeed(error: str | None, kind: type[InputError | RankError] = InputError) -> None:
+_Told = InputError | MachineError | RankError
+
+
+def all_succeed(error: _Told | None) -> None:
     """Raise the same error on every rank where any rank has one to tell. All ranks call it together."""
-    errors: list[tuple[str, type[InputError | RankError]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else (error, kind))
+    errors: list[tuple[str, type[_Told]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else (str(error), type(error)))
     told = next((one for one in errors if one is not None), None)
     if told is not None:
         raise told[1](told[0])
 
 
 def first_rank(ranks: Ranks, action: Callable[[], object]) -> None:
-    """Do something on the first rank; where it fails, every rank raises its error, or InputError for the disk's."""
-    error: str | None = None
-    kind: type[InputError | RankError] = InputError
+    """Do something on the first rank; where it fails, every rank raises its error."""
+    error: _Told | None = None
     if ranks.first:
         try:
             action()
-        except RankError as failure:
-            error, kind = str(failure), RankError
-        except (InputError, OSError) as failure:
-            error = str(failure)
-    all_succeed(error, kind)
+        except (InputError, MachineError, RankError) as failure:
+            error = failure
+        except OSError as failure:
+            error = system_error(failure)
+    all_succeed(error)
 
 
 def log(ranks: Ranks, line: str) -> None:

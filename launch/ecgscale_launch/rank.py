@@ -20,7 +20,7 @@ from typing import Any
 
 from ecgscale import progress, stopping
 from ecgscale.cli import dispatch, run_as_command
-from ecgscale.errors import InputError, one_line, tells_of_lost_rank
+from ecgscale.errors import InputError, MachineError, one_line, system_error, tells_of_lost_rank
 from ecgscale.training.environment import HANG_S
 from ecgscale_launch.folder import write_json_or_say
 
@@ -82,9 +82,15 @@ def _recorded(path: Path, rank: int) -> Callable[[list[str]], int]:
 
 
 def kind_of(error: BaseException) -> str:
-    """``input``: the user's, which no retry mends. ``lost``: follows from another rank's. ``error``: all others."""
-    if isinstance(error, InputError):
-        return "input"
+    """Who caused it.
+
+    ``input``: the user, and no retry mends it. ``machine``: a disk or a network, told in one line. ``lost``: it follows
+    from another rank's. ``error``: all others, told with their traceback.
+    """
+    if isinstance(error, OSError):
+        error = system_error(error)
+    if isinstance(error, InputError | MachineError):
+        return "input" if isinstance(error, InputError) else "machine"
     return "lost" if tells_of_lost_rank(error) else "error"
 
 

@@ -36,15 +36,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are small, and threads that wait for each other on a busy machine take three times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def poisoned_memory() -> Iterator[None]:
     """What nothing writes is NaN, so that no test passes on what happened to lie there."""
     before = torch.are_deterministic_algorithms_enabled()
