@@ -187,12 +187,30 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         done = merge_parts(source, out, chosen, **about)
     else:
         done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
+    if done.held:
+        print(
+            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples"
+        )
+    for dataset, n in done.shared_ids.items():
+        print(
+            f"{out}: {n} patient ids occur in {dataset} too, where they count as other people, since patients are "
+            f"(data set, id); if they are the same people give --dataset {dataset}"
+        )
+    _print_copies(out)
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
     )
+
+
+def _print_copies(folder: Path) -> None:
+    from ecgscale.data.copies import about_copies
+    from ecgscale.data.shard_set import ShardSet
+
+    for line in about_copies(ShardSet.open(folder)):
+        print(f"{folder}: {line}")
 
 
 def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dict[str, str]:
@@ -300,6 +318,7 @@ def index(argv: list[str]) -> None:
         test_values=listed(options.test_values),
     )
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
+    _print_copies(options.folder)
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")
     print(f"{options.folder}: {done.records} records at {done.rate_hz:g} Hz in {done.shards} tars")

@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ecgscale.data.payload import Payload, encode
+from ecgscale.data.payload import Payload, decode_member, encode
 from ecgscale.data.schema import INDEX_HEADER_LIMIT_BYTES, check_manifest, data_offsets
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record, patient_code
+from ecgscale.record import LEADS, Counts, Record, patient_code
 
 FORMAT = "ecgscale-shards/2"
 MANIFEST = "manifest.json"
@@ -165,6 +165,17 @@ def shard_entry(
         "dataset": dataset,
         "payload": payload,
     }
+
+
+def read_signal(tar: Path, payload: Payload, offset: int, length: int) -> Counts:
+    """The samples (L, T) of a member of a local tar that this version has written."""
+    with tar.open("rb") as file:
+        file.seek(offset)
+        content = file.read(length)
+    try:
+        return decode_member(content, payload)
+    except InputError as error:
+        raise InputError(f"{tar}: damaged at byte {offset}: {error}; ingest the data again") from error
 
 
 # -- index -----------------------------------------------------------------------------------------------------------
