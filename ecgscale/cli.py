@@ -121,11 +121,13 @@ def _add_split_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-fraction",
         type=float,
-        default=0.1,
-        help="share of patients for validation, by hash (default 0.1)",
+        help="share of patients for validation, by hash (default 0.1, or 0 with --test-fraction 1)",
     )
     parser.add_argument(
-        "--test-fraction", type=float, default=0.0, help="share of patients for test, by hash (default 0)"
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        help="share of patients for test, by hash (default 0; 1: a set from elsewhere, all of it for testing)",
     )
     parser.add_argument(
         "--split-by",
@@ -157,6 +159,12 @@ def _add_ingest_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _validation_fraction(options: argparse.Namespace) -> float:
+    if options.validation_fraction is not None:
+        return float(options.validation_fraction)
+    return 0.0 if options.test_fraction == 1 else 0.1
+
+
 def _part(text: str) -> tuple[int, int]:
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
@@ -171,7 +179,7 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         options.rate_hz,
         options.records_per_shard,
         options.payload,
-        options.validation_fraction,
+        _validation_fraction(options),
         options.test_fraction,
         options.split_by,
         listed(options.validation_values),
@@ -311,7 +319,7 @@ def index(argv: list[str]) -> None:
         meta_ext=options.meta_ext.lstrip(".").lower(),
     )
     splits = IngestOptions(
-        validation_fraction=options.validation_fraction,
+        validation_fraction=_validation_fraction(options),
         test_fraction=options.test_fraction,
         split_by=options.split_by,
         validation_values=listed(options.validation_values),
