@@ -249,7 +249,7 @@ def ingest(argv: list[str]) -> None:
     source = source_from(options)
     from ecgscale.data.sources import implausible_unit
 
-    about = [source.description]
+    about = [source.description, *(f"{options.source}: {line}" for line in source.left_out())]
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding
