@@ -189,6 +189,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
+    for kind, one in done.remarked.items():
+        print(f"{out}: {one.records} records: {kind}; the first is {one.first} (see {out / 'remarks.csv'})")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")

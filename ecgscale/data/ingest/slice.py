@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
 from ecgscale.data.shards import Columns, write_tar, write_whole
 from ecgscale.errors import InputError
-from ecgscale.record import Record
+from ecgscale.record import Record, Remark
 
 if TYPE_CHECKING:
     from ecgscale.data.sources import Source
@@ -54,6 +54,11 @@ class Part:
     split_values: list[str]
     """The different ones."""
     patients_known: bool
+    remarks: list[tuple[str, str, str]]
+    """(record, kind, details) of what is odd about records; a record has each kind once."""
+
+
+_PART_FIELDS = {field.name for field in fields(Part)}
 
 
 def part_file(tar: Path) -> Path:
@@ -66,6 +71,8 @@ def read_part(tar: Path, identity: str) -> Part | None:
     try:
         with safe_open(part_file(tar), "np") as file:
             said = json.loads(file.metadata()["part"])
+        if said.keys() != _PART_FIELDS:
+            return None  # an earlier version's
         if said["identity"] != identity or (said["records"] and tar.stat().st_size != said["bytes"]):
             return None
     except (FileNotFoundError, SafetensorError):
@@ -86,6 +93,7 @@ def convert(task: Slice) -> Part:
     place_of_value: dict[str, int] = {}
     places: list[int] = []
     patients_known = False
+    remarks: list[tuple[str, str, str]] = []
 
     def records() -> Iterator[tuple[str, Record]]:
         nonlocal patients_known
@@ -101,6 +109,7 @@ def convert(task: Slice) -> Part:
             value = split_value(record.labels, record.metadata, task.options.split_by) if task.options.split_by else ""
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
+            remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
 
     digest = hashlib.sha256()
@@ -109,10 +118,19 @@ def convert(task: Slice) -> Part:
     if not places:
         task.tar.unlink()
     values = list(place_of_value)
-    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known)
+    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks)
     said = {"part": json.dumps(asdict(part))}  # ASCII: a file name may be no UTF-8
     write_whole(part_file(task.tar), save(columns | {SPLIT_VALUE: np.array(places, np.uint32)}, said))
     return part
+
+
+def _by_kind(remarks: Sequence[Remark]) -> Iterator[Remark]:
+    """One remark of each kind, with the details of all."""
+    details: dict[str, list[str]] = {}
+    for remark in remarks:
+        details.setdefault(remark.kind, []).append(remark.detail)
+    for kind, several in details.items():
+        yield Remark(kind, "; ".join(filter(None, several)))
 
 
 def check_utf8(name: str) -> None:
