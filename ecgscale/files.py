@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,9 +52,7 @@ def whole_file(path: Path, *, sweep: bool = True) -> Iterator[Path]:
     ``sweep``: remove what killed writers of this file left; to be left out in folders with thousands of files.
     """
     with naming_file(path, "cannot write"):
-        partial = _free_name(path)
-        if sweep:
-            _sweep(path)
+        partial = free_name(path, sweep=sweep)
         try:
             yield partial
             put_in_place(partial, path)
@@ -66,14 +65,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: the context fills a new, empty one, which then stands under ``path``, or replaces it."""
     path = path.absolute()  # "." has no name
     with naming_file(path, "cannot write"):
-        partial = _free_name(path)
-        _sweep(path)
+        partial = free_name(path)
         partial.mkdir(parents=True)
         try:
             yield partial
             put_in_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def free_name(path: Path, *, sweep: bool = True) -> Path:
+    """A name beside ``path`` that nobody else uses, for what is to be put in place; ``sweep`` as in ``whole_file``."""
+    if sweep:
+        _sweep(path)
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -123,10 +128,6 @@ def _sync_tree(path: Path) -> None:
         for child in path.iterdir():
             _sync_tree(child)
     sync(path)
-
-
-def _free_name(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def _before(path: Path) -> Path:
@@ -232,11 +233,10 @@ def _finite(text: str) -> float:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in tree:
-            raise ValueError(f"the key {key[:40]!r} stands twice")
-        tree[key] = value
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:40]!r} stands twice")
     return tree
 
 

@@ -22,6 +22,7 @@ from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.shards import Columns, map_index, shard_entry, torn_patients, write_index_in_parts, write_manifest
 from ecgscale.errors import InputError
+from ecgscale.files import whole_file
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
 _REJECTED = "rejected.csv"
@@ -119,23 +120,18 @@ class _Found:
 def _gather(job: Job) -> _Found:
     """Go through the parts once, and write rejected.csv on the way."""
     found = _Found()
-    path = job.out / _REJECTED
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf8", errors="backslashreplace", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(("record", "reason", "dataset"))
-            table.writerows(_old_rejected(job))
-            for tar, part in job.parts():
-                if part is None:
-                    raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again")
-                table.writerows((item, reason, job.source.dataset) for item, reason in part.rejected)
-                found.add(job, tar, part)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_file(job.out / _REJECTED) as partial,
+        partial.open("x", encoding="utf8", errors="backslashreplace", newline="") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(("record", "reason", "dataset"))
+        table.writerows(_old_rejected(job))
+        for tar, part in job.parts():
+            if part is None:
+                raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again")
+            table.writerows((item, reason, job.source.dataset) for item, reason in part.rejected)
+            found.add(job, tar, part)
     return found
 
 
