@@ -199,7 +199,7 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
 
 def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dict[str, str]:
     """What else the bytes of a record depend on; of a file, such as a table of labels, its content."""
-    from ecgscale.data.shards import file_sha256
+    from ecgscale.files import file_sha256
 
     # The source itself counts by the names of its records: it may be mounted elsewhere on another machine.
     others = {"source", "out", "workers", "part", "merge", "restart", "append", *vars(chosen)}

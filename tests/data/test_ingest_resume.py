@@ -28,7 +28,7 @@ from ecgscale.data.ingest.join import Remarked
 from ecgscale.data.ingest.slice import part_file
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import verify_dataset
 from ecgscale.record import Record, Remark
 from ecgscale.simulate import Simulation
@@ -142,13 +142,27 @@ def test_killed_at_any_step_and_gone_on(tmp_path) -> None:
 
 def test_finished_slices_are_not_read_again(tmp_path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(Killed), killed_at(10):
+    with pytest.raises(Killed), killed_at(12):
         ingest(FIRST, out, OPTIONS)
     finished = len(list(out.glob("*.part.safetensors")))
     assert finished == 2
     read: list[str] = []
     ingest(Tiny(FIRST.names, read_items=read), out, OPTIONS)
     assert read == list(FIRST.names[2 * finished :])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flipped_bit_of_a_part_file_is_never_believed(tmp_path, seed) -> None:
+    """Without a checksum over its columns, a patient or a split would be another, and no tar would tell."""
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    out, rng = tmp_path / "out", np.random.default_rng(seed)
+    ingest_part(FIRST, out, OPTIONS, (1, 1))
+    for part in sorted(out.glob("*.part.safetensors")):
+        content = bytearray(part.read_bytes())
+        content[rng.integers(8, len(content))] ^= 1 << rng.integers(8)
+        part.write_bytes(content)
+    ingest(FIRST, out, OPTIONS)
+    assert contents(out) == contents(tmp_path / "undisturbed")
 
 
 def test_what_is_damaged_is_done_again(tmp_path) -> None:
@@ -525,7 +539,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, limit_bytes, shards, 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
-        with pytest.raises(InputError, match=f"{named}.*File too large"):
+        with pytest.raises(MachineError, match=f"{named}.*File too large"):
             ingest(source, out, options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

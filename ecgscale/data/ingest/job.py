@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ecgscale.data.ingest.mark import NAMES, UNFINISHED, Asked, read_base, tidied, version
 from ecgscale.data.ingest.options import SPLIT_OPTIONS, IngestOptions
 from ecgscale.data.ingest.slice import Part, Slice, check_utf8, read_part
-from ecgscale.data.shards import MANIFEST, file_sha256
+from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError
+from ecgscale.files import file_sha256
 
 if TYPE_CHECKING:
     from ecgscale.data.sources import Source

@@ -23,6 +23,7 @@ from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.shards import Columns, map_index, shard_entry, torn_patients, write_index_in_parts, write_manifest
 from ecgscale.errors import InputError
+from ecgscale.files import whole_file
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
 _REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
@@ -170,20 +171,13 @@ def _table(
     The rows of the set that is appended to come first, without those of an --append that was killed.
     """
     path = job.out / name
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf8", errors="backslashreplace", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(columns)
-            if rows_before and path.exists():
-                with path.open(encoding="utf8", newline="") as old:
-                    table.writerows(islice(csv.reader(old), 1, 1 + rows_before))
-            yield table.writerows
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("x", encoding="utf8", errors="backslashreplace", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        if rows_before and path.exists():
+            with path.open(encoding="utf8", newline="") as old:
+                table.writerows(islice(csv.reader(old), 1, 1 + rows_before))
+        yield table.writerows
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------

@@ -19,13 +19,15 @@ from safetensors.numpy import save
 
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
-from ecgscale.data.shards import Columns, write_tar, write_whole
+from ecgscale.data.shards import Columns, write_tar
 from ecgscale.errors import InputError
+from ecgscale.files import whole_file
 from ecgscale.record import Record, Remark
 
 if TYPE_CHECKING:
     from ecgscale.data.sources import Source
 
+_DIGEST = "sha256"  # key of a part file's checksum; without one (of an older version) the slice is converted again
 SPLIT_VALUE = "split_value"  # column of a part file: place of the record's value in Part.split_values
 
 
@@ -69,22 +71,54 @@ def part_file(tar: Path) -> Path:
 def read_part(tar: Path, identity: str) -> Part | None:
     """The part file of a tar; None where the slice has to be converted, for the first time or again."""
     try:
-        with safe_open(part_file(tar), "np") as file:
-            said = json.loads(file.metadata()["part"])
-        if said.keys() != _PART_FIELDS:
-            return None  # an earlier version's
-        if said["identity"] != identity or (said["records"] and tar.stat().st_size != said["bytes"]):
+        part, _ = _read(tar)
+        if part.identity != identity or (part.records and tar.stat().st_size != part.bytes):
             return None
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, _DamagedError):
         return None
-    return Part(**said)
+    return part
 
 
 def read_columns(tar: Path) -> tuple[Columns, list[str]]:
-    """The index columns of a finished tar, with SPLIT_VALUE in place of the split, and Part.split_values."""
-    with safe_open(part_file(tar), "np") as file:
-        values: list[str] = json.loads(file.metadata()["part"])["split_values"]
-        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118, it is no dict
+    """The index columns of a finished tar, with SPLIT_VALUE in place of the split, and Part.split_values.
+
+    Raises InputError where the part file was damaged since it was counted as finished.
+    """
+    try:
+        part, columns = _read(tar)
+    except (FileNotFoundError, _DamagedError) as error:
+        raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again") from error
+    return columns, part.split_values
+
+
+class _DamagedError(Exception):
+    """A part file that is not as it was written."""
+
+
+def _read(tar: Path) -> tuple[Part, Columns]:
+    """A part file, held against its own checksum. Raises _DamagedError and FileNotFoundError."""
+    path = part_file(tar)
+    try:
+        with safe_open(path, "np") as file:
+            said, digest = ((file.metadata() or {}).get(key, "") for key in ("part", _DIGEST))
+            columns: Columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise _DamagedError from error
+    if digest != _digest(said, columns):
+        raise _DamagedError
+    fields = json.loads(said)
+    if fields.keys() != _PART_FIELDS:
+        raise _DamagedError  # another version's
+    return Part(**fields), columns
+
+
+def _digest(said: str, columns: Columns) -> str:
+    """sha256 over what a part file says and over its columns, with their names, types and shapes."""
+    digest = hashlib.sha256(said.encode())
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype.str} {column.shape} ".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()
 
 
 def convert(task: Slice) -> Part:
@@ -119,8 +153,11 @@ def convert(task: Slice) -> Part:
         task.tar.unlink()
     values = list(place_of_value)
     part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks)
-    said = {"part": json.dumps(asdict(part))}  # ASCII: a file name may be no UTF-8
-    write_whole(part_file(task.tar), save(columns | {SPLIT_VALUE: np.array(places, np.uint32)}, said))
+    said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
+    columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
+    path = part_file(task.tar)
+    with whole_file(path, sweep=False) as partial:
+        partial.write_bytes(save(columns, {"part": said, _DIGEST: _digest(said, columns)}))
     return part
 
 
