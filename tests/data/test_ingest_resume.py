@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,13 @@ class Tiny:
         remarks = (Remark("the name is short", "1 letter"), Remark("the name is short")) if len(item) == 1 else ()
         scale_L = np.ones(1, np.float32)
         return Record(item, signal_LT, scale_L, 100.0, ("I",), patient=item, metadata=fold, remarks=remarks)
+
+
+class Again(Tiny):
+    """Other names for the same records of the same patients."""
+
+    def read(self, item: str) -> Record:
+        return replace(super().read(item.removeprefix("again/")), name=item)
 
 
 FIRST = Tiny(("a", "bbbbbb", "c-bad", "d-bad", "ee", "f", "g-bad", "h", "iii"))  # the second of five shards is empty
@@ -509,7 +516,7 @@ def test_patients_stay_in_their_split_when_records_are_added(tmp_path) -> None:
     out = tmp_path / "out"
     ingest(FIRST, out, OPTIONS)
     before = contents(out)
-    more = Tiny((*FIRST.names, "zz"))
+    more = Again(tuple(f"again/{name}" for name in (*FIRST.names, "zz")))
     hashed = IngestOptions(rate_hz=100.0, validation_fraction=0.0, test_fraction=0.9)
     with pytest.raises(
         InputError, match=r"patient '\w+' stands in two splits .* with the split options of the earlier"
