@@ -207,6 +207,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     _print_copies(out)
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
+    for kind, one in done.remarked.items():
+        print(f"{out}: {one.records} records: {kind}; the first is {one.first} (see {out / 'remarks.csv'})")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
@@ -223,7 +225,7 @@ def _print_copies(folder: Path) -> None:
 
 def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dict[str, str]:
     """What else the bytes of a record depend on; of a file, such as a table of labels, its content."""
-    from ecgscale.data.shards import file_sha256
+    from ecgscale.files import file_sha256
 
     # The source itself counts by the names of its records: it may be mounted elsewhere on another machine.
     others = {"source", "out", "workers", "part", "merge", "restart", "append", *vars(chosen)}

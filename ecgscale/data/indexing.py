@@ -38,9 +38,7 @@ from ecgscale.data.shards import (
     write_index_in_parts,
     write_manifest,
 )
-from ecgscale.errors import InputError
-
-_PARTIALS = ("index.safetensors.partial", f"{MANIFEST}.partial")
+from ecgscale.errors import InputError, naming_file
 
 
 @dataclass(frozen=True)
@@ -106,15 +104,13 @@ def _lock(handle: int, folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Raises InputError for a folder that holds a data set, in which another `index` works, or that is a trap."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Raises InputError for a folder that holds a data set, or in which another `index` works."""
+    with naming_file(folder, "cannot be opened"):
+        handle = os.open(folder, os.O_RDONLY)
     try:
         _lock(handle, folder)
         if os.path.lexists(folder / MANIFEST):
             raise InputError(f"{folder}: holds a data set already; remove its {MANIFEST} to index it anew")
-        for name in _PARTIALS:
-            if (folder / name).is_symlink():
-                raise InputError(f"{folder / name}: a symbolic link where a file is to be written; remove it")
         yield
     finally:
         os.close(handle)

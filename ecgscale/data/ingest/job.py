@@ -15,8 +15,9 @@ from ecgscale.data.ingest.options import SPLIT_OPTIONS, IngestOptions
 from ecgscale.data.ingest.slice import Held, Part, Slice, check_utf8, read_part
 from ecgscale.data.payload import Payload
 from ecgscale.data.schema import parse_json
-from ecgscale.data.shards import MANIFEST, Columns, file_sha256, map_index
+from ecgscale.data.shards import MANIFEST, Columns, map_index
 from ecgscale.errors import InputError, naming_file
+from ecgscale.files import file_sha256
 
 if TYPE_CHECKING:
     from ecgscale.data.sources import Source

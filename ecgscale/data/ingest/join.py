@@ -1,4 +1,4 @@
-"""The end of an ingest: finished slices -> rejected.csv, index and manifest, which makes the folder a data set.
+"""The end of an ingest: finished slices -> rejected.csv, remarks.csv, index, manifest, which makes a data set.
 
 Part files are read one after the other, so that memory does not grow with the number of records.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,19 @@ from ecgscale.data.shards import (
     write_manifest,
 )
 from ecgscale.errors import InputError
+from ecgscale.files import whole_file
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
-_REJECTED = "rejected.csv"
+_REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
+
+
+@dataclass(frozen=True)
+class Remarked:
+    """How many records have a remark of one kind."""
+
+    records: int
+    first: str
+    """Name of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class Ingested:
     rejected: int
     shards: int
     patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
+    remarked: Mapping[str, Remarked]  # by kind; remarks.csv lists them
     held: int = 0  # that the set had already, under the same names with the same samples; they are left out
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
 
@@ -53,7 +65,9 @@ class Ingested:
     def of(described: dict[str, Any]) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
-        return Ingested(**always, held=described.get("held", 0), shared_ids=described.get("shared_ids", {}))
+        remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
+        later = {"held": described.get("held", 0), "shared_ids": described.get("shared_ids", {})}
+        return Ingested(**always, remarked=remarked, **later)
 
 
 def finish(job: Job, mark: Mark) -> Ingested:
@@ -87,6 +101,7 @@ def finish(job: Job, mark: Mark) -> Ingested:
         "rejected": len(job.items) - found.records - found.held,
         "shards": len(found.entries),
         "patients_known": found.patients_known,
+        "remarked": {kind: asdict(one) for kind, one in found.remarked.items()},
         "items_sha256": job.items_sha256,
         "held": found.held,
         "shared_ids": _shared_ids(job, found),
@@ -122,6 +137,7 @@ class _Found:
     patients_known: bool = False
     first_reason: str = ""
     """Why a record was rejected."""
+    remarked: dict[str, Remarked] = field(default_factory=dict)
     held: int = 0
 
     @property
@@ -137,37 +153,53 @@ class _Found:
         self.held += part.held
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
+        for item, kind, _ in part.remarks:
+            known = self.remarked.get(kind, Remarked(0, item.encode(errors="backslashreplace").decode()))
+            self.remarked[kind] = replace(known, records=known.records + 1)
 
 
 def _gather(job: Job) -> _Found:
-    """Go through the parts once, and write rejected.csv on the way."""
+    """Go through the parts once, and write rejected.csv and remarks.csv on the way."""
     found = _Found()
-    path = job.out / _REJECTED
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf8", errors="backslashreplace", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(("record", "reason", "dataset"))
-            table.writerows(_old_rejected(job))
-            for tar, part in job.parts():
-                if part is None:
-                    raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again")
-                table.writerows((item, reason, job.source.dataset) for item, reason in part.rejected)
-                found.add(job, tar, part)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    remarked_before = sum(
+        one["records"] for source in (job.base or {"sources": []})["sources"] for one in _remarked(source)
+    )
+    rejected_before = job.base["rejected"] if job.base else 0
+    with (
+        _table(job, _REJECTED, ("record", "reason", "dataset"), rejected_before) as write_rejected,
+        _table(job, _REMARKS, ("record", "remark", "details", "dataset"), remarked_before) as write_remarks,
+    ):
+        for tar, part in job.parts():
+            if part is None:
+                raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again")
+            write_rejected((item, reason, job.source.dataset) for item, reason in part.rejected)
+            write_remarks((*remark, job.source.dataset) for remark in part.remarks)
+            found.add(job, tar, part)
     return found
 
 
-def _old_rejected(job: Job) -> Iterator[list[str]]:
-    """The rows of the set that is appended to, without those of an --append that was killed."""
-    path = job.out / _REJECTED
-    if job.base is not None and path.exists():
-        with path.open(encoding="utf8", newline="") as file:
-            yield from islice(csv.reader(file), 1, 1 + job.base["rejected"])
+def _remarked(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Counts of an entry of the manifest's ``sources``; those of earlier versions have none."""
+    counts: dict[str, dict[str, Any]] = source.get("remarked", {})
+    return counts.values()
+
+
+@contextmanager
+def _table(
+    job: Job, name: str, columns: Sequence[str], rows_before: int
+) -> Iterator[Callable[[Iterable[Sequence[str]]], None]]:
+    """What writes rows into a table beside the shards, complete or as it was.
+
+    The rows of the set that is appended to come first, without those of an --append that was killed.
+    """
+    path = job.out / name
+    with whole_file(path) as partial, partial.open("x", encoding="utf8", errors="backslashreplace", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        if rows_before and path.exists():
+            with path.open(encoding="utf8", newline="") as old:
+                table.writerows(islice(csv.reader(old), 1, 1 + rows_before))
+        yield table.writerows
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------
