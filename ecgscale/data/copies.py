@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import one_line
@@ -120,8 +121,33 @@ def is_flat(signal_LT: Counts) -> bool:
 
 def copies_in(shards: ShardSet) -> Copies:
     """Of all records that are not flat."""
-    copies = Copies.find(np.concatenate([content_keys(one.columns) for one in shards.sets]))
+    return _without_flat(shards, _all_in(shards))
+
+
+def _all_in(shards: ShardSet) -> Copies:
+    return Copies.find(np.concatenate([content_keys(one.columns) for one in shards.sets]))
+
+
+def _without_flat(shards: ShardSet, copies: Copies) -> Copies:
     return copies.only(np.array([not is_flat(shards.signal(number)) for number in copies.one_of_each.tolist()], bool))
+
+
+def copies_apart(shards: ShardSet) -> str | None:
+    """A line where exact copies lie in different splits of what is read together; ``ingest`` sees one set alone.
+
+    Shards are not fetched for it, so that in remote sets flat recordings count too.
+    """
+    copies = _all_in(shards)
+    apart = copies.only(copies.differing(shards.take("split", copies.number_R)))
+    if not any(is_remote(one.place) for one in shards.sets):
+        apart = _without_flat(shards, apart)
+    if not len(apart):
+        return None
+    shown = "" if any(is_remote(one.place) for one in shards.sets) else f", such as {_pair(shards, apart, split=True)}"
+    return (
+        f"{len(apart)} recordings have exact copies in another split of {', '.join(shards.names)}{shown}; "
+        "`ingest --append` into one data set keeps copies in one split"
+    )
 
 
 def about_copies(shards: ShardSet) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecgscale import cli
-from ecgscale.data.copies import Copies, about_copies, content_keys, copies_in
+from ecgscale.data.copies import Copies, about_copies, content_keys, copies_apart, copies_in
 from ecgscale.data.ingest import Ingested, IngestOptions, ingest, ingest_part, merge_parts
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
@@ -19,6 +19,7 @@ from ecgscale.errors import InputError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.record import Record
 from ecgscale.simulate import Simulation
+from small_jobs import SMALL
 
 from .conftest import RATE_HZ, Records
 
@@ -188,6 +189,23 @@ def test_values_that_name_splits_are_kept_and_copies_in_different_ones_named(ori
     assert apart in summarise(str(out))
     assert cli.main(["verify", str(out)]) == 0
     assert apart in capsys.readouterr().out
+
+
+def test_copies_in_another_split_of_a_second_set_are_named(make_record, ingest_records, tmp_path, jobs) -> None:
+    records = [make_record(f"{i}", 1000, patient=None) for i in range(12)]
+    flat = replace(records[0], name="flat", signal_LT=np.zeros_like(records[0].signal_LT))
+    one, two = tmp_path / "one", tmp_path / "two"
+    ingest_records(one, [*records, flat], validation_fraction=0.0)
+    again = [replace(record, name=f"{record.name} again") for record in (*records[:2], flat)]
+    ingest(Records(again, "other"), two, IngestOptions(RATE_HZ, validation_fraction=0, test_fraction=1))
+    apart = copies_apart(ShardSet.open([one, two]))
+    assert apart == (
+        "2 recordings have exact copies in another split of one, two, such as 0 (train) and 0 again (test); "
+        "`ingest --append` into one data set keeps copies in one split"
+    )
+    assert copies_apart(ShardSet.open(one)) is None
+    run = ["pretrain", *SMALL, f"--data.shards={one},{two}", f"--run.dir={tmp_path / 'run'}", "--train.steps=1"]
+    assert apart in jobs.run(1, run)
 
 
 def test_tars_of_others_with_copies(originals, ingest_records, tmp_path, capsys) -> None:
