@@ -9,8 +9,10 @@ Shape suffixes: N records, R records that have copies, G groups of equal records
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import one_line
+from ecgscale.files import whole_file
 from ecgscale.record import LEADS, Counts
 
 Int64 = npt.NDArray[np.int64]
@@ -172,6 +175,24 @@ def about_copies(shards: ShardSet) -> list[str]:
             "they are one person, or an id is wrong"
         )
     return lines
+
+
+def write_copies(shards: ShardSet, path: Path) -> bool:
+    """All of them as a table, each with the first record that it equals; whether there are any to write."""
+    copies = copies_in(shards)
+    if not len(copies):
+        return False
+    split_R, group_R = shards.take("split", copies.number_R), copies.group_R
+    with whole_file(path) as partial, partial.open("x", encoding="utf8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("record", "equals", "dataset", "patient", "split"))
+        original, of_group = "", -1
+        for number, group, split in zip(copies.number_R.tolist(), group_R.tolist(), split_R.tolist(), strict=True):
+            about = shards.metadata(number)
+            if group != of_group:
+                original, of_group = about["name"], group
+            table.writerow((about["name"], original, about["dataset"], about["patient"] or "", SPLITS[split]))
+    return True
 
 
 def _under_two_patients(shards: ShardSet, copies: Copies) -> Copies:

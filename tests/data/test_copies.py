@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import csv
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,22 @@ from ecgscale.record import Record
 from ecgscale.simulate import Simulation
 from small_jobs import SMALL
 
-from .conftest import RATE_HZ, Records
-
+RATE_HZ = 100.0
 HALVES = IngestOptions(rate_hz=RATE_HZ, records_per_shard=7, validation_fraction=0.3, test_fraction=0.3)
+
+
+@dataclass(frozen=True)
+class Records:
+    """A source of records that lie in memory already."""
+
+    records: list[Record]
+    dataset: str = "made"
+
+    def items(self) -> list[str]:
+        return [record.name for record in self.records]
+
+    def read(self, item: str) -> Record:
+        return next(record for record in self.records if record.name == item)
 
 
 @pytest.fixture
@@ -288,3 +302,7 @@ def test_the_command_line_says_it(tmp_path, write_record, capsys) -> None:
         "1 recordings are exact copies of others, such as r0 and r9; all copies of a recording lie in one split" in said
     )
     assert "1 records in 1 shards, 0 rejected" in said
+    with (tmp_path / "out" / "copies.csv").open(newline="") as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    split = splits(tmp_path / "out")["r0"]
+    assert rows == [(name, "r0", "2019", "0", split) for name in ("r0", "r9")]

@@ -574,6 +574,17 @@ def test_files_that_are_left_out_are_counted_with_their_reason(tmp_path, ecgs: l
     assert any("2 WFDB headers (.hea) beside arrays; --layout wfdb reads them" in line for line in arrays.left_out())
 
 
+def test_arrays_with_what_systems_leave(tmp_path) -> None:
+    for name in ("a.npy", "._a.npy", "ward/b.npy", "ward/.ipynb_checkpoints/b-checkpoint.npy", "__MACOSX/a.npy"):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.zeros((12, 30)))
+    (tmp_path / "mine" / "._a.hea").write_bytes(b"\0")
+    source = opened(tmp_path / "mine", source_rate_hz=500.0)
+    assert source.items() == ["a", "ward/b"]
+    assert source.left_out() == []
+
+
 def test_a_folder_with_nothing_but_other_endings_says_so(tmp_path, ecgs: list[Record], write_record) -> None:
     header = write_record(tmp_path / "mine", "a", ecgs[0])
     header.rename(header.with_suffix(".HEA"))
