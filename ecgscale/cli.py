@@ -255,7 +255,9 @@ def ingest(argv: list[str]) -> None:
     source = source_from(options)
     from ecgscale.data.sources import implausible_unit
 
-    about = [source.description, *(f"{options.source}: {line}" for line in source.left_out())]
+    about = [source.description]
+    if not options.part:  # --merge says it once for all
+        about += [f"{options.source}: {line}" for line in source.left_out()]
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding

@@ -492,6 +492,8 @@ def test_a_part_of_ptbxl_without_its_table(ptbxl: Path) -> None:
         assert "looks like PTB-XL at both rates" in said
         assert "no ptbxl_database.csv" in said
         assert "--layout wfdb" in said
+        (line,) = opened(as_kind(ptbxl, kind), layout="wfdb").left_out()
+        assert line.startswith("both rates of PTB-XL are read, each recording twice and as two persons")
 
 
 def test_what_tables_and_folders_do_not_share_is_counted(ptbxl: Path, mimic: Path) -> None:

@@ -52,7 +52,7 @@ def why_not(tree: Tree) -> list[str]:
         return []
     lacking = "; ".join(f"no column {name}" for name in _lacking(tree)[:1])
     return [
-        f"{tree.where / RECORDS}: not the list of MIMIC-IV-ECG ({lacking}), so these are read as plain WFDB records; "
+        f"{RECORDS} is not the list of MIMIC-IV-ECG ({lacking}), so these are read as plain WFDB records; "
         f"--labels {RECORDS} takes its columns as labels"
     ]
 

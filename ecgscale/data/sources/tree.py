@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Protocol, TextIO
 
 from ecgscale.data.sources.listing import Contents, contents_below, is_junk
 from ecgscale.data.sources.wfdb_source import headers_below, read_wfdb, stays_inside, without_segments
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, file_error
 from ecgscale.record import Record
 
 
@@ -61,12 +62,18 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return frozenset()
         except OSError as error:
-            raise InputError(f"{path}: cannot be listed ({error.strerror})") from error
+            raise file_error(path, "cannot be listed", error) from error
 
     def folders(self, folder: str) -> list[str]:
-        names = self.children(folder)
-        paths = [self.where / folder / name for name in sorted(names)]
-        return [path.name for path in paths if path.is_dir() and not path.is_symlink()]
+        path = self.where / folder
+        try:
+            with os.scandir(path) as entries:  # which tells without a look at each
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise file_error(path, "cannot be listed", error) from error
+        return sorted(name for name in names if not is_junk(name))
 
     def below(self, folder: str) -> Folder:
         return Folder(self.where / folder) if folder else self
