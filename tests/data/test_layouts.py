@@ -469,7 +469,7 @@ def test_a_set_beside_records_of_ones_own(ptbxl: Path, ecgs: list[Record], write
     write_record(around / "mine", "a", ecgs[0])
     for kind in ("folder", "zip", "tar.gz"):
         said = refusal(as_kind(around, kind) if kind == "folder" else pack_beside(around, kind))
-        assert "holds PTB-XL in ptb-xl and other records, such as mine/a.hea; give ptb-xl alone" in said
+        assert "holds PTB-XL in ptb-xl and other records, such as mine/a; give ptb-xl alone" in said
 
 
 def pack_beside(root: Path, kind: str) -> Path:

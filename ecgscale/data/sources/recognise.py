@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ecgscale.data.sources import cinc2021, code15, mimic_iv_ecg, ptbxl
+from ecgscale.data.sources.listing import header_names
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError, MachineError
 
@@ -153,8 +154,7 @@ def _is_above(root: Path, layout: Layout) -> bool:
 
 
 def _looks_like_ptbxl(tree: Tree, forced: bool) -> list[str]:
-    names = (f"{contents.folder}/{name}" for contents in tree.contents() for name in contents.files)
-    headers = (name for name in names if name.endswith(".hea"))
+    headers = header_names(tree.contents())
     first = next(headers, "")
     if not _of_ptbxl(first):
         return []
@@ -167,13 +167,13 @@ def _looks_like_ptbxl(tree: Tree, forced: bool) -> list[str]:
         return [twice] if {"hr", "lr"} <= rates else []
     if {"hr", "lr"} <= rates:
         raise InputError(
-            f"{tree.where}: looks like PTB-XL at both rates (such as {first.lstrip('/')}), with {lost} would be lost "
+            f"{tree.where}: looks like PTB-XL at both rates (such as {first}), with {lost} would be lost "
             "and each recording be read twice; give the folder that holds the table, one rate alone, or --layout wfdb"
         )
     return [f"it looks like a part of PTB-XL, with {lost} are unknown: give the folder that holds the table"]
 
 
 def _of_ptbxl(header: str) -> str:
-    """``hr`` or ``lr`` for a name such as records500/00000/00001_hr.hea, else "" ."""
-    match = re.search(r"/\d{5}_(hr|lr)\.hea$", header)
+    """``hr`` or ``lr`` for a name such as records500/00000/00001_hr, else "" ."""
+    match = re.search(r"(?:^|/)\d{5}_(hr|lr)$", header)
     return match[1] if match else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from ecgscale.data.sources.listing import Contents, contents_below, is_junk
+from ecgscale.data.sources.listing import Contents, contents_below, header_names, is_junk
 from ecgscale.data.sources.wfdb_source import headers_below, read_wfdb, stays_inside, without_segments
 from ecgscale.errors import InputError, file_error
 from ecgscale.record import Record
@@ -79,13 +79,8 @@ class Folder:
         return Folder(self.where / folder) if folder else self
 
     def header_outside(self, folder: str) -> str | None:
-        for contents in contents_below(self.where):
-            if contents.folder == folder or contents.folder.startswith(f"{folder}/"):
-                continue
-            for name in contents.files:
-                if name.endswith(".hea"):
-                    return f"{contents.folder}/{name}" if contents.folder else name
-        return None
+        names = header_names(contents_below(self.where))
+        return next((name for name in names if not name.startswith(f"{folder}/")), None)
 
     def contents(self) -> Iterator[Contents]:
         return contents_below(self.where)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, load_label_table
-from ecgscale.data.sources.listing import contents_below, left_out
+from ecgscale.data.sources.listing import contents_below, header_names, left_out
 from ecgscale.data.wfdb_header import MAX_RATE_HZ, Header, SignalLine, parse_header
 from ecgscale.data.wfdb_signals import (
     INT16_FORMATS,
@@ -201,11 +201,7 @@ def headers_below(root: Path) -> list[str]:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
 
-    names = []
-    for folder, files, _ in contents_below(root):
-        stems = [file.removesuffix(".hea") for file in files if file.endswith(".hea") and file != ".hea"]
-        names += [f"{folder}/{stem}" if folder else stem for stem in stems]
-    return sorted(names)
+    return sorted(header_names(contents_below(root)))
 
 
 def stays_inside(path: Path, root: Path) -> bool:
