@@ -339,7 +339,8 @@ def _refuse_leak(pretrained_on: ShardSet, shards: ShardSet, task: str) -> None:
 
 def _read_samples(folder: Path) -> Samples:
     try:
-        with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+        # Opened here, since numpy leaves a file open that it cannot read.
+        with (folder / "samples.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{folder / 'samples.npz'}: missing or damaged; remove {folder}") from error
