@@ -18,6 +18,7 @@ from ecgscale.plot import plot_record
 from ecgscale.record import LEADS
 
 _SHOWN_VALUES = 12
+_NO_CLASS = "(none)"  # how recordings are counted that are known to have no class
 
 
 def verify_dataset(folder: str) -> str:
@@ -109,7 +110,7 @@ def _labels(shards: ShardSet) -> dict[str, Counter[str]]:
     labels: dict[str, Counter[str]] = {}
     for number in tqdm(range(len(shards)), desc="labels", unit="rec", disable=None, leave=False):
         for name, values in shards.metadata(number)["labels"].items():
-            labels.setdefault(name, Counter()).update(values)
+            labels.setdefault(name, Counter()).update(values or [_NO_CLASS])
     return labels
 
 

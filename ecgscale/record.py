@@ -102,7 +102,7 @@ class Record:
     rate_hz: float
     leads: tuple[str, ...]
     patient: str | None = None  # None: unknown, and then shared with no other record
-    labels: dict[str, list[str]] = field(default_factory=dict)
+    labels: dict[str, list[str]] = field(default_factory=dict)  # []: known to have none; absent: nothing is known
     metadata: dict[str, str] = field(default_factory=dict)  # age, sex and whatever else the source said
     invalid_samples: int = 0  # samples that the source marked as invalid and that were interpolated
 
