@@ -55,8 +55,10 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.init.model and not checkpoints(Path(config.run.dir) / "checkpoints"):
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
+    held_out = Selection(shards, config.data, "validation")
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
+    log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
     log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
@@ -77,7 +79,7 @@ def pretrain(config: PretrainConfig) -> Path:
         about=about,
         identity=shards.identity,
         validate=Validation(
-            Selection(shards, config.data, "validation").some(config.train.validation_recordings, config.train.seed),
+            held_out.some(config.train.validation_recordings, config.train.seed),
             config.train.contrast,
             SEGMENTS,
             config.train.seed,
@@ -90,7 +92,7 @@ def pretrain(config: PretrainConfig) -> Path:
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:
-            _project(run, export, Selection(shards, config.data, "validation"), config.train)
+            _project(run, export, held_out, config.train)
         except InputError as error:  # a picture is no reason to fail
             log(ranks, f"no embeddings for the projector: {error}")
     leave_run(run)

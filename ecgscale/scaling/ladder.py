@@ -302,8 +302,7 @@ def _check(mine: list[Cell], world_size: int) -> None:
         config = cell.pretraining
         shards = ShardSet.open(config.data.shards, config.data.cache)
         config.train.order(Selection(shards, config.data, "train"), world_size)
-        if not len(Selection(shards, config.data, "validation")):
-            raise InputError(f"{', '.join(config.data.shards)}: no validation recordings; ingest with some")
+        Selection(shards, config.data, "validation").refuse_empty()
 
 
 def epochs(cell: Cell) -> float:
