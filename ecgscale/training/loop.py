@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.stream import Batches, TrainStream
-from ecgscale.errors import InputError
+from ecgscale.errors import Diverged, InputError, MachineError
+from ecgscale.provenance import versions
 from ecgscale.stopping import Stopped, listening
 from ecgscale.training import checkpoint
 from ecgscale.training.boundary import Boundary, Wish
@@ -31,6 +30,8 @@ from ecgscale.training.profile import StepProfiler, steps_to_profile
 from ecgscale.training.ranks import Ranks, log
 from ecgscale.training.schedule import Schedule, learning_rate_factor
 from ecgscale.training.validation import Validation
+
+_VERSIONS_OF = ("ecgscale", "torch", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def _train(job: Job, ranks: Ranks) -> Engine:
     engine, step, skipped = _start(job, ranks, resumed)
     if resumed:
         log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
+        if changed := _changed_versions(resumed.state):
+            log(ranks, f"versions have changed since: {changed}")
     config = yaml.safe_dump(job.config, sort_keys=False)
     with ExitStack() as stack:
         seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
@@ -281,6 +284,13 @@ def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tup
     return engine, resumed.step, Skipped(resumed.state["skipped"], resumed.state["skipped_in_a_row"])
 
 
+def _changed_versions(state: dict[str, Any]) -> str:
+    """Which versions differ from those that a checkpoint was written with; empty where none does."""
+    before, now = state.get("versions", {}), versions(_VERSIONS_OF)
+    names = sorted(name for name in now if before.get(name) != now[name])
+    return ", ".join(f"{name} {str(before.get(name))[:40]} -> {now[name]}" for name in names)
+
+
 def _work(job: Job, ranks: Ranks) -> Work:
     segments = job.train.global_batch * job.stream.segments
     return Work(
@@ -355,8 +365,7 @@ def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skippe
         "config": job.config,
         "about": job.about,
         "world_size": engine.ranks.world_size,
-        "versions": {name: version(name) for name in ("ecgscale", "torch", "deepspeed")}
-        | {"python": platform.python_version()},
+        "versions": versions(_VERSIONS_OF),
     }
     checkpoint.save(folder, engine, step, state)
     if engine.ranks.first:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import importlib.util
 import os
-import platform
 import shutil
 import socket
 import stat
@@ -15,10 +14,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from ecgscale import provenance
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, build, dump, load
 from ecgscale.data.shards import MANIFEST, write_whole
 from ecgscale.errors import InputError
@@ -203,13 +202,7 @@ def _user() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run depends on, where they are installed."""
-    found = {"python": platform.python_version()}
-    for package in _VERSIONS_OF:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return provenance.versions(_VERSIONS_OF)
 
 
 # -- code ------------------------------------------------------------------------------------------------------------
