@@ -173,8 +173,8 @@ def _train(job: Job, ranks: Ranks) -> Engine:
         seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
         if seen:
             stack.enter_context(closing(seen))
-        monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, config, _work(job, ranks))
-        stack.enter_context(closing(monitor))
+        work = _work(job, ranks)
+        monitor = stack.enter_context(Monitor(job.run, ranks, step, job.train.steps, job.name, config, work))
         if job.picture and resumed is None and ranks.first:
             monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
         profiler = stack.enter_context(closing(_profiler(job, ranks, monitor, step)))
