@@ -65,7 +65,8 @@ class TrainConfig:
     checkpoint_every_s: float = 0.0
     """Seconds between two checkpoints, by the first rank's clock, beside those by steps; 0: only by steps."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, and the newest whose weights have shown to be good: a later step's gradient was
+    finite."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept too; 0: none."""
     max_skipped: int = 10
@@ -268,12 +269,18 @@ class Skipped:
     total: int = 0
     in_a_row: int = 0
 
+    def proven(self, step: int) -> int:
+        """The last step, of ``step`` so far, whose weights have given a finite gradient: the one before an update."""
+        return max(0, step - self.in_a_row - 1)
+
 
 def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tuple[Engine, int, Skipped]:
-    if resumed and resumed.state["data"] != job.identity:
+    if resumed and resumed.state.get("data") != job.identity:
         raise InputError(
             f"{resumed.folder}: was trained on other data than data.shards now names; take another run.dir"
         )
+    if resumed:
+        resumed.check_fits(job.objective)
     weights = resumed.tensors("weight") if resumed else None
     micro_rows = job.train.contrast // ranks.world_size
     engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
@@ -321,10 +328,6 @@ def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
     torch.manual_seed(mixed % 2**63)
 
 
-class Diverged(InputError):  # noqa: N818
-    """The gradient was not finite for train.max_skipped steps in a row. Every rank raises it at the same step."""
-
-
 def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, updated: bool) -> Skipped:
     if updated:
         return Skipped(skipped.total, 0)
@@ -334,7 +337,8 @@ def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, upda
     if skipped.in_a_row >= job.train.max_skipped:
         raise Diverged(
             f"{job.run}: {skipped.in_a_row} steps in a row had a non-finite gradient (the last was step {step}); "
-            "lower engine.learning_rate, set engine.clip_norm, or look for damaged recordings"
+            "lower engine.learning_rate, set engine.clip_norm, or look for damaged recordings. Checkpoints after step "
+            f"{skipped.proven(step)} have shown no finite gradient"
         )
     return skipped
 
@@ -369,5 +373,8 @@ def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skippe
     }
     checkpoint.save(folder, engine, step, state)
     if engine.ranks.first:
-        checkpoint.prune(folder, job.train.keep_last, job.train.keep_every)
+        try:
+            checkpoint.prune(folder, job.train.keep_last, job.train.keep_every, skipped.proven(step))
+        except (InputError, MachineError) as error:  # as where a reader on another machine keeps a file
+            monitor.say(f"{error}; tried again after the next checkpoint")
     monitor.event("saved", step=step)
