@@ -21,7 +21,7 @@ from ecgscale import provenance
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, build, dump, load
 from ecgscale.data.shards import MANIFEST, write_whole
 from ecgscale.errors import InputError
-from ecgscale.run import refuse_other_config
+from ecgscale.run import refuse_other_run
 from ecgscale_launch.folder import JobFolder, read_json, write_json
 from ecgscale_launch.resources import ClusterConfig, host_python, job_name, refuse_control_characters
 
@@ -80,7 +80,7 @@ def make_job_folder(run: Path, command: list[str], cluster: ClusterConfig, where
     config = load_command(command)
     if config is not None:
         config = replace(config, run=RunConfig(str(folder.run)))
-        refuse_other_config(folder.run / "config.yaml", config)
+        refuse_other_run(folder.run, config)
     make_private(folder)
     sources = package_folders()
     snapshot(sources, folder.code)
