@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecgscale.data.selection import Normalisation
-from ecgscale.data.shards import file_sha256, write_whole
 from ecgscale.errors import InputError
+from ecgscale.files import file_sha256, write_whole
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.record import LEADS
-from ecgscale.training.checkpoint import Checkpoint, checkpoints, open_tensors, step_of
+from ecgscale.training.checkpoint import Checkpoint, checkpoints, step_of
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
+from ecgscale.weights import open_tensors
 
 FORMAT = "ecgscale-export/1"
 PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds

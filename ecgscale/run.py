@@ -12,11 +12,11 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
+from ecgscale import yaml_text
 from ecgscale.config import dump
-from ecgscale.data.shards import MANIFEST, write_whole
+from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, RankError, file_error, naming_file
+from ecgscale.files import write_whole
 from ecgscale.training.checkpoint import checkpoints
 from ecgscale.training.ranks import Ranks, first_rank
 from ecgscale.training.state import STATE, read_state
@@ -134,21 +134,16 @@ def refuse_other_config(path: Path, config: Any, may_change: Collection[str] = M
     if not path.exists():
         return
     try:
-        with naming_file(path, "cannot read"):
-            before = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
+        before = yaml_text.read(path)
+    except InputError as error:
+        raise InputError(f"{path}: damaged ({error}); remove it or take another run.dir") from error
     if not isinstance(before, dict):
         raise InputError(f"{path}: damaged, not a mapping of keys; remove it or take another run.dir")
     _refuse_difference(path, before, config, may_change)
 
 
 def _refuse_difference(path: Path, before: dict[str, Any], config: Any, may_change: Collection[str]) -> None:
-    try:
-        differs = first_difference(before, config, may_change)
-    except RecursionError as error:
-        raise InputError(f"{path}: damaged, its keys are nested too deeply; take another run.dir") from error
-    if differs:
+    if differs := first_difference(before, config, may_change):
         key, was, now = differs
         raise InputError(
             f"{path}: the run has {key[:80]} {repr(was)[:200]}, now it is {repr(now)[:200]}; "

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
+from ecgscale.files import write_whole
 from ecgscale.provenance import package_version
 
 _QUIET = 0.3  # load per core

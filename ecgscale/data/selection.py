@@ -19,6 +19,7 @@ from ecgscale.data.order import MIXTURE_BLOCK, Mixture, Order, mixture_quotas
 from ecgscale.data.payload import BLOCK
 from ecgscale.data.remote import CacheConfig
 from ecgscale.data.shard_set import DamagedRecordError, ShardSet, UnreadableShardError, lead_positions
+from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Counts, chosen_leads
 from ecgscale.rng import Purpose, below, random_words
@@ -130,9 +131,21 @@ class Selection:
         return Selection(self.shards, self.config, self.split, np.zeros(len(self.shards), bool))
 
     def order(self, global_batch: int, contrast_batch: int, lanes: int, seed: int) -> Order:
-        """The order in which these records are read for training."""
+        """The order in which these records are read for training. Raises InputError where there is none to read."""
+        if not len(self):
+            raise InputError(self._why_empty())
         window = self.config.shuffle_window
         return Order(self.counts, global_batch, contrast_batch, lanes, seed, window, self._mixture())
+
+    def _why_empty(self) -> str:
+        names, n = ", ".join(self.shards.names), self.shards.count(self.split)
+        split = "training" if self.split == "train" else self.split
+        if n:
+            short = f"{self.too_short} are shorter than data.min_record_s {self.config.min_record_s:g}"
+            rest = ", the others have no label of the task" if self.too_short < n else ""
+            return f"{names}: none of the {n} {split} recordings can be used: {short}{rest}"
+        there = ", ".join(f"{self.shards.count(name)} for {name}" for name in SPLITS if self.shards.count(name))
+        return f"{names}: no {split} recordings, only {there}; give a set that has some, or ingest it with other splits"
 
     def shares(self, mixture: Mixture) -> list[str]:
         """For people: what each set has of the stream, and what that means for its recordings."""

@@ -17,13 +17,14 @@ import torch
 
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet, lead_positions
-from ecgscale.data.shards import SPLITS, write_whole
+from ecgscale.data.shards import SPLITS
 from ecgscale.downstream.identification import IdentificationReport, identify
 from ecgscale.downstream.metrics import best_thresholds
 from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
 from ecgscale.downstream.tasks import Task, TaskConfig, TrainedTask, load_task
 from ecgscale.errors import InputError
+from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Recording, load, recordings_of
 from ecgscale.record import LEADS, chosen_leads, lead_set_name
 

@@ -7,7 +7,6 @@ execute. A checkpoint is checked to be finite, written beside its place, verifie
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,15 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ecgscale.data.shards import file_sha256
-from ecgscale.errors import Diverged, InputError, MachineError, file_error, naming_file
+from ecgscale.errors import Diverged, InputError, MachineError, naming_file
+from ecgscale.files import file_sha256, put_in_place, sync
 from ecgscale.training.engine import MOMENTS, Engine
 from ecgscale.training.ranks import Ranks, all_succeed, first_rank, log
 from ecgscale.training.state import STATE, check_resumable, read_state, write_state
+from ecgscale.weights import open_tensors, save_tensors
 
 _REMOVED = ".removed-"  # in front of the name of a checkpoint that is being deleted
 _ATTEMPTS = 2  # one error of a disk or of a network between is no reason to end a job of many machines
@@ -50,11 +48,11 @@ class Checkpoint:
             raise InputError(f"{folder / STATE}: of step {state['step']}; remove {folder} to go on from the one before")
         for name, about in state["files"].items() if verify else ():
             file = folder / name
-            with naming_file(file, "cannot read the checkpoint"):
+            with naming_file(file, "cannot read"):
                 if not file.is_file():
                     raise InputError(f"{file}: missing; remove {folder} to go on from the checkpoint before")
-                whole = file.stat().st_size == about["bytes"] and file_sha256(file) == about["sha256"]
-            if not whole:
+                size = file.stat().st_size
+            if size != about["bytes"] or file_sha256(file) != about["sha256"]:
                 raise InputError(
                     f"{file}: damaged, its sha256 differs from {STATE}; remove {folder} to go on from the one before"
                 )
@@ -118,16 +116,6 @@ class Checkpoint:
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{self.folder}: {name[:80]} is not finite; {self._go_on}")
         return tensor
-
-
-def open_tensors(path: Path) -> Any:
-    """A safetensors file, mapped; raises InputError where it is missing or damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    except OSError as error:
-        raise file_error(path, "not a readable safetensors file", error) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -209,14 +197,13 @@ def _make_empty(folder: Path) -> None:
 
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     """Write the state, read everything back, and give the folder its name."""
-    with naming_file(partial / STATE, "cannot write the checkpoint"):
-        write_state(partial, state)
+    write_state(partial, state)
     try:
         Checkpoint.open(partial)
     except InputError as error:  # nobody gave it: the disk lost what was just written
         raise MachineError(f"{partial}: what was written does not read back ({error})") from error
     with naming_file(final, "cannot write the checkpoint"):
-        partial.replace(final)
+        put_in_place(partial, final)
 
 
 def _collect(engine: Engine) -> dict[str, Tensor]:
@@ -238,14 +225,12 @@ def _collect(engine: Engine) -> dict[str, Tensor]:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any] | InputError | MachineError:
     """Size and hash of the written file, or what went wrong."""
     try:
-        save_file(tensors, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    except OSError as error:
-        return file_error(path, "cannot write the checkpoint", error)
-    except SafetensorError as error:  # how safetensors says what the disk did
-        return MachineError(f"{path}: cannot write the checkpoint: {error}")
+        with naming_file(path, "cannot write"):
+            save_tensors(path, tensors)
+            sync(path)
+            return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    except (InputError, MachineError) as error:
+        return type(error)(f"cannot write the checkpoint: {error}")
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, proven: int = 0) -> None:

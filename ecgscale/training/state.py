@@ -5,18 +5,15 @@ Its own sha256 shows damage, not who wrote it: it is read as a file that anybody
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, naming_file
+from ecgscale.files import read_json, seal_holds, sealed, write_json
 
 FORMAT = "ecgscale-checkpoint/1"
 STATE = "state.json"
-LIMIT_BYTES = 1 << 24  # the files of 50,000 ranks take half of it; parsed, it is some ten times as much memory
 
 _OF_ALL: dict[str, type] = {"step": int, "files": dict, "about": dict}
 # What a run needs to go on, beside them.
@@ -35,22 +32,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint folder. Raises InputError that names its file unless it is whole and plausible."""
     path = folder / STATE
     go_on = f"remove {folder} to go on from the one before"
-    with naming_file(path, "cannot read the checkpoint"):
+    with naming_file(path, "cannot read"):
         if not path.is_file():
             raise InputError(f"{path}: missing, so {folder} is no complete checkpoint; remove the folder")
-        with path.open("rb") as file:
-            content = file.read(LIMIT_BYTES + 1)
-    if len(content) > LIMIT_BYTES:
-        raise InputError(f"{path}: damaged, it has more than {LIMIT_BYTES >> 20} MiB; {go_on}")
     try:
-        parsed = json.loads(content)
-        state: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
-        whole = state.get("sha256") == _digest(state)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({str(error)[:80]}); {go_on}") from error
+        state = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; {go_on}") from error
     if state.get("format", FORMAT) != FORMAT:
         raise InputError(f"{path}: format {str(state['format'])[:40]!r} is not {FORMAT!r}")
-    if not whole or "format" not in state:
+    if not seal_holds(state) or "format" not in state:
         raise InputError(f"{path}: damaged, its content differs from its own sha256; {go_on}")
     if wrong := _implausible(state):
         raise InputError(f"{path}: {wrong}; {go_on}")
@@ -64,18 +55,8 @@ def check_resumable(folder: Path, state: dict[str, Any]) -> None:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint's state with its own hash, down to the disk."""
-    state = state | {"format": FORMAT}
-    with (folder / STATE).open("wb") as file:
-        file.write(json.dumps(state | {"sha256": _digest(state)}, indent=1, sort_keys=True).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(state: dict[str, Any]) -> str:
-    """sha256 of a state but for its own hash."""
-    rest = {key: value for key, value in state.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """Write a checkpoint's state with its own hash. Raises InputError or MachineError that names it."""
+    write_json(folder / STATE, sealed(state | {"format": FORMAT}))
 
 
 def _implausible(state: dict[str, Any]) -> str | None:

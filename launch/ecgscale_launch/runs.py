@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ecgscale.errors import InputError, MachineError
 from ecgscale_launch.folder import JobFolder
 
 _DEPTH = 4  # of run folders below the folder of all runs
@@ -60,12 +61,12 @@ def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -
 
 def steps_to_do(folder: JobFolder) -> int | None:
     """Steps that a training run is to do, by the config that the job runs from, else by the run's."""
-    import yaml
+    from ecgscale import yaml_text
 
     for path in (folder.config, folder.run / "config.yaml"):
         try:
-            steps = yaml.safe_load(path.read_bytes())["train"]["steps"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            steps = yaml_text.read(path)["train"]["steps"]
+        except (InputError, MachineError, KeyError, TypeError):
             continue
         if isinstance(steps, int):
             return steps

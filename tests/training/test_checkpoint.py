@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ecgscale.cli import main
-from ecgscale.data.shards import file_sha256
 from ecgscale.errors import InputError
+from ecgscale.files import JSON_LIMIT_BYTES, file_sha256
 from ecgscale.run import leave_run
 from ecgscale.training import checkpoint
-from ecgscale.training.state import LIMIT_BYTES, STATE, read_state, write_state
+from ecgscale.training.state import STATE, read_state, write_state
 from small_jobs import SMALL, events
 
 TENSORS = "tensors-00000-of-00001.safetensors"
@@ -273,7 +273,7 @@ TEXTS = {
     "deep": b"[" * 200_000,
     "deep in objects": b'{"a":' * 100_000,
     "digits": b'{"step": ' + b"9" * 5_000 + b"}",
-    "huge": b'{"step": "' + b"x" * LIMIT_BYTES + b'"}',
+    "huge": b'{"step": "' + b"x" * JSON_LIMIT_BYTES + b'"}',
     "no text": bytes(range(256)),
     "a number": b"1e400",
     "empty": b"",
@@ -286,7 +286,7 @@ def test_a_state_that_is_none_is_refused_at_once(kind, tmp_path) -> None:
     folder.mkdir()
     (folder / STATE).write_bytes(TEXTS[kind])
     began = time.monotonic()
-    with pytest.raises(InputError, match=r"step-00000004/state\.json: damaged") as refused:
+    with pytest.raises(InputError, match=r"step-00000004/state\.json: (damaged|more than)") as refused:
         checkpoint.latest(tmp_path)
     assert time.monotonic() - began < 2
     assert len(str(refused.value)) < 500
@@ -365,9 +365,7 @@ def test_one_error_of_the_disk_does_not_end_a_run(file, run, shards, monkeypatch
     failed = fail_fsync(monkeypatch, f"step-00000006.partial/{file}", times=1)
     assert main(job(shards, run, "--train.steps=6")) == 0
     assert failed
-    assert f"step-00000006.partial/{file}: cannot write the checkpoint: Input/output error; trying again" in (
-        capsys.readouterr().err
-    )
+    assert f"step-00000006.partial/{file}: cannot write: Input/output error; trying again" in capsys.readouterr().err
     assert steps_left(run) == ["step-00000004", "step-00000006"]
 
 
@@ -375,7 +373,8 @@ def test_a_disk_that_fails_ends_a_run_that_can_go_on(run, shards, monkeypatch, c
     with monkeypatch.context() as patched:
         fail_fsync(patched, f"step-00000006.partial/{TENSORS}", times=9)
         line = told(capsys, job(shards, run, "--train.steps=6"), code=1)
-    assert line.endswith(f"step-00000006.partial/{TENSORS}: cannot write the checkpoint: Input/output error")
+    assert line.startswith("ecgscale: cannot write the checkpoint: ")
+    assert line.endswith(f"step-00000006.partial/{TENSORS}: cannot write: Input/output error")
     assert steps_left(run) == ["step-00000002", "step-00000004"]
     assert main(job(shards, run, "--train.steps=6")) == 0
 
@@ -402,7 +401,7 @@ def test_what_does_not_read_back_is_the_machines_fault(run, shards, monkeypatch,
 
     def forgetful(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        if path.parent.name == "step-00000006.partial" and path.name == STATE:
+        if path.parent.name == "step-00000006.partial" and path.name.startswith(STATE):
             with (path.parent / TENSORS).open("r+b") as tensors:
                 tensors.write(b"\0")
         fsync(descriptor)

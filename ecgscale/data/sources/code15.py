@@ -148,8 +148,7 @@ def _description(row: dict[str, str], where: str) -> Description:
     }
     if is_known(row.get("is_male", "")):
         metadata["sex"] = _SEX[_truth(row["is_male"], f"{where}: is_male")]
-    known = {label: values for label, values in labels.items() if values}
-    return Description(str(whole_number(row["patient_id"], where)), known, metadata)
+    return Description(str(whole_number(row["patient_id"], where)), labels, metadata)
 
 
 def _truth(text: str, where: str) -> bool:
