@@ -16,7 +16,7 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError, naming_file
 from ecgscale.export import Profile, about_model, described, export_engine, read_model
 from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
@@ -93,7 +93,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if ranks.first and config.train.projected_recordings:
         try:
             _project(run, export, held_out, config.train)
-        except InputError as error:  # a picture is no reason to fail
+        except (InputError, MachineError) as error:  # a picture is no reason to fail
             log(ranks, f"no embeddings for the projector: {error}")
     leave_run(run)
     return export
@@ -111,7 +111,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
         labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
         names.append(", ".join([f"patient {about['patient']}", *labels]))
     embedding_RD = load(export).embed_recordings(recordings_of(shown)).record_embedding
-    with SummaryWriter(str(run / "tensorboard")) as board:
+    with naming_file(run / "tensorboard", "cannot write"), SummaryWriter(str(run / "tensorboard")) as board:
         project(board, "validation", embedding_RD, names, train_config.steps)
 
 
