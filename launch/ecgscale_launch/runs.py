@@ -59,14 +59,17 @@ def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -
 
 
 def steps_to_do(folder: JobFolder) -> int | None:
-    """Steps that a training run is to do, by the config that the job runs from, else by the run's."""
+    """Steps that a training run is to do, by the config that the job runs from, else by the run's; a probe has none."""
     import yaml
 
     for path in (folder.config, folder.run / "config.yaml"):
         try:
-            steps = yaml.safe_load(path.read_bytes())["train"]["steps"]
+            tree = yaml.safe_load(path.read_bytes())
+            steps = tree["train"]["steps"]
         except (OSError, yaml.YAMLError, KeyError, TypeError):
             continue
+        if tree.get("task", {}).get("protocol", "finetune") != "finetune":
+            return None
         if isinstance(steps, int):
             return steps
     return None
