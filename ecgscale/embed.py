@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ecgscale.data.shards import write_whole
 from ecgscale.data.sources import WfdbFolder, read_wfdb
 from ecgscale.errors import InputError
+from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Embedding, Recording, load
 from ecgscale.record import LEADS
 

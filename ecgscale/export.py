@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecgscale.data.selection import Normalisation
-from ecgscale.data.shards import file_sha256, write_whole
 from ecgscale.errors import InputError
+from ecgscale.files import file_sha256, write_whole
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.record import LEADS
 from ecgscale.training.checkpoint import Checkpoint, checkpoints, open_tensors, step_of

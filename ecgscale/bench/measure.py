@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
+from ecgscale.files import write_whole
 
 _QUIET = 0.3  # load per core
 _PACKAGES = ("ecgscale", "numpy", "torch", "triton", "webdataset", "pcodec", "soundfile", "xxhash", "deepspeed")

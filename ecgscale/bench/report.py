@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ecgscale.bench.measure import QUICK, make_folder
 from ecgscale.bench.results import Change, Run, Value, by_machine, changes, read_runs, sides
-from ecgscale.data.shards import write_whole
+from ecgscale.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ecgscale import files
 from ecgscale.data.payload import PAYLOADS
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
 
 JSON_LIMIT_BYTES = 1 << 22  # of a record's JSON, which is parsed into twenty times as much memory
+MANIFEST_LIMIT_BYTES = 1 << 26  # of a quarter of a million shards
 INDEX_HEADER_LIMIT_BYTES = 1 << 16
 
 Types = dict[str, type | tuple[type, ...]]
@@ -83,13 +85,11 @@ def data_offsets(header: Any, column: str) -> tuple[int, int]:
 def parse_json(content: bytes) -> dict[str, Any]:
     """A record's JSON. Raises InputError unless it is one object of plain text."""
     try:
-        fields = json.loads(content.decode())
+        fields = files.parse_json(content)
         if b"\\u" in content:  # half a UTF-16 pair could be neither hashed nor printed
             json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"it cannot be read as JSON ({str(error)[:80]}); write it again") from error
-    if not isinstance(fields, dict):
-        raise InputError("it is no JSON object; write keys such as rate_hz, leads, mv_per_count and patient")
+    except (InputError, ValueError) as error:
+        raise InputError(f"it cannot be read as JSON ({str(error)[:120]}); write it again") from error
     return fields
 
 

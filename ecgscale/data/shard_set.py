@@ -26,24 +26,23 @@ import xxhash
 from ecgscale.data.foreign import Rules, as_own, describe, foreign_name
 from ecgscale.data.payload import BLOCK, Bytes, DamagedError, decode_one_block, decode_window, header_bytes
 from ecgscale.data.remote import CacheConfig, Held, NoRoomError, ShardCache, Unreadable, check_place, is_remote, join
-from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
+from ecgscale.data.schema import JSON_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, parse_json, read_metadata
 from ecgscale.data.shards import (
     MANIFEST,
     SPLITS,
     Columns,
     check_patient_disjoint,
-    file_sha256,
     map_index,
     read_manifest,
 )
 from ecgscale.data.tar import name_before
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, naming_file
+from ecgscale.files import file_sha256
 from ecgscale.record import LEADS, Counts, Record
 
 Int64 = npt.NDArray[np.int64]
 
 _CHUNK = 1 << 18  # records that are checked or selected at once: ten million must not cost ten temporary arrays
-_MANIFEST_LIMIT_BYTES = 1 << 30
 _OPEN_TARS = 64  # that stay mapped beside those in use
 _HELD_TARS = 4  # the same for remote ones, which cannot be evicted meanwhile
 _CHECKED = ("offset", "length", "json_offset", "json_length", "samples", "leads", "split")
@@ -99,9 +98,10 @@ def _read_local_manifest(folder: Path) -> bytes:
     if not path.is_file() or path.is_symlink():
         hint = "its ingest was not finished; run it again" if any(folder.glob("shard-*")) else "see `ecgscale ingest`"
         raise InputError(f"{path}: no such file, so {folder} is no data set: {hint}")
-    if path.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise InputError(f"{path}: larger than 1 GiB, so no manifest of ecgscale shards; ingest the data again")
-    return path.read_bytes()
+    if path.stat().st_size > MANIFEST_LIMIT_BYTES:
+        raise InputError(f"{path}: larger than 64 MiB, so no manifest of ecgscale shards; ingest the data again")
+    with naming_file(path, "cannot read"):
+        return path.read_bytes()
 
 
 def _shard(place: str, entry: dict[str, Any]) -> Shard:

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,10 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ecgscale.data.payload import Payload, encode
+from ecgscale.data.payload import Payload, decode_member, encode
 from ecgscale.data.schema import INDEX_HEADER_LIMIT_BYTES, check_manifest, data_offsets
-from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record, patient_code
+from ecgscale.errors import InputError, naming_file
+from ecgscale.files import file_sha256 as file_sha256
+from ecgscale.files import free_name, parse_json, put_in_place, seal_holds, sealed, whole_file
+from ecgscale.files import write_whole as write_whole
+from ecgscale.record import LEADS, Counts, Record, patient_code
 
 FORMAT = "ecgscale-shards/2"
 MANIFEST = "manifest.json"
@@ -64,31 +65,21 @@ def write_tar(
 ) -> Columns:
     """Write (key, record) pairs as one tar, complete or not at all; returns the index columns, all but the split.
 
-    Equal records give equal bytes; ``digest`` is fed with them. Raises InputError where the disk does not take them.
+    Equal records give equal bytes; ``digest`` is fed with them. Raises InputError or MachineError that names the file.
     """
     rows: list[dict[str, Any]] = []
-    # No two processes write to one partial file, not even one that was believed to be dead.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            tar = _TarWriter(file, digest)
-            for key, record in records:
-                content, checksum = encode(record.signal_LT, payload)
-                meta = _metadata_json(record, dataset, xxhash.xxh3_64_intdigest(content))
-                patient = patient_code(dataset, record.patient, record.name)
-                row = index_row(record.leads, record.scale_L, record.n_samples, patient)
-                row |= {"checksum": checksum, "json_checksum": xxhash.xxh3_64_intdigest(meta)}
-                row |= {"json_offset": tar.add(f"{key}.json", meta), "json_length": len(meta)}
-                row |= {"offset": tar.add(f"{key}.{payload}", content), "length": len(content)}
-                rows.append(row)
-            tar.finish()
-            file.flush()
-            os.fsync(file.fileno())  # after a power cut, a shard that counts as finished must hold its bytes
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write the shard: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, sweep=False) as partial, partial.open("xb") as file:
+        tar = _TarWriter(file, digest)
+        for key, record in records:
+            content, checksum = encode(record.signal_LT, payload)
+            meta = _metadata_json(record, dataset, xxhash.xxh3_64_intdigest(content))
+            patient = patient_code(dataset, record.patient, record.name)
+            row = index_row(record.leads, record.scale_L, record.n_samples, patient)
+            row |= {"checksum": checksum, "json_checksum": xxhash.xxh3_64_intdigest(meta)}
+            row |= {"json_offset": tar.add(f"{key}.json", meta), "json_length": len(meta)}
+            row |= {"offset": tar.add(f"{key}.{payload}", content), "length": len(content)}
+            rows.append(row)
+        tar.finish()
     return as_columns(rows)
 
 
@@ -167,6 +158,17 @@ def shard_entry(
     }
 
 
+def read_signal(tar: Path, payload: Payload, offset: int, length: int) -> Counts:
+    """The samples (L, T) of a member of a local tar that this version has written."""
+    with tar.open("rb") as file:
+        file.seek(offset)
+        content = file.read(length)
+    try:
+        return decode_member(content, payload)
+    except InputError as error:
+        raise InputError(f"{tar}: damaged at byte {offset}: {error}; ingest the data again") from error
+
+
 # -- index -----------------------------------------------------------------------------------------------------------
 
 
@@ -180,33 +182,33 @@ def write_index_in_parts(folder: Path, records: int, parts: Iterable[Columns]) -
     """The same from columns over consecutive records, ``records`` in all, of which no two parts are held at once.
 
     Its name holds its hash: while a set is appended to, the old manifest goes on naming the old index. Raises
-    InputError where the disk does not take the file.
+    InputError or MachineError that names the folder where it cannot be written.
     """
-    header, place = _index_layout(records)
-    partial = folder / "index.safetensors.partial"
-    try:
-        with partial.open("wb") as file:
-            file.write(header)
-            first = 0
-            for part in parts:
-                for name, (dtype, shape) in COLUMNS.items():
-                    file.seek(place[name] + first * _row_bytes(name))
-                    assert part[name].dtype == dtype
-                    assert part[name].shape[1:] == shape
-                    file.write(np.ascontiguousarray(part[name]).data)
-                first += len(part["samples"])
-            assert first == records
-            file.flush()
-            os.fsync(file.fileno())
-        sha256 = file_sha256(partial)
-        index = folder / f"index-{sha256[:12]}.safetensors"
-        size = partial.stat().st_size
-        partial.replace(index)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write the index: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming_file(folder, "cannot write the index"):
+        partial = free_name(folder / "index")
+        try:
+            _write_columns(partial, records, parts)
+            sha256, size = file_sha256(partial), partial.stat().st_size
+            index = folder / f"index-{sha256[:12]}.safetensors"
+            put_in_place(partial, index)
+        finally:
+            partial.unlink(missing_ok=True)
     return {"file": index.name, "bytes": size, "sha256": sha256}
+
+
+def _write_columns(path: Path, records: int, parts: Iterable[Columns]) -> None:
+    header, place = _index_layout(records)
+    with path.open("xb") as file:
+        file.write(header)
+        first = 0
+        for part in parts:
+            for name, (dtype, shape) in COLUMNS.items():
+                file.seek(place[name] + first * _row_bytes(name))
+                assert part[name].dtype == dtype
+                assert part[name].shape[1:] == shape
+                file.write(np.ascontiguousarray(part[name]).data)
+            first += len(part["samples"])
+    assert first == records
 
 
 def _index_layout(records: int) -> tuple[bytes, dict[str, int]]:
@@ -230,13 +232,15 @@ def _row_bytes(name: str) -> int:
 
 def map_index(path: Path, records: int) -> Columns:
     """The columns of an index, mapped into memory. Raises InputError where they are not those of so many records."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    with naming_file(path, "cannot read"):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            head = file.read(min(length, INDEX_HEADER_LIMIT_BYTES))
         try:
-            header = json.loads(file.read(min(length, INDEX_HEADER_LIMIT_BYTES)).decode())
-        except (ValueError, RecursionError) as error:
+            header = parse_json(head)
+            mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)  # whose indexing is not np.memmap's, in Python
+        except (InputError, ValueError) as error:  # ValueError: of an empty file
             raise InputError(f"{path}: not an index of ecgscale shards; ingest the data again") from error
-    mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)  # whose indexing is not np.memmap's, in Python
     columns: Columns = {}
     for name, (dtype, shape) in COLUMNS.items():
         first, last = data_offsets(header, name)
@@ -273,55 +277,27 @@ def write_manifest(
         "shards": shards,
         "foreign": foreign,
     }
-    text = json.dumps(manifest | {"sha256": _own_sha256(manifest)}, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(sealed(manifest), indent=1, sort_keys=True, ensure_ascii=False)
     write_whole(folder / MANIFEST, text.encode())
 
 
 def read_manifest(content: bytes, place: str) -> dict[str, Any]:
     """A manifest's fields; raises InputError that names ``place`` unless it is one of this version, and whole."""
     try:
-        manifest = json.loads(content.decode())
-        known, whole = manifest["format"], manifest.get("sha256") == _own_sha256(manifest)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        why = str(error)[:80]
-        raise InputError(f"{place}: not a manifest of ecgscale shards ({why}); ingest the data again") from error
-    if known != FORMAT:
+        manifest = parse_json(content)
+    except InputError as error:
+        raise InputError(f"{place}: not a manifest of ecgscale shards ({error}); ingest the data again") from error
+    if (known := manifest.get("format")) != FORMAT:
         raise InputError(
             f"{place}: format {str(known)[:40]!r} is not {FORMAT!r}; ingest the data again with this version"
         )
-    if not whole:
+    if not seal_holds(manifest):
         raise InputError(f"{place}: damaged, its content differs from its own sha256; copy or ingest the data again")
-    assert isinstance(manifest, dict)
     check_manifest(manifest, place)
     return manifest
 
 
-def _own_sha256(manifest: dict[str, Any]) -> str:
-    """Over everything that a manifest says but this number: a flipped bit in its rate or names shows."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent; raises InputError where the disk does not take it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # what a power cut leaves under this name is whole
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# -- splits ----------------------------------------------------------------------------------------------------------
 
 
 def check_patient_disjoint(patient: npt.NDArray[np.int64], split: npt.NDArray[np.uint8], what: str) -> None:

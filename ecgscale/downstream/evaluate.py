@@ -19,7 +19,7 @@ import torch
 
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet, lead_positions
-from ecgscale.data.shards import SPLITS, write_whole
+from ecgscale.data.shards import SPLITS
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.identification import IdentificationReport, identify
 from ecgscale.downstream.metrics import best_thresholds
@@ -27,6 +27,7 @@ from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
 from ecgscale.downstream.tasks import LEFT_OUT_FOR, Task, TaskConfig, TrainedTask, leave_out, load_task
 from ecgscale.errors import InputError
+from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Recording, load, recordings_of
 from ecgscale.record import LEADS, chosen_leads, lead_set_name
 

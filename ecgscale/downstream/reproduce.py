@@ -20,7 +20,7 @@ import numpy as np
 from ecgscale.config import FinetuneConfig, PretrainConfig, load
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.data.shards import SPLITS, write_whole
+from ecgscale.data.shards import SPLITS
 from ecgscale.downstream.board import show
 from ecgscale.downstream.comparison import (
     RANDOM,
@@ -36,6 +36,7 @@ from ecgscale.downstream.results import Case, Measured, write_results
 from ecgscale.downstream.tasks import load_task
 from ecgscale.errors import InputError
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
+from ecgscale.files import write_whole
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.objectives import objective_named
 from ecgscale.pretrain import pretrain

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.shards import write_whole
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import FIGURES
 from ecgscale.downstream.metrics import interval
 from ecgscale.downstream.report import Estimate
+from ecgscale.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

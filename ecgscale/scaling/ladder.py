@@ -17,8 +17,8 @@ from ecgscale.config import PretrainConfig, RunConfig, load
 from ecgscale.cost import parameters, step_flops
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.data.shards import write_whole
 from ecgscale.errors import InputError
+from ecgscale.files import write_whole
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import objective_named
 from ecgscale.pretrain import SEGMENTS, pretrain

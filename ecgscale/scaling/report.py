@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ecgscale.data.shards import write_whole
+from ecgscale.files import write_whole
 from ecgscale.scaling import rates
 from ecgscale.scaling.ladder import ScalingConfig, cells
 from ecgscale.scaling.law import Law, interval

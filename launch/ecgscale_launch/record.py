@@ -70,18 +70,9 @@ def make_job_folder(run: Path, command: list[str], cluster: ClusterConfig, where
     ``command`` is the argv of ecgscale; ``name`` of the job, else the cluster config's, else command and run folder's.
     Raises InputError where the command's config is wrong, the run has another, or others can get at the folder.
     """
-    refuse_control_characters("run folder", str(run))
-    for argument in command:
-        if "\0" in argument:
-            raise InputError(f"{command[0]}: the argument {argument!r} holds NUL")
+    config = check_job(run, command)
     folder = JobFolder.of(run)
     cluster = replace(cluster, name=name or cluster.name or job_name(command[0], folder.run))
-    if (folder.run / MANIFEST).exists():
-        raise InputError(f"{run}: is a data set; give a run folder of its own")
-    config = load_command(command)
-    if config is not None:
-        config = replace(config, run=RunConfig(str(folder.run)))
-        refuse_other_config(folder.run / "config.yaml", config)
     make_private(folder)
     sources = package_folders()
     snapshot(sources, folder.code)
@@ -108,6 +99,25 @@ def make_job_folder(run: Path, command: list[str], cluster: ClusterConfig, where
     }
     write_json(folder.job, job)  # last: a folder with job.json is whole
     return folder.path
+
+
+def check_job(run: Path, command: list[str]) -> PretrainConfig | FinetuneConfig | None:
+    """The resolved config that the job of a run folder would run from, None for commands that have none.
+
+    Writes nothing. Raises InputError as `make_job_folder` does.
+    """
+    refuse_control_characters("run folder", str(run))
+    for argument in command:
+        if "\0" in argument:
+            raise InputError(f"{command[0]}: the argument {argument!r} holds NUL")
+    folder = JobFolder.of(run)
+    if (folder.run / MANIFEST).exists():
+        raise InputError(f"{run}: is a data set; give a run folder of its own")
+    config = load_command(command)
+    if config is not None:
+        config = replace(config, run=RunConfig(str(folder.run)))
+        refuse_other_config(folder.run / "config.yaml", config)
+    return config
 
 
 def rewrite(job: Job, new_code: bool) -> None:

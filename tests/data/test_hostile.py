@@ -339,11 +339,10 @@ def write_cases(root: Path) -> None:
         folder.mkdir()
         (folder / "a.tar").write_bytes(good[foreign])
         replace(folder / "a.tar")
-    for name in ("manifest.json", "manifest.json.partial", "index.safetensors.partial"):
-        folder = root / "index" / f"written-through-{name}"
-        folder.mkdir()
-        (folder / "a.tar").write_bytes(good[foreign])
-        (folder / name).symlink_to(root / "CANARY")
+    folder = root / "index" / "written-through-manifest"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(good[foreign])
+    (folder / "manifest.json").symlink_to(root / "CANARY")
     for name, content in (("empty", b""), ("deep", b"[" * 1_000_000), ("pickle", BOMB)):
         folder = shutil.copytree(own, root / "open" / f"manifest-is-{name}")
         (folder / "manifest.json").write_bytes(content)

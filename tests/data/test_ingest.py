@@ -232,7 +232,7 @@ def test_a_patient_in_two_splits_is_refused(ingest_records, patients, tmp_path) 
         ({"rate_hz": float("nan")}, "rate-hz nan"),
         ({"records_per_shard": 0}, "records-per-shard 0"),
         ({"validation_fraction": -0.1}, "-0.1"),
-        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "0.5, 0.5"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.51}, "0.5, 0.51.*at most 1"),
         ({"test_fraction": float("nan")}, "nan"),
     ],
 )
@@ -249,6 +249,42 @@ def test_wrong_options_end_with_exit_code_2(raw, tmp_path, capsys, option) -> No
     assert run("ingest", raw, tmp_path / "out", option) == 2
     assert option.lstrip("-").split("=")[0].split("-")[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        (["--test-fraction=1"], "test"),
+        (["--test-fraction=1.0", "--validation-fraction=0"], "test"),
+        (["--validation-fraction=1"], "validation"),
+        (["--split-by=Dx", "--test-values=426783006"], "test"),
+    ],
+)
+def test_a_set_may_have_no_recording_for_training(raw, tmp_path, capsys, options, split) -> None:
+    out = tmp_path / "out"
+    assert run("ingest", raw, out, "--rate-hz=100", "--workers=1", *options) == 0
+    assert set(splits(out).values()) == {split}
+    assert run("verify", out) == 0
+    capsys.readouterr()
+    assert run("pretrain", "--data.shards", out, "--run.dir", tmp_path / "run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"out: no training recordings, only 9 for {split}; give a set that has some" in line
+
+
+def test_fractions_that_leave_some_for_training_still_do(raw, tmp_path, capsys) -> None:
+    assert run("ingest", raw, tmp_path / "out", "--rate-hz=100", "--test-fraction=0.95") == 2
+    assert "validation and test fractions (0.1, 0.95)" in capsys.readouterr().err
+
+
+def test_recordings_that_are_all_too_short_are_named(raw, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert run("ingest", raw, out, "--rate-hz=100", "--workers=1", "--validation-fraction=0") == 0
+    capsys.readouterr()
+    command = ["pretrain", "--data.shards", out, "--run.dir", tmp_path / "run", "--data.min_record_s=30"]
+    assert run(*command) == 2
+    assert "out: none of the 9 training recordings can be used: 9 are shorter than data.min_record_s 30" in (
+        capsys.readouterr().err
+    )
 
 
 # --- content ---

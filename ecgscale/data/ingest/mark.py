@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ecgscale.data.shards import MANIFEST, read_manifest
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, file_error, naming_file
 
 if TYPE_CHECKING:
     from ecgscale.data.ingest.job import Job
@@ -117,7 +117,7 @@ def _begin(job: Job, parts: int) -> None:
         finally:
             whole.unlink()
     except OSError as error:
-        raise InputError(f"{job.out}: cannot make a data set there: {error.strerror or error}") from error
+        raise file_error(job.out, "cannot make a data set there", error) from error
 
 
 def _mark_content(job: Job, asked: Mapping[str, object], parts: int) -> bytes:
@@ -206,7 +206,8 @@ def read_base(out: Path) -> dict[str, Any]:
     path = out / MANIFEST
     if not path.is_file():
         raise InputError(f"{out}: no {MANIFEST} there, so no data set to append to; leave --append out")
-    return read_manifest(path.read_bytes(), str(path))
+    with naming_file(path, "cannot read"):
+        return read_manifest(path.read_bytes(), str(path))
 
 
 def version(manifest: dict[str, Any] | None) -> str:

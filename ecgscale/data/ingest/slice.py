@@ -8,25 +8,50 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
-from ecgscale.data.shards import Columns, write_tar, write_whole
+from ecgscale.data.payload import Payload
+from ecgscale.data.shards import Columns, index_row, read_signal, write_tar
 from ecgscale.errors import InputError
-from ecgscale.record import Record
+from ecgscale.files import whole_file
+from ecgscale.record import Record, Remark, patient_code
 
 if TYPE_CHECKING:
     from ecgscale.data.sources import Source
 
+_DIGEST = "sha256"  # key of a part file's checksum; without one (of an older version) the slice is converted again
 SPLIT_VALUE = "split_value"  # column of a part file: place of the record's value in Part.split_values
+PATIENT_ELSEWHERE = "patient_elsewhere"  # column (B, D) of a part file: the code of the patient's id in other data sets
+
+
+class Held(NamedTuple):
+    """Where a record of that name lies in the set that is added to."""
+
+    tar: Path
+    payload: Payload
+    offset: int
+    length: int
+    leads: int
+    """Bits, as in the index."""
+    scale: npt.NDArray[np.float32]
+    """As in the index."""
+
+    def equals(self, record: Record) -> bool:
+        """Whether that record has these samples, leads and scales."""
+        row = index_row(record.leads, record.scale_L, record.n_samples, 0)
+        if row["leads"] != self.leads or not np.array_equal(row["scale"], self.scale):
+            return False
+        return np.array_equal(read_signal(self.tar, self.payload, self.offset, self.length), record.signal_LT)
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,10 @@ class Slice:
     options: IngestOptions
     identity: str
     """Of the ingest: a part file of another one is no part of this."""
+    held: Mapping[str, Held]
+    """Items whose names the data set has already in the set that is added to."""
+    other_datasets: tuple[str, ...]
+    """D names of the other data sets there."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +83,13 @@ class Part:
     split_values: list[str]
     """The different ones."""
     patients_known: bool
+    remarks: list[tuple[str, str, str]]
+    """(record, kind, details) of what is odd about records; a record has each kind once."""
+    held: int = 0
+    """Records that are in the set already, under the same name and with the same samples."""
+
+
+_PART_FIELDS = {field.name for field in fields(Part)}
 
 
 def part_file(tar: Path) -> Path:
@@ -64,20 +100,54 @@ def part_file(tar: Path) -> Path:
 def read_part(tar: Path, identity: str) -> Part | None:
     """The part file of a tar; None where the slice has to be converted, for the first time or again."""
     try:
-        with safe_open(part_file(tar), "np") as file:
-            said = json.loads(file.metadata()["part"])
-        if said["identity"] != identity or (said["records"] and tar.stat().st_size != said["bytes"]):
+        part, _ = _read(tar)
+        if part.identity != identity or (part.records and tar.stat().st_size != part.bytes):
             return None
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, _DamagedError):
         return None
-    return Part(**said)
+    return part
 
 
 def read_columns(tar: Path) -> tuple[Columns, list[str]]:
-    """The index columns of a finished tar, with SPLIT_VALUE in place of the split, and Part.split_values."""
-    with safe_open(part_file(tar), "np") as file:
-        values: list[str] = json.loads(file.metadata()["part"])["split_values"]
-        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118, it is no dict
+    """The index columns of a finished tar, with SPLIT_VALUE in place of the split, and Part.split_values.
+
+    Raises InputError where the part file was damaged since it was counted as finished.
+    """
+    try:
+        part, columns = _read(tar)
+    except (FileNotFoundError, _DamagedError) as error:
+        raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again") from error
+    return columns, part.split_values
+
+
+class _DamagedError(Exception):
+    """A part file that is not as it was written."""
+
+
+def _read(tar: Path) -> tuple[Part, Columns]:
+    """A part file, held against its own checksum. Raises _DamagedError and FileNotFoundError."""
+    path = part_file(tar)
+    try:
+        with safe_open(path, "np") as file:
+            said, digest = ((file.metadata() or {}).get(key, "") for key in ("part", _DIGEST))
+            columns: Columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise _DamagedError from error
+    if digest != _digest(said, columns):
+        raise _DamagedError
+    fields = json.loads(said)
+    if fields.keys() != _PART_FIELDS:
+        raise _DamagedError  # another version's
+    return Part(**fields), columns
+
+
+def _digest(said: str, columns: Columns) -> str:
+    """sha256 over what a part file says and over its columns, with their names, types and shapes."""
+    digest = hashlib.sha256(said.encode())
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype.str} {column.shape} ".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()
 
 
 def convert(task: Slice) -> Part:
@@ -86,21 +156,34 @@ def convert(task: Slice) -> Part:
     place_of_value: dict[str, int] = {}
     places: list[int] = []
     patients_known = False
+    remarks: list[tuple[str, str, str]] = []
+    held = 0
+    elsewhere: list[list[int]] = []
 
     def records() -> Iterator[tuple[str, Record]]:
-        nonlocal patients_known
+        nonlocal patients_known, held
         for item in task.items:
             try:
                 check_utf8(item)
                 record = task.source.read(item).resampled(task.options.rate_hz)
                 if not record.signal_LT.size:
                     raise InputError("holds no samples")
+                if known := task.held.get(item):
+                    if known.equals(record):
+                        held += 1
+                        continue
+                    raise InputError(
+                        f"{task.source.dataset!r} has a record {item!r} already, with other samples; put this one into "
+                        "a folder of another name, or ingest all anew"
+                    )
             except InputError as error:
                 rejected.append((item, str(error)))
                 continue
             value = split_value(record.labels, record.metadata, task.options.split_by) if task.options.split_by else ""
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
+            remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
+            elsewhere.append([_code_in(dataset, record) for dataset in task.other_datasets])
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
 
     digest = hashlib.sha256()
@@ -109,10 +192,28 @@ def convert(task: Slice) -> Part:
     if not places:
         task.tar.unlink()
     values = list(place_of_value)
-    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known)
-    said = {"part": json.dumps(asdict(part))}  # ASCII: a file name may be no UTF-8
-    write_whole(part_file(task.tar), save(columns | {SPLIT_VALUE: np.array(places, np.uint32)}, said))
+    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
+    said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
+    columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
+    columns |= {PATIENT_ELSEWHERE: np.array(elsewhere, np.int64).reshape(len(places), len(task.other_datasets))}
+    path = part_file(task.tar)
+    with whole_file(path, sweep=False) as partial:
+        partial.write_bytes(save(columns, {"part": said, _DIGEST: _digest(said, columns)}))
     return part
+
+
+def _code_in(dataset: str, record: Record) -> int:
+    """The code of the record's patient id in another data set; 0 for an unknown one."""
+    return 0 if record.patient is None else patient_code(dataset, record.patient, "")
+
+
+def _by_kind(remarks: Sequence[Remark]) -> Iterator[Remark]:
+    """One remark of each kind, with the details of all."""
+    details: dict[str, list[str]] = {}
+    for remark in remarks:
+        details.setdefault(remark.kind, []).append(remark.detail)
+    for kind, several in details.items():
+        yield Remark(kind, "; ".join(filter(None, several)))
 
 
 def check_utf8(name: str) -> None:

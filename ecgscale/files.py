@@ -1,0 +1,256 @@
+"""What is written and read back, under one promise: complete or absent, and nothing believed that was not checked.
+
+A file or folder is written beside its place, under a name that nobody else uses; it is flushed down to the disk, its
+folder's entry too, and only then takes its name. JSON is read as strictly as it is written. Errors of the system name
+the file (``errors.naming_file``).
+
+To replace a folder takes two steps of the file system: the old one goes to ``NAME.before``, the new one takes the name.
+Who dies in between leaves the old one, complete, aside: ``standing`` finds it, and the next writer puts it back.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ecgscale.errors import InputError, naming_file
+
+JSON_LIMIT_BYTES = 1 << 24  # of what is parsed whole, into twenty times as much memory
+_DEPTH = 64  # of nested JSON; what we write has less than ten
+_ABANDONED_S = 3600.0  # no writer is silent for so long: what is older was left by one that was killed
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # what file systems say that know none
+
+SEAL = "sha256"  # key of a JSON object's hash over all that it says besides
+
+
+# -- complete or absent ----------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is complete or absent. Raises InputError or MachineError that names it."""
+    with whole_file(path) as partial, partial.open("xb") as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path, *, sweep: bool = True) -> Iterator[Path]:
+    """A free name beside ``path``, to write a file to: at the end of the context it is flushed and takes the name.
+
+    Where the context is left by an error, nothing stays behind. OSErrors inside come out as ``file_error(path, …)``.
+    ``sweep``: remove what killed writers of this file left; to be left out in folders with thousands of files.
+    """
+    with naming_file(path, "cannot write"):
+        partial = free_name(path, sweep=sweep)
+        try:
+            yield partial
+            put_in_place(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: the context fills a new, empty one, which then stands under ``path``, or replaces it."""
+    path = path.absolute()  # "." has no name
+    with naming_file(path, "cannot write"):
+        partial = free_name(path)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            put_in_place(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def free_name(path: Path, *, sweep: bool = True) -> Path:
+    """A name beside ``path`` that nobody else uses, for what is to be put in place; ``sweep`` as in ``whole_file``."""
+    if sweep:
+        _sweep(path)
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its name, over an older one if there is one; all of it is flushed to the disk.
+
+    Raises OSError; an older folder then stands where it stood.
+    """
+    _sync_tree(partial)
+    before = _before(path)
+    if before.is_dir() and not os.path.lexists(path):
+        before.rename(path)  # a writer before us died between its two steps
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(before, ignore_errors=True)
+        path.rename(before)
+        try:
+            partial.rename(path)
+        except OSError:
+            before.rename(path)
+            raise
+        sync(path.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    else:
+        partial.replace(path)
+        sync(path.parent)
+
+
+def standing(folder: Path) -> Path:
+    """Where a folder's content stands: under its name, or aside where a process died while it replaced it."""
+    before = _before(folder)
+    return before if not os.path.lexists(folder) and before.is_dir() else folder
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, down to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync_tree(child)
+    sync(path)
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f"{path.name}.before")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of this file or folder left, by the age of their last change."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
+        try:
+            age_s = time.time() - partial.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if age_s < _ABANDONED_S:
+            continue
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+# -- checksums -------------------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal digits. Raises InputError or MachineError that names the file."""
+    with naming_file(path, "cannot read"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """The object with its own hash under SEAL, so that a flipped bit in it shows."""
+    return tree | {SEAL: _own_sha256(tree)}
+
+
+def seal_holds(tree: dict[str, Any]) -> bool:
+    """Whether an object has its hash and says what it said when it was sealed."""
+    return tree.get(SEAL) == _own_sha256(tree)
+
+
+def _own_sha256(tree: dict[str, Any]) -> str:
+    rest = {key: value for key, value in tree.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def json_bytes(tree: Any) -> bytes:
+    """JSON for people to read, one value a line. NaN and infinity, which are no JSON, are a ValueError."""
+    return json.dumps(tree, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """``json_bytes`` in a file that is complete or absent. Raises InputError or MachineError that names it."""
+    write_whole(path, json_bytes(tree))
+
+
+def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError that names it where it is missing, too large or damaged."""
+    with naming_file(path, "cannot read"), path.open("rb") as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise InputError(f"{path}: more than {limit_bytes} bytes; no file that ecgscale wrote")
+    try:
+        return parse_json(content)
+    except InputError as error:
+        raise InputError(f"{path}: damaged, {error}") from error
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """One JSON object. Raises InputError for anything else: NaN, infinity, keys that stand twice, deep nesting.
+
+    The message has no subject: who knows where the bytes are from puts it before.
+    """
+    try:
+        tree = json.loads(
+            content.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_without_repeats,
+        )
+    except RecursionError as error:
+        raise InputError("not JSON of ours: nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"not JSON: {str(error)[:120]}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"not a JSON object but {type(tree).__name__}")
+    if _deeper(tree, _DEPTH):
+        raise InputError(f"not JSON of ours: nested more than {_DEPTH} deep")
+    return tree
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is beyond every float")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:40]!r} stands twice")
+    return tree
+
+
+def _deeper(tree: Any, depth: int) -> bool:
+    """Whether lists and objects stand in one another more than ``depth`` deep, found level by level."""
+    level = [tree]
+    for _ in range(depth):
+        children: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                children += one.values()
+            elif isinstance(one, list):
+                children += one
+        level = [child for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
