@@ -154,6 +154,8 @@ def _git(folder: Path, *arguments: str) -> str:
 
 # -- report ----------------------------------------------------------------------------------------------------------
 
+QUICK = "Measured with --quick, which only shows that a bench runs: these numbers are worth nothing."
+
 
 @dataclass(frozen=True)
 class Check:
@@ -222,6 +224,7 @@ class Report:
         head = [
             f"# {self.title}",
             "",
+            *([f"**{QUICK}**", ""] if known.get("quick") else []),
             f"{known['cpu']}, {known['cores']} cores, {known['memory_gb']} GB{', '.join(['', *known['gpus']])}; "
             f"{known['system']}; load {' '.join(map(str, known['load']))} at the begin; {known['date']}; "
             f"commit {known['commit'] or 'unknown'}.",
@@ -259,15 +262,16 @@ class Report:
 
 
 @contextmanager
-def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
-    """A report to be filled; what was measured is written to ``out`` in the end, after an error too.
+def reporting(name: str, title: str, out: Path, quick: bool = False) -> Iterator[Report]:
+    """A report to be filled; what was measured is written to ``out`` in the end, after an error too. ``quick``: its
+    numbers are worth nothing, and are marked.
 
     Where nothing was, nothing is written: `bench report --against` would take it for the newest commit's result. Raises
     InputError then, with what the first row's last cell says, and where ``out`` cannot be made or written.
     """
     make_folder(out)
     began_s = time.perf_counter()
-    report = Report(name, title, machine(), [])
+    report = Report(name, title, machine() | {"quick": quick}, [])
     try:
         yield report
     finally:

@@ -137,15 +137,26 @@ class Selection:
         """Raises InputError where no record is left; ``setting`` is the key that says how long they must be."""
         if len(self):
             return
-        if not self.too_short:
-            raise InputError(self._none_of_split())
-        of_split_R = self.shards.column("split") == SPLITS.index(self.split)
-        asked_R = of_split_R if self._keep is None else of_split_R & self._keep
-        longest_s = self.shards.column("samples")[asked_R].max() / self.shards.rate_hz
-        raise InputError(
-            f"{setting} {self.config.min_record_s:g}: all {self.too_short} recordings of the {self.split} split are "
-            f"shorter, the longest has {longest_s:g} s; give {longest_s:g} or less to use it"
-        )
+        names, n = ", ".join(self.shards.names), self.shards.count(self.split)
+        split = "training" if self.split == "train" else self.split
+        if not n:
+            there = ", ".join(f"{self.shards.count(name)} for {name}" for name in SPLITS if self.shards.count(name))
+            raise InputError(
+                f"{names}: no {split} recordings, only {there}; give a set that has some, or ingest it with other "
+                "splits"
+            )
+        asked_R = self.shards.column("split") == SPLITS.index(self.split)
+        if self._keep is not None:
+            asked_R &= self._keep
+        why = "the task leaves them out"
+        if self.too_short:
+            longest_s = self.shards.column("samples")[asked_R].max() / self.shards.rate_hz
+            why = (
+                f"{self.too_short} are shorter than {setting} {self.config.min_record_s:g} s, "
+                f"the longest of them has {longest_s:g} s"
+            )
+            why += "; the task leaves out the others" if self.too_short < n else ""
+        raise InputError(f"{names}: none of the {n} {split} recordings can be used: {why}")
 
     def order(self, global_batch: int, contrast_batch: int, lanes: int, seed: int) -> Order:
         """The order in which these records are read for training. Raises InputError where they are too few."""
@@ -157,14 +168,6 @@ class Selection:
             )
         window = self.config.shuffle_window
         return Order(self.counts, global_batch, contrast_batch, lanes, seed, window, self._mixture())
-
-    def _none_of_split(self) -> str:
-        names, n = ", ".join(self.shards.names), self.shards.count(self.split)
-        split = "training" if self.split == "train" else self.split
-        if n:
-            return f"{names}: none of the {n} {split} recordings is asked for"
-        there = ", ".join(f"{self.shards.count(name)} for {name}" for name in SPLITS if self.shards.count(name))
-        return f"{names}: no {split} recordings, only {there}; give a set that has some, or ingest it with other splits"
 
     def shares(self, mixture: Mixture) -> list[str]:
         """For people: what each set has of the stream, and what that means for its recordings."""

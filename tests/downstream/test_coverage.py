@@ -198,10 +198,14 @@ def test_each_recording_is_used_or_left_out_for_one_reason(kind, fraction, make_
 
 def test_only_short_recordings_are_refused_by_the_key_that_leaves_them_out(small_export, tmp_path, refusal) -> None:
     shards = write([Row(row.split, row.labels, 1500) for row in PLAIN], tmp_path / "set")
-    said = "data.min_record_s 10: all 8 recordings of the train split are shorter, the longest has 3 s; give 3 or less"
+    said = (
+        "set: none of the 8 training recordings can be used: 8 are shorter than data.min_record_s 10 s, the longest of"
+    )
     assert said in refusal(*tuned(small_export, shards, tmp_path / "run", "--task.protocol=probe"))
     assert said in refusal("pretrain", "--model.preset=tiny", f"--data.shards={shards}", f"--run.dir={tmp_path / 'p'}")
-    said = "task.min_scored_s 5: all 8 recordings of the validation split are shorter"
+    said = (
+        "none of the 8 validation recordings can be used: 8 are shorter than task.min_scored_s 5 s, the longest of them"
+    )
     options = ["--data.min_record_s=3", "--task.min_scored_s=5", "--task.protocol=probe"]
     assert said in refusal(*tuned(small_export, shards, tmp_path / "run", *options))
 
