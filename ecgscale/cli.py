@@ -419,13 +419,20 @@ def evaluate(argv: list[str]) -> None:
         metavar="SET",
         help="lead sets: sizes of the challenge's or lists such as I,II,V5 (default: as it was fine-tuned)",
     )
+    parser.add_argument(
+        "--min-record-s",
+        type=float,
+        metavar="S",
+        help="leave out shorter recordings, and count them (default: task.min_scored_s, usually 0: none)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report as JSON too")
     options = parser.parse_args(argv)
     from ecgscale.downstream.evaluate import evaluate as score
     from ecgscale.downstream.evaluate import table
 
     lead_sets = [listed(leads) for leads in options.leads]
-    print(table(score(options.model, list(listed(options.shards)), options.split, lead_sets, options.out)))
+    shards = list(listed(options.shards))
+    print(table(score(options.model, shards, options.split, lead_sets, options.out, options.min_record_s)))
 
 
 def export(argv: list[str]) -> None:

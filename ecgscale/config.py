@@ -187,21 +187,23 @@ def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
     return tree
 
 
-_SHORT = {"--init": "--init.model", "--profile": "--train.profile_steps=3"}
+_SHORT = {"init": "init.model", "profile": "train.profile_steps"}
+_USUAL = {"profile": "3"}  # values of options that need none
 
 
 def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], [_SHORT.get(argument, argument) for argument in arguments]
+    pairs, rest = [], list(arguments)
     while rest:
         key = rest.pop(0)
         if not key.startswith("--"):
             raise InputError(f"unexpected argument {key!r}; give --key value")
         name, equals, value = key[2:].partition("=")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            given = rest and not rest[0].startswith("--")
+            if not given and name not in _USUAL:
                 raise InputError(f"--{name}: a value is missing; give --{name} VALUE")
-            value = rest.pop(0)
-        pairs.append((name, value))
+            value = rest.pop(0) if given else _USUAL[name]
+        pairs.append((_SHORT.get(name, name), value))
     return pairs
 
 

@@ -60,14 +60,17 @@ def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -
 
 
 def steps_to_do(folder: JobFolder) -> int | None:
-    """Steps that a training run is to do, by the config that the job runs from, else by the run's."""
+    """Steps that a training run is to do, by the config that the job runs from, else by the run's; a probe has none."""
     from ecgscale import yaml_text
 
     for path in (folder.config, folder.run / "config.yaml"):
         try:
-            steps = yaml_text.read(path)["train"]["steps"]
+            tree = yaml_text.read(path)
+            steps = tree["train"]["steps"]
         except (InputError, MachineError, KeyError, TypeError):
             continue
+        if tree.get("task", {}).get("protocol", "finetune") != "finetune":
+            return None
         if isinstance(steps, int):
             return steps
     return None
