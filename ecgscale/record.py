@@ -6,78 +6,28 @@ Shape suffixes: L leads, T samples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEAD_SETS as LEAD_SETS
+from ecgscale.lead_names import LEADS as LEADS
+from ecgscale.lead_names import canonical_lead as canonical_lead
+from ecgscale.lead_names import canonical_leads as canonical_leads
+from ecgscale.lead_names import chosen_leads as chosen_leads
+from ecgscale.lead_names import in_canonical_order as in_canonical_order
+from ecgscale.lead_names import lead_set_name as lead_set_name
+from ecgscale.lead_names import source_leads as source_leads
 
-LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
-
-# The lead sets of the PhysioNet/CinC Challenge 2021, and lead I alone.
-LEAD_SETS = {
-    12: LEADS,
-    6: LEADS[:6],
-    4: ("I", "II", "III", "V2"),
-    3: ("I", "II", "V2"),
-    2: ("I", "II"),
-    1: ("I",),
-}
-
-_LEAD_BY_FOLDED_NAME = {lead.casefold(): lead for lead in LEADS}
 _MV_PER_UNIT = {"v": 1000.0, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
 _INT16_MAX = 32767
 _DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
 
 Counts = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
-
-
-def canonical_lead(name: str) -> str:
-    """``"ECG I"``, ``"AVR"``, ``"v1"`` -> ``"I"``, ``"aVR"``, ``"V1"``; raises InputError for any other name."""
-    folded = name.strip().casefold()
-    for prefix in ("ecg lead ", "ecg ", "lead "):
-        folded = folded.removeprefix(prefix)
-    lead = _LEAD_BY_FOLDED_NAME.get(folded.strip())
-    if lead is None:
-        raise InputError(f"unknown lead {name!r}; the twelve leads are {' '.join(LEADS)}")
-    return lead
-
-
-def canonical_leads(names: Sequence[str]) -> tuple[str, ...]:
-    """The canonical name of each lead, in the order given; raises InputError for unknown or repeated leads."""
-    leads = tuple(canonical_lead(name) for name in names)
-    repeated = sorted({lead for lead in leads if leads.count(lead) > 1}, key=LEADS.index)
-    if repeated:
-        raise InputError(f"lead {repeated[0]} stands {leads.count(repeated[0])} times; each lead may stand once")
-    return leads
-
-
-def chosen_leads(names: Sequence[str]) -> tuple[str, ...]:
-    """Leads named one by one, or all at once by the size of a set of the challenge (``["6"]``), in canonical order.
-
-    Raises InputError for unknown or repeated leads.
-    """
-    if len(names) == 1 and names[0] in map(str, LEAD_SETS):
-        return LEAD_SETS[int(names[0])]
-    if len(names) > 1 and all(name in map(str, LEAD_SETS) for name in names):
-        raise InputError(f"lead sets {','.join(names)}: give each apart: {' '.join(names)}")
-    for name in names:
-        if name.strip().casefold() not in _LEAD_BY_FOLDED_NAME:
-            near = get_close_matches(name.casefold(), _LEAD_BY_FOLDED_NAME, 1, 0.4)
-            hint = f"did you mean {_LEAD_BY_FOLDED_NAME[near[0]]}? Give" if near else "give"
-            sets = ", ".join(map(str, LEAD_SETS))
-            raise InputError(f"unknown lead {name!r}; {hint} leads such as I,II,V2, or one set alone: {sets}")
-    return tuple(sorted(canonical_leads(names), key=LEADS.index))
-
-
-def lead_set_name(leads: Sequence[str]) -> str:
-    """``12`` for a set of the challenge, in canonical order, and ``II,V5`` for others."""
-    return next((str(size) for size, known in LEAD_SETS.items() if known == tuple(leads)), ",".join(leads))
 
 
 def mv_per_unit(unit: str) -> float:
@@ -171,11 +121,6 @@ def fit_counts(counts_LT: npt.NDArray[np.integer], scale_L: npt.NDArray[np.float
     coarser_L = np.maximum(1.0, peak_L / _INT16_MAX)
     scaled_LT = np.where((coarser_L == 1.0)[:, None], counts_LT, np.rint(counts_LT / coarser_L[:, None]))
     return scaled_LT.astype(np.int16), (scale_L * coarser_L).astype(np.float32)
-
-
-def in_canonical_order(leads: Sequence[str]) -> list[int]:
-    """Positions that bring canonical lead names into canonical order."""
-    return sorted(range(len(leads)), key=lambda i: LEADS.index(leads[i]))
 
 
 def patient_code(dataset: str, patient: str | None, record_name: str) -> int:

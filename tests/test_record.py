@@ -9,70 +9,13 @@ from hypothesis import strategies as st
 
 from ecgscale.errors import InputError
 from ecgscale.record import (
-    LEAD_SETS,
     Record,
-    canonical_lead,
-    canonical_leads,
-    chosen_leads,
     fit_counts,
-    in_canonical_order,
     mv_per_unit,
     patient_code,
     quantise,
     resample_millivolts,
 )
-
-
-@pytest.mark.parametrize(
-    ("name", "lead"),
-    [("I", "I"), ("ECG I", "I"), (" avr ", "aVR"), ("AVL", "aVL"), ("Lead II", "II"), ("ecg lead v6", "V6")],
-)
-def test_lead_names(name: str, lead: str) -> None:
-    assert canonical_lead(name) == lead
-
-
-@pytest.mark.parametrize("name", ["", "ECG", "V7", "V1R", "IV", "MLII", "ECG I filtered", "I\0"])
-def test_other_leads_are_refused_by_name(name: str) -> None:
-    with pytest.raises(InputError, match="unknown lead") as caught:
-        canonical_lead(name)
-    assert repr(name) in str(caught.value)
-
-
-def test_repeated_leads_are_refused() -> None:
-    assert canonical_leads(["v1", "I"]) == ("V1", "I")
-    with pytest.raises(InputError, match="V1 stands 2 times"):
-        canonical_leads(["V1", "I", "ECG v1"])
-
-
-def test_leads_are_chosen_by_name_or_as_a_set() -> None:
-    assert chosen_leads([]) == ()
-    assert chosen_leads(["v2", "I", "AVR"]) == ("I", "aVR", "V2")
-    for size, leads in LEAD_SETS.items():
-        assert chosen_leads([str(size)]) == leads
-
-
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (["I", "V7"], "unknown lead 'V7'; did you mean V"),
-        (["aVX"], "unknown lead 'aVX'; did you mean aV"),
-        (["5"], "one set alone: 12, 6, 4, 3, 2, 1"),
-        (["I", "6"], "unknown lead '6'"),
-        (["I", "I"], "lead I stands 2 times"),
-    ],
-)
-def test_wrong_choices_of_leads_are_refused_in_one_line(names, said) -> None:
-    with pytest.raises(InputError) as caught:
-        chosen_leads(names)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_lead_sets_are_in_canonical_order() -> None:
-    for size, leads in LEAD_SETS.items():
-        assert len(leads) == size
-        assert in_canonical_order(leads) == list(range(size))
-    assert in_canonical_order(["V2", "I", "aVF"]) == [1, 2, 0]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Shape suffixes: L leads, T samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ecgscale.data.wfdb_header import SignalLine
 from ecgscale.errors import InputError
-from ecgscale.record import canonical_leads
+from ecgscale.record import source_leads
 
 # header(5), signal(5): format -> (bytes per sample, bits per sample). FLAC's bytes say nothing. Format 8
 # holds differences and so has no code for an invalid sample.
@@ -34,6 +34,7 @@ FORMATS = {
     "524": (0.0, 24),
 }
 INT16_FORMATS = {"16": "<i2", "61": ">i2"}
+_NO_RENAMES: Mapping[str, str] = {}
 FLAC_FORMATS = ("508", "516", "524")
 _FLAC_SAMPLES_PER_BYTE = 65_535 / 8  # the most that a FLAC file can hold: one constant block in some 10 bytes
 
@@ -111,9 +112,14 @@ def read_int16(
     return samples
 
 
-def to_signals(lines: Sequence[SignalLine], samples: Sequence[npt.NDArray[np.integer]], rate_hz: float) -> Signals:
+def to_signals(
+    lines: Sequence[SignalLine],
+    samples: Sequence[npt.NDArray[np.integer]],
+    rate_hz: float,
+    renames: Mapping[str, str] = _NO_RENAMES,
+) -> Signals:
     """Raw samples in the order of their file -> leads, aligned and without their baseline."""
-    leads = canonical_leads([line.name for line in lines])
+    leads = source_leads([line.name for line in lines], renames)
     mv_per_count_L = np.array([line.mv_per_count() for line in lines])
     counts_LT = np.stack([sample_T.astype(np.int64) for sample_T in samples])
     valid_LT = np.ones(counts_LT.shape, bool)

@@ -204,6 +204,20 @@ def test_lead_names_are_normalised_and_sorted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.signal_LT, random_counts(n_leads=3).T[[1, 2, 0]])
 
 
+def test_leads_are_renamed(tmp_path: Path) -> None:
+    counts_TL = random_counts(n_leads=3)
+    path = write_wfdb(tmp_path, counts_TL, sig_name=["DII", "\u0406", "LEAD_V1"])
+    with pytest.raises(InputError, match=r"'DII', likely II; .* --rename-leads 'DII=II'.*--ignore-leads 'DII'"):
+        read_wfdb(path)
+    with pytest.raises(InputError, match=r"U\+0406, not I"):
+        read_wfdb(path, rename_leads=[("dii", "II")])
+    record = read_wfdb(path, rename_leads=[("dii", "II"), ("\u0406", "I")])
+    assert record.leads == ("I", "II", "V1")
+    np.testing.assert_array_equal(record.signal_LT, counts_TL.T[[1, 0, 2]])
+    with pytest.raises(InputError, match=r"lead II stands 2 times \('DII', '\u0406'\)"):
+        read_wfdb(path, rename_leads=[("DII", "II"), ("\u0406", "II")])
+
+
 def test_ignored_leads_are_left_out_whatever_they_are(tmp_path: Path) -> None:
     counts_TL = random_counts(n_leads=4)
     path = write_wfdb(tmp_path, counts_TL, sig_name=["RESP", "I", "Pleth", "II"], units=["Ohm", "mV", "NU", "mV"])

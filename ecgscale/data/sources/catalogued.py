@@ -38,6 +38,7 @@ class CataloguedWfdb:
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
+    rename_leads: tuple[tuple[str, str], ...] = ()
 
     def items(self) -> list[str]:
         """Sorted names of the records; raises InputError if ``labels_csv`` does not fit."""
@@ -48,7 +49,11 @@ class CataloguedWfdb:
         """The record of that name; raises InputError that names the file and the reason (see read_wfdb)."""
         said = self.catalogue.describe(item)
         record = self.tree.read(
-            item, labels=self._labels(), patient_key=self.patient_key, ignore_leads=self.ignore_leads
+            item,
+            labels=self._labels(),
+            patient_key=self.patient_key,
+            ignore_leads=self.ignore_leads,
+            rename_leads=self.rename_leads,
         )
         return replace(
             record,
@@ -94,6 +99,7 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
+        options.rename_leads,
     )
 
 

@@ -66,6 +66,8 @@ class WfdbFolder:
     """Column or comment with the patient; "@folder": the name of the record's folder is the patient."""
     ignore_leads: tuple[str, ...] = ()
     """Signals to leave out, by their name in the header, upper or lower case alike."""
+    rename_leads: tuple[tuple[str, str], ...] = ()
+    """(name in the header, lead) of signals whose names are none of a lead's."""
     max_invalid_fraction: float = 0.01
     """Of a lead, that may be interpolated. 1 % of 10 s is 100 ms, too short to swallow a heartbeat."""
     verify_checksums: bool = True
@@ -99,6 +101,7 @@ class WfdbFolder:
             labels=self._labels(),
             patient_key=self.patient_key,
             ignore_leads=self.ignore_leads,
+            rename_leads=self.rename_leads,
             max_invalid_fraction=self.max_invalid_fraction,
             verify_checksums=self.verify_checksums,
         )
@@ -128,6 +131,7 @@ def read_wfdb(
     labels: LabelTable | None = None,
     patient_key: str | None = None,
     ignore_leads: Sequence[str] = (),
+    rename_leads: Sequence[tuple[str, str]] = (),
     max_invalid_fraction: float = 0.01,
     verify_checksums: bool = True,
     shown: Path | None = None,
@@ -148,7 +152,8 @@ def read_wfdb(
         raise InputError(f"{path}: not the path of a record")
     header_path = path if path.suffix == ".hea" else path.with_name(f"{path.name}.hea")
     record_name = header_path.stem if name is None else name
-    reader = _Reader(root, tuple(lead.strip().casefold() for lead in ignore_leads), verify_checksums)
+    ignored = tuple(lead.strip().casefold() for lead in ignore_leads)
+    reader = _Reader(root, ignored, verify_checksums, tuple(rename_leads))
     with _naming(shown or header_path):
         header = reader.header(header_path)
         signals = reader.signals(header, header_path)
@@ -257,6 +262,7 @@ class _Reader:
     root: Path | None = None
     ignored: tuple[str, ...] = ()  # casefolded names of signals
     verify_checksums: bool = True
+    renames: tuple[tuple[str, str], ...] = ()
 
     def header(self, path: Path) -> Header:
         self._check_place(path)
@@ -309,7 +315,7 @@ class _Reader:
         samples = _decode(header, path, kept, n_frames)
         if self.verify_checksums:
             check_sums(lines, samples)
-        return to_signals(lines, samples, rate_hz)
+        return to_signals(lines, samples, rate_hz, dict(self.renames))
 
     def _ignores(self, line: SignalLine) -> bool:
         return line.name.casefold() in self.ignored
