@@ -15,9 +15,8 @@ import re
 from dataclasses import dataclass
 
 from ecgscale.errors import InputError
-from ecgscale.record import mv_per_unit
+from ecgscale.record import MAX_RATE_HZ, mv_per_unit
 
-MAX_RATE_HZ = 100_000.0  # the fastest ECG recorders sample at some 10 kHz
 DEFAULT_GAIN = 200.0  # header(5): counts per physical unit where the header leaves the gain out
 MV_PER_COUNT_RANGE = (1e-9, 100.0)  # beyond it a count is no ECG: less than 1 pV, or more than the whole QRS
 
@@ -79,7 +78,9 @@ def parse_header(content: bytes) -> Header:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"not a text header: byte {content[error.start]:#04x} is not UTF-8") from error
+        raise InputError(
+            f"not a text header: byte {content[error.start]:#04x} is not UTF-8; save it as that"
+        ) from error
     if binary := _BINARY.search(text):
         raise InputError(f"not a text header: byte {ord(binary[0]):#04x} at character {binary.start()}")
     lines = [line.strip() for line in _LINE_BREAK.split(text)]

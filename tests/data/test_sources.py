@@ -354,6 +354,8 @@ def test_broken_segments(tmp_path: Path, header: str, reason: str) -> None:
         ("r 1 nan 1000\n" + LINE + " 0 0 I\n", "sampling rate nan Hz"),
         ("r 1 fast 1000\n" + LINE + " 0 0 I\n", "sampling rate 'fast'"),
         ("r 1 60000 500\nr.dat 16x2 1000(0)/mV 16 0 0 0 0 I\n", "120000 Hz"),
+        ("r 1 0.5 1000\n" + LINE + " 0 0 I\n", "sampling rate 0.5 Hz"),
+        ("r 1 0.002 1000\n" + LINE + " 0 0 I\n", "period in seconds.* 500 Hz"),
         ("r 1 500 0\n" + LINE + " 0 0 I\n", "0 samples"),
         ("r 0 500 1000\n", "0 signals"),
         ("r 1 500 many\n" + LINE + " 0 0 I\n", "'many'"),

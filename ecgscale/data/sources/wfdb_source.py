@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, load_label_table
-from ecgscale.data.wfdb_header import MAX_RATE_HZ, Header, SignalLine, parse_header
+from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
 from ecgscale.data.wfdb_signals import (
     INT16_FORMATS,
     Signals,
@@ -32,7 +32,7 @@ from ecgscale.data.wfdb_signals import (
     to_signals,
 )
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record, fit_counts, in_canonical_order
+from ecgscale.record import LEADS, MAX_VALUES, Record, check_rate, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
     # wfdb 4.3.1 does so while it is imported; pandas 3 warns.
@@ -40,7 +40,6 @@ with warnings.catch_warnings():
     import wfdb as wfdb
 
 MAX_HEADER_BYTES = 1 << 24
-_MAX_VALUES = 1 << 29  # leads x samples of one record: 12 leads, 24 hours, 500 Hz
 PEEK_BYTES = 4096
 
 # What wfdb and the libraries below it raise for damaged files. Its own HeaderSyntaxError is a ValueError,
@@ -138,7 +137,8 @@ def read_wfdb(
 ) -> Record:
     """Read one WFDB record, single- or multi-segment, by the path of its header (with or without ``.hea``).
 
-    ``signal_LT`` holds counts minus the baseline, exact where they fit into int16; ``scale_L`` mV per count.
+    ``signal_LT`` holds counts minus the baseline, exact where they fit into int16; ``scale_L`` mV per count. A lead
+    that does not fit loses its median first, an electrode offset, which ``offset_mv`` keeps (see fit_counts).
     Where the header leaves the gain out it is 200 counts per mV, as header(5) defines; gain 0 is refused.
     Samples that are marked as invalid are interpolated along the lead and counted in ``invalid_samples``. If
     ``root`` is given, files outside of it are refused. ``name`` (default: the file's) finds the record's row
@@ -159,14 +159,13 @@ def read_wfdb(
         signals = reader.signals(header, header_path)
         filled_LT, n_invalid = fill_invalid(signals, max_invalid_fraction)
         order = in_canonical_order(signals.leads)
-        signal_LT, scale_L = fit_counts(filled_LT[order], signals.mv_per_count_L[order])
+        fitted = fit_counts(filled_LT[order], signals.mv_per_count_L[order])
         known = describe(header.comments, labels, record_name, patient_key, _folder_name(header_path, root))
-        return Record(
-            name=record_name,
-            signal_LT=signal_LT,
-            scale_L=scale_L,
-            rate_hz=signals.rate_hz,
-            leads=tuple(signals.leads[i] for i in order),
+        return Record.of(
+            record_name,
+            fitted,
+            signals.rate_hz,
+            tuple(signals.leads[i] for i in order),
             patient=known.patient,
             labels=known.labels,
             metadata=known.metadata,
@@ -278,8 +277,8 @@ class _Reader:
         lengths = [length for _, length in header.segments]
         if header.n_frames not in (None, sum(lengths)):
             raise InputError(f"the segments hold {sum(lengths)} samples, the first line says {header.n_frames}")
-        if sum(lengths) * len(LEADS) > _MAX_VALUES:
-            raise InputError(f"{sum(lengths)} samples; a record has at most {_MAX_VALUES // len(LEADS)} per lead")
+        if sum(lengths) * len(LEADS) > MAX_VALUES:
+            raise InputError(f"{sum(lengths)} samples; a record has at most {MAX_VALUES // len(LEADS)} per lead")
         pieces: list[tuple[int, Signals | None]] = []
         for name, length in header.segments:
             if name == "~":
@@ -309,8 +308,7 @@ class _Reader:
             rates = ", ".join(f"{name!r} {n * header.rate_hz:g} Hz" for n, name in per_frame.items())
             raise InputError(f"signals of unequal rates ({rates}); ignore all but those of one rate")
         rate_hz = header.rate_hz * lines[0].samples_per_frame
-        if rate_hz > MAX_RATE_HZ:
-            raise InputError(f"sampling rate {rate_hz:g} Hz; it must be at most {MAX_RATE_HZ:g} Hz")
+        check_rate(rate_hz)
         n_frames = self._check_data_files(header, path)
         samples = _decode(header, path, kept, n_frames)
         if self.verify_checksums:
@@ -333,8 +331,8 @@ class _Reader:
                 if available < n_frames or n_frames == 0:
                     raise InputError(f"truncated: {available} samples per signal, the header says {n_frames}")
         assert n_frames is not None
-        if n_frames * sum(line.samples_per_frame for line in header.signals) > _MAX_VALUES:
-            raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {_MAX_VALUES} in all")
+        if n_frames * sum(line.samples_per_frame for line in header.signals) > MAX_VALUES:
+            raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {MAX_VALUES} in all")
         return n_frames
 
     def _check_place(self, path: Path) -> None:
