@@ -81,6 +81,7 @@ def write_tar(
                 row |= {"json_offset": tar.add(f"{key}.json", meta), "json_length": len(meta)}
                 row |= {"offset": tar.add(f"{key}.{payload}", content), "length": len(content)}
                 rows.append(row)
+                del record, content  # they may be as large as the next ones
             tar.finish()
             file.flush()
             os.fsync(file.fileno())  # after a power cut, a shard that counts as finished must hold its bytes

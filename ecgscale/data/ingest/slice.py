@@ -102,6 +102,7 @@ def convert(task: Slice) -> Part:
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
+            del record  # it may be as large as the next one
 
     digest = hashlib.sha256()
     columns = write_tar(task.tar, task.source.dataset, records(), task.options.payload, digest)

@@ -1,8 +1,8 @@
 """WFDB records, and folders of them -> Records. The sole importer of wfdb.
 
-wfdb decodes the samples; everything that can be wrong before that (header, file names, sizes) is checked here
-first, so that nothing is allocated, followed or defaulted on the word of a broken header. What is refused, is
-refused with one InputError that names the file.
+Everything that can be wrong before samples are read (header, file names, sizes) is checked here first, so that
+nothing is allocated, followed or defaulted on the word of a broken header. What is refused, is refused with one
+InputError that names the file. wfdb decodes FLAC; the plain formats are read by ``wfdb_formats``.
 """
 
 from __future__ import annotations
@@ -12,25 +12,15 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, load_label_table
+from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
 from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
-from ecgscale.data.wfdb_signals import (
-    INT16_FORMATS,
-    Signals,
-    by_file,
-    check_sums,
-    fill_invalid,
-    frames_in,
-    join,
-    read_int16,
-    to_signals,
-)
+from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, MAX_VALUES, Record, check_rate, fit_counts, in_canonical_order
 
@@ -157,9 +147,9 @@ def read_wfdb(
     with _naming(shown or header_path):
         header = reader.header(header_path)
         signals = reader.signals(header, header_path)
-        filled_LT, n_invalid = fill_invalid(signals, max_invalid_fraction)
+        n_invalid = fill_invalid(signals, max_invalid_fraction)
         order = in_canonical_order(signals.leads)
-        fitted = fit_counts(filled_LT[order], signals.mv_per_count_L[order])
+        fitted = fit_counts([signals.counts_L[i] for i in order], signals.mv_per_count_L[order])
         known = describe(header.comments, labels, record_name, patient_key, _folder_name(header_path, root))
         return Record.of(
             record_name,
@@ -279,13 +269,13 @@ class _Reader:
             raise InputError(f"the segments hold {sum(lengths)} samples, the first line says {header.n_frames}")
         if sum(lengths) * len(LEADS) > MAX_VALUES:
             raise InputError(f"{sum(lengths)} samples; a record has at most {MAX_VALUES // len(LEADS)} per lead")
-        pieces: list[tuple[int, Signals | None]] = []
+        segments: list[tuple[int, Signals | None]] = []
         for name, length in header.segments:
             if name == "~":
-                pieces.append((length, None))
+                segments.append((length, None))
             elif length:  # 0: the layout header of a record whose leads change; they come with the segments
-                pieces.append((length, self._segment(path.with_name(f"{name}.hea"), length, header.rate_hz)))
-        return join(pieces, header.rate_hz)
+                segments.append((length, self._segment(path.with_name(f"{name}.hea"), length, header.rate_hz)))
+        return join(segments, header.rate_hz)
 
     def _segment(self, path: Path, length: int, rate_hz: float) -> Signals:
         with _naming(Path(path.name)):
@@ -296,7 +286,7 @@ class _Reader:
                 raise InputError(f"the segment holds {header.n_frames} samples, the record says {length}")
             if header.rate_hz != rate_hz:
                 raise InputError(f"the segment has {header.rate_hz:g} Hz, the record {rate_hz:g} Hz")
-            return self._plain_signals(header, path)
+            return self._plain_signals(replace(header, n_frames=length), path)
 
     def _plain_signals(self, header: Header, path: Path) -> Signals:
         kept = [i for i, line in enumerate(header.signals) if not self._ignores(line)]
@@ -320,16 +310,19 @@ class _Reader:
 
     def _check_data_files(self, header: Header, path: Path) -> int:
         """The number of frames; raises InputError unless every data file is there and holds so many."""
-        n_frames = header.n_frames
+        n_frames, given_by = header.n_frames, "the header says"
         for file_name, lines in by_file(header.signals).items():
             if all(map(self._ignores, lines)):
                 continue
             with _naming(Path(file_name)):
                 self._check_place(path.with_name(file_name))
                 available = frames_in(path.with_name(file_name), lines)
-                n_frames = available if n_frames is None else n_frames
+                if n_frames is None:
+                    n_frames, given_by = available, f"the header says no number and {file_name} holds"
+                elif header.n_frames is None and available > n_frames:
+                    raise InputError(f"{available} samples per signal; {given_by} {n_frames}; write it into the header")
                 if available < n_frames or n_frames == 0:
-                    raise InputError(f"truncated: {available} samples per signal, the header says {n_frames}")
+                    raise InputError(f"truncated: {available} samples per signal, {given_by} {n_frames}")
         assert n_frames is not None
         if n_frames * sum(line.samples_per_frame for line in header.signals) > MAX_VALUES:
             raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {MAX_VALUES} in all")
@@ -340,27 +333,41 @@ class _Reader:
             raise InputError(f"lies outside of {self.root}; links may not lead out")
 
 
-def _decode(header: Header, path: Path, channels: list[int], n_frames: int) -> list[npt.NDArray[np.integer]]:
+def _decode(header: Header, path: Path, channels: Sequence[int], n_frames: int) -> list[Integers]:
     """The raw samples of some signals, in the order of their file."""
-    base = str(path.absolute()).removesuffix(".hea")
-    # The most common formats. wfdb spends two thirds of its time on their headers, and 4.3.1 fails at 61.
-    is_int16 = all(header.signals[i].format in INT16_FORMATS for i in channels)
-    if "::" in base and not is_int16:
-        raise InputError("'::' in the path, which wfdb takes for a chain of protocols; rename the folder")
-    try:
-        if is_int16:
-            return read_int16(path.parent, header.signals, channels, n_frames)
-        samples: list[npt.NDArray[np.integer]] = wfdb.rdrecord(
-            base,
-            channels=channels,
-            physical=False,
-            smooth_frames=False,  # smoothing would average the samples of a frame and round them
-            ignore_skew=True,  # the checksum is one of the samples in the order of the file
-            return_res=32,
-        ).e_d_signal
-    except _DECODING_ERRORS as error:
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise InputError(f"the samples cannot be read: {type(error).__name__}: {reason}") from error
-    if any(len(sample_T) != n_frames * header.signals[channels[0]].samples_per_frame for sample_T in samples):
-        raise InputError(f"{len(samples[0])} samples can be read, the header says {n_frames}")
+    samples = empty_samples([header.signals[i] for i in channels], n_frames)
+    room = dict(zip(channels, samples, strict=True))
+    end = 0
+    for file_name, lines in by_file(header.signals).items():
+        begin, end = end, end + len(lines)
+        wanted = [i for i in range(begin, end) if i in room]
+        if not wanted:
+            continue
+        columns = np.cumsum([0, *(line.samples_per_frame for line in lines)]).tolist()
+        with _naming(Path(file_name)):
+            data_path = path.with_name(file_name)
+            read = _read_flac if lines[0].format in FLAC_FORMATS else read_file
+            for first, stop, block_FW in read(data_path, lines, n_frames):
+                for i in wanted:
+                    left, right = columns[i - begin : i - begin + 2]
+                    width = right - left
+                    room[i][first * width : stop * width] = block_FW[:, left:right].reshape(-1)
     return samples
+
+
+def _read_flac(path: Path, lines: Sequence[SignalLine], n_frames: int) -> Iterator[tuple[int, int, Integers]]:
+    """As wfdb_formats.read_file."""
+    # wfdb's public reader asks the header for the length, which it may leave out, and holds all signals several times.
+    folder, n_signals = str(path.absolute().parent), len(lines)
+    if "::" in folder:
+        raise InputError("'::' in the path, which wfdb takes for a chain of protocols; rename the folder")
+    of_file = (lines[0].format, n_signals, n_frames, lines[0].byte_offset)
+    of_signals = ([line.samples_per_frame for line in lines], [0] * n_signals, [0] * n_signals)  # frame, skew, initial
+    for first, stop in frame_blocks(n_frames, lines):
+        try:
+            signals = wfdb.io._signal._rd_dat_signals(path.name, folder, None, *of_file, *of_signals, first, stop)
+        except _DECODING_ERRORS as error:
+            reason = " ".join(str(error).split()) or "no reason given"
+            raise InputError(f"the samples cannot be read: {type(error).__name__}: {reason}") from error
+        columns = [signal_T.reshape(-1, line.samples_per_frame) for line, signal_T in zip(lines, signals, strict=True)]
+        yield first, stop, np.concatenate(columns, axis=1)
