@@ -138,6 +138,8 @@ class Record:
                 f"than {MAX_VALUES} values; cut it into shorter recordings"
             )
         up, down = ratio_of_rates(self.rate_hz, rate_hz)
+        if up == down:  # 500.001 Hz
+            return replace(self, rate_hz=rate_hz)
         signal_LT = np.empty((n_leads, -(-n_samples * up // down)), np.int16)
         columns = []
         at_once = max(1, _PIECE // max(1, n_samples))

@@ -146,6 +146,9 @@ def test_resampling_makes_no_step_at_the_ends_of_an_offset() -> None:
 def test_resampling_to_the_same_rate_changes_nothing() -> None:
     same = sine_record(500)
     assert same.resampled(500) is same
+    nearly = sine_record(500.001)
+    np.testing.assert_array_equal(nearly.resampled(500).signal_LT, nearly.signal_LT)
+    assert nearly.resampled(500).rate_hz == 500
 
 
 @given(st.floats(20, 100_000), st.floats(1, 100_000))
