@@ -123,7 +123,7 @@ def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        options.rename_leads,
+        rename_leads=options.rename_leads,
     )
 
 
