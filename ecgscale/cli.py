@@ -305,6 +305,7 @@ def index(argv: list[str]) -> None:
     parser.add_argument(
         "--leads", default="", metavar="I,II,...", help="rows of the arrays, where the JSON does not (default: the 12)"
     )
+    parser.add_argument("--rename-leads", default="", metavar="DI=I,DII=II", help="leads that the JSON calls otherwise")
     parser.add_argument("--mv-per-count", type=float, help="millivolts per count, where the JSON does not say it")
     parser.add_argument("--patient-key", default="", metavar="KEY", help="JSON key that names the patient")
     parser.add_argument("--label-keys", default="", metavar="A,B", help="JSON keys that are labels, beside `labels`")
@@ -325,6 +326,7 @@ def index(argv: list[str]) -> None:
         label_keys=listed(options.label_keys),
         signal_ext=options.signal_ext.lstrip(".").lower(),
         meta_ext=options.meta_ext.lstrip(".").lower(),
+        rename_leads=listed(options.rename_leads),
     )
     splits = IngestOptions(
         validation_fraction=_validation_fraction(options),
@@ -490,8 +492,10 @@ def embed(argv: list[str]) -> None:
     parser.add_argument("--rate-hz", type=float, help="sample rate of an .npy")
     parser.add_argument("--leads", metavar="I,II,...", help="leads of an .npy, in its order")
     parser.add_argument("--ignore-leads", default="", metavar="A,B", help="signals of WFDB records to leave out")
+    parser.add_argument("--rename-leads", default="", metavar="A=I,B=II", help="leads that WFDB records call otherwise")
     options = parser.parse_args(argv)
     from ecgscale.embed import embed_files
+    from ecgscale.lead_names import parse_renames
 
     leads = listed(options.leads) if options.leads else None
     print(
@@ -503,6 +507,7 @@ def embed(argv: list[str]) -> None:
             options.rate_hz,
             leads,
             listed(options.ignore_leads),
+            parse_renames(listed(options.rename_leads)),
         )
     )
 

@@ -25,6 +25,7 @@ def embed_files(
     rate_hz: float | None = None,
     leads: tuple[str, ...] | None = None,
     ignore_leads: tuple[str, ...] = (),
+    rename_leads: tuple[tuple[str, str], ...] = (),
 ) -> str:
     """Embed a WFDB record, a folder of them or an .npy; writes ``out`` and returns the line to print."""
     if out.suffix != ".npz":
@@ -37,7 +38,7 @@ def embed_files(
     if source.suffix == ".npy":
         names, embedding = _embed_npy(model, source, rate_hz, leads, tokens)
     else:
-        recordings = _wfdb_recordings(model, source, ignore_leads, names, rejected)
+        recordings = _wfdb_recordings(model, source, ignore_leads, rename_leads, names, rejected)
         embedding = model.embed_recordings(recordings, tokens)
     arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
     if embedding.tokens is not None:
@@ -71,7 +72,12 @@ def _embed_npy(
 
 
 def _wfdb_recordings(
-    model: ECGModel, source: Path, ignore_leads: tuple[str, ...], names: list[str], rejected: list[str]
+    model: ECGModel,
+    source: Path,
+    ignore_leads: tuple[str, ...],
+    rename_leads: tuple[tuple[str, str], ...],
+    names: list[str],
+    rejected: list[str],
 ) -> Iterator[Recording]:
     """Recordings one by one; their names are added to ``names``, or the reason why one cannot be read to ``rejected``.
 
@@ -79,7 +85,7 @@ def _wfdb_recordings(
     without any that can be read.
     """
     if source.is_dir():
-        folder = WfdbFolder(source, source.name, ignore_leads=ignore_leads)
+        folder = WfdbFolder(source, source.name, ignore_leads=ignore_leads, rename_leads=rename_leads)
         for item in tqdm(folder.items(), desc="embed", unit="rec", disable=None):
             try:
                 record = folder.read(item).resampled(model.profile.rate_hz)
@@ -91,6 +97,6 @@ def _wfdb_recordings(
         if not names:
             raise InputError(f"{source}: none of the {len(rejected)} records could be read, the first: {rejected[0]}")
     else:
-        record = read_wfdb(source, ignore_leads=ignore_leads)
+        record = read_wfdb(source, ignore_leads=ignore_leads, rename_leads=rename_leads)
         names.append(source.stem if source.suffix == ".hea" else source.name)
         yield Recording.of(record.resampled(model.profile.rate_hz))

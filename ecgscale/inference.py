@@ -23,7 +23,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, canonical_leads, resample_millivolts
+from ecgscale.record import LEADS, Record, canonical_leads, electrode_offset, resample_millivolts
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
@@ -147,6 +147,9 @@ class ECGModel:
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
         if not np.isfinite(signal_RLT).all():
             raise InputError("the signal holds NaN or infinity; all samples must be finite millivolts")
+        offset_mv_RL = [[electrode_offset(mv_T) for mv_T in mv_LT] for mv_LT in signal_RLT]
+        if np.any(offset_mv_RL):  # taken off as when records are read
+            signal_RLT = signal_RLT - np.array(offset_mv_RL, np.float32)[:, :, None]
         positions = [LEADS.index(name) for name in names]
         ones_L = np.ones(len(names), np.float32)
         recordings = (

@@ -185,6 +185,7 @@ def convert(task: Slice) -> Part:
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
             elsewhere.append([_code_in(dataset, record) for dataset in task.other_datasets])
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
+            del record  # it may be as large as the next one
 
     digest = hashlib.sha256()
     columns = write_tar(task.tar, task.source.dataset, records(), task.options.payload, digest)

@@ -99,6 +99,7 @@ def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
         options.patient_key,
         options.ignore_leads,
         remarks=tuple(unrecognised(tree, forced=options.layout == "wfdb")),
+        rename_leads=options.rename_leads,
     )
 
 
