@@ -20,6 +20,7 @@ from ecgscale.downstream.evaluate import LabelledSet
 from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.inference import load, recordings_of
 from ecgscale.record import LEADS, Record
+from ecgscale_launch.results import figures
 
 RATE_HZ = 500.0
 WHOLE = round(10 * RATE_HZ)
@@ -167,6 +168,10 @@ def test_persons_with_one_session_and_recordings_without_a_session_count(small_e
     assert said in capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "evaluation-test.json").read_text())
     assert report["coverage"]["left_out"]["one_session"] == 1
+    assert figures(tmp_path / "run") == {
+        shown: report[name]["value"]
+        for name, shown in (("top1", "top-1"), ("top5", "top-5"), ("eer", "equal error rate"))
+    }  # what the table of a sweep takes
     assert report["galleries"] + report["probes"] == report["coverage"]["used"] == 6
 
 
