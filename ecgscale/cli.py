@@ -204,7 +204,7 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
             f"{out}: {n} patient ids occur in {dataset} too, where they count as other people, since patients are "
             f"(data set, id); if they are the same people give --dataset {dataset}"
         )
-    _print_copies(out)
+    _print_copies(out, out / "copies.csv")
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     for kind, one in done.remarked.items():
@@ -215,12 +215,16 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     )
 
 
-def _print_copies(folder: Path) -> None:
-    from ecgscale.data.copies import about_copies
+def _print_copies(folder: Path, table: Path | None = None) -> None:
+    from ecgscale.data.copies import about_copies, write_copies
     from ecgscale.data.shard_set import ShardSet
 
-    for line in about_copies(ShardSet.open(folder)):
+    shards = ShardSet.open(folder)
+    listed = table is not None and write_copies(shards, table)
+    for line in about_copies(shards):
         print(f"{folder}: {line}")
+    if listed:
+        print(f"{folder}: all copies stand in {table}")
 
 
 def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dict[str, str]:
@@ -252,6 +256,8 @@ def ingest(argv: list[str]) -> None:
     from ecgscale.data.sources import implausible_unit
 
     about = [source.description]
+    if not options.part:  # --merge says it once for all
+        about += [f"{options.source}: {line}" for line in source.left_out()]
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding

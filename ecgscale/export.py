@@ -22,9 +22,10 @@ from ecgscale.errors import InputError
 from ecgscale.files import file_sha256, write_whole
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.record import LEADS
-from ecgscale.training.checkpoint import Checkpoint, checkpoints, open_tensors, step_of
+from ecgscale.training.checkpoint import Checkpoint, checkpoints, step_of
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
+from ecgscale.weights import open_tensors
 
 FORMAT = "ecgscale-export/1"
 PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds

@@ -9,16 +9,20 @@ Shape suffixes: N records, R records that have copies, G groups of equal records
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import one_line
+from ecgscale.files import whole_file
 from ecgscale.record import LEADS, Counts
 
 Int64 = npt.NDArray[np.int64]
@@ -120,8 +124,33 @@ def is_flat(signal_LT: Counts) -> bool:
 
 def copies_in(shards: ShardSet) -> Copies:
     """Of all records that are not flat."""
-    copies = Copies.find(np.concatenate([content_keys(one.columns) for one in shards.sets]))
+    return _without_flat(shards, _all_in(shards))
+
+
+def _all_in(shards: ShardSet) -> Copies:
+    return Copies.find(np.concatenate([content_keys(one.columns) for one in shards.sets]))
+
+
+def _without_flat(shards: ShardSet, copies: Copies) -> Copies:
     return copies.only(np.array([not is_flat(shards.signal(number)) for number in copies.one_of_each.tolist()], bool))
+
+
+def copies_apart(shards: ShardSet) -> str | None:
+    """A line where exact copies lie in different splits of what is read together; ``ingest`` sees one set alone.
+
+    Shards are not fetched for it, so that in remote sets flat recordings count too.
+    """
+    copies = _all_in(shards)
+    apart = copies.only(copies.differing(shards.take("split", copies.number_R)))
+    if not any(is_remote(one.place) for one in shards.sets):
+        apart = _without_flat(shards, apart)
+    if not len(apart):
+        return None
+    shown = "" if any(is_remote(one.place) for one in shards.sets) else f", such as {_pair(shards, apart, split=True)}"
+    return (
+        f"{len(apart)} recordings have exact copies in another split of {', '.join(shards.names)}{shown}; "
+        "`ingest --append` into one data set keeps copies in one split"
+    )
 
 
 def about_copies(shards: ShardSet) -> list[str]:
@@ -146,6 +175,24 @@ def about_copies(shards: ShardSet) -> list[str]:
             "they are one person, or an id is wrong"
         )
     return lines
+
+
+def write_copies(shards: ShardSet, path: Path) -> bool:
+    """All of them as a table, each with the first record that it equals; whether there are any to write."""
+    copies = copies_in(shards)
+    if not len(copies):
+        return False
+    split_R, group_R = shards.take("split", copies.number_R), copies.group_R
+    with whole_file(path) as partial, partial.open("x", encoding="utf8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("record", "equals", "dataset", "patient", "split"))
+        original, of_group = "", -1
+        for number, group, split in zip(copies.number_R.tolist(), group_R.tolist(), split_R.tolist(), strict=True):
+            about = shards.metadata(number)
+            if group != of_group:
+                original, of_group = about["name"], group
+            table.writerow((about["name"], original, about["dataset"], about["patient"] or "", SPLITS[split]))
+    return True
 
 
 def _under_two_patients(shards: ShardSet, copies: Copies) -> Copies:

@@ -38,6 +38,7 @@ from ecgscale.data.shards import (
     write_index_in_parts,
     write_manifest,
 )
+from ecgscale.data.sources.listing import is_junk
 from ecgscale.errors import InputError, naming_file
 
 
@@ -117,7 +118,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _tars(folder: Path) -> list[Path]:
-    tars = sorted(folder.glob("*.tar"))
+    tars = sorted(tar for tar in folder.glob("*.tar") if not is_junk(tar.name))
     for tar in tars:
         if tar.is_symlink() or not tar.is_file() or not tar.name.isprintable():
             raise InputError(f"{str(tar)!r}: no plain file of that folder, or an odd name; copy the tar itself there")

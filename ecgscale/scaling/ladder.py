@@ -17,8 +17,9 @@ from ecgscale.config import PretrainConfig, RunConfig, load
 from ecgscale.cost import parameters, step_flops
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.errors import InputError
+from ecgscale.errors import Diverged, InputError
 from ecgscale.files import write_whole
+from ecgscale.json_lines import read_json_lines
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import objective_named
 from ecgscale.pretrain import SEGMENTS, pretrain
@@ -34,7 +35,6 @@ from ecgscale.studies import (
     refuse_names,
     refuse_twice,
 )
-from ecgscale.training.loop import Diverged
 from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
 
 # The recordings that are scored define L.
@@ -181,16 +181,10 @@ class Cell:
 def validation_at(run: Path, step: int) -> dict[str, float | None]:
     """Parts of the loss on held-out recordings at a step, as the run has written them down; null where not finite."""
     parts: dict[str, float | None] = {}
-    path = run / "events.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if '"validation/' not in line:
-            continue
-        try:
-            event = json.loads(line)
-        except ValueError:  # torn: the run was killed while it wrote
-            continue
-        if event.get("step") == step:
-            parts = {key.partition("/")[2]: event[key] for key in event if key.startswith("validation/")}
+    for event in read_json_lines(run / "events.jsonl"):
+        validated = {key.partition("/")[2]: value for key, value in event.items() if key.startswith("validation/")}
+        if event.get("step") == step and validated:
+            parts = validated
     return parts
 
 

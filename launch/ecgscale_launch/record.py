@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import importlib.util
 import os
-import platform
 import shutil
 import socket
 import stat
@@ -15,14 +14,14 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from ecgscale import provenance
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, build, dump, load
 from ecgscale.data.shards import MANIFEST, write_whole
 from ecgscale.errors import InputError
-from ecgscale.run import refuse_other_config
+from ecgscale.run import refuse_other_run
 from ecgscale_launch.folder import JobFolder, read_json, write_json
 from ecgscale_launch.resources import ClusterConfig, host_python, job_name, refuse_control_characters
 
@@ -116,7 +115,7 @@ def check_job(run: Path, command: list[str]) -> PretrainConfig | FinetuneConfig 
     config = load_command(command)
     if config is not None:
         config = replace(config, run=RunConfig(str(folder.run)))
-        refuse_other_config(folder.run / "config.yaml", config)
+        refuse_other_run(folder.run, config)
     return config
 
 
@@ -213,13 +212,7 @@ def _user() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run depends on, where they are installed."""
-    found = {"python": platform.python_version()}
-    for package in _VERSIONS_OF:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return provenance.versions(_VERSIONS_OF)
 
 
 # -- code ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import csv
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecgscale import cli
-from ecgscale.data.copies import Copies, about_copies, content_keys, copies_in
+from ecgscale.data.copies import Copies, about_copies, content_keys, copies_apart, copies_in
 from ecgscale.data.ingest import Ingested, IngestOptions, ingest, ingest_part, merge_parts
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
@@ -19,10 +20,24 @@ from ecgscale.errors import InputError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.record import Record
 from ecgscale.simulate import Simulation
+from small_jobs import SMALL
 
-from .conftest import RATE_HZ, Records
-
+RATE_HZ = 100.0
 HALVES = IngestOptions(rate_hz=RATE_HZ, records_per_shard=7, validation_fraction=0.3, test_fraction=0.3)
+
+
+@dataclass(frozen=True)
+class Records:
+    """A source of records that lie in memory already."""
+
+    records: list[Record]
+    dataset: str = "made"
+
+    def items(self) -> list[str]:
+        return [record.name for record in self.records]
+
+    def read(self, item: str) -> Record:
+        return next(record for record in self.records if record.name == item)
 
 
 @pytest.fixture
@@ -190,6 +205,23 @@ def test_values_that_name_splits_are_kept_and_copies_in_different_ones_named(ori
     assert apart in capsys.readouterr().out
 
 
+def test_copies_in_another_split_of_a_second_set_are_named(make_record, ingest_records, tmp_path, jobs) -> None:
+    records = [make_record(f"{i}", 1000, patient=None) for i in range(12)]
+    flat = replace(records[0], name="flat", signal_LT=np.zeros_like(records[0].signal_LT))
+    one, two = tmp_path / "one", tmp_path / "two"
+    ingest_records(one, [*records, flat], validation_fraction=0.0)
+    again = [replace(record, name=f"{record.name} again") for record in (*records[:2], flat)]
+    ingest(Records(again, "other"), two, IngestOptions(RATE_HZ, validation_fraction=0, test_fraction=1))
+    apart = copies_apart(ShardSet.open([one, two]))
+    assert apart == (
+        "2 recordings have exact copies in another split of one, two, such as 0 (train) and 0 again (test); "
+        "`ingest --append` into one data set keeps copies in one split"
+    )
+    assert copies_apart(ShardSet.open(one)) is None
+    run = ["pretrain", *SMALL, f"--data.shards={one},{two}", f"--run.dir={tmp_path / 'run'}", "--train.steps=1"]
+    assert apart in jobs.run(1, run)
+
+
 def test_tars_of_others_with_copies(originals, ingest_records, tmp_path, capsys) -> None:
     made = ingest_records(tmp_path / "made", by_name(*originals, *copied(originals)), payload="npy")
     for path in [*made.glob("index-*"), made / "manifest.json"]:
@@ -270,3 +302,7 @@ def test_the_command_line_says_it(tmp_path, write_record, capsys) -> None:
         "1 recordings are exact copies of others, such as r0 and r9; all copies of a recording lie in one split" in said
     )
     assert "1 records in 1 shards, 0 rejected" in said
+    with (tmp_path / "out" / "copies.csv").open(newline="") as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    split = splits(tmp_path / "out")["r0"]
+    assert rows == [(name, "r0", "2019", "0", split) for name in ("r0", "r9")]

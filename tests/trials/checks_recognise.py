@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from collections import defaultdict
@@ -74,3 +75,45 @@ def batches_two_names(folder: Path, scratch: Path) -> str:
     shards = ShardSet.open(str(scratch / "one"))
     assert len(np.unique(shards.column("patient"))) == len(ids[0] | ids[1])
     return line.partition(": ")[2]
+
+
+def table_of(root: Path) -> dict[str, str]:
+    """ecg_id -> patient of a PTB-XL folder's table."""
+    with (root / "ptbxl_database.csv").open(newline="") as file:
+        return {row["ecg_id"]: str(int(float(row["patient_id"]))) for row in csv.DictReader(file)}
+
+
+@case("one-level-off")
+def one_level_off(folder: Path, scratch: Path) -> str:
+    (root,) = [path.parent for path in (folder / "above").rglob("ptbxl_database.csv")]
+    patients = table_of(root)
+    sources = {"zip": next(folder.glob("*.zip")), "above": folder / "above", "records500": root / "records500"}
+    for kind, source in sources.items():
+        out = scratch / kind
+        said = ecgscale("ingest", source, out)
+        assert said.code == 0, said.text
+        assert said.out.startswith(f"PTB-XL: {len(patients)} records"), said.out
+        shards = ShardSet.open(str(out))
+        seen = {}
+        for i in range(len(shards)):
+            about = shards.metadata(i)
+            seen[str(int(about["name"].rpartition("/")[2].split("_")[0]))] = about["patient"]
+            assert about["labels"]["scp"], about
+        assert len(shards) == len(patients)
+        assert seen == patients
+    both = shutil.copytree(root, scratch / "lost")
+    (both / "ptbxl_database.csv").unlink()
+    said = ecgscale("ingest", both, scratch / "refused")
+    assert said.code == 2, said.text
+    assert "looks like PTB-XL at both rates" in said.err
+    return f"{len(patients)} records of {len(set(patients.values()))} patients each way: {', '.join(sources)}"
+
+
+@case("own-record-list")
+def own_record_list(folder: Path, scratch: Path) -> str:
+    names = sorted(path.stem for path in folder.glob("*.hea"))
+    said = ecgscale("ingest", folder, scratch / "out")
+    assert said.code == 0, said.text
+    assert sorted(splits(scratch / "out")) == names
+    (line,) = [line for line in said.out.splitlines() if "not the list of MIMIC-IV-ECG" in line]
+    return line.partition(f"{folder}: ")[2]
