@@ -481,12 +481,13 @@ def import_fairseq(argv: list[str]) -> None:
 def embed(argv: list[str]) -> None:
     """Embed recordings with a trained model.
 
-    INPUT is a WFDB record, a folder of them, or an .npy of (leads, samples) or (records, leads, samples) in mV.
-    OUTPUT.npz holds record_embedding (records, width), name (records,) and, with --tokens, tokens (records, N, width).
+    INPUT is a WFDB record, a folder of them, a data set of `ecgscale ingest`, or an .npy of (leads, samples) or
+    (records, leads, samples) in mV. OUTPUT.npz holds record_embedding (records, width), name (records,), with --tokens
+    tokens (records, N, width), and of a data set split (records,).
     """
     parser = _parser("embed", embed.__doc__)
     parser.add_argument("model", type=Path, help="run folder or export folder")
-    parser.add_argument("input", type=Path, help="WFDB record, folder or .npy")
+    parser.add_argument("input", type=Path, help="WFDB record, folder of them, data set or .npy")
     parser.add_argument("output", type=Path, help=".npz to write")
     parser.add_argument("--tokens", action="store_true", help="keep one vector per 16 samples too")
     parser.add_argument("--rate-hz", type=float, help="sample rate of an .npy")

@@ -28,6 +28,7 @@ from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
 _WINDOWS_AT_ONCE = 64
+_NAMED_CLASSES = 6  # in a line
 
 Floats = npt.NDArray[np.float32]
 
@@ -108,6 +109,20 @@ class ECGModel:
         self.encoder.to(self.device)
         if head is not None:
             head.to(self.device).eval()
+
+    def __repr__(self) -> str:
+        """One line: what it is, what it takes and what it says."""
+        config, profile = self.encoder.config, self.profile
+        parameters = sum(parameter.numel() for parameter in self.encoder.parameters())
+        classes, head = self.about.get("classes") or [], "no head"
+        if self.head is not None:
+            more = ", …" if len(classes) > _NAMED_CLASSES else ""
+            head = f"classes {', '.join(classes[:_NAMED_CLASSES])}{more} ({len(classes)})" if classes else "a head"
+        return (
+            f"<ECGModel: {config.stem} stem, {config.depth} layers of width {config.width}, {parameters:,} parameters; "
+            f"takes {profile.rate_hz:g} Hz in windows of {profile.segment_s:g} s, {profile.normalisation}; "
+            f"{head}; on {self.device}>"
+        )
 
     def embed(
         self,

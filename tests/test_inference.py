@@ -50,6 +50,17 @@ def weights_of(model: ECGModel) -> dict[str, torch.Tensor]:
     return weights | {f"head.{name}": tensor for name, tensor in head.items()}
 
 
+def test_a_model_says_in_a_line_what_it_is(make_model):
+    line = repr(make_model())
+    assert "\n" not in line
+    assert "conv stem, 2 layers of width 32" in line
+    assert "takes 500 Hz in windows of 5 s, mv; no head; on c" in line
+    classifier = make_model("zscore", classes=8)
+    assert "zscore; a head; on c" in repr(classifier)
+    classifier.about["classes"] = list("abcdefgh")
+    assert "classes a, b, c, d, e, f, … (8)" in repr(classifier)
+
+
 # --- what goes in ---
 
 
