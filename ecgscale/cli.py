@@ -166,6 +166,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
+    from ecgscale.data.plausibility import questions
 
     chosen = IngestOptions(
         options.rate_hz,
@@ -190,7 +191,9 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     for kind, one in done.remarked.items():
-        print(f"{out}: {one.records} records: {kind}; the first is {one.first} (see {out / 'remarks.csv'})")
+        print(f"{out}: {one.records} records: {kind}; {one.names} (see {out / 'remarks.csv'})")
+    for question in questions({kind: one.records for kind, one in done.remarked.items()}, done.records):
+        print(f"{out}: most records: {question}")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")

@@ -9,7 +9,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ecgscale.errors import InputError
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
 _REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
+_NAMED = 3  # records with a remark that are named to people; the file names all
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,14 @@ class Remarked:
     """How many records have a remark of one kind."""
 
     records: int
-    first: str
-    """Name of the first of them."""
+    first: list[str]
+    """Names of the first of them."""
+
+    @property
+    def names(self) -> str:
+        """For people."""
+        more = self.records - len(self.first)
+        return ", ".join(self.first) + (f" and {more} more" if more else "")
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,9 @@ class _Found:
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
         for item, kind, _ in part.remarks:
-            known = self.remarked.get(kind, Remarked(0, item.encode(errors="backslashreplace").decode()))
-            self.remarked[kind] = replace(known, records=known.records + 1)
+            known = self.remarked.get(kind, Remarked(0, []))
+            name = [item] if known.records < _NAMED else []
+            self.remarked[kind] = Remarked(known.records + 1, known.first + name)
 
 
 def _gather(job: Job) -> _Found:

@@ -29,7 +29,7 @@ from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Folder
-from ecgscale.data.sources.units import parse_unit, to_counts
+from ecgscale.data.sources.units import parse_unit, to_signal
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Record
@@ -99,10 +99,11 @@ class Code15:
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
             if said.patient is None:
                 raise InputError(f"no row in {EXAMS}, so its patient is unknown")
-            signal_LT, scale_L, leads = to_counts(values_TL.T, LEADS, self.mv_per_value)
+            signal = to_signal(values_TL.T, LEADS, self.mv_per_value, RATE_HZ)
         except InputError as error:
-            raise InputError(f"{shown}: {error}") from error
-        return Record(item, signal_LT, scale_L, RATE_HZ, leads, said.patient, said.labels, said.metadata)
+            raise type(error)(f"{shown}: {error}") from error
+        counts = (signal.counts_LT, signal.scale_L, RATE_HZ, signal.leads)
+        return Record(item, *counts, said.patient, said.labels, said.metadata, remarks=signal.remarks)
 
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, find_key, load_label_table, read_rows
 from ecgscale.data.source_options import SourceOptions
-from ecgscale.data.sources.units import parse_unit, to_counts
+from ecgscale.data.sources.units import parse_unit, to_signal
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.wfdb_header import MAX_RATE_HZ
 from ecgscale.errors import InputError
@@ -90,12 +90,13 @@ class NpyTable:
         shown = f"{path}: row {int(item)}" if self.is_stacked else str(path)
         try:
             array = _stacked(path)[int(item)] if self.is_stacked else _array(path, self.path)
-            signal_LT, scale_L, leads = to_counts(self._leads_first(array), self.leads, self._mv_per_value(array))
+            signal = to_signal(self._leads_first(array), self.leads, self._mv_per_value(array), self.rate_hz)
             folder = Path(item).parent.name or None
             known = describe((), self._labels(), item, self.patient_key, folder)
         except InputError as error:
-            raise error if str(error).startswith(str(path)) else InputError(f"{shown}: {error}") from error
-        return Record(item, signal_LT, scale_L, self.rate_hz, leads, known.patient, known.labels, known.metadata)
+            raise error if str(error).startswith(str(path)) else type(error)(f"{shown}: {error}") from error
+        counts = (signal.counts_LT, signal.scale_L, self.rate_hz, signal.leads)
+        return Record(item, *counts, known.patient, known.labels, known.metadata, remarks=signal.remarks)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""

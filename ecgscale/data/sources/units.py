@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.plausibility import check_geometry, checked
 from ecgscale.errors import InputError
-from ecgscale.record import Counts, Floats, fit_counts, in_canonical_order, mv_per_unit, quantise
+from ecgscale.record import LEADS, Counts, Floats, Remark, fit_counts, mv_per_unit, quantise
 
 _UNIT = re.compile(r"(\d+\.?\d*(?:[eE][-+]?\d{1,2})?)?\s*([^\W\d]+)")
 
@@ -25,18 +27,27 @@ def parse_unit(text: str) -> float:
     return float(matched[1] or 1) * mv_per_unit(matched[2])
 
 
-def to_counts(
-    values_LT: npt.NDArray[np.generic], leads: Sequence[str], mv_per_value: float
-) -> tuple[Counts, Floats, tuple[str, ...]]:
-    """Floats or integers of leads in any order -> (counts, mV per count, leads), in canonical order.
+class Signal(NamedTuple):
+    """Leads in canonical order, without those that hold no signal."""
 
-    Raises InputError for NaN, infinity and a signal that is zero throughout.
+    counts_LT: Counts
+    scale_L: Floats  # mV per count
+    leads: tuple[str, ...]
+    remarks: tuple[Remark, ...]
+
+
+def to_signal(values_LT: npt.NDArray[np.generic], leads: Sequence[str], mv_per_value: float, rate_hz: float) -> Signal:
+    """Floats or integers of leads in any order -> counts.
+
+    Raises InputError for NaN, infinity, a rate or a duration that no ECG has, and for values that are no ECG's: see
+    ``plausibility``.
     """
-    order = in_canonical_order(leads)
-    if not values_LT.any():
-        raise InputError("all samples are zero")
+    check_geometry(values_LT.shape[1], rate_hz)
+    values_LT = np.ascontiguousarray(values_LT)  # along a transposed array everything takes several times as long
+    rows, remarks = checked(values_LT, mv_per_value, leads)
+    order = sorted(rows, key=lambda row: LEADS.index(leads[row]))
     if values_LT.dtype.kind in "iu":
-        counts_LT, scale_L = fit_counts(values_LT[order].astype(np.int64), np.full(len(leads), mv_per_value))
+        counts_LT, scale_L = fit_counts(values_LT[order].astype(np.int64), np.full(len(order), mv_per_value))
     else:
         counts_LT, scale_L = quantise(values_LT[order].astype(np.float64) * mv_per_value)
-    return counts_LT, scale_L, tuple(leads[i] for i in order)
+    return Signal(counts_LT, scale_L, tuple(leads[i] for i in order), remarks)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, load_label_table
+from ecgscale.data.plausibility import plausible
 from ecgscale.data.wfdb_header import MAX_RATE_HZ, Header, SignalLine, parse_header
 from ecgscale.data.wfdb_signals import (
     INT16_FORMATS,
@@ -91,9 +92,10 @@ class WfdbFolder:
         return without_segments(self.root, names)
 
     def read(self, item: str) -> Record:
-        """The record of that name; raises InputError that names the file and the reason (see read_wfdb)."""
-        return read_wfdb(
-            self.root / f"{item}.hea",
+        """The record of that name; raises InputError that names the file and the reason (see read_wfdb, plausible)."""
+        path = self.root / f"{item}.hea"
+        record = read_wfdb(
+            path,
             name=item,
             root=self.root,
             labels=self._labels(),
@@ -102,6 +104,7 @@ class WfdbFolder:
             max_invalid_fraction=self.max_invalid_fraction,
             verify_checksums=self.verify_checksums,
         )
+        return plausible(record, path)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
