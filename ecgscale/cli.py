@@ -442,7 +442,8 @@ def import_fairseq(argv: list[str]) -> None:
 def embed(argv: list[str]) -> None:
     """Embed recordings with a trained model.
 
-    INPUT is a WFDB record, a folder of them, or an .npy of (leads, samples) or (records, leads, samples) in mV.
+    INPUT is a WFDB record, a folder of them, or an .npy of (leads, samples) or (records, leads, samples), floats in mV
+    unless --unit says otherwise. Its numbers are checked as `ecgscale ingest` checks them.
     OUTPUT.npz holds record_embedding (records, width), name (records,) and, with --tokens, tokens (records, N, width).
     """
     parser = _parser("embed", embed.__doc__)
@@ -453,6 +454,8 @@ def embed(argv: list[str]) -> None:
     parser.add_argument("--rate-hz", type=float, help="sample rate of an .npy")
     parser.add_argument("--leads", metavar="I,II,...", help="leads of an .npy, in its order")
     parser.add_argument("--ignore-leads", default="", metavar="A,B", help="signals of WFDB records to leave out")
+    parser.add_argument("--unit", help="of floats in an .npy: V, mV (default) or uV, or a multiple such as 0.5mV")
+    parser.add_argument("--mv-per-count", type=float, help="millivolts per count of integers in an .npy")
     options = parser.parse_args(argv)
     from ecgscale.embed import embed_files
 
@@ -466,6 +469,8 @@ def embed(argv: list[str]) -> None:
             options.rate_hz,
             leads,
             listed(options.ignore_leads),
+            options.unit,
+            options.mv_per_count,
         )
     )
 

@@ -5,6 +5,7 @@ Shape suffixes: R recordings, B rows (windows), L leads, T samples, N tokens, D 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -18,17 +19,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.plausibility import checked
 from ecgscale.data.selection import Selection, zscore_gain
 from ecgscale.data.shard_set import lead_positions
+from ecgscale.data.units import mv_per_value, parse_unit
 from ecgscale.errors import InputError
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, canonical_leads, resample_millivolts
+from ecgscale.record import LEADS, Record, Remark, canonical_leads, resample_millivolts
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
 _WINDOWS_AT_ONCE = 64
+_NAMED = 3  # recordings with a remark that are named
+
+_LOG = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 
@@ -126,8 +132,13 @@ class ECGModel:
         leads: Sequence[str],
         tokens: bool = False,
         progress: bool = False,
+        unit: str = "mV",
+        mv_per_count: float | None = None,
     ) -> Embedding:
-        """Embeddings of ECGs in millivolts.
+        """Embeddings of ECGs, in millivolts unless ``unit`` or ``mv_per_count`` says otherwise.
+
+        Their numbers are checked as `ecgscale ingest` checks them: leads without a signal are masked, and what else is
+        odd is logged as a warning, see ``ecgscale.data.plausibility``.
 
         Args:
             signal_mv: (leads, samples) or (recordings, leads, samples).
@@ -135,13 +146,16 @@ class ECGModel:
             leads: names of the leads, any subset of the twelve in any order; the others are masked.
             tokens: also return one vector per 16 samples.
             progress: show a bar, in a terminal.
+            unit: of floats: V, mV or uV, with a factor where need be, such as 0.5mV.
+            mv_per_count: of integers, which say no unit.
 
-        Raises InputError for unknown leads, a shape that does not fit, NaN, and recordings below one token.
+        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, numbers
+        that are no ECG's, and recordings below one token.
         """
-        given = np.asarray(signal_mv)
-        if given.dtype.kind not in "fiu":
-            raise InputError(f"signal of type {given.dtype}: give real numbers, in millivolts")
-        signal_RLT = given.astype(np.float32, copy=False)
+        signal_RLT = np.asarray(signal_mv)
+        if mv_per_count is not None and not 0 < mv_per_count < np.inf:
+            raise InputError(f"mv_per_count {mv_per_count:g}: give a finite number above 0")
+        mv_per_1 = mv_per_value(signal_RLT.dtype, parse_unit(unit), mv_per_count)
         if signal_RLT.ndim == 2:
             signal_RLT = signal_RLT[None]
         names = canonical_leads(leads)
@@ -155,15 +169,18 @@ class ECGModel:
         if not 1 <= rate_hz <= 100_000:
             raise InputError(f"rate_hz {rate_hz}: give the sample rate in Hz, from 1 to 100000")
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
-        if not np.isfinite(signal_RLT).all():
-            raise InputError("the signal holds NaN or infinity; all samples must be finite millivolts")
-        positions = [LEADS.index(name) for name in names]
-        ones_L = np.ones(len(names), np.float32)
-        recordings = (
-            Recording(resample_millivolts(signal_LT, rate_hz, self.profile.rate_hz), ones_L, positions)
-            for signal_LT in tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
-        )
-        return self.embed_recordings(recordings, tokens)
+        rows_R, remarks = _judged(signal_RLT, mv_per_1, names)
+        log_remarks(remarks)
+
+        def recordings() -> Iterator[Recording]:
+            bar = tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
+            for signal_LT, rows in zip(bar, rows_R, strict=True):
+                kept_mv_LT = np.asarray(signal_LT[rows] * np.float64(mv_per_1), np.float32)
+                resampled_LT = resample_millivolts(kept_mv_LT, rate_hz, self.profile.rate_hz)
+                positions = [LEADS.index(names[row]) for row in rows]
+                yield Recording(resampled_LT, np.ones(len(rows), np.float32), positions)
+
+        return self.embed_recordings(recordings(), tokens)
 
     def embed_recordings(self, recordings: Iterable[Recording], tokens: bool = False) -> Embedding:
         """Embeddings of recordings at the model's own rate, read one by one."""
@@ -217,6 +234,32 @@ class ECGModel:
         )
         while rows := list(islice(windows, _WINDOWS_AT_ONCE)):
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
+
+
+def _judged(
+    signal_RLT: npt.NDArray[Any], mv_per_1: float, leads: Sequence[str]
+) -> tuple[list[list[int]], list[tuple[str, Remark]]]:
+    """Of each recording the rows that hold a signal; and what is odd, with the recordings' names."""
+    rows_R: list[list[int]] = []
+    odd: list[tuple[str, Remark]] = []
+    for number, signal_LT in enumerate(signal_RLT):
+        try:
+            rows, remarks = checked(signal_LT, mv_per_1, leads)
+        except InputError as error:
+            raise type(error)(f"recording {number}: {error}" if len(signal_RLT) > 1 else str(error)) from error
+        rows_R.append(rows)
+        odd += [(f"recording {number}", remark) for remark in remarks]
+    return rows_R, odd
+
+
+def log_remarks(odd: Sequence[tuple[str, Remark]]) -> None:
+    """One warning for each kind of remark on recordings, which come with their names."""
+    by_kind: dict[str, list[str]] = {}
+    for name, remark in odd:
+        by_kind.setdefault(remark.kind, []).append(f"{name} ({remark.detail})" if remark.detail else name)
+    for kind, named in by_kind.items():
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        _LOG.warning("%s: %s%s", kind, ", ".join(named[:_NAMED]), more)
 
 
 class _Window(NamedTuple):

@@ -29,8 +29,8 @@ from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Folder
-from ecgscale.data.sources.units import parse_unit, to_signal
 from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.units import parse_unit, to_signal
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Record
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, find_key, load_label_table, read_rows
 from ecgscale.data.source_options import SourceOptions
-from ecgscale.data.sources.units import parse_unit, to_signal
 from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.units import mv_per_value, parse_unit, to_signal
 from ecgscale.data.wfdb_header import MAX_RATE_HZ
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Record, canonical_leads
@@ -118,13 +118,9 @@ class NpyTable:
         return array if array.shape[0] == n else array.T
 
     def _mv_per_value(self, array: npt.NDArray[np.generic]) -> float:
-        if array.dtype.kind == "f":
-            return self.mv_per_float
-        if array.dtype.kind not in "iu" or array.dtype.itemsize > 4:
+        if array.dtype.kind != "f" and (array.dtype.kind not in "iu" or array.dtype.itemsize > 4):
             raise InputError(f"of type {array.dtype}; floats, or integers of at most 32 bits, are needed")
-        if self.mv_per_count is None:
-            raise InputError(f"integers ({array.dtype}) say no unit; give --mv-per-count")
-        return self.mv_per_count
+        return mv_per_value(array.dtype, self.mv_per_float, self.mv_per_count)
 
     def _labels(self) -> LabelTable | None:
         return None if self.labels_csv is None else _label_table(self, self.labels_csv)

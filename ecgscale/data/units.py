@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,17 @@ def parse_unit(text: str) -> float:
     if matched is None or float(matched[1] or 1) == 0:
         raise InputError(f"unit {text!r}: give V, mV or uV, or a multiple such as 0.5mV")
     return float(matched[1] or 1) * mv_per_unit(matched[2])
+
+
+def mv_per_value(dtype: np.dtype[Any], mv_per_float: float, mv_per_count: float | None) -> float:
+    """Millivolts per 1 of an array of that type; raises InputError for what is no number, and integers of no unit."""
+    if dtype.kind == "f":
+        return mv_per_float
+    if dtype.kind not in "iu":
+        raise InputError(f"of type {dtype}; floats or integers are needed")
+    if mv_per_count is None:
+        raise InputError(f"integers ({dtype}) say no unit; give --mv-per-count (in Python, mv_per_count)")
+    return mv_per_count
 
 
 class Signal(NamedTuple):
