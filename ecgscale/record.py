@@ -146,9 +146,7 @@ class Record:
 
 def resample_millivolts(signal_mv_LT: Floats, from_hz: float, to_hz: float) -> Floats:
     """Polyphase resampling along time. The ends are continued by a line so that an offset leaves no step there."""
-    ratio = (Fraction(to_hz) / Fraction(from_hz)).limit_denominator(1000)
-    if ratio == 0 or abs(float(ratio) * from_hz / to_hz - 1) > 1e-6:
-        raise InputError(f"cannot resample from {from_hz:g} Hz to {to_hz:g} Hz: no ratio of whole numbers up to 1000")
+    ratio = resampling_ratio(from_hz, to_hz, signal_mv_LT.shape[1])
     if ratio == 1:
         return signal_mv_LT
     # The filter's branches sum to 1 only to within 5e-4, so an offset of 20 mV would come out with a 10 µV ripple.
@@ -158,6 +156,22 @@ def resample_millivolts(signal_mv_LT: Floats, from_hz: float, to_hz: float) -> F
 
     resampled = resample_poly(centred_LT, ratio.numerator, ratio.denominator, axis=1, padtype="line")
     return np.asarray(resampled + offset_L1, np.float32)
+
+
+def resampling_ratio(from_hz: float, to_hz: float, n_samples: int) -> Fraction:
+    """The simplest ratio of whole numbers by which a signal ends within a tenth of a sample of where it should.
+
+    Odd rates such as 249.889 Hz take larger numbers, and longer filters. Raises InputError where 128,000 are too few.
+    """
+    exact = Fraction(to_hz) / Fraction(from_hz)
+    for largest in (1000 << doubled for doubled in range(8)):
+        ratio = exact.limit_denominator(largest)
+        if abs(ratio - exact) * n_samples <= Fraction(1, 10) and ratio > 0:
+            return ratio
+    raise InputError(
+        f"cannot resample {n_samples} samples from {from_hz:g} Hz to {to_hz:g} Hz: no ratio of whole numbers up to "
+        f"{largest} is near enough; give another --rate-hz"
+    )
 
 
 def quantise(signal_mv_LT: npt.NDArray[np.floating]) -> tuple[Counts, Floats]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,6 +22,7 @@ from ecgscale.record import (
     patient_code,
     quantise,
     resample_millivolts,
+    resampling_ratio,
 )
 
 
@@ -150,9 +153,32 @@ def test_resampling_to_the_same_rate_changes_nothing() -> None:
     assert record.resampled(500) is record
 
 
+@pytest.mark.parametrize("from_hz", [249.889, 333.333, 1000 / 3, 977.5171, 128.0001])
+def test_odd_rates_are_resampled(from_hz: float) -> None:
+    resampled = sine_record(from_hz).resampled(500.0)
+    time_T = np.arange(resampled.n_samples) / 500
+    assert abs(resampled.n_samples - 2000) <= 2
+    inner = slice(100, -100)
+    expected_mv_T = sine_record(50_000.0).millivolts()[0, np.rint(time_T[inner] * 50_000).astype(int)]
+    assert np.abs(resampled.millivolts()[0, inner] - expected_mv_T).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("from_hz", "to_hz", "n_samples", "ratio"),
+    [
+        (333.333, 500, 3333, (3, 2)),
+        (500, 499.9901, 2000, (1, 1)),
+        (360, 500, 10**9, (25, 18)),
+        (1e5, 500, 9, (1, 200)),
+    ],
+)
+def test_the_simplest_ratio_is_taken(from_hz, to_hz, n_samples, ratio) -> None:
+    assert resampling_ratio(from_hz, to_hz, n_samples) == Fraction(*ratio)
+
+
 def test_rates_without_a_ratio_are_refused() -> None:
-    with pytest.raises(InputError, match=r"from 500 Hz to 499\.9\d* Hz"):
-        sine_record(500).resampled(499.9901)
+    with pytest.raises(InputError, match=r"cannot resample 43200000 samples from 500 Hz to 500\.0\d* Hz"):
+        resampling_ratio(500, 500.0025, 43_200_000)
 
 
 def test_patients_are_told_apart() -> None:
