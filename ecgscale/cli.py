@@ -165,8 +165,8 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
+    from ecgscale.data import remarked
     from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
-    from ecgscale.data.plausibility import questions
 
     chosen = IngestOptions(
         options.rate_hz,
@@ -190,10 +190,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
-    for kind, one in done.remarked.items():
-        print(f"{out}: {one.records} records: {kind}; {one.names} (see {out / 'remarks.csv'})")
-    for question in questions({kind: one.records for kind, one in done.remarked.items()}, done.records):
-        print(f"{out}: most records: {question}")
+    for line in remarked.lines(done.remarked, done.records, f" (see {out / 'remarks.csv'})"):
+        print(f"{out}: {line}")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
@@ -284,6 +282,7 @@ def index(argv: list[str]) -> None:
     _add_split_options(parser)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(argv)
+    from ecgscale.data import remarked
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
     from ecgscale.data.ingest.options import IngestOptions
@@ -307,6 +306,8 @@ def index(argv: list[str]) -> None:
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")
+    for line in remarked.lines(done.remarked, done.records):
+        print(f"{options.folder}: {line}")
     print(f"{options.folder}: {done.records} records at {done.rate_hz:g} Hz in {done.shards} tars")
 
 

@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
-from ecgscale.data.ingest.join import Remarked
 from ecgscale.data.ingest.slice import part_file
+from ecgscale.data.remarked import Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
 from ecgscale.errors import InputError

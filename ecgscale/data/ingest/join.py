@@ -21,27 +21,12 @@ from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
+from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.shards import Columns, map_index, shard_entry, torn_patients, write_index_in_parts, write_manifest
 from ecgscale.errors import InputError
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
 _REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
-_NAMED = 3  # records with a remark that are named to people; the file names all
-
-
-@dataclass(frozen=True)
-class Remarked:
-    """How many records have a remark of one kind."""
-
-    records: int
-    first: list[str]
-    """Names of the first of them."""
-
-    @property
-    def names(self) -> str:
-        """For people."""
-        more = self.records - len(self.first)
-        return ", ".join(self.first) + (f" and {more} more" if more else "")
 
 
 @dataclass(frozen=True)
@@ -138,9 +123,7 @@ class _Found:
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
         for item, kind, _ in part.remarks:
-            known = self.remarked.get(kind, Remarked(0, []))
-            name = [item] if known.records < _NAMED else []
-            self.remarked[kind] = Remarked(known.records + 1, known.first + name)
+            self.remarked[kind] = self.remarked.get(kind, NONE).plus(item)
 
 
 def _gather(job: Job) -> _Found:
