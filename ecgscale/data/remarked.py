@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ecgscale.data.plausibility import questions
+from ecgscale.errors import one_line
 
 _NAMED = 3  # records that are named to people
 
@@ -36,6 +37,6 @@ def lines(remarked: Mapping[str, Remarked], records: int, listed_in: str = "") -
     for kind, one in remarked.items():
         more = one.records - len(one.first)
         names = ", ".join(one.first) + (f" and {more} more" if more else "")
-        told.append(f"{one.records} records: {kind}; {names}{listed_in}")
+        told.append(f"{one.records} records: {kind}; {one_line(names)}{listed_in}")
     counts = {kind: one.records for kind, one in remarked.items()}
     return told + [f"most records: {question}" for question in questions(counts, records)]

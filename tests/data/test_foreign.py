@@ -132,6 +132,7 @@ def test_what_is_no_ecg_is_counted_and_named(tmp_path, capsys) -> None:
     counts = json.loads((folder / "manifest.json").read_text())["sources"][0]["remarked"]
     assert counts[unequal] == {"records": 1, "first": ["part-002/s005"]}
     assert cli.main(["verify", str(folder)]) == 0
+    assert f"remarked    {unequal}: 1" in summarise(str(folder))
 
 
 @pytest.mark.parametrize("normalisation", ["mv", "zscore"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_source import WfdbFolder
 from ecgscale.errors import InputError
 
-_LOOKED_AT = 5
+_LOOKED_AT, _LOOKED_AT_S = 5, 5.0
 
 
 class _WfdbLayout(NamedTuple):
@@ -80,14 +81,17 @@ def open_source(path: Path, options: SourceOptions) -> OpenedSource:
 def implausible_unit(source: OpenedSource) -> str | None:
     """What to ask before a whole set is converted, by a few records from all over it; ``ingest`` checks each.
 
-    None where most of them are as ECGs are.
+    None where most of them are as ECGs are. Recordings of a day are looked at for a few seconds only.
     """
     items = source.items()
     probed = items[:: -(-len(items) // _LOOKED_AT)]
     refusals: list[str] = []
     kinds: Counter[str] = Counter()
     readable = 0
+    begun = time.monotonic()
     for item in probed:
+        if readable and time.monotonic() > begun + _LOOKED_AT_S:
+            break
         try:
             remarks = source.read(item).remarks
         except UnlikelyUnitError as error:
