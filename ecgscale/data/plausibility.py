@@ -38,9 +38,8 @@ _FLAT_MV = 0.02  # from top to bottom: nothing is recorded
 _LOUD_MV = 3.0  # median deviation of the median lead: microvolts, or counts
 _STILL = 0.25
 _CLIPPED, _CLIPPED_MV = 0.05, 0.3  # of leads that swing by so much: a few levels have no extreme to speak of
-_APART = (
-    30.0  # between the deviations of neighbouring leads, sorted by them: in good records they differ by less in all
-)
+_CLIPPED_FAR = 0.25  # of the swing, from the median
+_APART = 30.0  # between the deviations of leads next to each other, sorted by it
 _QUIET_MV = 0.005  # a deviation below it is rounding
 _EQUATION_MISSED = 0.25  # of the largest lead of the equation
 _SAME_SCALE = 2e-3  # equal standard deviations of all samples
@@ -281,7 +280,9 @@ class _Numbers:
         share_L = np.zeros(len(self.leads))
         for extreme_L in (self.low_L, self.high_L):
             at_extreme_L = _share(self.probed_LP == extreme_L[:, None], _CLIPPED)
-            share_L = np.maximum(share_L, at_extreme_L * (self.swing_mv_L > _CLIPPED_MV))
+            # A drawn ECG without noise rests at its own extreme.
+            far_L = np.abs(extreme_L * self.mv_per_value_L - self.median_mv_L) > _CLIPPED_FAR * self.swing_mv_L
+            share_L = np.maximum(share_L, at_extreme_L * (far_L & (self.swing_mv_L > _CLIPPED_MV)))
         alike_LP = self.probed_LP[:, 1:] == self.probed_LP[:, :-1]
         for row in np.flatnonzero(_share(alike_LP, _STILL)).tolist():
             still = self._still(row, alike_LP[row])

@@ -230,6 +230,11 @@ def test_clipped_leads(mv_LT) -> None:
     assert kinds(clipped_LT)[STUCK].startswith("V2 ")
 
 
+def test_a_drawn_ecg_rests_at_its_extreme(mv_LT) -> None:
+    drawn_LT = np.where(np.abs(mv_LT) < 0.2 * np.abs(mv_LT).max(axis=1, keepdims=True), 0.0, np.abs(mv_LT))
+    assert STUCK not in kinds(drawn_LT)
+
+
 def test_loose_electrodes(mv_LT) -> None:
     time_T = np.linspace(0, 10, mv_LT.shape[1])
     said = kinds(changed(mv_LT, "V5", mv_LT[10] + 60 * np.sin(time_T)))
