@@ -173,6 +173,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
+    from ecgscale.data import remarked
     from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
 
     chosen = IngestOptions(
@@ -207,8 +208,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     _print_copies(out, out / "copies.csv")
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
-    for kind, one in done.remarked.items():
-        print(f"{out}: {one.records} records: {kind}; the first is {one.first} (see {out / 'remarks.csv'})")
+    for line in remarked.lines(done.remarked, done.records, f" (see {out / 'remarks.csv'})"):
+        print(f"{out}: {line}")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
@@ -314,6 +315,7 @@ def index(argv: list[str]) -> None:
     _add_split_options(parser)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(argv)
+    from ecgscale.data import remarked
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
     from ecgscale.data.ingest.options import IngestOptions
@@ -339,6 +341,8 @@ def index(argv: list[str]) -> None:
     _print_copies(options.folder)
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")
+    for line in remarked.lines(done.remarked, done.records):
+        print(f"{options.folder}: {line}")
     print(f"{options.folder}: {done.records} records at {done.rate_hz:g} Hz in {done.shards} tars")
 
 
@@ -482,8 +486,9 @@ def embed(argv: list[str]) -> None:
     """Embed recordings with a trained model.
 
     INPUT is a WFDB record, a folder of them, a data set of `ecgscale ingest`, or an .npy of (leads, samples) or
-    (records, leads, samples) in mV. OUTPUT.npz holds record_embedding (records, width), name (records,), with --tokens
-    tokens (records, N, width), and of a data set split (records,).
+    (records, leads, samples), floats in mV unless --unit says otherwise. Its numbers are checked as `ecgscale ingest`
+    checks them. OUTPUT.npz holds record_embedding (records, width), name (records,), with --tokens tokens
+    (records, N, width), and of a data set split (records,).
     """
     parser = _parser("embed", embed.__doc__)
     parser.add_argument("model", type=Path, help="run folder or export folder")
@@ -494,6 +499,8 @@ def embed(argv: list[str]) -> None:
     parser.add_argument("--leads", metavar="I,II,...", help="leads of an .npy, in its order")
     parser.add_argument("--ignore-leads", default="", metavar="A,B", help="signals of WFDB records to leave out")
     parser.add_argument("--rename-leads", default="", metavar="A=I,B=II", help="leads that WFDB records call otherwise")
+    parser.add_argument("--unit", help="of floats in an .npy: V, mV (default) or uV, or a multiple such as 0.5mV")
+    parser.add_argument("--mv-per-count", type=float, help="millivolts per count of integers in an .npy")
     options = parser.parse_args(argv)
     from ecgscale.embed import embed_files
     from ecgscale.lead_names import parse_renames
@@ -509,6 +516,8 @@ def embed(argv: list[str]) -> None:
             leads,
             listed(options.ignore_leads),
             parse_renames(listed(options.rename_leads)),
+            options.unit,
+            options.mv_per_count,
         )
     )
 

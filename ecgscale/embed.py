@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ecgscale.data.plausibility import plausible
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.data.sources import WfdbFolder, read_wfdb
 from ecgscale.errors import InputError
 from ecgscale.files import write_whole
-from ecgscale.inference import ECGModel, Embedding, Recording, load
-from ecgscale.record import LEADS, Record
+from ecgscale.inference import ECGModel, Embedding, Recording, load, log_remarks
+from ecgscale.record import LEADS, Record, Remark
 
 
 def embed_files(
@@ -28,24 +29,33 @@ def embed_files(
     leads: tuple[str, ...] | None = None,
     ignore_leads: tuple[str, ...] = (),
     rename_leads: tuple[tuple[str, str], ...] = (),
+    unit: str | None = None,
+    mv_per_count: float | None = None,
 ) -> str:
-    """Embed a WFDB record, a folder of them, a data set or an .npy; writes ``out`` and returns the line to print."""
+    """Embed a WFDB record, a folder of them, a data set or an .npy; writes ``out`` and returns the line to print.
+
+    What is odd about recordings is logged, as by ``ECGModel.embed``; those of a data set were judged at its ingest.
+    """
     if out.suffix != ".npz":
         raise InputError(f"{out}: the output is an .npz file")
     if source.suffix != ".npy" and (rate_hz is not None or leads is not None):
         raise InputError(f"{source}: --rate-hz and --leads are for an .npy; a WFDB record says both itself")
+    if source.suffix != ".npy" and (unit is not None or mv_per_count is not None):
+        raise InputError(f"{source}: --unit and --mv-per-count are for an .npy; a WFDB record says its gain itself")
     model = load(model_path)
     names: list[str] = []
     rejected: list[str] = []
+    odd: list[tuple[str, Remark]] = []
     splits: list[str] = []  # of a data set's recordings
     if source.suffix == ".npy":
-        names, embedding = _embed_npy(model, source, rate_hz, leads, tokens)
+        names, embedding = _embed_npy(model, source, rate_hz, leads, tokens, unit or "mV", mv_per_count)
     elif (source / MANIFEST).is_file():
         shards = ShardSet.open(source)
         embedding = model.embed_recordings(_of_data_set(model, shards, names, splits, rejected), tokens)
     else:
-        recordings = _wfdb_recordings(model, source, ignore_leads, rename_leads, names, rejected)
+        recordings = _wfdb_recordings(model, source, ignore_leads, rename_leads, names, rejected, odd)
         embedding = model.embed_recordings(recordings, tokens)
+        log_remarks(odd)
     arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
     if splits:
         arrays["split"] = np.array(splits)
@@ -59,7 +69,13 @@ def embed_files(
 
 
 def _embed_npy(
-    model: ECGModel, source: Path, rate_hz: float | None, leads: tuple[str, ...] | None, tokens: bool
+    model: ECGModel,
+    source: Path,
+    rate_hz: float | None,
+    leads: tuple[str, ...] | None,
+    tokens: bool,
+    unit: str,
+    mv_per_count: float | None,
 ) -> tuple[list[str], Embedding]:
     if rate_hz is None:
         raise InputError(f"{source}: an .npy says no sample rate; give --rate-hz")
@@ -73,7 +89,7 @@ def _embed_npy(
     if leads is None:
         raise InputError(f"{source}: of shape {signal.shape}; give --leads with the name of each lead in order")
     try:
-        embedding = model.embed(signal, rate_hz, leads, tokens, progress=True)
+        embedding = model.embed(signal, rate_hz, leads, tokens, progress=True, unit=unit, mv_per_count=mv_per_count)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return [f"{source.stem}[{i}]" for i in range(len(embedding.record_embedding))], embedding
@@ -110,9 +126,11 @@ def _wfdb_recordings(
     rename_leads: tuple[tuple[str, str], ...],
     names: list[str],
     rejected: list[str],
+    odd: list[tuple[str, Remark]],
 ) -> Iterator[Recording]:
     """Recordings one by one; their names are added to ``names``, or the reason why one cannot be read to ``rejected``.
 
+    What is remarked about them is added to ``odd``.
     Of a folder, such recordings are left out; one that was asked for by name raises InputError, and so does a folder
     without any that can be read.
     """
@@ -127,10 +145,13 @@ def _wfdb_recordings(
                 rejected.append(str(error))
                 continue
             names.append(item)
+            odd += [(item, remark) for remark in record.remarks]
             yield Recording.of(record)
         if not names:
             raise InputError(f"{source}: none of the {len(rejected)} records could be read, the first: {rejected[0]}")
     else:
         record = read_wfdb(source, ignore_leads=ignore_leads, rename_leads=rename_leads)
+        record = plausible(record, source)
         names.append(source.stem if source.suffix == ".hea" else source.name)
+        odd += [(names[0], remark) for remark in record.remarks]
         yield Recording.of(record.resampled(model.profile.rate_hz))

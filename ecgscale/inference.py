@@ -5,6 +5,8 @@ Shape suffixes: R recordings, B rows (windows), L leads, T samples, N tokens, D 
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,18 +19,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.plausibility import checked
 from ecgscale.data.selection import Selection, zscore_gain
 from ecgscale.data.shard_set import lead_positions
+from ecgscale.data.units import mv_per_value, parse_unit
 from ecgscale.errors import InputError
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, canonical_leads, electrode_offset, resample_millivolts
+from ecgscale.record import LEADS, Record, Remark, canonical_leads, electrode_offset, resample_millivolts
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
 _WINDOWS_AT_ONCE = 64
 _NAMED_CLASSES = 6  # in a line
+_NAMED = 3  # recordings with a remark that are named
+
+_LOG = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,19 +53,28 @@ class Recording(NamedTuple):
 
 
 def recordings_of(selection: Selection) -> Iterator[Recording]:
-    """Recordings of a data set with the leads that its config keeps, in their order on disk; a progress bar."""
+    """Recordings of a data set with the leads that its config keeps, in their order on disk; a progress bar.
+
+    Where one has none of them, since its only one was flat for example, all leads are masked; how many they were is
+    said at the end. Raises InputError where that holds for all.
+    """
     kept, number_R, shards = frozenset(selection.config.lead_positions), selection.numbers, selection.shards
     signals = shards.windows(number_R, [0] * len(number_R), shards.take("samples", number_R).tolist())
     described = zip(signals, shards.take("leads", number_R).tolist(), shards.take("scale", number_R), strict=True)
     said = f"embed {selection.split}"
+    blank = 0
     for signal_LT, bits, scale_L in tqdm(described, said, len(number_R), unit="rec", disable=None, leave=False):
         there = lead_positions(bits)
         rows = [row for row, lead in enumerate(there) if lead in kept]
         at = [there[row] for row in rows]
-        if not at:
-            kept_names = ",".join(LEADS[lead] for lead in sorted(kept))
-            raise InputError(f"{selection.split} split: a recording has none of the leads {kept_names}; give others")
+        blank += not at
         yield Recording(signal_LT if at == there else signal_LT[rows], scale_L[at], at)
+    if blank:
+        names = ",".join(LEADS[lead] for lead in sorted(kept))
+        told = f"{selection.split} split: {blank} of {len(number_R)} recordings have none of the leads {names}"
+        if blank == len(number_R):
+            raise InputError(f"{told}; give others")
+        print(f"{told}; all of theirs are masked", file=sys.stderr)
 
 
 class Embedding(NamedTuple):
@@ -131,8 +147,13 @@ class ECGModel:
         leads: Sequence[str],
         tokens: bool = False,
         progress: bool = False,
+        unit: str = "mV",
+        mv_per_count: float | None = None,
     ) -> Embedding:
-        """Embeddings of ECGs in millivolts.
+        """Embeddings of ECGs, in millivolts unless ``unit`` or ``mv_per_count`` says otherwise.
+
+        Their numbers are checked as `ecgscale ingest` checks them: leads without a signal are masked, and what else is
+        odd is logged as a warning, see ``ecgscale.data.plausibility``.
 
         Args:
             signal_mv: (leads, samples) or (recordings, leads, samples).
@@ -140,13 +161,16 @@ class ECGModel:
             leads: names of the leads, any subset of the twelve in any order; the others are masked.
             tokens: also return one vector per 16 samples.
             progress: show a bar, in a terminal.
+            unit: of floats: V, mV or uV, with a factor where need be, such as 0.5mV.
+            mv_per_count: of integers, which say no unit.
 
-        Raises InputError for unknown leads, a shape that does not fit, NaN, and recordings below one token.
+        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, numbers
+        that are no ECG's, and recordings below one token.
         """
-        given = np.asarray(signal_mv)
-        if given.dtype.kind not in "fiu":
-            raise InputError(f"signal of type {given.dtype}: give real numbers, in millivolts")
-        signal_RLT = given.astype(np.float32, copy=False)
+        signal_RLT = np.asarray(signal_mv)
+        if mv_per_count is not None and not 0 < mv_per_count < np.inf:
+            raise InputError(f"mv_per_count {mv_per_count:g}: give a finite number above 0")
+        mv_per_1 = mv_per_value(signal_RLT.dtype, parse_unit(unit), mv_per_count)
         if signal_RLT.ndim == 2:
             signal_RLT = signal_RLT[None]
         names = canonical_leads(leads)
@@ -160,18 +184,20 @@ class ECGModel:
         if not 1 <= rate_hz <= 100_000:
             raise InputError(f"rate_hz {rate_hz}: give the sample rate in Hz, from 1 to 100000")
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
-        if not np.isfinite(signal_RLT).all():
-            raise InputError("the signal holds NaN or infinity; all samples must be finite millivolts")
-        offset_mv_RL = [[electrode_offset(mv_T) for mv_T in mv_LT] for mv_LT in signal_RLT]
-        if np.any(offset_mv_RL):  # taken off as when records are read
-            signal_RLT = signal_RLT - np.array(offset_mv_RL, np.float32)[:, :, None]
-        positions = [LEADS.index(name) for name in names]
-        ones_L = np.ones(len(names), np.float32)
-        recordings = (
-            Recording(resample_millivolts(signal_LT, rate_hz, self.profile.rate_hz), ones_L, positions)
-            for signal_LT in tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
-        )
-        return self.embed_recordings(recordings, tokens)
+        rows_R, remarks = _judged(signal_RLT, mv_per_1, names)
+        log_remarks(remarks)
+
+        def recordings() -> Iterator[Recording]:
+            bar = tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
+            for signal_LT, rows in zip(bar, rows_R, strict=True):
+                offset_mv_L1 = np.array([[electrode_offset(signal_LT[row], mv_per_1)] for row in rows])
+                # As when records are read: an offset that int16 could not hold is taken off.
+                kept_mv_LT = np.asarray(signal_LT[rows] * np.float64(mv_per_1) - offset_mv_L1, np.float32)
+                resampled_LT = resample_millivolts(kept_mv_LT, rate_hz, self.profile.rate_hz)
+                positions = [LEADS.index(names[row]) for row in rows]
+                yield Recording(resampled_LT, np.ones(len(rows), np.float32), positions)
+
+        return self.embed_recordings(recordings(), tokens)
 
     def embed_recordings(self, recordings: Iterable[Recording], tokens: bool = False) -> Embedding:
         """Embeddings of recordings at the model's own rate, read one by one."""
@@ -225,6 +251,32 @@ class ECGModel:
         )
         while rows := list(islice(windows, _WINDOWS_AT_ONCE)):
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
+
+
+def _judged(
+    signal_RLT: npt.NDArray[Any], mv_per_1: float, leads: Sequence[str]
+) -> tuple[list[list[int]], list[tuple[str, Remark]]]:
+    """Of each recording the rows that hold a signal; and what is odd, with the recordings' names."""
+    rows_R: list[list[int]] = []
+    odd: list[tuple[str, Remark]] = []
+    for number, signal_LT in enumerate(signal_RLT):
+        try:
+            rows, remarks = checked(signal_LT, mv_per_1, leads)
+        except InputError as error:
+            raise type(error)(f"recording {number}: {error}" if len(signal_RLT) > 1 else str(error)) from error
+        rows_R.append(rows)
+        odd += [(f"recording {number}", remark) for remark in remarks]
+    return rows_R, odd
+
+
+def log_remarks(odd: Sequence[tuple[str, Remark]]) -> None:
+    """One warning for each kind of remark on recordings, which come with their names."""
+    by_kind: dict[str, list[str]] = {}
+    for name, remark in odd:
+        by_kind.setdefault(remark.kind, []).append(f"{name} ({remark.detail})" if remark.detail else name)
+    for kind, named in by_kind.items():
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        _LOG.warning("%s: %s%s", kind, ", ".join(named[:_NAMED]), more)
 
 
 class _Window(NamedTuple):

@@ -106,6 +106,10 @@ def summarise_dataset(folder: str) -> str:
         ),
     ]
     lines += [f"copies      {line}" for line in about_copies(shards)]
+    remarked: Counter[str] = Counter()
+    for source in (source for one in shards.sets for source in one.manifest["sources"]):
+        remarked.update({kind: one["records"] for kind, one in source.get("remarked", {}).items()})
+    lines += [f"remarked    {_printable(kind)}: {records}" for kind, records in remarked.items()]
     return "\n".join(
         lines
         + [f"label       {_printable(name)}: {_counted(values)}" for name, values in sorted(_labels(shards).items())]

@@ -31,7 +31,7 @@ ARGUMENTS = {
     "evaluate": "model --data.shards --split --leads --out",
     "export": "run out --format",
     "import-fairseq": "checkpoint out --profile --classes",
-    "embed": "model input output --tokens --rate-hz --leads --ignore-leads --rename-leads",
+    "embed": "model input output --tokens --rate-hz --leads --ignore-leads --rename-leads --unit --mv-per-count",
     "bench": "stream",
     "reproduce": "--config --methods --protocols --lead_sets --seeds --run.dir --part --merge --dry-run",
     "scaling-law": "--config --sizes --tokens --learning_rate_factors --loss --predict --part --merge --dry-run",
@@ -124,7 +124,7 @@ def test_help_of_every_subcommand(command, name):
         (["ingest", "a"], "ingest: the following arguments are required: out; see `ecgscale ingest --help`"),
         (["embed"], "model, input, output"),
         (["verify", "a", "b"], "unrecognized arguments: b"),
-        (["reproduce", "absent.yaml"], "absent.yaml: cannot read the config"),
+        (["reproduce", "absent.yaml"], "absent.yaml: cannot read: No such file"),
         (["evaluate", "m"], "--data.shards"),
         (["evaluate", "m", "--data.shards", "a", "--split", "dev"], "'dev'"),
         (["simulate", "out", "--patients", "many"], "--patients: invalid int value: 'many'"),
@@ -138,6 +138,7 @@ def test_help_of_every_subcommand(command, name):
         (["export", "nowhere", "out"], "nowhere: neither an export"),
         (["embed", "nowhere", "x.npy", "out.npz"], "nowhere: neither an export"),
         (["embed", "nowhere", "x.hea", "out.npz", "--leads", "I"], "x.hea: --rate-hz and --leads are for an .npy"),
+        (["embed", "nowhere", "x.hea", "out.npz", "--unit", "V"], "x.hea: --unit and --mv-per-count are for an .npy"),
         (["evaluate", "m", "--data.shards", "a", "--leads", "12,6"], "m: neither an export"),
     ],
 )
@@ -155,7 +156,7 @@ def test_debug_raises(arguments):
 
 def test_an_error_of_several_lines_becomes_one(refusal, monkeypatch):
     def fail(argv: list[str]) -> None:
-        raise OSError("first\nsecond")
+        raise InputError("first\nsecond")
 
     monkeypatch.setitem(COMMANDS, "verify", fail)
     assert refusal("verify", "a") == "ecgscale: first second\n"
@@ -210,6 +211,12 @@ def test_embed_an_npy(command, small_export, ecg_LT, tmp_path):
     assert command(*given)[0] == 0
     found = np.load(out, allow_pickle=False)
     assert found["name"].tolist() == ["three[0]", "three[1]"]
+    np.save(tmp_path / "counts.npy", np.rint(200 * ecg_LT).astype(np.int16))
+    assert (
+        command("embed", small_export, tmp_path / "counts.npy", out, "--rate-hz", 500, "--mv-per-count", 0.005)[0] == 0
+    )
+    counted = np.load(out, allow_pickle=False)["record_embedding"]
+    np.testing.assert_allclose(counted, model.embed(ecg_LT, 500, LEADS).record_embedding, rtol=0, atol=0.05)
     first = model.embed(ecg_LT[:2], 500, ("I", "II")).record_embedding[0]
     np.testing.assert_allclose(found["record_embedding"][0], first, rtol=0, atol=2e-6)
 
@@ -226,7 +233,12 @@ def test_embed_an_npy(command, small_export, ecg_LT, tmp_path):
         (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,X"], "unknown lead 'X'"),
         (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,I"], "lead I stands 2 times"),
         (np.full((12, 500), np.nan), ["--rate-hz", "500"], "NaN"),
-        (np.zeros((12, 5)), ["--rate-hz", "500"], "5 samples"),
+        (np.eye(12, 5), ["--rate-hz", "500"], "5 samples"),
+        (np.zeros((12, 500)), ["--rate-hz", "500"], "all samples are zero"),
+        (np.zeros((12, 500), np.int16), ["--rate-hz", "500"], "integers (int16) say no unit; give --mv-per-count"),
+        (np.eye(12, 500, dtype=np.int32), ["--rate-hz", "500", "--mv-per-count", "-1"], "mv_per_count -1"),
+        (1e-3 * np.eye(12, 500), ["--rate-hz", "500"], "are they volts? Then give --unit V"),
+        (1e3 * np.eye(12, 500), ["--rate-hz", "500", "--unit", "V"], "an ECG stays within"),
         (np.full((12, 500), "x"), ["--rate-hz", "500"], "type <U1"),
     ],
 )

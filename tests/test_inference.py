@@ -115,10 +115,60 @@ def test_the_same_ecg_at_another_rate_gives_the_same_embedding(model, smooth_ecg
 
 
 def test_integers_lists_and_counts_are_the_same_ecg(model, ecg_12_s):
-    counts_LT = np.rint(ecg_12_s).astype(np.int32)
-    expected = model.embed(counts_LT.astype(np.float64), 500, LEADS).record_embedding
-    np.testing.assert_array_equal(model.embed(counts_LT, 500, LEADS).record_embedding, expected)
-    np.testing.assert_array_equal(model.embed(counts_LT.tolist(), 500, LEADS).record_embedding, expected)
+    counts_LT = np.rint(200 * ecg_12_s).astype(np.int32)
+    expected = model.embed(counts_LT * 0.005, 500, LEADS).record_embedding
+    for given in (counts_LT, counts_LT.tolist()):
+        embedding = model.embed(given, 500, LEADS, mv_per_count=0.005).record_embedding
+        np.testing.assert_array_equal(embedding, expected)
+    np.testing.assert_array_equal(model.embed(counts_LT * 5.0, 500, LEADS, unit="uV").record_embedding, expected)
+    volts = model.embed(counts_LT * 5e-6, 500, LEADS, unit="V").record_embedding
+    np.testing.assert_allclose(volts, expected, **CLOSE)
+    tenths = model.embed(counts_LT * 0.05, 500, LEADS, unit="0.1mV").record_embedding
+    np.testing.assert_allclose(tenths, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda mv_LT: mv_LT / 1000, "are they volts? Then give --unit V"),
+        (lambda mv_LT: mv_LT * 1000, "are they microvolts? Then give --unit uV"),
+        (lambda mv_LT: np.rint(mv_LT * 200).astype(np.int16), "integers (int16) say no unit; give --mv-per-count"),
+        (lambda mv_LT: 0 * mv_LT, "all samples are zero"),
+        (lambda mv_LT: 0 * mv_LT - 80, "all leads stand still, at -80 mV"),
+        (lambda mv_LT: np.where(np.arange(6000) == 77, -9999, mv_LT), "most likely a code for missing ones"),
+    ],
+    ids=["volts", "microvolts", "counts", "zeros", "still", "code"],
+)
+def test_what_is_no_ecg_is_refused(model, ecg_12_s, change, said):
+    with pytest.raises(InputError) as refused:
+        model.embed(change(ecg_12_s), 500, LEADS)
+    assert said in str(refused.value)
+    if said.startswith("integers"):
+        return
+    with pytest.raises(InputError) as refused:
+        model.embed(np.stack([ecg_12_s, change(ecg_12_s)]), 500, LEADS)
+    assert str(refused.value).startswith("recording 1: ")
+
+
+def test_what_is_odd_is_logged_and_flat_leads_are_masked(model, ecg_12_s, caplog):
+    odd_LT = ecg_12_s.copy()
+    odd_LT[7] = 4.0
+    embedding = model.embed(np.stack([ecg_12_s] + 4 * [odd_LT]), 500, LEADS).record_embedding
+    without = [lead for lead in LEADS if lead != "V2"]
+    alone = model.embed(np.delete(ecg_12_s, 7, axis=0), 500, without).record_embedding
+    np.testing.assert_allclose(embedding[3], alone[0], **CLOSE)
+    assert distance(embedding[0], alone[0]) > 0.01
+    flat = (
+        "leads without a signal are left out as absent: recording 1 (V2), recording 2 (V2), recording 3 (V2) and 1 more"
+    )
+    assert flat in caplog.messages
+    assert any("I + III = II" in message for message in caplog.messages), "its leads are drawn independently"
+
+
+@pytest.mark.parametrize(("option", "said"), [({"unit": "mm"}, "unit 'mm'"), ({"mv_per_count": 0.0}, "mv_per_count 0")])
+def test_units_that_are_none(model, ecg_12_s, option, said):
+    with pytest.raises(InputError, match=said):
+        model.embed(ecg_12_s, 500, LEADS, **option)
 
 
 @pytest.mark.parametrize("normalisation", ["mv", "zscore"])
@@ -191,8 +241,8 @@ def test_zscore_does_not_see_gain_or_offset_of_a_lead(make_model, ecg_12_s, samp
 
 def test_flat_leads_give_finite_embeddings(make_model):
     for normalisation in ("mv", "zscore"):
-        flat = make_model(normalisation).embed(np.full((12, WINDOW), 3.0), 500, LEADS, tokens=True)
-        assert np.isfinite(flat.tokens).all()
+        flat = Recording(np.full((12, WINDOW), 3.0, np.float32), np.ones(12, np.float32), list(range(12)))
+        assert np.isfinite(make_model(normalisation).embed_recordings([flat], tokens=True).tokens).all()
 
 
 def test_logits_are_those_of_the_mean_embedding(make_model, ecg_12_s):
@@ -206,7 +256,7 @@ def test_logits_are_those_of_the_mean_embedding(make_model, ecg_12_s):
 
 # --- bad input ---
 
-OKAY = np.zeros((12, 500))
+OKAY = np.tile([0.0, 0.5], (12, 250))
 WITH_NAN = np.where(np.arange(500) == 7, np.nan, OKAY)
 
 

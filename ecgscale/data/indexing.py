@@ -27,7 +27,10 @@ from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.ingest.mark import NO_LOCKS
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, split_value, splits_by_hash, splits_by_value
-from ecgscale.data.scan import scan_foreign
+from ecgscale.data.payload import Bytes
+from ecgscale.data.plausibility import FLAT, UnlikelyUnitError, check_geometry, judge
+from ecgscale.data.remarked import NONE, Remarked
+from ecgscale.data.scan import Found, scan_foreign
 from ecgscale.data.shards import (
     MANIFEST,
     Columns,
@@ -41,6 +44,10 @@ from ecgscale.data.shards import (
 from ecgscale.data.sources.listing import is_junk
 from ecgscale.errors import InputError, naming_file
 
+WRONG_SCALE = "no ECG by their scale; is mv_per_count or gain right?"
+NO_ECG = "no ECG: nothing moves, codes for missing samples, or shorter than a beat"
+KEPT_FLAT = "leads without a signal"
+
 
 @dataclass(frozen=True)
 class Indexed:
@@ -50,6 +57,8 @@ class Indexed:
     shards: int
     rate_hz: float
     patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
+    remarked: dict[str, Remarked]
+    """By kind. What is no ECG is among them: no record of such a set can be left out."""
 
 
 @dataclass
@@ -63,6 +72,7 @@ class _Tar:
     leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
     rates: dict[float, str] = field(default_factory=dict)  # likewise
     patient_known: list[bool] = field(default_factory=list)
+    remarked: dict[str, Remarked] = field(default_factory=dict)
 
 
 def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
@@ -83,9 +93,14 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         records = sum(len(split_B) for split_B in splits)
         parts = (one.columns | {"split": split_B} for one, split_B in zip(found, splits, strict=True))
         index = write_index_in_parts(folder, records, parts)
+        remarked: dict[str, Remarked] = {}
+        for one in found:
+            for kind, several in one.remarked.items():
+                remarked[kind] = remarked.get(kind, NONE).joined(several)
         source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
+        source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
-    return Indexed(records, len(found), rate_hz, any(any(one.patient_known) for one in found))
+    return Indexed(records, len(found), rate_hz, any(any(one.patient_known) for one in found), remarked)
 
 
 def _given(options: IngestOptions) -> dict[str, Any]:
@@ -172,6 +187,8 @@ def _index_tar(
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
         done.patient_known.append(about.patient is not None)
+        for kind in _oddities(tar, record):
+            done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
         if split_by:
             done.split_values.append(split_value(about.labels, about.metadata, split_by))
     if not rows:
@@ -181,6 +198,24 @@ def _index_tar(
     done.columns = as_columns(rows)
     done.entry = shard_entry(path, len(rows), dataset, "npy", size, digest.hexdigest())
     return done
+
+
+def _oddities(tar: Bytes, record: Found) -> Iterator[str]:
+    """Kinds of what is odd about the numbers of a record."""
+    about, n_samples = record.described, record.row["samples"]
+    end = record.row["offset"] + record.row["length"]
+    signal_LT = tar[end - 2 * len(about.leads_L) * n_samples : end].view("<i2").reshape(-1, n_samples)
+    try:
+        check_geometry(n_samples, about.rate_hz)
+        verdict = judge(signal_LT, about.scale_L, about.leads_L)
+        if verdict.refusal:
+            raise verdict.refusal
+    except UnlikelyUnitError:
+        yield WRONG_SCALE
+    except InputError:
+        yield NO_ECG
+    else:
+        yield from (KEPT_FLAT if remark.kind == FLAT else remark.kind for remark in verdict.remarks)
 
 
 def _only_rate(found: Sequence[_Tar]) -> float:

@@ -51,6 +51,7 @@ def check_manifest(manifest: dict[str, Any], place: str) -> None:
         _check_fields(shard, _SHARD, place)
     for source in manifest["sources"]:
         _check_fields(source, {"dataset": str}, place)
+        _check_remarked(source.get("remarked", {}), place)  # earlier versions had none
     names = [manifest["index"]["file"], *(shard["file"] for shard in manifest["shards"])]
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
@@ -61,6 +62,15 @@ def check_manifest(manifest: dict[str, Any], place: str) -> None:
         raise InputError(f"{place}: its rate is {manifest['rate_hz']:g} Hz; ingest the data again")
     if manifest["records"] != sum(shard["records"] for shard in manifest["shards"]):
         raise InputError(f"{place}: its shards do not hold the {manifest['records']} records; ingest the data again")
+
+
+def _check_remarked(remarked: Any, place: str) -> None:
+    if not isinstance(remarked, dict):
+        raise InputError(f"{place}: remarked is {str(remarked)[:80]!r}; ingest the data again")
+    for one in remarked.values():
+        _check_fields(one, {"records": int, "first": list}, place)
+        if not all(isinstance(name, str) for name in one["first"]):
+            raise InputError(f"{place}: first is {str(one['first'])[:80]!r}; ingest the data again")
 
 
 def _check_fields(fields: Any, types: Types, place: str) -> None:

@@ -119,7 +119,11 @@ def test_many_rows_sort_as_they_stand_in_the_file(root: Path, ecgs: list[Record]
     ("unit", "factor"), [("mV", 1), ("0.5mV", 0.5), ("1e-4V", 0.1), ("uV", 0.001), ("100 µV", 0.1)]
 )
 def test_units(root: Path, ecgs: list[Record], unit: str, factor: float) -> None:
-    source = open_source(root, SourceOptions(unit=unit))
+    def scale(file: h5py.File) -> None:
+        file["tracings"][...] *= 1000 if unit == "uV" else 1  # no ECG else
+
+    factor *= 1000 if unit == "uV" else 1
+    source = open_source(change(root, scale), SourceOptions(unit=unit))
     np.testing.assert_allclose(source.read("exams_part0/0_11").millivolts(), ecgs[0].millivolts() * factor, atol=0.001)
     assert f"values taken as {unit}" in source.description
     assert implausible_unit(source) is None
@@ -185,8 +189,9 @@ def test_microvolts_are_noticed(root: Path, tmp_path, capsys) -> None:
         file["tracings"][...] *= 1000
 
     assert "--unit uV" in (implausible_unit(open_source(change(root, scale), SourceOptions())) or "")
-    assert cli.main(["ingest", str(root), str(tmp_path / "out"), "--workers=1"]) == 0
+    assert cli.main(["ingest", str(root), str(tmp_path / "out"), "--workers=1"]) == 0  # the other part is right
     assert "are they microvolts?" in capsys.readouterr().out
+    assert "are they microvolts?" in (tmp_path / "out" / "rejected.csv").read_text()
 
 
 # --- rows that are refused ---

@@ -26,6 +26,7 @@ from ecgscale.downstream.tasks import TaskConfig, load_task
 from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.record import LEADS
+from ecgscale.simulate import Simulation
 
 MIMIC = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
 ALL_TRAIN = IngestOptions(validation_fraction=0)
@@ -104,6 +105,34 @@ def test_a_set_of_the_webdataset_library_is_a_data_set(tmp_path, capsys) -> None
     assert "holds a data set already" in capsys.readouterr().err
     task = load_task(shards, TaskConfig(label="dx", classes=["SR", "AF"]), splits=["train"])
     np.testing.assert_array_equal(task.target_RC[:, 0], [1, 0] * 5)
+
+
+def test_what_is_no_ecg_is_counted_and_named(tmp_path, capsys) -> None:
+    simulation = Simulation(patients=6, records_per_patient=1, seed=4)
+    samples = []
+    for item in simulation.items():
+        record = simulation.read(item)
+        said = {"rate_hz": 500, "leads": LEADS, "scale_mv": record.scale_L.tolist()}
+        samples.append({"npy": record.signal_LT.copy(), "json": said})
+    samples[1]["json"] |= {"scale_mv": [1.0] * 12}
+    samples[2]["npy"][:] = 7
+    samples[3]["npy"][4] = 0
+    samples[5]["npy"][[0, 8]] = samples[5]["npy"][[8, 0]]
+    folder = write_tars(tmp_path / "mixed", samples, per_tar=2)
+    assert cli.main(["index", str(folder), "--workers=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    unequal = "I + III = II, aVR = -(I + II)/2 or their like do not hold: leads out of order, or not recorded together"
+    assert lines[1:] == [
+        f"{folder}: 1 records: no ECG by their scale; is mv_per_count or gain right?; part-000/s001",
+        f"{folder}: 1 records: no ECG: nothing moves, codes for missing samples, or shorter than a beat; part-001/s002",
+        f"{folder}: 1 records: leads without a signal; part-001/s003",
+        f"{folder}: 1 records: {unequal}; part-002/s005",
+        f"{folder}: 6 records at 500 Hz in 3 tars",
+    ]
+    counts = json.loads((folder / "manifest.json").read_text())["sources"][0]["remarked"]
+    assert counts[unequal] == {"records": 1, "first": ["part-002/s005"]}
+    assert cli.main(["verify", str(folder)]) == 0
+    assert f"remarked    {unequal}: 1" in summarise(str(folder))
 
 
 @pytest.mark.parametrize("normalisation", ["mv", "zscore"])

@@ -241,6 +241,11 @@ MANIFESTS: dict[str, dict[str, object]] = {
     "sha256": {"shards__0__sha256": "../../x"},
     "sources-1": {"sources": [7]},
     "sources-2": {"sources": [{"dataset": 7}]},
+    **{
+        f"remarked-{i}": {"sources": [{"dataset": "d", "records": 2, "rejected": 0, "remarked": value}]}
+        for i, value in enumerate([7, [], {"k": 7}, {"k": {}}, {"k": {"records": "1", "first": []}},
+                                   {"k": {"records": 1, "first": [7]}}, {"k": {"records": 1, "first": "x"}}])
+    },
     "foreign-0": {"foreign": Rules().to_manifest()},
     "foreign-1": {"foreign": 7},
     "foreign-2": {"foreign": {}},

@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
-from ecgscale.data.ingest.join import Remarked
 from ecgscale.data.ingest.slice import part_file
+from ecgscale.data.remarked import Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
 from ecgscale.errors import InputError, MachineError
@@ -138,7 +138,7 @@ def test_killed_at_any_step_and_gone_on(tmp_path) -> None:
         finished, read = stamps(out), []
         result = ingest(Tiny(FIRST.names, read_items=read), out, OPTIONS)
         assert (result.records, result.rejected, result.shards, result.patients_known) == (6, 3, 4, True)
-        assert result.remarked == {"the name is short": Remarked(3, "a")}
+        assert result.remarked == {"the name is short": Remarked(3, ["a", "f", "h"])}
         assert contents(out) == undisturbed
         assert stamps(out, finished) == finished
         assert len(read) < len(FIRST.names) or not finished
@@ -453,7 +453,7 @@ def test_records_are_added_behind_the_old_ones(tmp_path) -> None:
     assert remarks[:2] == ["record,remark,details,dataset", "a,the name is short,1 letter,tiny"]
     assert [row.split(",")[0] for row in remarks[1:-1]] == ["a", "f", "h", "1", "3", "5"]
     counts = [one["remarked"]["the name is short"] for one in manifest["sources"]]
-    assert counts == [{"records": 3, "first": "a"}, {"records": 3, "first": "1"}]
+    assert counts == [{"records": 3, "first": ["a", "f", "h"]}, {"records": 3, "first": ["1", "3", "5"]}]
     read = load_file(out / manifest["index"]["file"])  # any reader of safetensors takes it
     assert all(np.array_equal(column, shards.column(name)) for name, column in read.items())
 

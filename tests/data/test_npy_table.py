@@ -130,15 +130,50 @@ def test_units(tmp_path, mv_NLT: np.ndarray, unit: str | None, factor: float, dt
     np.testing.assert_allclose(opened(tmp_path / "x.npy", unit=unit).read("1").millivolts(), mv_NLT[1], atol=0.001)
 
 
-def test_microvolts_are_noticed(tmp_path, mv_NLT: np.ndarray, capsys) -> None:
-    np.save(tmp_path / "x.npy", mv_NLT * 1000)
-    assert implausible_unit(opened(tmp_path / "x.npy", unit="uV")) is None
-    command = ["ingest", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--source-rate-hz=250", "--workers=1"]
-    assert cli.main(command) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("npy: 4 records in one array")
-    assert out[1].startswith(f"{tmp_path / 'x.npy'}: the first records deviate")
-    assert "--unit uV" in out[1]
+@pytest.mark.parametrize(("factor", "unit", "asked"), [(1000, "uV", "microvolts"), (0.001, "V", "volts")])
+def test_a_set_in_another_unit_is_asked_about(tmp_path, mv_NLT, capsys, factor: float, unit: str, asked: str) -> None:
+    path, out = tmp_path / "x.npy", tmp_path / "out"
+    np.save(path, mv_NLT * factor)
+    assert implausible_unit(opened(path, unit=unit)) is None
+    command = ["ingest", str(path), str(out), "--source-rate-hz=250", "--workers=1"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr()
+    about, question = said.out.splitlines()
+    assert about.startswith("npy: 4 records in one array")
+    assert question.startswith(f"{path}: 4 of 4 records that were looked at are no ECG, such as {path}: row 0: ")
+    for line in (question, said.err):
+        assert f"are they {asked}? Then give --unit {unit} " in line
+    assert cli.main([*command, "--restart", f"--unit={unit}"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key",
+        f"{out}: 4 records in 1 shards, 0 rejected",
+    ]
+
+
+def test_records_in_another_unit_than_the_set_are_named(tmp_path, mv_NLT, capsys) -> None:
+    factor_N = np.array([1, 1000, 1, 100])
+    np.save(tmp_path / "x.npy", mv_NLT * factor_N[:, None, None])
+    out = tmp_path / "out"
+    assert cli.main(["ingest", str(tmp_path / "x.npy"), str(out), "--source-rate-hz=250", "--workers=1"]) == 0
+    said = capsys.readouterr().out
+    assert f"{out}: 1 records: deviates from the median as microvolts or counts do" in said
+    assert "taken for millivolts; 3 (see" in said
+    assert "3 records in 1 shards, 1 rejected" in said
+    assert (out / "rejected.csv").read_text().splitlines()[1].startswith("1,")
+    assert "are they microvolts?" in (out / "rejected.csv").read_text()
+
+
+def test_leads_in_another_order_are_asked_about(tmp_path, mv_NLT, capsys) -> None:
+    order = [*LEADS[:2], *LEADS[6:], *LEADS[2:6]]
+    np.save(tmp_path / "x.npy", mv_NLT[:, [LEADS.index(lead) for lead in order]])
+    command = ["ingest", str(tmp_path / "x.npy"), "--source-rate-hz=250", "--workers=1"]
+    assert cli.main([*command, str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    assert "4 records: I + III = II, aVR = -(I + II)/2 or their like do not hold" in said
+    assert "; 0, 1, 2 and 1 more (see" in said
+    assert said.count("is the order of the leads another? Then give --source-leads") == 2, "before and after"
+    assert cli.main([*command, str(tmp_path / "b"), f"--source-leads={','.join(order)}"]) == 0
+    assert "do not hold" not in capsys.readouterr().out
 
 
 def test_a_folder_of_arrays_and_headers_is_one_of_wfdb(folder: Path) -> None:

@@ -120,14 +120,16 @@ def test_real_recordings_equal_wfdb(
     items = source.items()
     assert len(items) == n_items
     assert items == sorted(items)
-    for item in items[:: n_items // 8]:
+    for item in items[1 :: n_items // 8]:
         record = source.read(item)
         expected = wfdb.rdrecord(str(source.root / item))
         assert record.name == item
         assert record.rate_hz == RATE_HZ
-        assert record.signal_LT.shape == (n_leads, n_samples)
-        assert record.leads == LEADS[:n_leads]
-        np.testing.assert_allclose(record.millivolts(), expected.p_signal.T[:n_leads], atol=1e-6)
+        assert record.n_samples == n_samples
+        swing_mv_L = np.ptp(expected.p_signal.T[:n_leads], axis=1)
+        kept = np.flatnonzero(swing_mv_L > 0).tolist()  # flat leads are left out
+        assert record.leads == tuple(LEADS[i] for i in kept)
+        np.testing.assert_allclose(record.millivolts(), expected.p_signal.T[kept], atol=1e-6)
 
 
 def test_real_labels_and_patients(shared_data: Path) -> None:

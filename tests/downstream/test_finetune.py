@@ -19,8 +19,8 @@ from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.downstream.finetune import _logistic, _supervised
 from ecgscale.downstream.tasks import TaskConfig
-from ecgscale.inference import Neighbours, load
-from ecgscale.record import LEAD_SETS, Record
+from ecgscale.inference import Neighbours, load, recordings_of
+from ecgscale.record import LEAD_SETS, LEADS, Record
 from ecgscale.simulate import Simulation
 
 SHORT = ["--train.steps=6", "--train.global_batch=16", "--task.min_positives=2", "--engine.learning_rate=1e-3"]
@@ -110,6 +110,35 @@ def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp
     whole, three = tmp_path / "expected", tmp_path / "three"
     assert main(["evaluate", str(whole), f"--data.shards={three}", "--leads", "6"]) == 2
     assert "leads I,II,III,aVR,aVL,aVF: no test recording has III,aVR,aVL,aVF" in capsys.readouterr().err
+
+
+def test_a_recording_without_the_kept_leads_is_masked_and_counted(small_export, tmp_path, capsys) -> None:
+    """Its only lead was flat, say. It costs itself, not the whole evaluation."""
+
+    @dataclass(frozen=True)
+    class OneWithoutI(Simulation):
+        def read(self, item: str) -> Record:
+            record = super().read(item)
+            if item != self.items()[3]:
+                return record
+            rows = [*range(1, 12)]
+            return replace(record, signal_LT=record.signal_LT[rows], scale_L=record.scale_L[rows], leads=LEADS[1:])
+
+    def embedded(source: Simulation, name: str, leads: list[str]) -> np.ndarray:
+        out = tmp_path / name
+        ingest(source, out, IngestOptions(validation_fraction=0))
+        selection = Selection(ShardSet.open(out), DataConfig(leads=leads), "train")
+        return load(small_export).embed_recordings(recordings_of(selection)).record_embedding
+
+    whole_RD = embedded(Simulation(patients=4), "whole", ["I"])
+    capsys.readouterr()
+    blank_RD = embedded(OneWithoutI(patients=4), "blank", ["I"])
+    assert (
+        "train split: 1 of 8 recordings have none of the leads I; all of theirs are masked" in capsys.readouterr().err
+    )
+    same_R = np.isclose(whole_RD, blank_RD, rtol=0, atol=1e-6).all(axis=1)
+    assert np.flatnonzero(~same_R).tolist() == [3]
+    assert np.isfinite(blank_RD).all()
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "probe"])

@@ -9,7 +9,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import PATIENT_ELSEWHERE, PATIENT_KNOWN, SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
+from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.shards import (
     Columns,
     map_index,
@@ -38,15 +39,6 @@ from ecgscale.files import whole_file
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
 _REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
-
-
-@dataclass(frozen=True)
-class Remarked:
-    """How many records have a remark of one kind."""
-
-    records: int
-    first: str
-    """Name of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +146,7 @@ class _Found:
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
         for item, kind, _ in part.remarks:
-            known = self.remarked.get(kind, Remarked(0, item.encode(errors="backslashreplace").decode()))
-            self.remarked[kind] = replace(known, records=known.records + 1)
+            self.remarked[kind] = self.remarked.get(kind, NONE).plus(item)
 
 
 def _gather(job: Job) -> _Found:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ecgscale.data.label_table import Description, LabelTable, load_label_table
+from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
 from ecgscale.data.sources.catalogue import Catalogue
@@ -51,7 +52,7 @@ class CataloguedWfdb:
         return self.catalogue.items()
 
     def read(self, item: str) -> Record:
-        """The record of that name; raises InputError that names the file and the reason (see read_wfdb)."""
+        """The record of that name; raises InputError that names the file and the reason (see read_wfdb, plausible)."""
         said = self.catalogue.describe(item)
         record = self.tree.read(
             item,
@@ -61,7 +62,7 @@ class CataloguedWfdb:
             rename_leads=self.rename_leads,
         )
         return replace(
-            record,
+            plausible(record, self.tree.where / f"{item}.hea"),
             patient=said.patient or record.patient,
             labels=said.labels | record.labels,
             metadata=said.metadata | record.metadata,

@@ -31,8 +31,8 @@ from ecgscale.data.sources.listing import is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Folder, Tree
-from ecgscale.data.sources.units import parse_unit, to_counts
 from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.units import parse_unit, to_signal
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Record
 
@@ -101,11 +101,11 @@ class Code15:
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
             if said.patient is None:
                 raise InputError(f"no row in {EXAMS}, so its patient is unknown")
-            fitted, leads = to_counts(values_TL.T, LEADS, self.mv_per_value)
+            signal = to_signal(values_TL.T, LEADS, self.mv_per_value, RATE_HZ)
         except InputError as error:
-            raise InputError(f"{shown}: {error}") from error
+            raise type(error)(f"{shown}: {error}") from error
         known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
-        return Record.of(item, fitted, RATE_HZ, leads, **known)
+        return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
 
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""

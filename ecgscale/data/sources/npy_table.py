@@ -9,6 +9,7 @@ import functools
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,8 @@ import numpy.typing as npt
 from ecgscale.data.label_table import LabelTable, describe, find_key, load_label_table, read_rows
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.listing import contents_below, left_out
-from ecgscale.data.sources.units import parse_unit, to_counts
 from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.units import mv_per_value, parse_unit, to_signal
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Record, canonical_leads, check_rate
 
@@ -93,20 +94,13 @@ class NpyTable:
         shown = f"{path}: row {int(item)}" if self.is_stacked else str(path)
         try:
             array = _stacked(path)[int(item)] if self.is_stacked else _array(path, self.path)
-            fitted, leads = to_counts(self._leads_first(array), self.leads, self._mv_per_value(array))
+            signal = to_signal(self._leads_first(array), self.leads, self._mv_per_value(array), self.rate_hz)
             folder = Path(item).parent.name or None
             known = describe((), self._labels(), item, self.patient_key, folder)
         except InputError as error:
-            raise error if str(error).startswith(str(path)) else InputError(f"{shown}: {error}") from error
-        return Record.of(
-            item,
-            fitted,
-            self.rate_hz,
-            leads,
-            patient=known.patient,
-            labels=known.labels,
-            metadata=known.metadata,
-        )
+            raise error if str(error).startswith(str(path)) else type(error)(f"{shown}: {error}") from error
+        told: dict[str, Any] = {"patient": known.patient, "labels": known.labels, "metadata": known.metadata}
+        return Record.of(item, signal.fitted, self.rate_hz, signal.leads, remarks=signal.remarks, **told)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
@@ -132,13 +126,9 @@ class NpyTable:
         return array if array.shape[0] == n else array.T
 
     def _mv_per_value(self, array: npt.NDArray[np.generic]) -> float:
-        if array.dtype.kind == "f":
-            return self.mv_per_float
-        if array.dtype.kind not in "iu" or array.dtype.itemsize > 4:
+        if array.dtype.kind != "f" and (array.dtype.kind not in "iu" or array.dtype.itemsize > 4):
             raise InputError(f"of type {array.dtype}; floats, or integers of at most 32 bits, are needed")
-        if self.mv_per_count is None:
-            raise InputError(f"integers ({array.dtype}) say no unit; give --mv-per-count")
-        return self.mv_per_count
+        return mv_per_value(array.dtype, self.mv_per_float, self.mv_per_count)
 
     def _labels(self) -> LabelTable | None:
         return None if self.labels_csv is None else _label_table(self, self.labels_csv)

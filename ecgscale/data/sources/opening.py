@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ecgscale.data.label_table import Description
+from ecgscale.data.plausibility import UnlikelyUnitError, questions
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources import archive, cinc2021, code15, mimic_iv_ecg, ptbxl
 from ecgscale.data.sources.archive import Archive
@@ -23,9 +24,7 @@ from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_source import WfdbFolder
 from ecgscale.errors import InputError
 
-# An ECG deviates from its median by some 0.05 mV in the median; electrodes that have come off, by a few mV.
-_IMPLAUSIBLE_MV = 5.0
-_LOOKED_AT = 5
+_LOOKED_AT, _LOOKED_AT_S = 5, 5.0
 
 
 _FOR_WFDB = {name: layout for name, layout in LAYOUTS.items() if name != "code15"}
@@ -52,25 +51,31 @@ def open_source(path: Path, options: SourceOptions) -> OpenedSource:
 
 
 def implausible_unit(source: OpenedSource) -> str | None:
-    """A line that says so if the first records look like microvolts taken for millivolts.
+    """What to ask before a whole set is converted, by a few records from all over it; ``ingest`` checks each.
 
-    Only of sources whose files do not say their unit.
+    None where most of them are as ECGs are. Recordings of a day are looked at for a few seconds only.
     """
-    if not isinstance(source, NpyTable | Code15):
-        return None
-    deviations = []
-    for item in source.items()[:_LOOKED_AT]:
+    items = source.items()
+    probed = items[:: -(-len(items) // _LOOKED_AT)]
+    refusals: list[str] = []
+    kinds: Counter[str] = Counter()
+    readable = 0
+    begun = time.monotonic()
+    for item in probed:
+        if readable and time.monotonic() > begun + _LOOKED_AT_S:
+            break
         try:
-            mv_LT = source.read(item).millivolts()
+            remarks = source.read(item).remarks
+        except UnlikelyUnitError as error:
+            refusals.append(str(error))
         except InputError:
             continue  # ingest will list it
-        deviations.append(float(np.median(np.abs(mv_LT - np.median(mv_LT, axis=1, keepdims=True)))))
-    if not deviations or np.median(deviations) < _IMPLAUSIBLE_MV:
-        return None
-    return (
-        f"the first records deviate from their median by {np.median(deviations):.0f} mV, an ECG by 0.05 mV: "
-        "are they microvolts? Then give --unit uV (or --mv-per-count for integers)"
-    )
+        else:
+            kinds.update({remark.kind for remark in remarks})
+        readable += 1
+    if 2 * len(refusals) > readable:
+        return f"{len(refusals)} of {readable} records that were looked at are no ECG, such as {refusals[0]}"
+    return "; ".join(questions(kinds, readable)) or None
 
 
 def _name_of(path: Path) -> str:

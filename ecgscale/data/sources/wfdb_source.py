@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ecgscale.data.label_table import LabelTable, describe, load_label_table
+from ecgscale.data.plausibility import plausible
 from ecgscale.data.sources.listing import contents_below, header_names, left_out
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
 from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
@@ -86,9 +87,10 @@ class WfdbFolder:
         return without_segments(self.root, names)
 
     def read(self, item: str) -> Record:
-        """The record of that name; raises InputError that names the file and the reason (see read_wfdb)."""
-        return read_wfdb(
-            self.root / f"{item}.hea",
+        """The record of that name; raises InputError that names the file and the reason (see read_wfdb, plausible)."""
+        path = self.root / f"{item}.hea"
+        record = read_wfdb(
+            path,
             name=item,
             root=self.root,
             labels=self._labels(),
@@ -98,6 +100,7 @@ class WfdbFolder:
             max_invalid_fraction=self.max_invalid_fraction,
             verify_checksums=self.verify_checksums,
         )
+        return plausible(record, path)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
