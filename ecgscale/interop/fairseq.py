@@ -146,7 +146,7 @@ def _source(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], content
     return {
         "system": SYSTEM,
         "file": path.name,
-        "cfg": json.loads(json.dumps(cfg, default=str, skipkeys=True)),
+        "cfg": json.loads(json.dumps(cfg, default=str, skipkeys=True), parse_constant=str),
         "fine_tuned": contents.fine_tuned,
         "old_names": contents.old_names,
         "dtype": usual,
