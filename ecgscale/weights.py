@@ -31,7 +31,7 @@ def open_tensors(path: Path) -> Any:
     Raises InputError that names it where it is missing or damaged, MachineError where the disk does not give it.
     """
     if not path.is_file():
-        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'missing'}; a safetensors file belongs there")
+        raise InputError(f"{path}: not a readable safetensors file ({'a folder' if path.is_dir() else 'missing'})")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -333,7 +333,7 @@ NEIGHBOURS = ("centre", "bank", "target")
         (deep_config, "config.json", "nested"),
         (endless_config, "config.json", "more than 16777216 bytes"),
         (lambda folder: (folder / "config.json").unlink(), "", "neither an export (config.json) nor a run"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors", "missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors", "not a readable safetensors"),
         (cut("model.safetensors", 4), "model.safetensors", "not a readable safetensors"),
         (cut("model.safetensors", 9000), "model.safetensors", "not a readable safetensors"),
         (damage_weights(lambda t: without(t, "encoder.norm.bias")), "", "missing norm.bias"),

@@ -33,7 +33,7 @@ from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
 from ecgscale.downstream.results import Case, Measured, write_results
 from ecgscale.downstream.tasks import load_task
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
 from ecgscale.files import write_whole
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
@@ -343,4 +343,4 @@ def _read_samples(folder: Path) -> Samples:
         with np.load(folder / "samples.npz", allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{folder / 'samples.npz'}: missing or damaged; remove {folder}") from error
+        raise unreadable(folder / "samples.npz", f"missing or damaged; remove {folder}", error) from error

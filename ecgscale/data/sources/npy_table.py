@@ -19,7 +19,7 @@ from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.units import parse_unit, to_counts
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.wfdb_header import MAX_RATE_HZ
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, file_error, unreadable
 from ecgscale.record import LEADS, Record, canonical_leads
 
 _ROW = "row"  # what the record column of a stacked array is called; its table names no records
@@ -146,7 +146,7 @@ def _label_table(source: NpyTable, labels_csv: Path) -> LabelTable:
 
 def _arrays_below(root: Path) -> list[str]:
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+        raise file_error(error.filename, "cannot be listed", error) from error
 
     paths = [Path(folder, file) for folder, _, files in os.walk(root, onerror=refuse) for file in files]
     arrays = [path for path in paths if path.suffix == ".npy" and (not path.is_symlink() or stays_inside(path, root))]
@@ -170,5 +170,5 @@ def _array(path: Path, root: Path | None = None) -> npt.NDArray[np.generic]:
     try:
         array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
     except _BROKEN as error:
-        raise InputError(f"{path}: not a readable .npy of numbers ({' '.join(str(error).split())})") from error
+        raise unreadable(path, "not a readable .npy of numbers", error) from error
     return array

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ecgscale.data.sources.wfdb_source import headers_below, read_wfdb, stays_inside, without_segments
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, file_error
 from ecgscale.record import Record
 
 
@@ -47,7 +47,7 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return frozenset()
         except OSError as error:
-            raise InputError(f"{path}: cannot be listed ({error.strerror})") from error
+            raise file_error(path, "cannot be listed", error) from error
 
     def headers(self) -> list[str]:
         return without_segments(self.where, headers_below(self.where))
@@ -60,7 +60,7 @@ class Folder:
         try:
             stream = io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", newline="")
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+            raise file_error(path, "cannot be read", error) from error
         with stream:
             yield stream
 

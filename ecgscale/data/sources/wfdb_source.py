@@ -31,7 +31,7 @@ from ecgscale.data.wfdb_signals import (
     read_int16,
     to_signals,
 )
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, disk_failed, file_error
 from ecgscale.record import LEADS, Record, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
@@ -182,7 +182,7 @@ def _naming(path: Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise file_error(path, "cannot be read", error) from error
 
 
 # --- finding records ---
@@ -194,7 +194,7 @@ def headers_below(root: Path) -> list[str]:
         raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+        raise file_error(error.filename, "cannot be listed", error) from error
 
     names = []
     for folder, _, files in os.walk(root, onerror=refuse):
@@ -355,6 +355,8 @@ def _decode(header: Header, path: Path, channels: list[int], n_frames: int) -> l
             return_res=32,
         ).e_d_signal
     except _DECODING_ERRORS as error:
+        if disk_failed(error):
+            raise
         reason = " ".join(str(error).split()) or "no reason given"
         raise InputError(f"the samples cannot be read: {type(error).__name__}: {reason}") from error
     if any(len(sample_T) != n_frames * header.signals[channels[0]].samples_per_frame for sample_T in samples):
