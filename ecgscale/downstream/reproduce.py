@@ -41,7 +41,15 @@ from ecgscale.objectives import objective_named
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
 from ecgscale.run import first_difference, leave_run, lock_run
-from ecgscale.studies import STUDY_MAY_CHANGE, check_pretraining, folder_name, is_pretrained, options_of, read_json
+from ecgscale.studies import (
+    STUDY_MAY_CHANGE,
+    check_pretraining,
+    folder_name,
+    is_pretrained,
+    options_of,
+    read_result,
+    write_result,
+)
 from ecgscale.training.ranks import log, start_ranks
 
 Figures = dict[str, dict[str, dict[str, float | None]]]  # lead set -> name -> value, low, high
@@ -183,7 +191,7 @@ class Unit:
     def found(self, leaf: Leaf) -> Figures:
         """What a leaf has found so far. Raises InputError where another config, encoder or data made it."""
         folder = self.folder(leaf)
-        made_from = read_json(folder / "made_from.json")
+        made_from = read_result(folder / "made_from.json")
         if not made_from:
             return {}
         config = self.leaf_config(leaf)
@@ -193,7 +201,7 @@ class Unit:
             differs = other[0]
         if differs:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")
-        return read_json(folder / "result.json")
+        return read_result(folder / "result.json")
 
     def missing(self, leaf: Leaf, found: Figures) -> list[tuple[str, ...]]:
         """Lead sets that a leaf still has to be scored with."""
@@ -219,7 +227,7 @@ class Unit:
         """Score with the ``missing`` lead sets, after training where nothing is ``found`` yet."""
         folder, config = self.folder(leaf), self.leaf_config(leaf)
         if not found:
-            write_whole(folder / "made_from.json", json.dumps(self._made_from(config), indent=1).encode())
+            write_result(folder / "made_from.json", self._made_from(config))
             fit(config, start_ranks())
         samples = _read_samples(folder) if found else {}
         for one in evaluate(folder, config.data.shards, "test", missing):
@@ -230,7 +238,7 @@ class Unit:
         buffer = io.BytesIO()
         np.savez(buffer, **samples)
         write_whole(folder / "samples.npz", buffer.getvalue())
-        write_whole(folder / "result.json", json.dumps(found, indent=1).encode())
+        write_result(folder / "result.json", found)
 
 
 def units(config: ReproduceConfig) -> list[Unit]:

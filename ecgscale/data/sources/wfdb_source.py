@@ -31,7 +31,7 @@ from ecgscale.data.wfdb_signals import (
     read_int16,
     to_signals,
 )
-from ecgscale.errors import InputError, disk_failed, file_error
+from ecgscale.errors import InputError, disk_failed, file_error, naming_file
 from ecgscale.record import LEADS, Record, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
@@ -221,7 +221,7 @@ def _segments_of(root: Path, name: str) -> list[str]:
     path = root / f"{name}.hea"
     if not path.is_file():
         return []
-    with path.open("rb") as file:
+    with naming_file(path, "cannot be read"), path.open("rb") as file:
         if not is_multi_segment(file.read(PEEK_BYTES)):
             return []
     try:
