@@ -121,11 +121,13 @@ def _add_split_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-fraction",
         type=float,
-        default=0.1,
-        help="share of patients for validation, by hash (default 0.1)",
+        help="share of patients for validation, by hash (default 0.1, or 0 with --test-fraction 1)",
     )
     parser.add_argument(
-        "--test-fraction", type=float, default=0.0, help="share of patients for test, by hash (default 0)"
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        help="share of patients for test, by hash (default 0; 1: a set from elsewhere, all of it for testing)",
     )
     parser.add_argument(
         "--split-by",
@@ -157,6 +159,12 @@ def _add_ingest_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _validation_fraction(options: argparse.Namespace) -> float:
+    if options.validation_fraction is not None:
+        return float(options.validation_fraction)
+    return 0.0 if options.test_fraction == 1 else 0.1
+
+
 def _part(text: str) -> tuple[int, int]:
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
@@ -171,7 +179,7 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         options.rate_hz,
         options.records_per_shard,
         options.payload,
-        options.validation_fraction,
+        _validation_fraction(options),
         options.test_fraction,
         options.split_by,
         listed(options.validation_values),
@@ -187,12 +195,36 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         done = merge_parts(source, out, chosen, **about)
     else:
         done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
+    if done.held:
+        print(
+            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples"
+        )
+    for dataset, n in done.shared_ids.items():
+        print(
+            f"{out}: {n} patient ids occur in {dataset} too, where they count as other people, since patients are "
+            f"(data set, id); if they are the same people give --dataset {dataset}"
+        )
+    _print_copies(out, out / "copies.csv")
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
+    for kind, one in done.remarked.items():
+        print(f"{out}: {one.records} records: {kind}; the first is {one.first} (see {out / 'remarks.csv'})")
     print(
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
     )
+
+
+def _print_copies(folder: Path, table: Path | None = None) -> None:
+    from ecgscale.data.copies import about_copies, write_copies
+    from ecgscale.data.shard_set import ShardSet
+
+    shards = ShardSet.open(folder)
+    listed = table is not None and write_copies(shards, table)
+    for line in about_copies(shards):
+        print(f"{folder}: {line}")
+    if listed:
+        print(f"{folder}: all copies stand in {table}")
 
 
 def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dict[str, str]:
@@ -223,7 +255,7 @@ def ingest(argv: list[str]) -> None:
     source = source_from(options)
     from ecgscale.data.sources import implausible_unit
 
-    about = [source.description]
+    about = [source.description, *(f"{options.source}: {line}" for line in source.left_out())]
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding
@@ -293,13 +325,14 @@ def index(argv: list[str]) -> None:
         meta_ext=options.meta_ext.lstrip(".").lower(),
     )
     splits = IngestOptions(
-        validation_fraction=options.validation_fraction,
+        validation_fraction=_validation_fraction(options),
         test_fraction=options.test_fraction,
         split_by=options.split_by,
         validation_values=listed(options.validation_values),
         test_values=listed(options.test_values),
     )
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
+    _print_copies(options.folder)
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")
     print(f"{options.folder}: {done.records} records at {done.rate_hz:g} Hz in {done.shards} tars")
@@ -384,13 +417,20 @@ def evaluate(argv: list[str]) -> None:
         metavar="SET",
         help="lead sets: sizes of the challenge's or lists such as I,II,V5 (default: as it was fine-tuned)",
     )
+    parser.add_argument(
+        "--min-record-s",
+        type=float,
+        metavar="S",
+        help="leave out shorter recordings, and count them (default: task.min_scored_s, usually 0: none)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report as JSON too")
     options = parser.parse_args(argv)
     from ecgscale.downstream.evaluate import evaluate as score
     from ecgscale.downstream.evaluate import table
 
     lead_sets = [listed(leads) for leads in options.leads]
-    print(table(score(options.model, list(listed(options.shards)), options.split, lead_sets, options.out)))
+    shards = list(listed(options.shards))
+    print(table(score(options.model, shards, options.split, lead_sets, options.out, options.min_record_s)))
 
 
 def export(argv: list[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
+from ecgscale import yaml_text
 from ecgscale.data.selection import DataConfig
 from ecgscale.downstream.tasks import InitConfig, TaskConfig
 from ecgscale.errors import InputError
@@ -179,33 +180,30 @@ def dump(config: Any) -> str:
 
 def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
     """A YAML config as a dict of known keys."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the config: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    tree = yaml_text.read(path)
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, this is {type(tree).__name__}")
     _check_keys(tree, config_type, f"{path}: ")
     return tree
 
 
-_SHORT = {"--init": "--init.model", "--profile": "--train.profile_steps=3"}
+_SHORT = {"init": "init.model", "profile": "train.profile_steps"}
+_USUAL = {"profile": "3"}  # values of options that need none
 
 
 def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], [_SHORT.get(argument, argument) for argument in arguments]
+    pairs, rest = [], list(arguments)
     while rest:
         key = rest.pop(0)
         if not key.startswith("--"):
             raise InputError(f"unexpected argument {key!r}; give --key value")
         name, equals, value = key[2:].partition("=")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            given = rest and not rest[0].startswith("--")
+            if not given and name not in _USUAL:
                 raise InputError(f"--{name}: a value is missing; give --{name} VALUE")
-            value = rest.pop(0)
-        pairs.append((name, value))
+            value = rest.pop(0) if given else _USUAL[name]
+        pairs.append((_SHORT.get(name, name), value))
     return pairs
 
 
@@ -225,10 +223,7 @@ def _nested(key: str, text: str, config_type: type) -> dict[str, Any]:
     elif getattr(kind, "__origin__", None) is list and not text.startswith("["):
         value = [item for item in text.split(",") if item]
     else:
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"--{key}: cannot read the value {text!r}") from error
+        value = yaml_text.parse(text, f"--{key}: cannot read the value {text[:100]!r}")
     tree = _unflatten(key, value)
     if isinstance(value, list):
         _check_keys(tree, config_type, "")

@@ -16,6 +16,13 @@ class InputError(ValueError):
     """
 
 
+class Diverged(InputError):  # noqa: N818
+    """What a run trains is not finite any more, or its gradient was not for train.max_skipped steps in a row.
+
+    Every rank raises it at the same step; the checkpoints that are left are finite.
+    """
+
+
 class MachineError(Exception):
     """The machine did not do its part: a disk, a file system, a network. The same command may succeed later.
 

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ecgscale.data.audit import verify_set, verify_shard
+from ecgscale.data.copies import about_copies
 from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, SPLITS
@@ -18,15 +19,20 @@ from ecgscale.plot import plot_record
 from ecgscale.record import LEADS
 
 _SHOWN_VALUES = 12
+_NO_CLASS = "(none)"  # how recordings are counted that are known to have no class
 
 
 def verify_dataset(folder: str) -> str:
-    """One line when every byte and count is right; raises InputError that names the shard otherwise."""
+    """One line when every byte and count is right, and more where recordings are copies of each other.
+
+    Raises InputError that names the shard otherwise.
+    """
     shards = ShardSet.open(folder)
     verify_set(shards)
     for shard in tqdm(range(len(shards.shards)), desc="verify", unit="shard", disable=None):
         verify_shard(shards, shard)
-    return f"{folder}: {len(shards)} records in {len(shards.shards)} shards, all checksums right"
+    right = f"{folder}: {len(shards)} records in {len(shards.shards)} shards, all checksums right"
+    return "\n".join([right, *(f"{folder}: {line}" for line in about_copies(shards))])
 
 
 def summarise(folder: str) -> str:
@@ -99,6 +105,7 @@ def summarise_dataset(folder: str) -> str:
             f"{lead} {int((lead_bits >> i & 1).sum())}" for i, lead in enumerate(LEADS) if (lead_bits >> i & 1).any()
         ),
     ]
+    lines += [f"copies      {line}" for line in about_copies(shards)]
     return "\n".join(
         lines
         + [f"label       {_printable(name)}: {_counted(values)}" for name, values in sorted(_labels(shards).items())]
@@ -109,7 +116,7 @@ def _labels(shards: ShardSet) -> dict[str, Counter[str]]:
     labels: dict[str, Counter[str]] = {}
     for number in tqdm(range(len(shards)), desc="labels", unit="rec", disable=None, leave=False):
         for name, values in shards.metadata(number)["labels"].items():
-            labels.setdefault(name, Counter()).update(values)
+            labels.setdefault(name, Counter()).update(values or [_NO_CLASS])
     return labels
 
 

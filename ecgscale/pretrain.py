@@ -13,10 +13,11 @@ from ecgscale import progress
 from ecgscale.config import PretrainConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.copies import copies_apart
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError, naming_file
 from ecgscale.export import Profile, about_model, described, export_engine, read_model
 from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
@@ -55,8 +56,12 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.init.model and not checkpoints(Path(config.run.dir) / "checkpoints"):
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
+    held_out = Selection(shards, config.data, "validation")
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
+    log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
+    if ranks.first and (copies := copies_apart(shards)):
+        log(ranks, copies)
     log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
@@ -77,7 +82,7 @@ def pretrain(config: PretrainConfig) -> Path:
         about=about,
         identity=shards.identity,
         validate=Validation(
-            Selection(shards, config.data, "validation").some(config.train.validation_recordings, config.train.seed),
+            held_out.some(config.train.validation_recordings, config.train.seed),
             config.train.contrast,
             SEGMENTS,
             config.train.seed,
@@ -90,8 +95,8 @@ def pretrain(config: PretrainConfig) -> Path:
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:
-            _project(run, export, Selection(shards, config.data, "validation"), config.train)
-        except InputError as error:  # a picture is no reason to fail
+            _project(run, export, held_out, config.train)
+        except (InputError, MachineError) as error:  # a picture is no reason to fail
             log(ranks, f"no embeddings for the projector: {error}")
     leave_run(run)
     return export
@@ -109,7 +114,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
         labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
         names.append(", ".join([f"patient {about['patient']}", *labels]))
     embedding_RD = load(export).embed_recordings(recordings_of(shown)).record_embedding
-    with SummaryWriter(str(run / "tensorboard")) as board:
+    with naming_file(run / "tensorboard", "cannot write"), SummaryWriter(str(run / "tensorboard")) as board:
         project(board, "validation", embedding_RD, names, train_config.steps)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,15 @@ def mv_per_unit(unit: str) -> float:
     return scale
 
 
+class Remark(NamedTuple):
+    """Something about a record that is no reason to reject it, and that nobody should have to find out for himself."""
+
+    kind: str
+    """Words that end "7 records: ", and are the same for all records: they are counted by it."""
+    detail: str = ""
+    """What it is in this record, such as the leads."""
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """One ECG recording: int16 counts with the millivolts that one count is worth.
@@ -102,9 +112,10 @@ class Record:
     rate_hz: float
     leads: tuple[str, ...]
     patient: str | None = None  # None: unknown, and then shared with no other record
-    labels: dict[str, list[str]] = field(default_factory=dict)
+    labels: dict[str, list[str]] = field(default_factory=dict)  # []: known to have none; absent: nothing is known
     metadata: dict[str, str] = field(default_factory=dict)  # age, sex and whatever else the source said
     invalid_samples: int = 0  # samples that the source marked as invalid and that were interpolated
+    remarks: tuple[Remark, ...] = ()  # what ingest counts, and lists in remarks.csv
 
     def __post_init__(self) -> None:
         assert self.signal_LT.dtype == np.int16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -11,12 +12,16 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
+from ecgscale import yaml_text
 from ecgscale.config import dump
-from ecgscale.data.shards import MANIFEST, write_whole
-from ecgscale.errors import InputError, RankError
+from ecgscale.data.shards import MANIFEST
+from ecgscale.errors import InputError, RankError, file_error, naming_file
+from ecgscale.files import write_whole
+from ecgscale.training.checkpoint import checkpoints
 from ecgscale.training.ranks import Ranks, first_rank
+from ecgscale.training.state import STATE, read_state
+
+CONFIG = "config.yaml"
 
 # What may change when a run continues: how it is computed and written down, how long it goes on (and with it the
 # later part of a schedule that falls to the end of the run).
@@ -56,15 +61,15 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
     if not folder:
         raise InputError("run.dir is missing; give --run.dir FOLDER")
     run = Path(folder)
-    path = run / "config.yaml"
     if (run / MANIFEST).exists():
         raise InputError(f"run.dir {run}: is a data set; give a folder of its own")
 
     def claim() -> None:
-        refuse_other_config(path, config)
-        run.mkdir(parents=True, exist_ok=True)
+        refuse_other_run(run, config)
+        with naming_file(run, "cannot make the run folder"):
+            run.mkdir(parents=True, exist_ok=True)
         lock_run(run)
-        write_whole(path, dump(config).encode())
+        write_whole(run / CONFIG, dump(config).encode())
 
     first_rank(ranks, claim)
     return run
@@ -72,6 +77,8 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
 
 _WRITER = ".writer"  # in the run folder; locked by the one process that writes there
 _WAIT_S = 15.0  # for the process before, which may just be ending
+# What file systems say that know no locks; such a folder is left unguarded.
+_WITHOUT_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _locked: dict[Path, IO[str]] = {}
 
 
@@ -80,7 +87,8 @@ def lock_run(run: Path) -> None:
     path = run.resolve() / _WRITER
     if path in _locked:
         return
-    file = path.open("a+")
+    with naming_file(path, "cannot write"):
+        file = path.open("a+")
     deadline = time.monotonic() + _WAIT_S
     while True:
         try:
@@ -93,11 +101,14 @@ def lock_run(run: Path) -> None:
                 file.close()
                 raise RankError(f"run.dir {run}: {who} trains there; wait for its end") from None
             time.sleep(0.5)
-        except OSError:  # a file system without locks
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise file_error(path, "cannot lock", error) from error
             break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {socket.gethostname()}")
-    file.flush()
+    with naming_file(path, "cannot write"):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
     _locked[path] = file
 
 
@@ -107,17 +118,37 @@ def leave_run(run: Path) -> None:
         held.close()
 
 
+def refuse_other_run(run: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:
+    """Raises InputError where a run folder holds a run that differs from ``config`` in a key that makes another run.
+
+    Its newest checkpoint is asked too: config.yaml can be edited or removed.
+    """
+    refuse_other_config(run / CONFIG, config, may_change)
+    if saved := checkpoints(run / "checkpoints"):
+        state = read_state(saved[-1])
+        _refuse_difference(saved[-1] / STATE, state.get("config", {}), config, may_change)
+
+
 def refuse_other_config(path: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:
     """Raises InputError where a run's config file differs from ``config`` in a key that makes another run."""
     if not path.exists():
         return
     try:
-        before = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: damaged, not YAML; remove it or take another run.dir") from error
+        before = yaml_text.read(path)
+    except InputError as error:
+        raise InputError(f"{path}: damaged ({error}); remove it or take another run.dir") from error
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: damaged, not a mapping of keys; remove it or take another run.dir")
+    _refuse_difference(path, before, config, may_change)
+
+
+def _refuse_difference(path: Path, before: dict[str, Any], config: Any, may_change: Collection[str]) -> None:
     if differs := first_difference(before, config, may_change):
         key, was, now = differs
-        raise InputError(f"{path}: the run has {key} {was!r}, now it is {now!r}; take another run.dir or the old value")
+        raise InputError(
+            f"{path}: the run has {key[:80]} {repr(was)[:200]}, now it is {repr(now)[:200]}; "
+            "take another run.dir or the old value"
+        )
 
 
 def first_difference(before: Any, config: Any, may_change: Collection[str] = MAY_CHANGE) -> tuple[str, Any, Any] | None:

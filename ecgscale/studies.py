@@ -13,7 +13,7 @@ from ecgscale.errors import InputError, unreadable
 from ecgscale.export import is_export
 from ecgscale.files import SEAL, seal_holds, sealed, write_whole
 from ecgscale.objectives import objective_named
-from ecgscale.run import MAY_CHANGE, refuse_other_config
+from ecgscale.run import MAY_CHANGE, refuse_other_run
 from ecgscale.training import checkpoint
 
 # In a study, more steps make another run; where the encoder lies does not matter: its weights are compared.
@@ -57,7 +57,7 @@ def check_pretraining(config: PretrainConfig, may_change: Collection[str] = STUD
     """The data of a pretraining run. Raises InputError where it cannot start, or where another run lies there."""
     shards, run = ShardSet.open(config.data.shards, config.data.cache), Path(config.run.dir)
     objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
-    refuse_other_config(run / "config.yaml", config, may_change)
+    refuse_other_run(run, config, may_change)
     if (done := checkpoint.latest(run / "checkpoints")) and done.state["data"] != shards.identity:
         raise InputError(f"{run}: was pretrained on other data; remove it or take another run.dir")
     return shards

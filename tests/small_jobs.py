@@ -6,6 +6,8 @@ import json
 import subprocess
 from pathlib import Path
 
+from ecgscale.json_lines import read_json_lines
+
 SMALL = [
     "--model.preset=tiny", "--model.stem_channels=16", "--model.width=32", "--model.depth=2", "--model.ffn_width=64",
     "--model.heads=2", "--model.position_kernel=16", "--objective.codes=16", "--objective.code_width=16",
@@ -54,9 +56,7 @@ class Jobs:
 
 
 def events(run: Path) -> list[dict]:
-    path = run / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return list(read_json_lines(run / "events.jsonl"))
 
 
 def losses(run: Path) -> dict[int, float]:

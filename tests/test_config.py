@@ -52,6 +52,23 @@ def test_later_arguments_win(write):
     assert load(PretrainConfig, ["--model.depth", "2", *first]).model.depth == 5
 
 
+@pytest.mark.parametrize(
+    ("arguments", "model", "steps"),
+    [
+        (["--init", "a=b/c"], "a=b/c", 0),
+        (["--init=a=b/c"], "a=b/c", 0),
+        (["--init.model=a"], "a", 0),
+        (["--init=a", "--init", "b", "--profile"], "b", 3),
+        (["--profile", "--init=a"], "a", 3),
+        (["--profile=5", "--init=a"], "a", 5),
+        (["--profile", "5", "--init=a"], "a", 5),
+    ],
+)
+def test_short_options_take_their_value_either_way(arguments, model, steps):
+    config = load(FinetuneConfig, arguments)
+    assert (config.init.model, config.train.profile_steps) == (model, steps)
+
+
 def test_a_run_from_before_a_key_goes_on_with_its_default(tmp_path):
     path, config = tmp_path / "config.yaml", load(FinetuneConfig, ["--data.shards", "a", "--task.label", "x"])
     tree = yaml.safe_load(dump(config))

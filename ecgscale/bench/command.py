@@ -130,7 +130,7 @@ def _cases(options: argparse.Namespace, keys: list[str], device: str, ranks: lis
 def _effort(options: argparse.Namespace, device: str) -> Effort:
     from ecgscale.bench.step_turns import Effort
 
-    effort = Effort.quick() if options.quick else Effort.usual(device == "cuda")
+    effort = Effort.least() if options.quick else Effort.usual(device == "cuda")
     for name in ("rounds", "steps"):
         effort = replace(effort, **{name: getattr(options, name) or getattr(effort, name)})
     return effort
@@ -175,7 +175,7 @@ def _stream(options: argparse.Namespace, keys: list[str]) -> None:
     refuse_keys("stream", keys)
     from ecgscale.bench.stream import Effort, bench_stream
 
-    effort = Effort.quick() if options.quick else replace(Effort(), seconds=options.seconds)
+    effort = Effort.least() if options.quick else replace(Effort(), seconds=options.seconds)
     print(bench_stream(list(listed(options.shards)), options.out, effort).markdown())
 
 
@@ -184,7 +184,7 @@ def _kernel(options: argparse.Namespace, keys: list[str]) -> None:
     from ecgscale.bench.kernel import Effort, bench_kernel
 
     device = _device(options)
-    effort = Effort.quick() if options.quick else Effort.usual(device == "cuda")
+    effort = Effort.least() if options.quick else Effort.usual(device == "cuda")
     if options.no_compile:
         effort = replace(effort, compiled=0)
     if options.seconds is not None:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import write_whole
+from ecgscale.provenance import package_version
 
 _QUIET = 0.3  # load per core
 _PACKAGES = ("ecgscale", "numpy", "torch", "triton", "webdataset", "pcodec", "soundfile", "xxhash", "deepspeed")
@@ -124,7 +124,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "load": [round(load, 2) for load in os.getloadavg()],
         "threads": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES},
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["ecgscale", *sys.argv[1:]]),
@@ -134,13 +134,6 @@ def machine() -> dict[str, Any]:
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -160,6 +153,8 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 # -- report ----------------------------------------------------------------------------------------------------------
+
+QUICK = "Measured with --quick, which only shows that a bench runs: these numbers are worth nothing."
 
 
 @dataclass(frozen=True)
@@ -229,6 +224,7 @@ class Report:
         head = [
             f"# {self.title}",
             "",
+            *([f"**{QUICK}**", ""] if known.get("quick") else []),
             f"{known['cpu']}, {known['cores']} cores, {known['memory_gb']} GB{', '.join(['', *known['gpus']])}; "
             f"{known['system']}; load {' '.join(map(str, known['load']))} at the begin; {known['date']}; "
             f"commit {known['commit'] or 'unknown'}.",
@@ -266,15 +262,16 @@ class Report:
 
 
 @contextmanager
-def reporting(name: str, title: str, out: Path) -> Iterator[Report]:
-    """A report to be filled; what was measured is written to ``out`` in the end, after an error too.
+def reporting(name: str, title: str, out: Path, quick: bool = False) -> Iterator[Report]:
+    """A report to be filled; what was measured is written to ``out`` in the end, after an error too. ``quick``: its
+    numbers are worth nothing, and are marked.
 
     Where nothing was, nothing is written: `bench report --against` would take it for the newest commit's result. Raises
     InputError then, with what the first row's last cell says, and where ``out`` cannot be made or written.
     """
     make_folder(out)
     began_s = time.perf_counter()
-    report = Report(name, title, machine(), [])
+    report = Report(name, title, machine() | {"quick": quick}, [])
     try:
         yield report
     finally:

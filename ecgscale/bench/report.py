@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecgscale.bench.measure import make_folder
+from ecgscale.bench.measure import QUICK, make_folder
 from ecgscale.bench.results import Change, Run, Value, by_machine, changes, read_runs, sides
 from ecgscale.files import write_whole
 
@@ -33,6 +33,8 @@ def report(places: Sequence[Path], out: Path, against: str = "", threshold: floa
         warning = f"These are results of {len(machines)} machines. They stand apart and are not compared."
         print(f"ecgscale: bench report: {warning}", file=sys.stderr)
         text += [f"**{warning}**", ""]
+    if any(run.quick for run in runs):
+        text += [f"(quick): {QUICK} They are not compared.", ""]
     make_folder(out)
     for number, (where, each) in enumerate(machines.items()):
         text += [f"## {where}", "", *_runs_table(each), ""]
@@ -59,7 +61,7 @@ def _runs_table(runs: Sequence[Run]) -> list[str]:
     rows = []
     for run in runs:
         load = run.machine.get("load", ["?"])
-        about = (f"{run.date:%Y-%m-%d %H:%M}", run.commit, run.versions, str(load[0]))
+        about = (f"{run.date:%Y-%m-%d %H:%M}", run.label, run.versions, str(load[0]))
         rows.append((run.name, *about, f"`{run.machine.get('command', '')}`"))
     return _markdown(("bench", "date", "commit (+: changed)", "versions", "load", "command"), rows)
 
@@ -70,7 +72,7 @@ def _tables(runs: Sequence[Run]) -> list[str]:
     for run in runs:  # the oldest first: a later run of the same commit replaces an earlier one
         for name, value in run.values.items():
             label, _, last = name.rpartition("/")
-            rows.setdefault((label, run.commit), {})[last] = value
+            rows.setdefault((label, run.label), {})[last] = value
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for (label, commit), values in sorted(rows.items(), key=lambda row: row[0][0]):
         tables.setdefault(tuple(values), []).append((label, commit, *(value.text() for value in values.values())))
@@ -82,7 +84,7 @@ def _tables(runs: Sequence[Run]) -> list[str]:
 
 def _checks(runs: Sequence[Run]) -> list[str]:
     """What the project must reach, as every run found it."""
-    lines = [f"- {title}, {run.commit}: {check.text()}" for run in runs for title, check in run.checks]
+    lines = [f"- {title}, {run.label}: {check.text()}" for run in runs for title, check in run.checks]
     return [*lines, ""] if lines else []
 
 
@@ -110,7 +112,7 @@ def _plot(runs: Sequence[Run], name: str, where: str, picture: Path) -> list[str
 
     metric = _PLOTTED.get(name)
     rows = {
-        (scalar.rpartition("/")[0], run.commit): (run, value)
+        (scalar.rpartition("/")[0], run.label): (run, value)
         for run in runs
         for scalar, value in run.values.items()
         if metric and scalar.endswith(f"/{metric}")
@@ -186,5 +188,5 @@ def _write_hparams(runs: Sequence[Run], folder: Path) -> None:
                     for name, value in run.values.items()
                     if name.startswith(f"{label}/")
                 }
-                about = {"bench": run.name, "commit": run.commit, "machine": run.where}
+                about = {"bench": run.name, "commit": run.label, "machine": run.where}
                 board.add_hparams(settings | about, metrics, run_name=run_name)

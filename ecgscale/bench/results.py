@@ -64,6 +64,16 @@ class Run:
         return commit[:9] + ("+" if commit.endswith("+") else "")
 
     @property
+    def quick(self) -> bool:
+        """Whether it only shows that its bench runs. Earlier versions wrote down no more than the command."""
+        return bool(self.machine.get("quick", "--quick" in self.machine.get("command", "").split()))
+
+    @property
+    def label(self) -> str:
+        """The commit, for tables."""
+        return f"{self.commit} (quick)" if self.quick else self.commit
+
+    @property
     def versions(self) -> str:
         """Of what a step is made of."""
         return ", ".join(f"{name} {self.machine['versions'][name]}" for name in ("torch", "deepspeed"))
@@ -204,10 +214,13 @@ def sides(runs: Sequence[Run], against: str) -> tuple[list[Run], list[Run]]:
 def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
     """Every scalar of ours that was measured before on a machine of both sides; for one that is no longer measured
     `Change.after` is None, unless its bench was not run again. After, the newest commit counts that has run any of
-    these benches.
+    these benches. Quick runs are left out.
 
     Raises InputError where nothing of ours was measured before, no bench again, or no machine is on both sides.
     """
+    before, after = ([run for run in runs if not run.quick] for runs in (before, after))
+    if not (before and after):
+        raise InputError("nothing to compare: --quick only shows that a bench runs; measure both sides without it")
     machines = by_machine(after)
     common = [where for where in by_machine(before) if where in machines]
     if not common:

@@ -29,7 +29,7 @@ def bench_scaling(out: Path, case: Case, worlds: Sequence[int], kinds: Sequence[
     if worlds[0] != 1:
         raise InputError(f"bench scaling: --ranks {' '.join(map(str, worlds))}: 1 must be among them")
     cases = {kind: scaled(case, worlds, kind) for kind in kinds}
-    with reporting("scaling", "Scaling over ranks of one machine", out) as report:
+    with reporting("scaling", "Scaling over ranks of one machine", out, effort.quick) as report:
         for kind, each in cases.items():
             report.sections.append(_section(kind, each, effort))
     return report

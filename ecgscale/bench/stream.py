@@ -57,18 +57,19 @@ class Effort:
     large_shards: int = 20_000  # of 500 records
     large_index: bool = True  # whether a data set of that size is written, 1 GB
     quality_shards: int = 200  # of 512 records
+    quick: bool = False  # only to show that everything runs
 
     @staticmethod
-    def quick() -> Effort:
+    def least() -> Effort:
         """Shows that everything runs; the numbers are worth nothing."""
-        return Effort(0.01, 2, 128, 32, 8, large_shards=200, large_index=False, quality_shards=20)
+        return Effort(0.01, 2, 128, 32, 8, large_shards=200, large_index=False, quality_shards=20, quick=True)
 
 
 def bench_stream(places: list[str], out: Path, effort: Effort) -> Report:
     """Measure everything and write it to ``out``. Raises InputError for unusable data sets or folders."""
     make_folder(out)
     sets = make_sets(places, out / "sets", effort.records)
-    with reporting("stream", f"Stream: {sets.described}", out) as report:
+    with reporting("stream", f"Stream: {sets.described}", out, effort.quick) as report:
         with one_core() as core:
             for payload in PAYLOADS[::-1]:
                 report.sections.append(_reading(sets, payload, effort, core))

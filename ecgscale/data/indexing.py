@@ -22,20 +22,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ecgscale.data.copies import Copies, content_keys, is_flat
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.ingest.mark import NO_LOCKS
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.splits import Splits, check_not_empty, split_value, splits_by_hash, splits_by_value
+from ecgscale.data.ingest.splits import Splits, United, check_not_empty, split_value, splits_by_hash, splits_by_value
 from ecgscale.data.scan import scan_foreign
 from ecgscale.data.shards import (
     MANIFEST,
     Columns,
     as_columns,
     check_patient_disjoint,
+    read_signal,
     shard_entry,
     write_index_in_parts,
     write_manifest,
 )
+from ecgscale.data.sources.listing import is_junk
 from ecgscale.errors import InputError, naming_file
 
 
@@ -115,7 +118,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _tars(folder: Path) -> list[Path]:
-    tars = sorted(folder.glob("*.tar"))
+    tars = sorted(tar for tar in folder.glob("*.tar") if not is_junk(tar.name))
     for tar in tars:
         if tar.is_symlink() or not tar.is_file() or not tar.name.isprintable():
             raise InputError(f"{str(tar)!r}: no plain file of that folder, or an odd name; copy the tar itself there")
@@ -213,7 +216,10 @@ def _folder(found: Sequence[_Tar]) -> Path:
 def _splits(found: Sequence[_Tar], options: IngestOptions) -> list[Splits]:
     """The split of each record, per tar. Raises InputError where a patient would stand in two, or a split be empty."""
     if not options.split_by:
-        return [splits_by_hash(one.columns["patient"], options) for one in found]
+        united = _united(found, options)
+        return [
+            united.applied(one.columns["patient"], splits_by_hash(one.columns["patient"], options)) for one in found
+        ]
     check_not_empty({value for one in found for value in one.split_values}, options)
     values_V = sorted({value for one in found for value in one.split_values})
     place = {value: number for number, value in enumerate(values_V)}
@@ -224,3 +230,18 @@ def _splits(found: Sequence[_Tar], options: IngestOptions) -> list[Splits]:
     patient = np.concatenate([one.columns["patient"] for one in found])
     check_patient_disjoint(patient, np.concatenate(splits), f"{_folder(found)}, split by {options.split_by}")
     return splits
+
+
+def _united(found: Sequence[_Tar], options: IngestOptions) -> United:
+    """Persons that equal records link: their copies lie in one split."""
+    patient_N = np.concatenate([one.columns["patient"] for one in found])
+    copies = Copies.find(np.concatenate([content_keys(one.columns) for one in found]))
+    copies = copies.only(copies.differing(patient_N[copies.number_R]))
+    first_S = np.cumsum([0, *(len(one.columns["samples"]) for one in found)])
+    flat_G = np.zeros(len(copies), bool)
+    for g, number in enumerate(copies.one_of_each.tolist()):
+        s = int(np.searchsorted(first_S, number, side="right")) - 1
+        columns, at = found[s].columns, number - int(first_S[s])
+        flat_G[g] = is_flat(read_signal(found[s].path, "npy", int(columns["offset"][at]), int(columns["length"][at])))
+    copies = copies.only(~flat_G)
+    return United.by_copies(copies, patient_N[copies.number_R], options)

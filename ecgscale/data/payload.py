@@ -157,6 +157,17 @@ def decode(member: bytes) -> Counts:
     return decode_window(np.frombuffer(member, np.uint8), checksum, leads, samples, 0, samples)
 
 
+def decode_member(member: bytes, payload: Payload) -> Counts:
+    """The whole signal (L, T) of a member that ``encode`` has made. Raises InputError for other bytes."""
+    if payload == "pco":
+        return decode(member)
+    try:
+        signal_LT: Counts = np.lib.format.read_array(io.BytesIO(member), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{len(member)} bytes are no .npy member of ecgscale ({error})") from error
+    return signal_LT
+
+
 def npy_shape(member: Bytes) -> tuple[int, int]:
     """(leads, samples) of an ``.npy`` member, by its header alone, which is matched and never evaluated.
 

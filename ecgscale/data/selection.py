@@ -19,6 +19,7 @@ from ecgscale.data.order import MIXTURE_BLOCK, Mixture, Order, mixture_quotas
 from ecgscale.data.payload import BLOCK
 from ecgscale.data.remote import CacheConfig
 from ecgscale.data.shard_set import DamagedRecordError, ShardSet, UnreadableShardError, lead_positions
+from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Counts, chosen_leads
 from ecgscale.rng import Purpose, below, random_words
@@ -40,7 +41,8 @@ class DataConfig:
     segment_s: float = 5.0
     """Length of one segment in seconds; pretraining cuts two adjacent ones from each recording."""
     min_record_s: float = 10.0
-    """Shorter recordings are left out, and counted. Below two segments, segments become shorter and are padded."""
+    """Shorter recordings are left out of training, and counted; task.min_scored_s is for scores. Below two segments,
+    segments become shorter and are padded."""
     leads: list[str] = field(default_factory=list)
     """Leads that are kept, such as I,II,V2, or a set of the CinC 2021 challenge by its size: 12, 6, 4, 3, 2 or 1; none:
     all. The others are masked in every batch, as if the recordings did not have them."""
@@ -90,9 +92,11 @@ class Selection:
         """``keep`` (records of the whole set,) narrows the selection further, to labelled records for example."""
         self.shards, self.config, self.split = shards, config, split
         self.numbers = shards.select(split, config.min_record_s)  # (R,) of the whole set, in its order
-        self.too_short = shards.count(split) - len(self.numbers)
+        self._keep, asked_for = keep, shards.count(split)
         if keep is not None:
             self.numbers = self.numbers[keep[self.numbers]]
+            asked_for = int(np.count_nonzero(keep & (shards.column("split") == SPLITS.index(split))))
+        self.too_short = asked_for - len(self.numbers)
         self.first_S = np.searchsorted(self.numbers, shards.first_S)  # (S + 1,) where a shard's records begin
         self.samples = round(config.segment_s * shards.rate_hz)  # T
         self._masked = [i for i in range(len(LEADS)) if i not in config.lead_positions]
@@ -129,8 +133,39 @@ class Selection:
         """No record of these."""
         return Selection(self.shards, self.config, self.split, np.zeros(len(self.shards), bool))
 
+    def refuse_empty(self, setting: str = "data.min_record_s") -> None:
+        """Raises InputError where no record is left; ``setting`` is the key that says how long they must be."""
+        if len(self):
+            return
+        names, n = ", ".join(self.shards.names), self.shards.count(self.split)
+        split = "training" if self.split == "train" else self.split
+        if not n:
+            there = ", ".join(f"{self.shards.count(name)} for {name}" for name in SPLITS if self.shards.count(name))
+            raise InputError(
+                f"{names}: no {split} recordings, only {there}; give a set that has some, or ingest it with other "
+                "splits"
+            )
+        asked_R = self.shards.column("split") == SPLITS.index(self.split)
+        if self._keep is not None:
+            asked_R &= self._keep
+        why = "the task leaves them out"
+        if self.too_short:
+            longest_s = self.shards.column("samples")[asked_R].max() / self.shards.rate_hz
+            why = (
+                f"{self.too_short} are shorter than {setting} {self.config.min_record_s:g} s, "
+                f"the longest of them has {longest_s:g} s"
+            )
+            why += "; the task leaves out the others" if self.too_short < n else ""
+        raise InputError(f"{names}: none of the {n} {split} recordings can be used: {why}")
+
     def order(self, global_batch: int, contrast_batch: int, lanes: int, seed: int) -> Order:
-        """The order in which these records are read for training."""
+        """The order in which these records are read for training. Raises InputError where they are too few."""
+        self.refuse_empty()
+        if self.too_short and len(self) < global_batch:
+            raise InputError(
+                f"train.global_batch {global_batch} is more than the {len(self)} usable recordings; {self.too_short} "
+                f"more are shorter than data.min_record_s {self.config.min_record_s:g} s; lower one of the two"
+            )
         window = self.config.shuffle_window
         return Order(self.counts, global_batch, contrast_batch, lanes, seed, window, self._mixture())
 
@@ -144,8 +179,12 @@ class Selection:
             return None
         records = self.counts_of_sets
         if not records.all():
-            empty = self.shards.sets[int(np.argmin(records))].place
-            raise InputError(f"{empty}: no usable recording for {self.split}ing; leave it out of the mixture")
+            empty = self.shards.sets[int(np.argmin(records))]
+            of_split = int(np.count_nonzero(empty.columns["split"] == SPLITS.index(self.split)))
+            why = f", {of_split} are shorter than data.min_record_s {self.config.min_record_s:g} s" if of_split else ""
+            raise InputError(
+                f"{empty.place}: no usable recording for {self.split}ing{why}; leave it out of the mixture"
+            )
         weights = self.config.weights or (records ** (1 / self.config.temperature)).tolist()
         if len(weights) > MIXTURE_BLOCK:
             raise InputError(f"data.shards names {len(weights)} sets; a mixture has at most {MIXTURE_BLOCK}")

@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ecgscale.data.payload import Payload, encode
+from ecgscale.data.payload import Payload, decode_member, encode
 from ecgscale.data.schema import INDEX_HEADER_LIMIT_BYTES, check_manifest, data_offsets
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import file_sha256 as file_sha256
 from ecgscale.files import free_name, parse_json, put_in_place, seal_holds, sealed, whole_file
 from ecgscale.files import write_whole as write_whole
-from ecgscale.record import LEADS, Record, patient_code
+from ecgscale.record import LEADS, Counts, Record, patient_code
 
 FORMAT = "ecgscale-shards/2"
 MANIFEST = "manifest.json"
@@ -156,6 +156,17 @@ def shard_entry(
         "dataset": dataset,
         "payload": payload,
     }
+
+
+def read_signal(tar: Path, payload: Payload, offset: int, length: int) -> Counts:
+    """The samples (L, T) of a member of a local tar that this version has written."""
+    with tar.open("rb") as file:
+        file.seek(offset)
+        content = file.read(length)
+    try:
+        return decode_member(content, payload)
+    except InputError as error:
+        raise InputError(f"{tar}: damaged at byte {offset}: {error}; ingest the data again") from error
 
 
 # -- index -----------------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ Shape suffixes: R recordings, C classes, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,12 @@ import torch
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet, lead_positions
 from ecgscale.data.shards import SPLITS
+from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.identification import IdentificationReport, identify
 from ecgscale.downstream.metrics import best_thresholds
 from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
-from ecgscale.downstream.tasks import Task, TaskConfig, TrainedTask, load_task
+from ecgscale.downstream.tasks import LEFT_OUT_FOR, Task, TaskConfig, TrainedTask, leave_out, load_task
 from ecgscale.errors import InputError
 from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Recording, load, recordings_of
@@ -38,6 +41,8 @@ class LabelledSet:
     shards: ShardSet
     data: DataConfig
     task: Task
+    shortest_s: Mapping[str, float]  # of each split: shorter recordings are left out
+    usual_s: float  # data.min_record_s of the training
 
     @staticmethod
     def open(
@@ -47,10 +52,13 @@ class LabelledSet:
         trained: TrainedTask | None = None,
         splits: Sequence[str] = SPLITS,
         seed: int = 0,
+        training: bool = False,
     ) -> LabelledSet:
-        """Raises InputError where the shards have another rate than the model, or not the labels.
+        """Raises InputError where the shards have another rate than the model, not the labels, or no long recordings.
 
         ``trained``: the classes of a fine-tuned model. ``seed`` draws the patients of ``task.label_fraction``.
+        In ``training``, recordings of the training split are at least data.min_record_s long; all others
+        task.min_scored_s, and a token.
         """
         shards, profile = ShardSet.open(data.shards, data.cache), model.profile
         if shards.rate_hz != profile.rate_hz:
@@ -58,14 +66,61 @@ class LabelledSet:
                 f"the model takes {profile.rate_hz:g} Hz, the shards have {shards.rate_hz:g} Hz; ingest at its rate"
             )
         read_as = replace(data, segment_s=profile.segment_s, normalisation=profile.normalisation)
-        return LabelledSet(shards, read_as, load_task(shards, config, trained, splits, seed))
+        token_s = model.encoder.config.patch_samples / profile.rate_hz
+        shortest_s = dict.fromkeys(SPLITS, max(config.min_scored_s, token_s))
+        if training:
+            shortest_s["train"] = max(data.min_record_s, token_s)
+        task = load_task(shards, config, trained, splits, seed)
+        labelled = LabelledSet(shards, read_as, task, shortest_s, data.min_record_s)
+        for split in splits:
+            setting = "data.min_record_s" if training and split == "train" else "task.min_scored_s"
+            labelled.selection(split).refuse_empty(setting)
+        return labelled
 
     def with_leads(self, leads: Sequence[str]) -> LabelledSet:
         """The same recordings with these leads alone; none: all."""
         return replace(self, data=replace(self.data, leads=list(leads)))
 
     def selection(self, split: str) -> Selection:
-        return Selection(self.shards, self.data, split, self.task.labelled_R)
+        """The recordings of a split that are used."""
+        data = replace(self.data, min_record_s=self.shortest_s[split])
+        return Selection(self.shards, data, split, self.task.labelled_R & (self._kept_leads_R > 0))
+
+    @cached_property
+    def _kept_leads_R(self) -> npt.NDArray[np.uint16]:
+        """(R,) bits of the leads that a recording has and that are kept."""
+        kept_bits = sum(1 << position for position in self.data.lead_positions)
+        kept_R: npt.NDArray[np.uint16] = self.shards.column("leads") & np.uint16(kept_bits)
+        return kept_R
+
+    def coverage(self, split: str) -> Coverage:
+        """How many recordings of a split are used, and why the others are not."""
+        in_split_R = self.shards.column("split") == SPLITS.index(split)
+        seconds_R = self.shards.column("samples")[in_split_R] / self.shards.rate_hz
+        kept_R, reason_R = self._kept_leads_R[in_split_R], self.task.reason_R[in_split_R].copy()
+        leave_out(reason_R, kept_R == 0, "no_lead")
+        leave_out(reason_R, seconds_R < self.shortest_s[split], "too_short")
+        counts = np.bincount(reason_R, minlength=len(LEFT_OUT_FOR)).tolist()
+        left_out = {
+            reason: counts[LEFT_OUT_FOR.index(reason)] for reason in (*self.task.reasons, "no_lead", "too_short")
+        }
+        used_R, negative = reason_R == 0, None
+        assert counts[0] + sum(left_out.values()) == len(reason_R)
+        if self.task.kind == "multilabel":
+            negative = int((self.task.target_RC[in_split_R][used_R].sum(axis=1) == 0).sum())
+        return Coverage(
+            split,
+            asked_for=len(reason_R),
+            used=counts[0],
+            left_out=left_out,
+            shortest_s=self.shortest_s[split],
+            usual_s=self.usual_s,
+            below_usual=int((seconds_R[used_R] < self.usual_s).sum()),
+            leads=len(self.data.lead_positions),
+            fewer_leads=int((np.bitwise_count(kept_R[used_R]) < len(self.data.lead_positions)).sum()),
+            negative=negative,
+            other_classes=self.task.other_classes.get(split, {}),
+        )
 
     def recordings(self, split: str) -> Iterator[Recording]:
         """The labelled recordings of a split with the leads that are kept, in their order on disk; a progress bar."""
@@ -86,11 +141,21 @@ class LabelledSet:
         return codes
 
 
+class Thresholds(StrEnum):
+    """Where the thresholds of a score come from."""
+
+    OWN = "of the fine-tuning"
+    TUNED = "tuned on the validation split of this set"
+    OF_OTHER_LEADS = "of the fine-tuning, for its own leads, since this set has no validation recordings to tune them"
+
+
 class Scored(NamedTuple):
     """How a model does with some leads."""
 
     leads: tuple[str, ...]
     report: Report | IdentificationReport
+    coverage: Coverage
+    thresholds: Thresholds | None  # by which F1 and challenge score decide; None: there are none
     embedding_RD: Floats  # of the recordings that were scored
     label_R: list[str]  # what each of them is, for people
     target_RC: Floats  # labels and
@@ -103,18 +168,22 @@ def evaluate(
     split: str,
     lead_sets: Sequence[Sequence[str]] = (),
     out: Path | None = None,
+    min_scored_s: float | None = None,
 ) -> list[Scored]:
     """Score a fine-tuned model on a split, once for each lead set; none: with the leads that it was trained with.
 
     Thresholds are those that were tuned on validation when it was trained; for other leads than it was trained with,
-    they are tuned on the validation split of ``shards``. Raises InputError for a model that was not fine-tuned, for
-    shards without its labels or of another rate, and for leads that fine-tuning masked.
+    they are tuned on the validation split of ``shards``, where that has recordings. ``min_scored_s``: shorter
+    recordings are left out; None: as its task.min_scored_s says. Raises InputError for a model that was not
+    fine-tuned, for shards without its labels or of another rate, and for leads that fine-tuning masked.
     """
     model = load(model_path)
     if "task" not in model.about:
         what = "was fine-tuned by another system, for a task that is not known" if model.head else "was not fine-tuned"
         raise InputError(f"{model_path}: {what}; give a run of `ecgscale finetune`")
     config = replace(TaskConfig(**model.about["task"]), label_fraction=1.0)  # which is for training alone
+    if min_scored_s is not None:
+        config = replace(config, min_scored_s=min_scored_s)
     if config.kind == "multilabel" and "thresholds" not in model.about:
         raise InputError(f"{model_path}: has no thresholds, since its fine-tuning is not finished; run it to the end")
     trained = chosen_leads(model.about.get("leads", [])) or LEADS
@@ -125,18 +194,22 @@ def evaluate(
                 f"leads {','.join(leads)}: {model_path} was fine-tuned without {','.join(unseen)}; "
                 f"give some of {','.join(trained)}"
             )
-    to_tune = config.kind == "multilabel" and any(leads != trained for leads in chosen)
-    splits = list(dict.fromkeys([split, "validation"])) if to_tune else [split]
     data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
-    labelled = LabelledSet.open(model, data, config, _trained(model), splits)
+    labelled = LabelledSet.open(model, data, config, _trained(model), [split])
     if lead_sets:
         _refuse_absent(labelled, split, chosen)
     scored = [_scored(model, labelled.with_leads(leads), config, split, leads, leads == trained) for leads in chosen]
     if out is not None:
-        about = {"model": str(model_path), "shards": shards, "split": split}
-        each = [{"leads": list(one.leads)} | one.report.to_dict() for one in scored]
+        about: dict[str, Any] = {"model": str(model_path), "shards": shards, "split": split}
+        about["fine_tuned_on"] = model.about.get("coverage")
+        each = [_to_dict(one) for one in scored]
         write_whole(out, json.dumps(about | (each[0] if len(each) == 1 else {"lead_sets": each}), indent=1).encode())
     return scored
+
+
+def _to_dict(one: Scored) -> dict[str, Any]:
+    fields = {"leads": list(one.leads)} | one.report.to_dict() | {"coverage": one.coverage.to_dict()}
+    return fields if one.thresholds is None else fields | {"thresholds": str(one.thresholds)}
 
 
 def _refuse_absent(labelled: LabelledSet, split: str, lead_sets: Sequence[tuple[str, ...]]) -> None:
@@ -151,36 +224,53 @@ def _refuse_absent(labelled: LabelledSet, split: str, lead_sets: Sequence[tuple[
 def _scored(
     model: ECGModel, labelled: LabelledSet, config: TaskConfig, split: str, leads: tuple[str, ...], as_trained: bool
 ) -> Scored:
-    patient_R, recordings = labelled.patients(split), labelled.recordings(split)
+    patient_R, recordings, coverage = labelled.patients(split), labelled.recordings(split), labelled.coverage(split)
     if config.kind == "identification":
         embedding_RD = model.embed_recordings(recordings).record_embedding
-        found = identify(embedding_RD, patient_R, labelled.sessions(split), config.one_probe)
+        report = identify(embedding_RD, patient_R, labelled.sessions(split), config.one_probe)
+        coverage = coverage.leaving_out(report.left_out)
         nothing_RC = np.zeros((len(patient_R), 0), np.float32)
-        return Scored(leads, found, embedding_RD, [f"patient {code}" for code in patient_R], nothing_RC, nothing_RC)
+        label_R = [f"patient {code}" for code in patient_R]
+        return Scored(leads, report, coverage, None, embedding_RD, label_R, nothing_RC, nothing_RC)
     embedding_RD, logit_RC = model.embed_and_classify(recordings)
     score_RC, target_RC, task = _probabilities(logit_RC, config.kind), labelled.targets(split), labelled.task
+    thresholds = None
     if config.kind == "multilabel":
-        tuned = model.about["thresholds"] if as_trained else tuned_thresholds(model, labelled)
-        threshold_C = [float("nan") if value is None else value for value in tuned]
+        thresholds = Thresholds.OWN
+        if not as_trained:
+            to_tune = len(labelled.selection("validation"))
+            thresholds = Thresholds.TUNED if to_tune else Thresholds.OF_OTHER_LEADS
+        tuned = thresholds == Thresholds.TUNED
+        value_C = tuned_thresholds(model, labelled) if tuned else model.about["thresholds"]
+        threshold_C = [float("nan") if value is None else value for value in value_C]
         prediction_RC = score_RC >= np.array(threshold_C)
     else:
         prediction_RC = np.eye(score_RC.shape[1], dtype=bool)[score_RC.argmax(axis=1)]
     challenge = None if task.challenge is None else (task.classes, task.challenge)
-    report = evaluate_scores(target_RC, score_RC, prediction_RC, task.classes, patient_R, challenge)
+    report_of_classes = evaluate_scores(target_RC, score_RC, prediction_RC, task.classes, patient_R, challenge)
     names = ["|".join(np.array(task.classes)[row > 0]) or "none" for row in target_RC]
-    return Scored(leads, report, embedding_RD, names, target_RC, score_RC)
+    return Scored(leads, report_of_classes, coverage, thresholds, embedding_RD, names, target_RC, score_RC)
 
 
 def table(scored: Sequence[Scored]) -> str:
-    """Markdown: of one lead set the whole report, of several a row each."""
-    if len(scored) == 1:
-        return scored[0].report.table()
-    names = list(scored[0].report.headline)
-    lines = [f"| leads | {' | '.join(FIGURES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    """Markdown: of one lead set the whole report, of several a row each; then which recordings were scored."""
+    lines = [scored[0].report.table()]
+    if len(scored) > 1:
+        names = list(scored[0].report.headline)
+        lines = [f"| leads | {' | '.join(FIGURES[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+        for one in scored:
+            cells = [str(one.report.headline[name]) for name in names]
+            lines.append(f"| {lead_set_name(one.leads)} | {' | '.join(cells)} |")
+    notes: dict[str, list[str]] = {}  # what is to be said -> lead sets of which it is true
     for one in scored:
-        cells = [str(one.report.headline[name]) for name in names]
-        lines.append(f"| {lead_set_name(one.leads)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        note = one.coverage.text()
+        if one.thresholds is Thresholds.OF_OTHER_LEADS:
+            note += f"; thresholds {one.thresholds}"
+        notes.setdefault(note, []).append(lead_set_name(one.leads))
+    prefixed = len(notes) > 1
+    return "\n".join(
+        [*lines, "", *(f"leads {'; '.join(of)}: {note}" if prefixed else note for note, of in notes.items())]
+    )
 
 
 FIGURES = {

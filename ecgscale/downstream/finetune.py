@@ -20,6 +20,7 @@ from ecgscale import progress
 from ecgscale.config import FinetuneConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.copies import copies_apart
 from ecgscale.data.stream import TrainStream
 from ecgscale.downstream.board import show
 from ecgscale.downstream.evaluate import LabelledSet, Scored, evaluate, tuned_thresholds
@@ -86,12 +87,18 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     if not config.init.model:
         raise InputError("init.model is missing; give --init RUN_OR_EXPORT")
     model = load(config.init.model)
-    labelled = LabelledSet.open(model, config.data, config.task, seed=config.train.seed)
+    labelled = LabelledSet.open(model, config.data, config.task, seed=config.train.seed, training=True)
     config = replace(config, data=labelled.data)  # with the preprocessing of the model, which is what is used
     recomputed = recomputed_layers(config.engine.activation_checkpointing, model.encoder.config.depth)
+    if config.task.protocol == "finetune":  # before there is a run folder: too few recordings are refused
+        config.train.order(labelled.selection("train"), ranks.world_size)
     run = claim_run(config.run.dir, config, ranks)
     patients = labelled.patients("train")
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
+    log(ranks, labelled.coverage("train").text("used"))
+    log(ranks, labelled.coverage("validation").text("used"))
+    if ranks.first and (copies := copies_apart(labelled.shards)):
+        log(ranks, copies)
     if config.init.random:
         torch.manual_seed(config.train.seed)
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
@@ -116,6 +123,7 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
 def _about(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig) -> dict[str, Any]:
     about: dict[str, Any] = {"task": asdict(config.task), "leads": config.data.leads}
     about["min_record_s"] = config.data.min_record_s
+    about["coverage"] = {split: labelled.coverage(split).to_dict() for split in ("train", "validation")}
     if config.task.kind != "identification":
         challenge = labelled.task.challenge
         about["classes"] = list(labelled.task.classes)

@@ -134,6 +134,7 @@ class IdentificationReport:
     galleries: int  # persons who are compared: those with at least two sessions
     sessions: int  # of the persons who are compared
     probes: int
+    left_out: dict[str, int]  # recordings by reason: one_session of their person, or not_the_last where that is asked
     resamples: int
     level: float
     samples: dict[str, Floats] = field(repr=False, compare=False)  # (resamples,) of each headline figure
@@ -217,6 +218,7 @@ def identify(
         galleries=persons,
         sessions=chosen.sessions,
         probes=len(chosen.probe_QD),
+        left_out=chosen.left_out,
         resamples=resamples,
         level=level,
         samples=dict(zip(names, value_3K[:, 1:], strict=True)),
@@ -247,6 +249,7 @@ class _Comparison(NamedTuple):
     probe_QD: Floats  # of length 1
     person_Q: Ints  # places of the probes' persons among the galleries
     sessions: int
+    left_out: dict[str, int]
 
 
 def _checked_units(embedding_RD: Array) -> Floats:
@@ -289,12 +292,15 @@ def _gallery_and_probes(unit_RD: Floats, person_R: Ints, session_R: Ints, one_pr
     np.add.at(gallery_PD, place[person_R[in_gallery_R]], unit_RD[in_gallery_R])
     gallery_PD[np.abs(gallery_PD).max(axis=1) < _CANCELLED] = 0
     sessions = np.unique(np.stack([person_R, session_R])[:, compared[person_R]], axis=1).shape[1]
-    return _Comparison(_units(gallery_PD), unit_RD[is_probe_R], place[person_R[is_probe_R]], sessions)
+    left_out = {"one_session": int((~compared[person_R]).sum())}
+    if one_probe:
+        left_out["not_the_last"] = int((compared[person_R] & ~in_gallery_R & ~is_probe_R).sum())
+    return _Comparison(_units(gallery_PD), unit_RD[is_probe_R], place[person_R[is_probe_R]], sessions, left_out)
 
 
 def _figures(chosen: _Comparison, count_QK: Floats) -> Floats:
     """(3, K) top-1, top-5 and equal error rate where each probe counts as often as ``count_QK`` says."""
-    gallery_PD, probe_QD, person_Q, _ = chosen
+    gallery_PD, probe_QD, person_Q, *_ = chosen
     genuine_Q = np.round(np.einsum("QD,QD->Q", probe_QD, gallery_PD[person_Q]), _DECIMALS)
     similarity_T = np.unique(genuine_Q)
     better_Q = np.zeros(len(probe_QD))

@@ -29,6 +29,7 @@ from ecgscale.downstream.comparison import (
     ReproduceConfig,
     TaskPlan,
 )
+from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
 from ecgscale.downstream.results import Case, Measured, write_results
@@ -230,14 +231,17 @@ class Unit:
             write_result(folder / "made_from.json", self._made_from(config))
             fit(config, start_ranks())
         samples = _read_samples(folder) if found else {}
+        coverages = read_result(folder / "coverage.json") if found else {}
         for one in evaluate(folder, config.data.shards, "test", missing):
             name = lead_set_name(one.leads)
             found[name] = {figure: asdict(value) for figure, value in one.report.headline.items()}
+            coverages[name] = one.coverage.to_dict()
             samples |= {f"{name}/{figure}": sample for figure, sample in one.report.samples.items()}
             show(folder, config.train.steps, [one])
         buffer = io.BytesIO()
         np.savez(buffer, **samples)
         write_whole(folder / "samples.npz", buffer.getvalue())
+        write_result(folder / "coverage.json", coverages)
         write_result(folder / "result.json", found)
 
 
@@ -308,6 +312,7 @@ def _check(mine: list[Unit]) -> None:
         chosen = mine[0].config.task_config(leaf.task, *more)
         shards = ShardSet.open(chosen.data.shards, chosen.data.cache)
         labelled_R = load_task(shards, chosen.task, seed=leaf.seed).labelled_R
+        Selection(shards, chosen.data, "train", labelled_R).refuse_empty()
         if leaf.protocol == "finetune":
             chosen.train.order(Selection(shards, chosen.data, "train", labelled_R), 1)
 
@@ -321,12 +326,13 @@ def merge(config: ReproduceConfig) -> str:
             if missing := unit.missing(leaf, found):
                 names = ", ".join(map(lead_set_name, missing))
                 raise InputError(f"{folder}: is not finished for leads {names}; run its part first")
-            samples = _read_samples(folder)
+            samples, coverages = _read_samples(folder), read_result(folder / "coverage.json")
             for leads in map(lead_set_name, config.leads_of(leaf.task)):
+                coverage = Coverage.from_dict(coverages[leads]) if leads in coverages else None
                 for name, figure in found[leads].items():
                     case = Case(leaf.task.name, leaf.protocol, leaf.fraction, leads, name)
                     sample_R = samples[f"{leads}/{name}"]
-                    measured.append(Measured(case, unit.name, leaf.seed, figure["value"], sample_R))
+                    measured.append(Measured(case, unit.name, leaf.seed, figure["value"], sample_R, coverage))
     table = write_results(Path(config.run.dir), measured, config.methods[0].name)
     where = f"table.md, table.csv and plot.png are in {config.run.dir}"
     return f"{table}\n\n{where}\nTensorBoard: tensorboard --logdir {config.run.dir}"
@@ -348,7 +354,8 @@ def _refuse_leak(pretrained_on: ShardSet, shards: ShardSet, task: str) -> None:
 
 def _read_samples(folder: Path) -> Samples:
     try:
-        with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+        # Opened here, since numpy leaves a file open that it cannot read.
+        with (folder / "samples.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise unreadable(folder / "samples.npz", f"missing or damaged; remove {folder}", error) from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import FIGURES
 from ecgscale.downstream.metrics import interval
 from ecgscale.downstream.report import Estimate
@@ -47,6 +48,7 @@ class Measured:
     seed: int
     value: float | None
     sample_R: Floats
+    coverage: Coverage | None = None  # recordings that were scored; None: an earlier version did not count them
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,29 @@ class Summary:
     deviation: float  # over seeds; NaN for one
     seeds: int
     sample_R: Floats  # mean over the seeds of each resample
+    coverage: Coverage | None
 
     def __str__(self) -> str:
         spread = f" ± {self.deviation:.3f}" if self.seeds > 1 else ""
         value, low, high = self.mean.value, self.mean.low, self.mean.high
         return "–" if np.isnan(value) else f"{value:.3f}{spread} [{low:.3f}, {high:.3f}]"
+
+
+class Difference(NamedTuple):
+    """What one method is better by than another."""
+
+    estimate: Estimate
+    seeds: int  # of the method that has fewer
+
+    def __str__(self) -> str:
+        """In bold where the interval leaves out 0, unless a single seed may be the cause."""
+        value, low, high = self.estimate.value, self.estimate.low, self.estimate.high
+        if np.isnan(value):
+            return "–"
+        text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        if self.seeds == 1:
+            return f"{text} one seed"
+        return f"**{text}**" if low > 0 or high < 0 else text
 
 
 class Results:
@@ -90,13 +110,29 @@ class Results:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(case.task for case in self.cases))
 
-    def difference(self, case: Case, method: str, other: str) -> Estimate | None:
+    def difference(self, case: Case, method: str, other: str) -> Difference | None:
         """method − other on the same resamples; None where one was not measured."""
         one, two = self.by.get((case, method)), self.by.get((case, other))
         if one is None or two is None:
             return None
         low_K, high_K = interval((one.sample_R - two.sample_R)[None])
-        return Estimate(one.mean.value - two.mean.value, float(low_K[0]), float(high_K[0]))
+        estimate = Estimate(one.mean.value - two.mean.value, float(low_K[0]), float(high_K[0]))
+        return Difference(estimate, min(one.seeds, two.seeds))
+
+    def recordings(self, task: str) -> list[str]:
+        """For people: which recordings of a task were scored, in a line for all that scored the same ones."""
+        scored: dict[str, dict[tuple[str, str], None]] = {}  # line -> (lead set, method)
+        for (case, method), one in self.by.items():
+            if case.task == task:
+                line = "not counted, by an earlier version" if one.coverage is None else one.coverage.text()
+                scored.setdefault(line, {})[case.leads, method] = None
+        if len(scored) == 1:
+            return list(scored)
+        lines = []
+        for line, of in scored.items():
+            leads, methods = (", ".join(dict.fromkeys(names)) for names in zip(*of, strict=True))
+            lines.append(f"leads {leads} by {methods}: {line}")
+        return lines
 
 
 def _summary(runs: list[Measured]) -> Summary:
@@ -104,7 +140,8 @@ def _summary(runs: list[Measured]) -> Summary:
     sample_R = np.mean([run.sample_R for run in runs], axis=0)
     low_K, high_K = interval(sample_R[None])
     deviation = float(np.std(value_S, ddof=1)) if len(runs) > 1 else float("nan")
-    return Summary(Estimate(float(value_S.mean()), float(low_K[0]), float(high_K[0])), deviation, len(runs), sample_R)
+    mean = Estimate(float(value_S.mean()), float(low_K[0]), float(high_K[0]))
+    return Summary(mean, deviation, len(runs), sample_R, runs[0].coverage)
 
 
 def write_results(folder: Path, measured: Sequence[Measured], reference: str) -> str:
@@ -138,14 +175,15 @@ def markdown(results: Results, reference: str) -> str:
                     lines.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in found)} |")
                 apart = [results.difference(case, reference, method) for case in cases]
                 if method != reference and any(apart):
-                    differences.append(f"| {method}, {how} | {' | '.join(map(_signed, apart))} |")
-        lines += ["", *differences, ""]
+                    differences.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in apart)} |")
+        lines += ["", *differences, "", *(f"- {line}" for line in results.recordings(task)), ""]
     return "\n".join([*lines, _LEGEND])
 
 
 _LEGEND = (
     "Mean ± deviation over seeds [95 % bootstrap interval over test patients, of the mean over seeds]. Differences are "
-    "paired: the same resampled patients for both; those whose interval leaves out 0 are bold."
+    "paired: the same resampled patients for both; those whose interval leaves out 0 are bold. None of one seed is: "
+    "another seed may turn it round."
 )
 
 
@@ -154,26 +192,29 @@ def _named(protocol: str, fraction: float, figure: str) -> str:
     return how + (f", {100 * fraction:g} % of the labels" if fraction < 1 else "")
 
 
-def _signed(difference: Estimate | None) -> str:
-    if difference is None or np.isnan(difference.value):
-        return "–"
-    value, low, high = difference.value, difference.low, difference.high
-    text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
 def as_csv(results: Results, reference: str) -> str:
     """A line per case and method with every figure, and its difference from the reference method."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*Case._fields, "method", "seeds", "mean", "deviation", "low", "high",
-                     f"{reference} minus it", "difference low", "difference high"])  # fmt: skip
+                     f"{reference} minus it", "difference low", "difference high",
+                     "asked for", "scored", "left out"])  # fmt: skip
     for (case, method), one in results.by.items():
         apart = results.difference(case, reference, method)
         numbers = [one.mean.value, one.deviation, one.mean.low, one.mean.high]
-        numbers += [float("nan")] * 3 if apart is None else [apart.value, apart.low, apart.high]
-        writer.writerow([*case, method, one.seeds, *("" if np.isnan(n) else f"{n:.6f}" for n in numbers)])
+        estimate = Estimate(*[float("nan")] * 3) if apart is None else apart.estimate
+        numbers += [estimate.value, estimate.low, estimate.high]
+        cells = ["" if np.isnan(n) else f"{n:.6f}" for n in numbers]
+        writer.writerow([*case, method, one.seeds, *cells, *_counts(one.coverage)])
     return out.getvalue()
+
+
+def _counts(coverage: Coverage | None) -> list[str]:
+    """Recordings that were asked for and scored, and reason=recordings of those left out."""
+    if coverage is None:
+        return [""] * 3
+    left_out = ";".join(f"{reason}={count}" for reason, count in coverage.left_out.items())
+    return [str(coverage.asked_for), str(coverage.used), left_out]
 
 
 def plot(results: Results) -> Figure:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
+from ecgscale.downstream.coverage import REASONS
 from ecgscale.downstream.identification import session_day
-from ecgscale.downstream.metrics import labels_for_classes, load_challenge_weights
+from ecgscale.downstream.metrics import labels_for_classes, load_challenge_weights, sorted_alternatives
 from ecgscale.errors import InputError
 from ecgscale.rng import Purpose, random_words
 
@@ -54,6 +55,9 @@ class TaskConfig:
     """The classes; none: all with enough positives in the training split."""
     min_positives: int = 10
     """Positives in the training split below which a class is left out, where the classes are not given."""
+    min_scored_s: float = 0.0
+    """Shorter recordings of the validation and test splits are left out of scores, and counted. 0: none; what a window
+    lacks is padded, and does not matter. Those of the training split: data.min_record_s."""
     label_fraction: float = 1.0
     """Share of the labelled patients of the training split whose labels are used; all others' training recordings are
     left out. train.seed draws them; with the same seed, 1 % is part of 10 %."""
@@ -84,20 +88,39 @@ class TaskConfig:
             raise InputError("task.protocol neighbours: identification compares embeddings anyhow; give probe")
         if self.min_positives < 1:
             raise InputError(f"task.min_positives {self.min_positives}: give 1 or more")
+        if not self.min_scored_s >= 0:
+            raise InputError(f"task.min_scored_s {self.min_scored_s:g}: give 0 or a number of seconds")
         if not 0 < self.label_fraction <= 1:
             raise InputError(f"task.label_fraction {self.label_fraction:g}: give a share above 0, up to 1")
 
 
 @dataclass(frozen=True)
 class Task:
-    """Targets of all recordings of a set; unlabelled ones are marked."""
+    """Targets of all recordings of a set, and which of them count."""
 
     classes: tuple[str, ...]
     kind: str
     target_RC: npt.NDArray[np.float32]
-    labelled_R: npt.NDArray[np.bool_]
+    reason_R: npt.NDArray[np.uint8]  # why a recording is left out, a place in LEFT_OUT_FOR; 0: it is not
+    reasons: tuple[str, ...]  # those that could hold
     challenge: Floats64 | None  # (C, C) weights of the challenge score
     session_R: npt.NDArray[np.int64] | None = None  # of identification, in the sessions' order
+    other_classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Split -> class that is not the task's -> recordings that carry it."""
+
+    @property
+    def labelled_R(self) -> npt.NDArray[np.bool_]:
+        """(R,) recordings that are not left out."""
+        labelled_R: npt.NDArray[np.bool_] = self.reason_R == 0
+        return labelled_R
+
+
+LEFT_OUT_FOR = ("", *REASONS)
+
+
+def leave_out(reason_R: npt.NDArray[np.uint8], where_R: npt.NDArray[np.bool_], reason: str) -> None:
+    """Write down a reason where there is none yet."""
+    reason_R[where_R & (reason_R == 0)] = LEFT_OUT_FOR.index(reason)
 
 
 @dataclass(frozen=True)
@@ -122,59 +145,83 @@ def load_task(
     """
     if config.kind == "identification":
         return _persons(shards, config, splits, seed)
-    codes = _said(shards, config.label, "task.label")
-    labelled_R = np.array([bool(code) for code in codes])
-    labelled_R &= _drawn(shards, labelled_R, config.label_fraction, seed)
-    classes, challenge = _classes(shards, codes, labelled_R, config, trained)
-    target_RC = labels_for_classes(codes, classes).astype(np.float32)
+    codes = _values(shards, config.label, "task.label")
+    reason_R = np.zeros(len(shards), np.uint8)
+    leave_out(reason_R, np.array([code is None for code in codes]), "no_label")
+    leave_out(reason_R, ~_drawn(shards, reason_R == 0, config.label_fraction, seed), "not_drawn")
+    reasons = ["no_label", *(["not_drawn"] if config.label_fraction < 1 else [])]
+    named = [code or [] for code in codes]  # a label that is known and names no class: a negative of every class
+    classes, challenge = _classes(shards, named, reason_R == 0, config, trained)
+    target_RC = labels_for_classes(named, classes).astype(np.float32)
     if config.kind == "singlelabel":
-        labelled_R &= target_RC.sum(axis=1) == 1
+        reasons += ["no_class", "several_classes"]
+        leave_out(reason_R, target_RC.sum(axis=1) == 0, "no_class")
+        leave_out(reason_R, target_RC.sum(axis=1) > 1, "several_classes")
     split_R = shards.column("split")
-    if config.label_fraction < 1 and not target_RC[labelled_R & (split_R == SPLITS.index("train"))].any():
+    if config.label_fraction < 1 and not target_RC[(reason_R == 0) & (split_R == SPLITS.index("train"))].any():
         raise InputError(
             f"task.label_fraction {config.label_fraction:g}: no training recording that is left has any of "
             f"{', '.join(classes)}; give a larger share or other classes"
         )
     for split in splits:
-        if not labelled_R[split_R == SPLITS.index(split)].any():
+        if not (reason_R == 0)[split_R == SPLITS.index(split)].any():
             raise InputError(
                 f"the {split} split has no recording with {config.label!r} among {', '.join(classes)}; "
                 "ingest with a split that has some, or lower task.min_positives"
             )
-    return Task(tuple(classes), config.kind, target_RC, labelled_R, challenge)
+    other = _other_classes(named, split_R, classes)
+    return Task(tuple(classes), config.kind, target_RC, reason_R, tuple(reasons), challenge, other_classes=other)
+
+
+def _other_classes(
+    codes: list[list[str]], split_R: npt.NDArray[np.uint8], classes: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Of each split, the classes that recordings carry and a task does not have."""
+    known = {code for name in classes for code in sorted_alternatives(name).split("|")}
+    counts = {split: Counter[str]() for split in SPLITS}
+    for code, split in zip(codes, split_R.tolist(), strict=True):
+        counts[SPLITS[split]].update(set(code) - known)
+    return {split: dict(counter) for split, counter in counts.items()}
 
 
 def _persons(shards: ShardSet, config: TaskConfig, splits: Sequence[str], seed: int) -> Task:
-    """Identification: the patients are the classes, so every recording is labelled that has a session."""
-    labelled_R = np.ones(len(shards), bool)
+    """Identification: the patients are the classes, so every recording counts that has a session."""
+    reason_R, reasons = np.zeros(len(shards), np.uint8), []
     session_R = np.arange(len(shards))
     if config.session:
-        said = _said(shards, config.session, "task.session")
-        labelled_R = np.array([bool(values) for values in said])
-        session_R = np.array([session_day("|".join(values)) if values else 0 for values in said])
-    labelled_R &= _drawn(shards, labelled_R, config.label_fraction, seed)
+        sessions = _values(shards, config.session, "task.session")
+        reasons.append("no_session")
+        leave_out(reason_R, np.array([not values for values in sessions]), "no_session")
+        session_R = np.array([session_day("|".join(values)) if values else 0 for values in sessions])
+    leave_out(reason_R, ~_drawn(shards, reason_R == 0, config.label_fraction, seed), "not_drawn")
+    reasons += ["not_drawn"] if config.label_fraction < 1 else []
     split_R = shards.column("split")
     for split in splits:
-        if not labelled_R[split_R == SPLITS.index(split)].any():
+        if not (reason_R == 0)[split_R == SPLITS.index(split)].any():
             raise InputError(
                 f"the {split} split has no recording{f' with {config.session!r}' if config.session else ''}"
             )
-    return Task((), config.kind, np.zeros((len(shards), 0), np.float32), labelled_R, None, session_R.astype(np.int64))
+    nothing_RC = np.zeros((len(shards), 0), np.float32)
+    return Task((), config.kind, nothing_RC, reason_R, tuple(reasons), None, session_R.astype(np.int64))
 
 
-def _said(shards: ShardSet, key: str, setting: str) -> list[list[str]]:
-    """What each recording has of a label or another piece of metadata. Raises InputError for one that none has."""
-    found, known = [], Counter[str]()
+def _values(shards: ShardSet, key: str, setting: str) -> list[list[str] | None]:
+    """What each recording has of a label or another piece of metadata; None where it says nothing of it.
+
+    Raises InputError for a key that no recording has.
+    """
+    values_R: list[list[str] | None] = []
+    known = Counter[str]()
     for number in range(len(shards)):
         about = shards.metadata(number)
         values = {name: [str(value)] for name, value in about["metadata"].items()} | about["labels"]
         known.update(list(values if setting == "task.session" else about["labels"]))
-        found.append(values.get(key, []))
-    if not any(found):
+        values_R.append(values.get(key))
+    if all(values is None for values in values_R):
         near = get_close_matches(key, known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"the recordings have {', '.join(known) or 'no labels at all'}"
         raise InputError(f"{setting} {key!r}: no recording has it; {hint}")
-    return found
+    return values_R
 
 
 def _drawn(shards: ShardSet, labelled_R: npt.NDArray[np.bool_], fraction: float, seed: int) -> npt.NDArray[np.bool_]:

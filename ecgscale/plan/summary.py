@@ -218,6 +218,7 @@ def _length(config: PlanConfig) -> Length:
     if config.data.shards:
         shards = ShardSet.open(config.data.shards, config.data.cache)
         selection = Selection(shards, config.data, "train")
+        selection.refuse_empty()
         recordings, rate_hz = recordings or len(selection), shards.rate_hz
         samples = shards.column("samples").astype(np.int64)
         plain = 2 * float((np.bitwise_count(shards.column("leads")) * samples).sum()) / len(shards)

@@ -6,7 +6,6 @@ loss is too high (Hoffmann et al. 2022).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,8 @@ from ecgscale.config import PretrainConfig, RunConfig, load
 from ecgscale.cost import parameters, step_flops
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.errors import InputError, naming_file
+from ecgscale.errors import Diverged, InputError
+from ecgscale.json_lines import read_json_lines
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import objective_named
 from ecgscale.pretrain import SEGMENTS, pretrain
@@ -34,7 +34,6 @@ from ecgscale.studies import (
     refuse_twice,
     write_result,
 )
-from ecgscale.training.loop import Diverged
 from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
 
 # The recordings that are scored define L.
@@ -181,18 +180,10 @@ class Cell:
 def validation_at(run: Path, step: int) -> dict[str, float | None]:
     """Parts of the loss on held-out recordings at a step, as the run has written them down; null where not finite."""
     parts: dict[str, float | None] = {}
-    path = run / "events.jsonl"
-    with naming_file(path, "cannot be read"):
-        lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
-        if '"validation/' not in line:
-            continue
-        try:
-            event = json.loads(line)
-        except ValueError:  # torn: the run was killed while it wrote
-            continue
-        if event.get("step") == step:
-            parts = {key.partition("/")[2]: event[key] for key in event if key.startswith("validation/")}
+    for event in read_json_lines(run / "events.jsonl"):
+        validated = {key.partition("/")[2]: value for key, value in event.items() if key.startswith("validation/")}
+        if event.get("step") == step and validated:
+            parts = validated
     return parts
 
 
@@ -304,8 +295,7 @@ def _check(mine: list[Cell], world_size: int) -> None:
         config = cell.pretraining
         shards = ShardSet.open(config.data.shards, config.data.cache)
         config.train.order(Selection(shards, config.data, "train"), world_size)
-        if not len(Selection(shards, config.data, "validation")):
-            raise InputError(f"{', '.join(config.data.shards)}: no validation recordings; ingest with some")
+        Selection(shards, config.data, "validation").refuse_empty()
 
 
 def epochs(cell: Cell) -> float:

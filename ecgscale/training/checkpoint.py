@@ -2,33 +2,31 @@
 
 fp32 weights and Adam moments by parameter name in safetensors files, one per rank that wrote them, each hashed by its
 writer; scalars, configuration and versions in ``state.json``, which is written last. Nothing in a checkpoint can
-execute. A checkpoint is written beside its place, verified, and renamed.
+execute. A checkpoint is checked to be finite, written beside its place, verified, and renamed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ecgscale.data.shards import file_sha256
-from ecgscale.errors import InputError, MachineError, file_error, naming_file
+from ecgscale.errors import Diverged, InputError, MachineError, naming_file
+from ecgscale.files import file_sha256, put_in_place, sync
 from ecgscale.training.engine import MOMENTS, Engine
-from ecgscale.training.ranks import all_succeed, first_rank
+from ecgscale.training.ranks import Ranks, all_succeed, first_rank, log
+from ecgscale.training.state import STATE, check_resumable, read_state, write_state
+from ecgscale.weights import open_tensors, save_tensors
 
-FORMAT = "ecgscale-checkpoint/1"
-STATE = "state.json"
+_REMOVED = ".removed-"  # in front of the name of a checkpoint that is being deleted
+_ATTEMPTS = 2  # one error of a disk or of a network between is no reason to end a job of many machines
 
 
 @dataclass(frozen=True)
@@ -45,55 +43,87 @@ class Checkpoint:
     @staticmethod
     def open(folder: Path, verify: bool = True) -> Checkpoint:
         """Open and verify; raises InputError that names the missing or damaged file."""
-        path = folder / STATE
-        try:
-            state = json.loads(path.read_bytes())
-            files, known = state["files"], state["format"]
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: missing, so {folder} is no complete checkpoint; remove the folder") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); remove {folder} to go on from the one before") from error
-        if known != FORMAT:
-            raise InputError(f"{path}: format {known!r} is not {FORMAT!r}")
-        if state.get("sha256") != _digest(state) or folder.name.split(".")[0] != _name(state["step"]):
-            raise InputError(f"{path}: damaged or of another checkpoint; remove {folder} to go on from the one before")
-        for name, about in files.items() if verify else ():
+        state = read_state(folder)
+        if folder.name.split(".")[0] != _name(state["step"]):
+            raise InputError(f"{folder / STATE}: of step {state['step']}; remove {folder} to go on from the one before")
+        for name, about in state["files"].items() if verify else ():
             file = folder / name
-            if not file.is_file():
-                raise InputError(f"{file}: missing; remove {folder} to go on from the checkpoint before")
-            if file.stat().st_size != about["bytes"] or file_sha256(file) != about["sha256"]:
+            with naming_file(file, "cannot read"):
+                if not file.is_file():
+                    raise InputError(f"{file}: missing; remove {folder} to go on from the checkpoint before")
+                size = file.stat().st_size
+            if size != about["bytes"] or file_sha256(file) != about["sha256"]:
                 raise InputError(
                     f"{file}: damaged, its sha256 differs from {STATE}; remove {folder} to go on from the one before"
                 )
         return Checkpoint(folder, state)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """All tensors of a kind (weight, exp_avg, exp_avg_sq) by parameter name."""
-        found: dict[str, Tensor] = {}
-        for file in sorted(self.state["files"]):
-            tensors = open_tensors(self.folder / file)
-            names = [name for name in tensors.keys() if name.startswith(f"{kind}.")]  # noqa: SIM118
-            found |= {name.removeprefix(f"{kind}."): tensors.get_tensor(name) for name in names}
-        return found
+        """All tensors of a kind (weight, exp_avg, exp_avg_sq) by parameter name.
+
+        Raises InputError where one is not finite: versions that did not look saved such.
+        """
+        return {
+            name.removeprefix(f"{kind}."): self._finite(name, opened.get_tensor(name))
+            for name, opened in self._entries()
+            if name.startswith(f"{kind}.")
+        }
 
     def reader(self) -> Callable[[str, str], Tensor]:
-        """(parameter name, kind) -> tensor, read when asked for."""
-        opened = [open_tensors(self.folder / file) for file in sorted(self.state["files"])]
-        where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
-        return lambda name, kind: where[f"{kind}.{name}"].get_tensor(f"{kind}.{name}")
+        """(parameter name, kind) -> tensor, read when asked for; raises InputError where it is not finite."""
+        entries = dict(self._entries())
 
+        def read(name: str, kind: str) -> Tensor:
+            key = f"{kind}.{name}"
+            return self._finite(key, entries[key].get_tensor(key))
 
-def open_tensors(path: Path) -> Any:
-    """A safetensors file, mapped; raises InputError where it is missing or damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+        return read
+
+    def check_fits(self, module: nn.Module) -> None:
+        """Raises InputError unless a run of ``module`` can go on from it, with a tensor for each that it trains."""
+        check_resumable(self.folder, self.state)
+        expected: dict[str, list[int]] = {}
+        for name, parameter in module.named_parameters():
+            kinds = ("weight", *MOMENTS) if parameter.requires_grad else ("weight",)
+            expected |= {f"{kind}.{name}": list(parameter.shape) for kind in kinds}
+        shapes: dict[str, list[int]] = {}
+        for name, opened in self._entries():
+            if name in shapes:
+                raise InputError(f"{self.folder}: holds {name[:80]} twice; {self._go_on}")
+            tensor = opened.get_slice(name)
+            if tensor.get_dtype() != "F32":
+                raise InputError(f"{self.folder}: {name[:80]} is {tensor.get_dtype()}, not F32; {self._go_on}")
+            shapes[name] = list(tensor.get_shape())
+        for name in sorted(expected.keys() | shapes.keys()):
+            saved, own = shapes.get(name), expected.get(name)
+            if saved != own:
+                what = "is missing" if saved is None else f"has the shape {saved}"
+                wanted = "knows none" if own is None else f"has {own}"
+                raise InputError(f"{self.folder}: {name[:80]} {what}, the model {wanted}; {self._go_on}")
+
+    @property
+    def _go_on(self) -> str:
+        return f"remove {self.folder} to go on from the one before"
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        """(name of a tensor, the opened file that holds it)."""
+        for file in sorted(self.state["files"]):
+            opened = open_tensors(self.folder / file)
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{self.folder}: {name[:80]} is not finite; {self._go_on}")
+        return tensor
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
+    """Finished checkpoints of a run, oldest first. What has not exactly the name that ``save`` gives is not ours."""
+    numbers = {path: re.fullmatch("step-([0-9]{8,19})", path.name) for path in folder.glob("step-*")}
+    steps = {path: int(match[1]) for path, match in numbers.items() if match}
+    ours = [path for path, step in steps.items() if path.name == _name(step) and path.is_dir()]
+    return sorted(ours, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -110,19 +140,32 @@ def latest(folder: Path) -> Checkpoint | None:
 def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path:
     """Write ``step-XXXXXXXX`` below ``folder``. All ranks call it together and share out the files.
 
-    Raises the same error on every rank, and leaves nothing behind, where any rank cannot write: InputError where the
-    path is wrong, MachineError where the disk fails.
+    Raises the same error on every rank, and leaves nothing behind: Diverged where a tensor is not finite, before
+    anything is written; InputError where the path is wrong; MachineError where the disk fails twice.
     """
-    final, ranks = folder / _name(step), engine.ranks
+    tensors, ranks = _collect(engine), engine.ranks
+    all_succeed(_diverged(folder, step, tensors))
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return _write(folder / _name(step), ranks, tensors, state | {"step": step})
+        except MachineError as error:
+            if attempt == _ATTEMPTS:
+                raise
+            log(ranks, f"{error}; trying again")
+    raise AssertionError("unreachable")
+
+
+def _write(final: Path, ranks: Ranks, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """One attempt to write a checkpoint."""
     partial = final.with_suffix(".partial")
     first_rank(ranks, lambda: _make_empty(partial))
     name = f"tensors-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
-    outcome = _write_tensors(partial / name, _collect(engine))
+    outcome = _write_tensors(partial / name, tensors)
     outcomes: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(outcomes, (name, outcome))
     try:
         all_succeed(None if isinstance(outcome, dict) else outcome)
-        first_rank(ranks, lambda: _finish(partial, final, state | {"step": step, "files": dict(outcomes)}))
+        first_rank(ranks, lambda: _finish(partial, final, state | {"files": dict(outcomes)}))
     except (InputError, MachineError):
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -134,6 +177,19 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _diverged(folder: Path, step: int, tensors: dict[str, Tensor]) -> Diverged | None:
+    """What is not finite of the tensors that this rank writes: from such a checkpoint no run could go on."""
+    spoilt = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    if spoilt is None:
+        return None
+    before = checkpoints(folder)
+    goes_on = f"goes on from {before[-1].name}" if before else "begins anew"
+    return Diverged(
+        f"{folder}: step {step} is not saved, {spoilt} is not finite; the same command {goes_on}. "
+        "If it comes to this again, lower engine.learning_rate or set engine.clip_norm"
+    )
+
+
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -141,25 +197,13 @@ def _make_empty(folder: Path) -> None:
 
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     """Write the state, read everything back, and give the folder its name."""
-    with naming_file(partial, "cannot write the checkpoint"):
-        write_state(partial, state)
+    write_state(partial, state)
+    try:
         Checkpoint.open(partial)
-        partial.replace(final)
-
-
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint's scalars with their own hash, down to the disk."""
-    state = state | {"format": FORMAT}
-    with (folder / STATE).open("wb") as file:
-        file.write(json.dumps(state | {"sha256": _digest(state)}, indent=1, sort_keys=True).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(state: dict[str, Any]) -> str:
-    """sha256 of a state but for its own hash."""
-    rest = {key: value for key, value in state.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    except InputError as error:  # nobody gave it: the disk lost what was just written
+        raise MachineError(f"{partial}: what was written does not read back ({error})") from error
+    with naming_file(final, "cannot write the checkpoint"):
+        put_in_place(partial, final)
 
 
 def _collect(engine: Engine) -> dict[str, Tensor]:
@@ -181,18 +225,23 @@ def _collect(engine: Engine) -> dict[str, Tensor]:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any] | InputError | MachineError:
     """Size and hash of the written file, or what went wrong."""
     try:
-        save_file(tensors, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    except OSError as error:
-        return file_error(path, "cannot write the checkpoint", error)
-    except SafetensorError as error:  # how safetensors says what the disk did
-        return MachineError(f"{path}: cannot write the checkpoint: {error}")
+        with naming_file(path, "cannot write"):
+            save_tensors(path, tensors)
+            sync(path)
+            return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    except (InputError, MachineError) as error:
+        return type(error)(f"cannot write the checkpoint: {error}")
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all but the last ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps (0: none)."""
-    for path in checkpoints(folder)[:-keep_last]:
-        if not keep_every or step_of(path) % keep_every:
-            shutil.rmtree(path)
+def prune(folder: Path, keep_last: int, keep_every: int, proven: int = 0) -> None:
+    """Remove all but the last ``keep_last`` checkpoints, those at multiples of ``keep_every`` steps (0: none), and the
+    newest that is known to be good: at a step up to ``proven``, whose weights have given a finite gradient since."""
+    saved = checkpoints(folder)
+    good = [path for path in saved if step_of(path) <= proven]
+    kept = {*saved[-keep_last:], *good[-1:]}
+    doomed = [path for path in saved if path not in kept and (not keep_every or step_of(path) % keep_every)]
+    with naming_file(folder, "cannot remove old checkpoints"):
+        for path in doomed:
+            path.rename(folder / f"{_REMOVED}{path.name}")  # a kill meanwhile leaves no half of one under its name
+        for removed in folder.glob(f"{_REMOVED}step-*"):
+            shutil.rmtree(removed)

@@ -219,14 +219,17 @@ class Engine:
     def create_optimizer_state(self, batch: ECGBatch) -> None:
         """Moments of zero and a count of zero, which AdamW would only make at its first update.
 
-        Done by an update with gradient 0 and learning rate 0 on a batch of blank leads, which is finite whatever
-        ``batch`` holds. Without it a run whose first steps are skipped has no state to save.
+        Done by an update with learning rate 0 whose gradient is 0 whatever ``batch`` and the weights give. Without it a
+        run whose first steps are skipped has no state to save, and one that goes on there has none to fill.
         """
         blank = batch.with_gain(torch.zeros_like(batch.gain_BL))
+        hooks = [self._parameters[name].register_hook(torch.zeros_like) for name in self.trained]
         for _ in range(self._accumulation):
             loss, _ = self.forward(blank)
-            self.backward(loss * 0.0)
+            self.backward(loss)
             self.step(learning_rate=0.0)
+        for hook in hooks:
+            hook.remove()
         self._set_optimizer_steps(0)
 
     def set_optimizer(self, moment: Callable[[str, str], Tensor], steps: int) -> None:

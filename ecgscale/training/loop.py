@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.stream import Batches, TrainStream
-from ecgscale.errors import InputError
+from ecgscale.errors import Diverged, InputError, MachineError
+from ecgscale.provenance import versions
 from ecgscale.stopping import Stopped, listening
 from ecgscale.training import checkpoint
 from ecgscale.training.boundary import Boundary, Wish
@@ -31,6 +30,8 @@ from ecgscale.training.profile import StepProfiler, steps_to_profile
 from ecgscale.training.ranks import Ranks, log
 from ecgscale.training.schedule import Schedule, learning_rate_factor
 from ecgscale.training.validation import Validation
+
+_VERSIONS_OF = ("ecgscale", "torch", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class TrainConfig:
     checkpoint_every_s: float = 0.0
     """Seconds between two checkpoints, by the first rank's clock, beside those by steps; 0: only by steps."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, and the newest whose weights have shown to be good: a later step's gradient was
+    finite."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept too; 0: none."""
     max_skipped: int = 10
@@ -165,13 +167,15 @@ def _train(job: Job, ranks: Ranks) -> Engine:
     engine, step, skipped = _start(job, ranks, resumed)
     if resumed:
         log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
+        if changed := _changed_versions(resumed.state):
+            log(ranks, f"versions have changed since: {changed}")
     config = yaml.safe_dump(job.config, sort_keys=False)
     with ExitStack() as stack:
         seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
         if seen:
             stack.enter_context(closing(seen))
-        monitor = Monitor(job.run, ranks, step, job.train.steps, job.name, config, _work(job, ranks))
-        stack.enter_context(closing(monitor))
+        work = _work(job, ranks)
+        monitor = stack.enter_context(Monitor(job.run, ranks, step, job.train.steps, job.name, config, work))
         if job.picture and resumed is None and ranks.first:
             monitor.figure("input/masked_ecg", job.picture(job.stream.micro_batch(0, 0)), 0)
         profiler = stack.enter_context(closing(_profiler(job, ranks, monitor, step)))
@@ -265,12 +269,18 @@ class Skipped:
     total: int = 0
     in_a_row: int = 0
 
+    def proven(self, step: int) -> int:
+        """The last step, of ``step`` so far, whose weights have given a finite gradient: the one before an update."""
+        return max(0, step - self.in_a_row - 1)
+
 
 def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tuple[Engine, int, Skipped]:
-    if resumed and resumed.state["data"] != job.identity:
+    if resumed and resumed.state.get("data") != job.identity:
         raise InputError(
             f"{resumed.folder}: was trained on other data than data.shards now names; take another run.dir"
         )
+    if resumed:
+        resumed.check_fits(job.objective)
     weights = resumed.tensors("weight") if resumed else None
     micro_rows = job.train.contrast // ranks.world_size
     engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
@@ -279,6 +289,13 @@ def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tup
         return engine, 0, Skipped()
     engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"])
     return engine, resumed.step, Skipped(resumed.state["skipped"], resumed.state["skipped_in_a_row"])
+
+
+def _changed_versions(state: dict[str, Any]) -> str:
+    """Which versions differ from those that a checkpoint was written with; empty where none does."""
+    before, now = state.get("versions", {}), versions(_VERSIONS_OF)
+    names = sorted(name for name in now if before.get(name) != now[name])
+    return ", ".join(f"{name} {str(before.get(name))[:40]} -> {now[name]}" for name in names)
 
 
 def _work(job: Job, ranks: Ranks) -> Work:
@@ -311,10 +328,6 @@ def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
     torch.manual_seed(mixed % 2**63)
 
 
-class Diverged(InputError):  # noqa: N818
-    """The gradient was not finite for train.max_skipped steps in a row. Every rank raises it at the same step."""
-
-
 def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, updated: bool) -> Skipped:
     if updated:
         return Skipped(skipped.total, 0)
@@ -324,7 +337,8 @@ def _count_skipped(job: Job, monitor: Monitor, skipped: Skipped, step: int, upda
     if skipped.in_a_row >= job.train.max_skipped:
         raise Diverged(
             f"{job.run}: {skipped.in_a_row} steps in a row had a non-finite gradient (the last was step {step}); "
-            "lower engine.learning_rate, set engine.clip_norm, or look for damaged recordings"
+            "lower engine.learning_rate, set engine.clip_norm, or look for damaged recordings. Checkpoints after step "
+            f"{skipped.proven(step)} have shown no finite gradient"
         )
     return skipped
 
@@ -355,10 +369,12 @@ def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skippe
         "config": job.config,
         "about": job.about,
         "world_size": engine.ranks.world_size,
-        "versions": {name: version(name) for name in ("ecgscale", "torch", "deepspeed")}
-        | {"python": platform.python_version()},
+        "versions": versions(_VERSIONS_OF),
     }
     checkpoint.save(folder, engine, step, state)
     if engine.ranks.first:
-        checkpoint.prune(folder, job.train.keep_last, job.train.keep_every)
+        try:
+            checkpoint.prune(folder, job.train.keep_last, job.train.keep_every, skipped.proven(step))
+        except (InputError, MachineError) as error:  # as where a reader on another machine keeps a file
+            monitor.say(f"{error}; tried again after the next checkpoint")
     monitor.event("saved", step=step)

@@ -5,14 +5,15 @@ Only rank 0 writes; every rank takes part in what is gathered for it.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.errors import InputError, MachineError, naming_file
+from ecgscale.json_lines import JsonLines
 from ecgscale.training.clock import PARTS, StepClock
 from ecgscale.training.metrics import Straggler, Work, gather_over_ranks, memory, shares, straggler, throughput
 from ecgscale.training.ranks import Ranks
@@ -38,18 +41,21 @@ class Monitor:
         self, run: Path, ranks: Ranks, first_step: int, steps: int, name: str, resolved_config: str, work: Work
     ) -> None:
         self.ranks, self._work = ranks, work
+        self._open = ExitStack()
         self._steps, self._waited_s = 0, 0.0
         if ranks.first:
             from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
-            self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
-            self._board.add_text("config", f"```yaml\n{resolved_config}\n```", first_step)
-            self._events = (run / "events.jsonl").open("a")
+            self._events = JsonLines(run / "events.jsonl")
+            self._folder = run / "tensorboard"
+            self._open.enter_context(_quiet_tensorboard())
+            with self._on_board():
+                self._board: Any = SummaryWriter(str(self._folder), purge_step=first_step + 1)
+                self._board.add_text("config", f"```yaml\n{resolved_config}\n```", first_step)
             self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", disable=None)
         self.clock = StepClock(ranks.device)
-        self._timing = ExitStack()
         if ranks.world_size > 1:
-            self._timing.enter_context(self.clock.timing_collectives())
+            self._open.enter_context(self.clock.timing_collectives())
 
     def waiting(self, items: Iterator[Item]) -> Item:
         """The next item, with the time that it took counted as waiting for the loader."""
@@ -110,15 +116,16 @@ class Monitor:
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._board.file_writer.add_summary(Summary(value=points), step)  # add_scalar takes half a millisecond for each
+        with self._on_board():
+            # add_scalar takes half a millisecond for each
+            self._board.file_writer.add_summary(Summary(value=points), step)
         self.event(kind, step=step, **values)
 
     def event(self, kind: str, **values: Any) -> None:
         """Something that happened: a step, a save, a skipped step. JSON knows no NaN: what is not finite is null."""
         if self.ranks.first:
             known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._events.write(json.dumps({"event": kind, "time": time.time()} | known, allow_nan=False) + "\n")
-            self._events.flush()
+            self._events.write({"event": kind, "time": time.time()} | known)
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal, above the progress bar."""
@@ -127,34 +134,63 @@ class Monitor:
 
     def figure(self, name: str, figure: Any, step: int) -> None:
         if self.ranks.first:
-            self._board.add_figure(name, figure, step)
+            with self._on_board():
+                self._board.add_figure(name, figure, step)
+
+    def _on_board(self) -> AbstractContextManager[None]:
+        """TensorBoard's writer, which a thread of its own lets fail, says what failed at a later call."""
+        return naming_file(self._folder, "cannot write")
 
     def close(self) -> None:
-        self._timing.close()
-        if self.ranks.first:
-            self._bar.close()
-            self._board.close()
-            self._events.close()
+        with self._open:
+            if self.ranks.first:
+                self._bar.close()
+                self._events.close()
+                with self._on_board():
+                    self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except (InputError, MachineError):
+            if error is None:  # else what failed first, which a full disk lets follow, is to be told
+                raise
+
+
+@contextmanager
+def _quiet_tensorboard() -> Iterator[None]:
+    """Its writing thread hands an error on to the next caller: its traceback as well would stand amid our one line."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard.")):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class RecordingsLog:
     """Which recordings a rank has seen, a line per micro-step, to hold a run against another or against its plan."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank-{rank}.jsonl"
-        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
-        self._file = path.open("a")
-        self._file.write("\n" if cut_off else "")
+        self._lines = JsonLines(folder / f"rank-{rank}.jsonl")
 
     def write(self, step: int, micro_step: int, batch: ECGBatch) -> None:
         once = batch.segment_B == 0
         line = {"step": step + 1, "micro_step": micro_step, "first_position": int(batch.position_B[0])}
-        self._file.write(json.dumps(line | {"recordings": batch.record_B[once].tolist()}) + "\n")
-        self._file.flush()
+        self._lines.write(line | {"recordings": batch.record_B[once].tolist()})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def project(board: Any, name: str, embedding_RD: npt.NDArray[np.float32], label_R: Sequence[str], step: int) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ecgscale.errors import file_error
 from ecgscale.training.monitor import Monitor
 from ecgscale.training.ranks import Ranks
 
@@ -75,7 +76,9 @@ class StepProfiler:
                 (self._folder / f"{name}.txt").write_text(f"{table}\n")
                 self._monitor.say(f"{table}\ntrace: {trace} (ui.perfetto.dev opens it)")
         except OSError as error:
-            print(f"rank {self._ranks.rank}: no trace: {error}", file=sys.stderr, flush=True)
+            partial.unlink(missing_ok=True)
+            reason = file_error(trace, "no trace", error)
+            print(f"rank {self._ranks.rank}: {reason}", file=sys.stderr, flush=True)
 
 
 def steps_to_profile(begun: int, steps: int, first: int, count: int) -> tuple[int, int]:

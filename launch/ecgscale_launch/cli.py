@@ -26,7 +26,7 @@ Run `ecgscale COMMAND ...` on a SLURM cluster, or here as N processes, so that i
 crashes and hangs. Several commands form a chain: each begins when the one before has succeeded.
 
   --local N              run on this machine as N processes, now; CLUSTER.yaml may be left out
-  --dry-run              show the batch script and the resolved config, submit nothing
+  --dry-run              check and show all: scripts, configs, the ranks' environment; write and start nothing
   --run FOLDER           run folder of a command that has no run.dir (default runs/COMMAND-TIME)
   --after JOB_OR_RUN     begin when that job has succeeded (a job's number or a run folder; may be repeated)
   --sweep KEY VALUE ...  one run for each value of a config key, in RUN/KEY=VALUE; repeated: for each combination
@@ -86,10 +86,12 @@ def launch(head: list[str], commands: list[list[str]]) -> int:
         raise InputError(f"--sweep {bare}: give its values too, like --sweep train.seed 0 1 2")
     wanted = Wanted(commands, options.run, sweeps, options.parts, tuple(options.after), options.at_once)
     if options.local is not None:
-        return run_here(wanted, with_processes(cluster, options.local))
+        cluster = with_processes(cluster, options.local)
     if options.dry_run:
-        print(dry_run(wanted, cluster))
+        print(dry_run(wanted, cluster, "slurm" if options.local is None else "local"))
         return 0
+    if options.local is not None:
+        return run_here(wanted, cluster)
     for stage, numbers in submit_all(wanted, cluster):
         shown = numbers[0] if len(numbers) == 1 else f"{numbers[0].partition('_')[0]}, an array of {len(numbers)}"
         print(f"job {shown}: {stage.run}")

@@ -12,18 +12,21 @@ from itertools import product
 from pathlib import Path
 
 from ecgscale.config import FinetuneConfig, PretrainConfig
+from ecgscale.config import dump as dump_config
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError
 from ecgscale.stopping import STOPPED_EXIT_CODE
+from ecgscale.training.environment import HANG_S, MEETING_TIMEOUT_S, SAVE_S
 from ecgscale_launch import slurm
 from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
 from ecgscale_launch.job import Batch, Request, script, submit, test
-from ecgscale_launch.local import LocalRanks
+from ecgscale_launch.local import LocalRanks, rank_environment
 from ecgscale_launch.place import check_place
 from ecgscale_launch.rank import OF_RANKS, QUIET
 from ecgscale_launch.record import (
     Job,
     Where,
+    check_job,
     load_command,
     make_job_folder,
     make_private,
@@ -154,8 +157,7 @@ def check_data(stage: Stage) -> None:
 
 def run_here(wanted: Wanted, cluster: ClusterConfig) -> int:
     """All stages and pieces one after the other on this machine; the first exit code that is not 0, or 0."""
-    if wanted.after:
-        raise InputError("--after is for jobs in a queue; --local runs at once")
+    _refuse_after(wanted, "local")
     planned = stages(wanted)
     for stage in planned:
         check_ranks(stage, cluster)
@@ -172,8 +174,8 @@ def _supervise_here(job: Job) -> int:
     code = code_environment(job.folder, cluster.environment)
 
     def start(attempt: Path, env: dict[str, str]) -> LocalRanks:
-        argv = [sys.executable, "-u", "-m", _RANK, str(attempt), "--", *job.arguments]
-        return LocalRanks(attempt, argv, env | code, cluster.world_size, shown=True)
+        argv = [*_local_rank(), str(attempt), "--", *job.arguments]
+        return LocalRanks(attempt, argv, env | code | {SAVE_S: str(cluster.save_s)}, cluster.world_size, shown=True)
 
     limits = Limits(cluster.save_s, cluster.hang_s, cluster.retries)
     supervisor = Supervisor(job.folder, limits, start, [job.host], None)
@@ -183,6 +185,11 @@ def _supervise_here(job: Job) -> int:
     if ended == STOPPED_EXIT_CODE:
         print("ecgscale-launch: the same command goes on", file=sys.stderr)
     return ended
+
+
+def _local_rank() -> list[str]:
+    """The command of a rank of this machine, before its arguments."""
+    return [sys.executable, "-u", "-m", _RANK]
 
 
 # -- in the queue ----------------------------------------------------------------------------------------------------
@@ -239,19 +246,61 @@ def _submit(request: Request, jobs: Sequence[Job]) -> list[str]:
     return numbers
 
 
-def dry_run(wanted: Wanted, cluster: ClusterConfig) -> str:
-    """The batch scripts and the resolved config, as they would be submitted; nothing is written."""
-    said = ["# --- cluster ---", dump(cluster)]
-    for stage in stages(wanted):
+def dry_run(wanted: Wanted, cluster: ClusterConfig, where: Where) -> str:
+    """What would be submitted, or run here, with all that is checked before: nothing is written or started.
+
+    Resolved configs, the batch scripts, the ranks' commands and what their environment has of its own.
+    """
+    _refuse_after(wanted, where)
+    planned = stages(wanted)
+    for stage in planned:
+        if where == "slurm":
+            check_place(stage.run, cluster)
         check_ranks(stage, cluster)
-        after = ("JOB_BEFORE",) if len(said) > 2 else wanted.after
-        request = replace(request_for(stage, cluster, wanted.at_once), after=after)
-        said += [f"# --- {stage.run}: batch script ---", script(request, len(stage.pieces))]
         for piece in stage.pieces:
-            folder = JobFolder.of(piece.run)
-            ranks = [*srun_command(cluster, folder), *rank_command(cluster, folder), "ATTEMPT", "--", *piece.command]
-            said.append(f"# {piece.run} runs: {shlex.join(ranks)}")
+            refuse_active(piece.run)
+    if not wanted.after:
+        check_data(planned[0])
+    said = ["# --- cluster ---", dump(cluster), *_missing_mounts(cluster)]
+    for number, stage in enumerate(planned):
+        if where == "slurm":
+            after = ("JOB_BEFORE",) if number else wanted.after
+            request = replace(request_for(stage, cluster, wanted.at_once), after=after)
+            said += [f"# --- {stage.run}: batch script ---", script(request, len(stage.pieces))]
+        for piece in stage.pieces:
+            said += _dry_piece(piece, cluster, where)
     return "\n".join(said)
+
+
+def _dry_piece(piece: Piece, cluster: ClusterConfig, where: Where) -> list[str]:
+    folder, config = JobFolder.of(piece.run), check_job(piece.run, piece.command)
+    lines = [] if config is None else [f"# --- {piece.run}: config ---", dump_config(config)]
+    command = piece.command if config is None else [piece.command[0], "--config", str(folder.config)]
+    if where == "slurm":
+        ranks = [*srun_command(cluster, folder), *rank_command(cluster, folder)]
+        own = {"RANK": "$SLURM_PROCID", "LOCAL_RANK": "$SLURM_LOCALID", "WORLD_SIZE": str(cluster.world_size)}
+        own |= {"LOCAL_WORLD_SIZE": str(cluster.tasks_per_node)}
+    else:
+        ranks = [*QUIET, *_local_rank()]
+        last = cluster.world_size - 1
+        own = rank_environment(0, cluster.world_size)
+        own |= dict.fromkeys(("RANK", "LOCAL_RANK"), f"0..{last}" if last else "0") | cluster.environment
+    own |= {"MASTER_ADDR": "(the first node's)", "MASTER_PORT": "(one that is free then)"}
+    own |= {MEETING_TIMEOUT_S: f"{cluster.network.timeout_s:g}", HANG_S: f"{cluster.hang_s:g}"}
+    lines.append(f"# {piece.run} runs: {shlex.join([*ranks, 'ATTEMPT', '--', *command])}")
+    lines.append(f"# {piece.run}: environment of a rank: {' '.join(f'{name}={value}' for name, value in own.items())}")
+    return lines
+
+
+def _missing_mounts(cluster: ClusterConfig) -> list[str]:
+    """Of what a container is to show; a node may have what this machine has not, so none is refused."""
+    sources = [Path(mount.partition(":")[0]) for mount in cluster.container.mounts]
+    return [f"# container.mounts: {one} is not there on this machine" for one in sources if not one.exists()]
+
+
+def _refuse_after(wanted: Wanted, where: Where) -> None:
+    if wanted.after and where == "local":
+        raise InputError("--after is for jobs in a queue; --local runs at once")
 
 
 def _folders(stage: Stage, cluster: ClusterConfig, where: Where) -> list[JobFolder]:

@@ -22,6 +22,7 @@ _COLOURS = {
     "requeued": "33",
     "failed": "31",
     "lost": "31",
+    "orphaned": "31",
     "damaged": "31",
 }
 _LEAST_RUN = 16  # characters that a run's name keeps

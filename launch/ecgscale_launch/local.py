@@ -7,20 +7,34 @@ import signal
 import subprocess
 from pathlib import Path
 
+from ecgscale.training.environment import SUPERVISOR
 from ecgscale_launch.rank import QUIET
+
+
+def rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    """What the environment of one of ``world_size`` ranks on this machine has of its own."""
+    cores = max(1, (os.cpu_count() or 1) // world_size)
+    return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
 
 
 class LocalRanks:
     """Started ranks, each in a session of its own: Ctrl-C reaches the supervisor alone, which asks them to stop."""
 
     def __init__(self, folder: Path, argv: list[str], env: dict[str, str], world_size: int, shown: bool) -> None:
-        """``argv`` is each rank's; ``shown``: what the first rank says appears here, not in its log in ``folder``."""
+        """``argv`` is each rank's; ``shown``: what the first rank says appears here, not in its log in ``folder``.
+
+        Ranks whose starting process is gone save and end by themselves (ecgscale_launch.rank): nobody would see them
+        hang.
+        """
         self._ranks = []
-        cores = max(1, (os.cpu_count() or 1) // world_size)
-        of_all = {"OMP_NUM_THREADS": str(cores)} | os.environ | env
-        of_all |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         for rank in range(world_size):
-            own = of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = os.environ | env | rank_environment(rank, world_size) | {SUPERVISOR: str(os.getpid())}
             with (folder / f"rank-{rank}.log").open("ab") as log:
                 out = None if shown and rank == 0 else log
                 started = subprocess.Popen(

@@ -21,13 +21,14 @@ from typing import Any
 from ecgscale import progress, stopping
 from ecgscale.cli import dispatch, run_as_command
 from ecgscale.errors import InputError, MachineError, one_line, system_error, tells_of_lost_rank
-from ecgscale.training.environment import HANG_S
+from ecgscale.training.environment import HANG_S, SAVE_S, SUPERVISOR
 from ecgscale_launch.folder import write_json_or_say
 
 OF_RANKS = ("pretrain", "finetune")  # the commands that run as several processes, and save when asked
 # Before a rank's argv: srun starts tasks with all signals as by default, and a warning before Python listens ends them.
 QUIET = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "rank")
 _LOOK_S = 0.2
+_LAST_WORD_S = 2.0  # for writing that this rank has ended
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     with (folder / f"rank-{rank}.stacks.txt").open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-        threading.Thread(target=_report, args=(folder / f"rank-{rank}.alive.json", rank), daemon=True).start()
+        over = threading.Event()
+        report = threading.Thread(target=_report, args=(folder / f"rank-{rank}.alive.json", rank, over), daemon=True)
+        report.start()
         try:
             code = run_as_command("ecgscale", _recorded(folder / f"rank-{rank}.error.json", rank), command)
         except BaseException:  # told here, since it must not wait at the exit for threads of the libraries
@@ -47,6 +50,8 @@ def main(arguments: list[str]) -> int:
             code = 1
         for number in (signal.SIGUSR2, signal.SIGTERM):  # Python's own end would let them kill
             signal.signal(number, signal.SIG_IGN)
+        over.set()
+        report.join(_LAST_WORD_S)
         if code not in (0, stopping.STOPPED_EXIT_CODE):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -94,24 +99,49 @@ def kind_of(error: BaseException) -> str:
     return "lost" if tells_of_lost_rank(error) else "error"
 
 
-def _report(path: Path, rank: int) -> None:
-    """Write where this rank stands every few seconds, and at once when the first step is done."""
+def _report(path: Path, rank: int, over: threading.Event) -> None:
+    """Write where this rank stands every few seconds, when the first step is done, and at its end."""
     # All ranks together write some 32 times per second at most: the folder is on a disk that all share.
     every_s = max(2.0, int(os.environ.get("WORLD_SIZE", "1")) / 32)
     every_s = min(every_s, float(os.environ.get(HANG_S, "0")) / 4 or every_s)
-    about: dict[str, Any] = {"rank": rank, "host": _node(), "pid": os.getpid(), "first_step": None}
+    about: dict[str, Any] = {"rank": rank, "host": _node(), "pid": os.getpid(), "first_step": None, "ended": False}
     first, written = None, 0.0
-    while True:
+    orphans = _OrphanWatch()
+    while not about["ended"]:
+        orphans.look()
+        about["ended"] = over.wait(_LOOK_S if written else 0.0)
         now = progress.now()
         if first is None and now.phase in ("batch", "forward", "backward", "update"):
             first = now.step
         if about["first_step"] is None and first is not None and now.step > first:
             about["first_step"], written = now.since, 0.0
-        if time.monotonic() - written >= every_s or not written:
+        if time.monotonic() - written >= every_s or not written or about["ended"]:
             said = {"step": now.step, "phase": now.phase, "count": now.count, "since": now.since, "time": time.time()}
             write_json_or_say(path, about | said)
             written = time.monotonic()
-        time.sleep(_LOOK_S)
+
+
+class _OrphanWatch:
+    """Ends this rank where the process that started it on this machine is gone: first asks, then insists.
+
+    No signal of the kernel (PR_SET_PDEATHSIG) does: one that comes while a rank starts would be ignored.
+    """
+
+    def __init__(self) -> None:
+        self._parent = int(os.environ.get(SUPERVISOR, "0"))
+        self._save_s = float(os.environ.get(SAVE_S, "60"))
+        self._asked_at: float | None = None
+
+    def look(self) -> None:
+        if not self._parent or os.getppid() == self._parent:
+            return
+        now = time.monotonic()
+        if self._asked_at is None:
+            print(f"ecgscale-launch is gone (process {self._parent}): saving and ending", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            self._asked_at = now
+        elif now - self._asked_at > self._save_s:
+            os.killpg(0, signal.SIGKILL)
 
 
 def _node() -> str:

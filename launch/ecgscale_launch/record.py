@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import importlib.util
 import os
-import platform
 import shutil
 import socket
 import stat
@@ -15,14 +14,14 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from ecgscale import provenance
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, build, dump, load
 from ecgscale.data.shards import MANIFEST, write_whole
 from ecgscale.errors import InputError
-from ecgscale.run import refuse_other_config
+from ecgscale.run import refuse_other_run
 from ecgscale_launch.folder import JobFolder, read_json, write_json
 from ecgscale_launch.resources import ClusterConfig, host_python, job_name, refuse_control_characters
 
@@ -70,18 +69,9 @@ def make_job_folder(run: Path, command: list[str], cluster: ClusterConfig, where
     ``command`` is the argv of ecgscale; ``name`` of the job, else the cluster config's, else command and run folder's.
     Raises InputError where the command's config is wrong, the run has another, or others can get at the folder.
     """
-    refuse_control_characters("run folder", str(run))
-    for argument in command:
-        if "\0" in argument:
-            raise InputError(f"{command[0]}: the argument {argument!r} holds NUL")
+    config = check_job(run, command)
     folder = JobFolder.of(run)
     cluster = replace(cluster, name=name or cluster.name or job_name(command[0], folder.run))
-    if (folder.run / MANIFEST).exists():
-        raise InputError(f"{run}: is a data set; give a run folder of its own")
-    config = load_command(command)
-    if config is not None:
-        config = replace(config, run=RunConfig(str(folder.run)))
-        refuse_other_config(folder.run / "config.yaml", config)
     make_private(folder)
     sources = package_folders()
     snapshot(sources, folder.code)
@@ -108,6 +98,25 @@ def make_job_folder(run: Path, command: list[str], cluster: ClusterConfig, where
     }
     write_json(folder.job, job)  # last: a folder with job.json is whole
     return folder.path
+
+
+def check_job(run: Path, command: list[str]) -> PretrainConfig | FinetuneConfig | None:
+    """The resolved config that the job of a run folder would run from, None for commands that have none.
+
+    Writes nothing. Raises InputError as `make_job_folder` does.
+    """
+    refuse_control_characters("run folder", str(run))
+    for argument in command:
+        if "\0" in argument:
+            raise InputError(f"{command[0]}: the argument {argument!r} holds NUL")
+    folder = JobFolder.of(run)
+    if (folder.run / MANIFEST).exists():
+        raise InputError(f"{run}: is a data set; give a run folder of its own")
+    config = load_command(command)
+    if config is not None:
+        config = replace(config, run=RunConfig(str(folder.run)))
+        refuse_other_run(folder.run, config)
+    return config
 
 
 def rewrite(job: Job, new_code: bool) -> None:
@@ -203,13 +212,7 @@ def _user() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run depends on, where they are installed."""
-    found = {"python": platform.python_version()}
-    for package in _VERSIONS_OF:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return provenance.versions(_VERSIONS_OF)
 
 
 # -- code ------------------------------------------------------------------------------------------------------------

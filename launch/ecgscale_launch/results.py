@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import socket
 import statistics
@@ -15,6 +14,7 @@ from typing import Any
 
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, one_line
+from ecgscale.json_lines import read_json_lines
 from ecgscale_launch.folder import JobFolder, read_json
 
 SWEEP = "sweep.json"  # in the job folder of the sweep: its runs, and what each was given
@@ -79,9 +79,8 @@ def figures(run: Path) -> dict[str, float]:
     if not (run / "export").is_dir():
         return {}
     last: dict[str, Any] = {}
-    for line in (run / "events.jsonl").read_text().splitlines():
-        if line.endswith("}"):
-            last |= {name: value for name, value in json.loads(line).items() if name in _LOSSES and value is not None}
+    for event in read_json_lines(run / "events.jsonl"):
+        last |= {name: value for name, value in event.items() if name in _LOSSES and value is not None}
     return {name: last[name] for name in _LOSSES if name in last}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ecgscale.errors import InputError, MachineError
 from ecgscale_launch.folder import JobFolder
 
 _DEPTH = 4  # of run folders below the folder of all runs
@@ -59,14 +60,17 @@ def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -
 
 
 def steps_to_do(folder: JobFolder) -> int | None:
-    """Steps that a training run is to do, by the config that the job runs from, else by the run's."""
-    import yaml
+    """Steps that a training run is to do, by the config that the job runs from, else by the run's; a probe has none."""
+    from ecgscale import yaml_text
 
     for path in (folder.config, folder.run / "config.yaml"):
         try:
-            steps = yaml.safe_load(path.read_bytes())["train"]["steps"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            tree = yaml_text.read(path)
+            steps = tree["train"]["steps"]
+        except (InputError, MachineError, KeyError, TypeError):
             continue
+        if tree.get("task", {}).get("protocol", "finetune") != "finetune":
+            return None
         if isinstance(steps, int):
             return steps
     return None

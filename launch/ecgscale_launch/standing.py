@@ -37,7 +37,8 @@ class Standing:
     """SLURM's number of the newest submission."""
     state: str = "damaged"
     """queued, starting, running, saving, requeued, done, failed, stopped (saved when asked), cancelled, lost (gone
-    without having said so), unsubmitted or damaged; suspended and the like are SLURM's own."""
+    without having said so), orphaned (lost, but ranks of it still run here; they save and end by themselves),
+    unsubmitted or damaged; suspended and the like are SLURM's own."""
     reason: str = ""
     """Why it waits, or how SLURM says that it ended."""
     submitted: float | None = None
@@ -100,6 +101,8 @@ def standings(runs: Sequence[Path], now: float | None = None) -> tuple[list[Stan
         phase = _phase(one, folder, written)
         if one.where == "local":
             one.state = local_word(phase, _alive(one, folder, now), now - (one.submitted or 0.0))
+            if one.state == "lost" and orphans(folder):
+                one.state = "orphaned"
         elif one.job_id is None:
             one.state = "unsubmitted"
         elif known is None:
@@ -148,6 +151,14 @@ def is_process(pid: int, written: float) -> bool:
         return process.create_time() <= written + _CLOCK_S and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def orphans(folder: JobFolder) -> list[int]:
+    """Processes of the newest attempt's ranks that run on this machine."""
+    newest, here = folder.latest_attempt(), socket.gethostname()
+    told = [read_json_now(path) for path in sorted(newest.glob("rank-*.alive.json"))] if newest else []
+    own = [one for one in told if one is not None and one.get("host") == here and not one.get("ended")]
+    return [one["pid"] for one in own if is_process(one["pid"], one["time"])]
 
 
 def _read(run: Path) -> tuple[Standing, JobFolder, str | None]:

@@ -308,7 +308,10 @@ class HangWatch:
         if not self._limit_s or now - self._looked < min(10.0, self._limit_s / 4):
             return None
         self._looked = now
-        found = [about for path in self._folder.glob("rank-*.alive.json") if (about := read_json_now(path))]
+        told = [about for path in self._folder.glob("rank-*.alive.json") if (about := read_json_now(path))]
+        found = [about for about in told if not about.get("ended")]
+        if told and not found:
+            return None
         for about in found:
             if self._written.get(about["rank"], (0.0, 0.0))[0] != about["time"]:
                 self._written[about["rank"]] = (about["time"], now)

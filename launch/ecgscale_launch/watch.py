@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from ecgscale_launch.folder import JobFolder
 from ecgscale_launch.follow import follow, print_file, rank_log
 from ecgscale_launch.listing import details, screen, short_path, table
 from ecgscale_launch.runs import find_runs
-from ecgscale_launch.standing import Standing, is_process, standings
+from ecgscale_launch.standing import Standing, is_process, orphans, standings
 
 if TYPE_CHECKING:
     from ecgscale_launch.record import Job
@@ -124,6 +125,8 @@ def cancel(argv: list[str]) -> int:
 def end_job(one: Standing, now: bool = False, others: Container[str] = ()) -> str:
     """End a job that is not over; what was done, also to jobs that wait for it, unless they are among ``others``."""
     save = "it saves and ends" if not now else "ended without saving"
+    if one.state == "orphaned":
+        return _end_orphans(orphans(JobFolder.of(Path(one.run))), now)
     if one.where == "local":
         if one.pid is None or one.state_time is None:
             raise InputError(f"{short_path(one.run)}: still starting; try again in a few seconds")
@@ -209,6 +212,15 @@ def _one_job(run: Path) -> Path:
     if len(found) > 1:
         raise InputError(f"{run}: holds {len(found)} jobs; give one of them, like {short_path(str(found[0]))}")
     return found[0]
+
+
+def _end_orphans(pids: Sequence[int], now: bool) -> str:
+    """SIGTERM asks ranks to save; SIGKILL, of each rank's own process group, does not."""
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(pid, signal.SIGKILL) if now else os.kill(pid, signal.SIGTERM)
+    told = "ended without saving" if now else "told: save and end"
+    return f"its launcher is gone; {len(pids)} ranks were {told}"
 
 
 def _end_process(pid: int, now: bool) -> None:

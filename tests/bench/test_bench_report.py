@@ -88,6 +88,22 @@ def test_a_later_run_of_a_commit_replaces_an_earlier_one(write, capsys):
     assert "| 8 (" not in text
 
 
+@pytest.mark.parametrize("mark", [{"quick": True}, {"command": "ecgscale bench step --quick --preset tiny"}])
+def test_quick_runs_are_marked_and_replace_nothing_and_are_not_compared(write, capsys, refusal, mark):
+    write(OLD, 10, hour=1)
+    folder = write(OLD, 8, hour=2, **mark)
+    write(NEW, 2, hour=3, **mark)
+    assert report(folder) == 0
+    text = capsys.readouterr().out
+    assert f"| {LABEL}/ecgscale | aaaaaaaaa | 10 (" in text
+    assert f"| {LABEL}/ecgscale | aaaaaaaaa (quick) | 8 (" in text
+    assert "(quick): Measured with --quick, which only shows that a bench runs" in text
+    assert "--quick only shows that a bench runs" in refusal("bench", "report", folder, "--against", OLD)
+    write(NEW, 9.9, hour=4)
+    assert report(folder, "--against", OLD) == 0, "the quick run of the newer commit does not count"
+    capsys.readouterr()
+
+
 def test_what_became_slower_than_a_commit_is_named(write, capsys):
     write(OLD, 10, hour=1)
     folder = write(NEW, 9.4, hour=2)

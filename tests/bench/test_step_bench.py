@@ -242,7 +242,7 @@ def turns(monkeypatch) -> Taken:
 def test_a_found_batch_is_a_number_of_a_case_that_its_limit_names(turns, tmp_path):
     turns.rounds[OURS], turns.peak_bytes[OURS] = [Round(40, 1.0, 1.0)], 10**9
     cases = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
-    (section,) = bench_step(tmp_path, cases, [], Effort.quick(), find_within_gb=2.0).sections
+    (section,) = bench_step(tmp_path, cases, [], Effort.least(), find_within_gb=2.0).sections
     assert section.scalars["tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1/ecgscale/largest_batch"] == 40
     assert all("/largest_in_2gb/" in name for name in section.scalars)
 
@@ -250,7 +250,7 @@ def test_a_found_batch_is_a_number_of_a_case_that_its_limit_names(turns, tmp_pat
 def test_a_product_alone_is_no_measurement(turns, tmp_path):
     turns.rounds[PRODUCT], turns.failed[OURS] = [Round(8, 1.0, 1.0)], "out of memory"
     with pytest.raises(InputError, match=r"^bench step: out of memory$"):
-        bench_step(tmp_path, Axes(preset=["tiny"]).cases([], "cpu", 1, 2500), [], Effort.quick())
+        bench_step(tmp_path, Axes(preset=["tiny"]).cases([], "cpu", 1, 2500), [], Effort.least())
     assert not list(tmp_path.iterdir())
 
 
@@ -272,7 +272,7 @@ def test_alone_nothing_else_holds_memory(monkeypatch):
 
     monkeypatch.setattr("ecgscale.bench.step.take_turns", turns)
     (case,) = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
-    section = measure_case(case, (DDP, STRAIGHTFORWARD), Effort.quick(), alone=True)
+    section = measure_case(case, (DDP, STRAIGHTFORWARD), Effort.least(), alone=True)
     assert asked == [OURS]
     assert [row[0] for row in section.rows] == ["ecgscale"]
     assert "Alone on the GPU" in section.notes[0]

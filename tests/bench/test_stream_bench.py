@@ -42,11 +42,13 @@ def test_report_holds_every_part_with_units_and_finite_positive_numbers(written)
     assert "CPU µs per record" in report["sections"][0]["header"]
     assert report["machine"]["versions"]["webdataset"]
     assert report["machine"]["cpu"]
+    assert report["machine"]["quick"] is True
 
 
 def test_markdown_says_which_bounds_were_missed_and_that_one_core_was_used(written):
     text = next(written.glob("stream-*.md")).read_text()
     assert "pinned to CPU" in text
+    assert "**Measured with --quick, which only shows that a bench runs: these numbers are worth nothing.**" in text
     assert text.count("**reached**") + text.count("**MISSED**") >= 7
     assert all(reader in text for reader in ("bare loop", "ecgscale, whole records", "webdataset: ", "2 processes"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_records_labels_and_patients(root: Path, ecgs: list[Record]) -> None:
         np.testing.assert_allclose(record.millivolts(), ecg.millivolts(), atol=0.001)
     assert [record.patient for record in records] == ["523632", "1724173", "523632"]
     assert [record.labels for record in records] == [
-        {"normal_ecg": ["true"]},
+        {"abnormality": [], "normal_ecg": ["true"]},  # six times False is a negative of every class
         {"abnormality": ["1dAVb", "RBBB"], "normal_ecg": ["false"]},
         {"abnormality": ["AF"], "normal_ecg": ["false"]},
     ]
@@ -152,6 +153,23 @@ def test_a_pickled_source_reads_and_is_small(root: Path) -> None:
     source.read("exams_part0/0_11")
     assert len(pickle.dumps(source)) < 1500
     assert pickle.loads(pickle.dumps(source)).read("exams_part0/0_11").patient == "523632"
+
+
+def test_a_folder_deeper_with_what_systems_leave(root: Path, tmp_path) -> None:
+    around = tmp_path / "around"
+    inner = shutil.copytree(root, around / "code15")
+    for name in ("._exams.csv", "._exams_part0.hdf5", ".DS_Store"):
+        (inner / name).write_bytes(b"\0\5\26\7")
+    (around / "README.md").write_text("")
+    source, clean = open_source(around, SourceOptions()), open_source(root, SourceOptions())
+    assert source.items() == clean.items()
+    assert source.description == clean.description
+    assert source.dataset == "code15"
+    (inner / "exams_part9.zip").write_bytes(b"PK")
+    (line,) = open_source(around, SourceOptions()).left_out()
+    assert line == "left out: 1 parts are still packed; unpack them here; the first is exams_part9.zip"
+    (inner / "exams.csv").unlink()
+    assert "no exams.csv beside the parts; it names the patients" in refusal(around)
 
 
 def test_ingest(root: Path, tmp_path, capsys) -> None:

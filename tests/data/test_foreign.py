@@ -279,6 +279,15 @@ def test_pax_headers_that_tell_the_time(tmp_path) -> None:
     np.testing.assert_array_equal(index(tmp_path / "set").signal(0), counts(1))
 
 
+def test_shadow_files_of_a_system_are_no_tars(make_record, ingest_records, tmp_path) -> None:
+    own = ingest_records(tmp_path / "own", [make_record(f"r{i}") for i in range(3)], payload="npy")
+    (tmp_path / "again").mkdir()
+    for tar in own.glob("*.tar"):
+        shutil.copy(tar, tmp_path / "again")
+        (tmp_path / "again" / f"._{tar.name}").write_bytes(b"\0\5\26\7")
+    assert len(index(tmp_path / "again")) == 3
+
+
 def test_own_tars_can_be_indexed_too(make_record, ingest_records, tmp_path) -> None:
     records = [make_record(f"r{i}", 600, LEADS[i:], labels={"Dx": ["1", "2"]}) for i in range(5)]
     own = ingest_records(tmp_path / "own", records, payload="npy", validation_fraction=0)

@@ -16,6 +16,7 @@ import pytest
 
 from ecgscale import cli
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.data.sources import WfdbFolder, wfdb
@@ -232,7 +233,7 @@ def test_a_patient_in_two_splits_is_refused(ingest_records, patients, tmp_path) 
         ({"rate_hz": float("nan")}, "rate-hz nan"),
         ({"records_per_shard": 0}, "records-per-shard 0"),
         ({"validation_fraction": -0.1}, "-0.1"),
-        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "0.5, 0.5"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.51}, "0.5, 0.51.*at most 1"),
         ({"test_fraction": float("nan")}, "nan"),
     ],
 )
@@ -249,6 +250,46 @@ def test_wrong_options_end_with_exit_code_2(raw, tmp_path, capsys, option) -> No
     assert run("ingest", raw, tmp_path / "out", option) == 2
     assert option.lstrip("-").split("=")[0].split("-")[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        (["--test-fraction=1"], "test"),
+        (["--test-fraction=1.0", "--validation-fraction=0"], "test"),
+        (["--validation-fraction=1"], "validation"),
+        (["--split-by=Dx", "--test-values=426783006"], "test"),
+    ],
+)
+def test_a_set_may_have_no_recording_for_training(raw, tmp_path, options, split) -> None:
+    out = tmp_path / "out"
+    assert run("ingest", raw, out, "--rate-hz=100", "--workers=1", *options) == 0
+    assert set(splits(out).values()) == {split}
+    assert run("verify", out) == 0
+    with pytest.raises(InputError, match=f"out: no training recordings, only 9 for {split}; give a set that has some"):
+        Selection(ShardSet.open(out), DataConfig([str(out)]), "train").order(4, 4, 4, 0)
+
+
+def test_pretraining_without_recordings_for_training_ends_with_one_line(raw, tmp_path, jobs) -> None:
+    assert run("ingest", raw, tmp_path / "out", "--rate-hz=100", "--workers=1", "--test-fraction=1") == 0
+    command = ["pretrain", f"--data.shards={tmp_path / 'out'}", f"--run.dir={tmp_path / 'run'}"]
+    said = jobs.run(1, command, code=2)
+    assert said.startswith("ecgscale: out: no training recordings, only 9 for test; give a set that has some, or ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_fractions_that_leave_some_for_training_still_do(raw, tmp_path, capsys) -> None:
+    assert run("ingest", raw, tmp_path / "out", "--rate-hz=100", "--test-fraction=0.95") == 2
+    assert "validation and test fractions (0.1, 0.95)" in capsys.readouterr().err
+
+
+def test_recordings_that_are_all_too_short_are_named(raw, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("ingest", raw, out, "--rate-hz=100", "--workers=1", "--validation-fraction=0") == 0
+    said = "none of the 9 training recordings can be used: 9 are shorter than data.min_record_s 30 s, .* 10 s"
+    with pytest.raises(InputError, match=said):
+        Selection(ShardSet.open(out), DataConfig([str(out)], min_record_s=30), "train").order(4, 4, 4, 0)
 
 
 # --- content ---

@@ -13,21 +13,24 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
+from ecgscale.data.ingest.join import Remarked
+from ecgscale.data.ingest.slice import part_file
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
 from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import verify_dataset
-from ecgscale.record import Record
+from ecgscale.record import Record, Remark
 from ecgscale.simulate import Simulation
 
 OPTIONS = IngestOptions(rate_hz=100.0, records_per_shard=2, split_by="fold", validation_values=("1",))
@@ -37,7 +40,7 @@ UNFINISHED = "ingest.unfinished"
 
 @dataclass(frozen=True)
 class Tiny:
-    """Records of one lead and five samples; those whose name ends in "bad" cannot be read."""
+    """Records of one lead and five samples; names that end in "bad" cannot be read, those of one letter are odd."""
 
     names: tuple[str, ...]
     dataset: str = "tiny"
@@ -54,7 +57,16 @@ class Tiny:
             raise InputError(f"{item}: cannot be read")
         fold = {self.key: str(len(item) % 2)}
         signal_LT = np.frombuffer(item.ljust(10).encode()[:10], np.int16)[None]
-        return Record(item, signal_LT, np.ones(1, np.float32), 100.0, ("I",), patient=item, metadata=fold)
+        remarks = (Remark("the name is short", "1 letter"), Remark("the name is short")) if len(item) == 1 else ()
+        scale_L = np.ones(1, np.float32)
+        return Record(item, signal_LT, scale_L, 100.0, ("I",), patient=item, metadata=fold, remarks=remarks)
+
+
+class Again(Tiny):
+    """Other names for the same records of the same patients."""
+
+    def read(self, item: str) -> Record:
+        return replace(super().read(item.removeprefix("again/")), name=item)
 
 
 FIRST = Tiny(("a", "bbbbbb", "c-bad", "d-bad", "ee", "f", "g-bad", "h", "iii"))  # the second of five shards is empty
@@ -126,6 +138,7 @@ def test_killed_at_any_step_and_gone_on(tmp_path) -> None:
         finished, read = stamps(out), []
         result = ingest(Tiny(FIRST.names, read_items=read), out, OPTIONS)
         assert (result.records, result.rejected, result.shards, result.patients_known) == (6, 3, 4, True)
+        assert result.remarked == {"the name is short": Remarked(3, "a")}
         assert contents(out) == undisturbed
         assert stamps(out, finished) == finished
         assert len(read) < len(FIRST.names) or not finished
@@ -333,6 +346,21 @@ def test_a_missing_part_is_named_and_plain_ingest_does_it(tmp_path) -> None:
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+def test_part_files_of_an_earlier_version_are_done_again(tmp_path) -> None:
+    ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
+    out, read = tmp_path / "out", []
+    ingest_part(FIRST, out, OPTIONS, (1, 1))
+    old = part_file(out / "shard-000000.tar")
+    with safe_open(old, "np") as file:
+        said = json.loads(file.metadata()["part"])
+        columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    del said["remarks"]
+    save_file(columns, old, {"part": json.dumps(said)})
+    ingest(Tiny(FIRST.names, read_items=read), out, OPTIONS)
+    assert read[-2:] == ["a", "bbbbbb"]
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
 def test_processes_write_parts_at_the_same_time(whole, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     processes = [start("simulate", out, *SIMULATE, f"--part={i}/3", "--workers=1") for i in (2, 3, 1)]
@@ -405,7 +433,8 @@ def test_records_are_added_behind_the_old_ones(tmp_path) -> None:
     append(out)
     new = contents(out)
     changed = {name for name in old if new.get(name) != old[name]}
-    assert changed == {"manifest.json", "rejected.csv", next(name for name in old if name.startswith("index-"))}
+    index = next(name for name in old if name.startswith("index-"))
+    assert changed == {"manifest.json", "rejected.csv", "remarks.csv", index}
     assert {name for name in new if name.endswith(".tar")} - set(old) == {f"shard-00000{i}.tar" for i in (5, 6, 7)}
     shards = ShardSet.open(out)
     verify_dataset(str(out))
@@ -420,6 +449,11 @@ def test_records_are_added_behind_the_old_ones(tmp_path) -> None:
     assert rows[0] == "record,reason,dataset"
     assert [row.split(",")[0] for row in rows[1:-1]] == ["c-bad", "d-bad", "g-bad", "4-bad"]
     assert rows[4].endswith(",other")
+    remarks = new["remarks.csv"].decode().split("\r\n")
+    assert remarks[:2] == ["record,remark,details,dataset", "a,the name is short,1 letter,tiny"]
+    assert [row.split(",")[0] for row in remarks[1:-1]] == ["a", "f", "h", "1", "3", "5"]
+    counts = [one["remarked"]["the name is short"] for one in manifest["sources"]]
+    assert counts == [{"records": 3, "first": "a"}, {"records": 3, "first": "1"}]
     read = load_file(out / manifest["index"]["file"])  # any reader of safetensors takes it
     assert all(np.array_equal(column, shards.column(name)) for name, column in read.items())
 
@@ -482,7 +516,7 @@ def test_patients_stay_in_their_split_when_records_are_added(tmp_path) -> None:
     out = tmp_path / "out"
     ingest(FIRST, out, OPTIONS)
     before = contents(out)
-    more = Tiny((*FIRST.names, "zz"))
+    more = Again(tuple(f"again/{name}" for name in (*FIRST.names, "zz")))
     hashed = IngestOptions(rate_hz=100.0, validation_fraction=0.0, test_fraction=0.9)
     with pytest.raises(
         InputError, match=r"patient '\w+' stands in two splits .* with the split options of the earlier"

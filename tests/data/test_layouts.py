@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -361,3 +362,245 @@ def test_other_paths(tmp_path: Path) -> None:
     assert "give a folder, an archive (.zip, .tar, " in refusal(tmp_path / "x.csv")
     (tmp_path / "empty").mkdir()
     assert "no WFDB header" in refusal(tmp_path / "empty")
+
+
+# --- a level up and down, and what stands beside ---
+
+
+def litter(root: Path) -> None:
+    """What systems and programs leave in folders, some of it named like data."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_bytes(b"\0\1")
+        for path in [*folder.iterdir()]:
+            if path.is_file() and not path.name.startswith("._"):
+                (folder / f"._{path.name}").write_bytes(b"\0\5\26\7")
+        copies = folder / ".ipynb_checkpoints"
+        copies.mkdir(exist_ok=True)
+        for path in folder.glob("[!.]*.hea"):
+            (copies / f"{path.stem}-checkpoint.hea").write_bytes(path.read_bytes())
+            shutil.copy(path.with_suffix(".dat"), copies / path.with_suffix(".dat").name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fixture", ["ptbxl", "mimic", "cinc2021"])
+def test_litter_changes_nothing(request, fixture: str, kind: str) -> None:
+    root = request.getfixturevalue(fixture)
+    clean = opened(root)
+    if kind == "folder":
+        litter(root)
+        same = opened(root)
+    else:
+        around = root.with_name("packed")
+        shutil.copytree(root, around / root.name)
+        litter(around)
+        shutil.rmtree(around / "__MACOSX", ignore_errors=True)
+        (around / "__MACOSX").mkdir()
+        shutil.copytree(around / root.name, around / "__MACOSX" / root.name)
+        same = opened(as_kind(around, kind.removeprefix("topped.")))
+    assert same.items() == clean.items()
+    assert same.description == clean.description
+    assert [same.read(item).patient for item in same.items()] == [clean.read(item).patient for item in clean.items()]
+    assert same.left_out() == clean.left_out()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("fixture", ["ptbxl", "mimic", "cinc2021"])
+def test_a_set_in_a_folder_with_a_readme_beside(request, fixture: str, depth: int, kind: str) -> None:
+    root = request.getfixturevalue(fixture)
+    clean = opened(root)
+    around = root.with_name("around")
+    inner = around / "one" / "set" if depth == 2 else around / "set"
+    shutil.copytree(root, inner)
+    for folder in {around, inner.parent}:
+        (folder / "README.md").write_text("where it is from")
+        (folder / "figures").mkdir()
+    source = opened(as_kind(around, kind))
+    assert source.items() == clean.items()
+    assert source.description == f"{clean.description}; it lies in {inner.relative_to(around).as_posix()}"
+    assert source.dataset == ("set" if kind == "folder" else "around")
+    assert [source.read(item).patient for item in source.items()] == [
+        clean.read(item).patient for item in clean.items()
+    ]
+
+
+def test_a_part_of_a_set_is_read_with_its_tables(ptbxl: Path, mimic: Path, cinc2021: Path, monkeypatch) -> None:
+    whole = opened(ptbxl)
+    for part in ("records500", "records500/00000"):
+        source = opened(ptbxl / part)
+        assert source.items() == whole.items()
+        assert source.dataset == "ptb-xl"  # so that its patients are those of the whole set
+        assert source.read(source.items()[0]).patient == "15709"
+        assert source.description.endswith(f"; only what lies in {part}, with the tables of {ptbxl}")
+    low = opened(ptbxl / "records100")
+    assert [low.read(item).rate_hz for item in low.items()] == [100, 100, 100]
+    assert low.items()[0] == "records100/00000/00001_lr"
+    monkeypatch.chdir(ptbxl / "records500")
+    assert opened(Path()).items() == whole.items()
+    for part, n in (("files", 3), ("files/p1000", 3), ("files/p1000/p10001725", 1)):
+        source = opened(mimic / part)
+        assert len(source.items()) == n
+        assert source.read(source.items()[-1]).patient == {3: "10001725", 1: "10001725"}[n]
+        assert source.dataset == "mimic"
+    source = opened(cinc2021 / "training" / "georgia")
+    (item,) = source.items()
+    assert source.read(item).metadata["database"] == "georgia"
+
+
+def test_a_folder_of_ones_own_in_a_known_set_is_no_part_of_it(ptbxl: Path, ecgs: list[Record], write_record) -> None:
+    write_record(ptbxl / "mine", "a", ecgs[0])
+    source = opened(ptbxl / "mine")
+    assert isinstance(source, WfdbFolder)
+    assert source.items() == ["a"]
+    assert source.dataset == "mine"
+
+
+def test_several_sets_in_one_folder_are_refused(ptbxl: Path, mimic: Path) -> None:
+    around = ptbxl.parent
+    said = refusal(around)
+    assert "MIMIC-IV-ECG in mimic and PTB-XL in ptb-xl; give one of them, or --layout wfdb" in said
+    assert len(opened(around, layout="wfdb").items()) == 9
+    assert "other records, such as mimic/files/" in refusal(around, layout="ptbxl")
+
+
+def test_a_set_beside_records_of_ones_own(ptbxl: Path, ecgs: list[Record], write_record) -> None:
+    around = ptbxl.parent
+    write_record(around / "mine", "a", ecgs[0])
+    for kind in ("folder", "zip", "tar.gz"):
+        said = refusal(as_kind(around, kind) if kind == "folder" else pack_beside(around, kind))
+        assert "holds PTB-XL in ptb-xl and other records, such as mine/a.hea; give ptb-xl alone" in said
+
+
+def pack_beside(root: Path, kind: str) -> Path:
+    """Packed into a folder that is not packed itself."""
+    return as_kind(shutil.copytree(root, root.parent / f"{root.name}-{kind.replace('.', '')}"), kind)
+
+
+def test_a_part_of_ptbxl_without_its_table(ptbxl: Path) -> None:
+    elsewhere = ptbxl.parent / "elsewhere"
+    shutil.copytree(ptbxl / "records500", elsewhere / "records500")
+    for kind in ("folder", "zip"):
+        source = opened(as_kind(elsewhere, kind))
+        (line,) = source.left_out()
+        assert "looks like a part of PTB-XL, with no ptbxl_database.csv with it" in line
+        assert "labels and patients are unknown: give the folder that holds the table" in line
+        assert opened(as_kind(elsewhere, kind), layout="wfdb").left_out() == []
+    (ptbxl / "ptbxl_database.csv").rename(ptbxl / "ptbxl_database (1).csv")
+    for kind in ("folder", "zip"):
+        said = refusal(as_kind(ptbxl, kind))
+        assert "looks like PTB-XL at both rates" in said
+        assert "no ptbxl_database.csv" in said
+        assert "--layout wfdb" in said
+
+
+def test_what_tables_and_folders_do_not_share_is_counted(ptbxl: Path, mimic: Path) -> None:
+    assert opened(ptbxl).left_out() == [
+        "left out: 1 records that the tables name and that are not there; the first is records500/00000/00004_hr"
+    ]
+    (ptbxl / "records500").rename(ptbxl / "raw500")
+    assert opened(ptbxl).left_out()[1] == (
+        "left out: 3 records that ptbxl_database.csv does not name; the first is raw500/00000/00001_hr"
+    )
+    assert opened(mimic).left_out() == [
+        "left out: 1 records that the tables name and that are not there; the first is "
+        "files/p1000/p10009999/s49999999/49999999"
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mimic_by_its_folders_alone(mimic: Path, kind: str) -> None:
+    (mimic / "record_list.csv").unlink()
+    clean = as_kind(mimic, kind)
+    source = opened(clean)
+    assert source.description.startswith("MIMIC-IV-ECG: 3 records, patients by their folders")
+    assert [source.read(item).patient for item in source.items()] == ["10000032", "10000032", "10001725"]
+    assert source.read(source.items()[0]).labels == {"report": ["Sinus rhythm", "Borderline | ECG"]}
+
+
+@pytest.mark.parametrize("part", ["files", "files/p1000"])
+def test_a_copied_part_of_mimic_keeps_its_patients(mimic: Path, part: str) -> None:
+    copy = shutil.copytree(mimic / part, mimic.parent / "copy")
+    source = opened(copy)
+    assert [source.read(item).patient for item in source.items()] == ["10000032", "10000032", "10001725"]
+    assert "no record_list.csv" in source.description
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "topped.tar.gz"])
+def test_a_record_list_of_ones_own(tmp_path, ecgs: list[Record], write_record, kind: str) -> None:
+    root = tmp_path / "mine"
+    write_record(root, "a", ecgs[0])
+    (root / "record_list.csv").write_text("name,label\na,x\n")
+    source = opened(as_kind(root, kind))
+    assert source.items() == ["a"]
+    (line,) = source.left_out()
+    assert "not the list of MIMIC-IV-ECG (no column subject_id), so these are read as plain WFDB records" in line
+    labelled = opened(as_kind(root, kind), labels_csv=root / "record_list.csv")
+    assert labelled.read("a").labels == {"label": ["x"]}
+
+
+def test_an_error_of_a_known_set_says_how_to_read_it_as_plain_records(ptbxl: Path) -> None:
+    (ptbxl / "scp_statements.csv").unlink()
+    assert "(taken for PTB-XL because of ptbxl_database.csv; --layout wfdb reads plain records)" in refusal(ptbxl)
+    assert "taken for" not in refusal(ptbxl, layout="ptbxl")
+
+
+def test_files_that_are_left_out_are_counted_with_their_reason(tmp_path, ecgs: list[Record], write_record) -> None:
+    root = tmp_path / "mine"
+    for name in ("a", "b", "c"):
+        write_record(root / "ward", name, ecgs[0])
+    (root / "ward" / "b.hea").rename(root / "ward" / "b.HEA")
+    (root / "ward" / "c.hea").unlink()
+    (root / "ward" / "x.mat").write_bytes(b"x")
+    np.save(root / "array.npy", np.zeros((2, 3)))
+    (root / "ward" / "x.xml").write_text("<x/>")
+    expected = {
+        "2 data files (.dat) without a header (.hea) of their name; the first is ward/",
+        "1 data files (.mat) without a header (.hea) of their name; the first is ward/x.mat",
+        "1 files with the ending .HEA; rename them to .hea; the first is ward/b.HEA",
+        "1 arrays (.npy) beside WFDB records; --layout npy reads them; the first is array.npy",
+        "1 files of another format (.xml); the first is ward/x.xml",
+    }
+    for kind in ("folder", "zip"):
+        lines = opened(as_kind(root, kind)).left_out()
+        assert len(lines) == 5
+        assert all(any(line.startswith(f"left out: {one}") for line in lines) for one in expected)
+    (root / "link").symlink_to(tmp_path)
+    (root / "out.hea").symlink_to(tmp_path / "elsewhere.hea")
+    (line,) = [line for line in opened(root).left_out() if "links" in line]
+    assert line.startswith("left out: 2 links that lead out of the folder or to folders")
+    arrays = opened(root, layout="npy", source_rate_hz=500.0)
+    assert arrays.items() == ["array"]
+    assert any("2 WFDB headers (.hea) beside arrays; --layout wfdb reads them" in line for line in arrays.left_out())
+
+
+def test_arrays_with_what_systems_leave(tmp_path) -> None:
+    for name in ("a.npy", "._a.npy", "ward/b.npy", "ward/.ipynb_checkpoints/b-checkpoint.npy", "__MACOSX/a.npy"):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.zeros((12, 30)))
+    (tmp_path / "mine" / "._a.hea").write_bytes(b"\0")
+    source = opened(tmp_path / "mine", source_rate_hz=500.0)
+    assert source.items() == ["a", "ward/b"]
+    assert source.left_out() == []
+
+
+def test_a_folder_with_nothing_but_other_endings_says_so(tmp_path, ecgs: list[Record], write_record) -> None:
+    header = write_record(tmp_path / "mine", "a", ecgs[0])
+    header.rename(header.with_suffix(".HEA"))
+    assert "left out: 1 files with the ending .HEA; rename them to .hea" in refusal(tmp_path / "mine")
+    np.save(tmp_path / "x.npy", np.zeros((2, 3)))
+    (tmp_path / "x.npy").rename(tmp_path / "x.NPY")
+    said = refusal(tmp_path, layout="npy", source_rate_hz=500.0)
+    assert "1 files with the ending .NPY; rename them to .npy" in said
+
+
+def test_the_command_line_says_what_was_recognised_and_left_out(ptbxl: Path, tmp_path, capsys) -> None:
+    around = tmp_path / "around"
+    shutil.move(ptbxl, around / "ptb-xl-1.0.3")
+    (around / "README.md").write_text("")
+    assert cli.main(["ingest", str(around), str(tmp_path / "out"), "--workers=1"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("PTB-XL: 3 records")
+    assert first.endswith("it lies in ptb-xl-1.0.3")
+    assert second.startswith(f"{around}: left out: 1 records that the tables name")

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.results import Case, Measured, Results, as_csv, markdown, plot
 from ecgscale.simulate import Simulation
 
@@ -73,6 +74,10 @@ def test_everything_is_done_once_and_more_leads_only_score(reproduce, tmp_path: 
     assert "| AUROC | 12 leads | 2 leads |" in table
     assert "| top-1 | 12 leads | 2 leads |" in table
     assert table.count("| W2V+CMSC minus |") == 2
+    scored = [line for line in table.splitlines() if line.startswith("- test: ")]
+    assert len(scored) == 2, "all methods and lead sets of a task scored the same recordings"
+    assert "0 with none of the classes, 0 with two or more of the classes, 0 shorter than 0.16 s" in scored[0]
+    assert "0 of persons with one session" not in scored[1], "what there is none of is not told"
     run = tmp_path / "run"
     assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
     # A probe of a pretrained encoder is the same for each seed; of random weights and fine-tuning it is not.
@@ -80,6 +85,10 @@ def test_everything_is_done_once_and_more_leads_only_score(reproduce, tmp_path: 
         (row["method"], row["protocol"]): row["seeds"]
         for row in csv.DictReader((run / "table.csv").read_text().splitlines())
     }
+    rows = list(csv.DictReader((run / "table.csv").read_text().splitlines()))
+    for row in rows:
+        left_out = dict(part.split("=") for part in row["left out"].split(";"))
+        assert int(row["asked for"]) == int(row["scored"]) + sum(map(int, left_out.values()))
     assert seeds["CMSC", "probe"] == "1"
     assert seeds["random init", "probe"] == seeds["CMSC", "finetune"] == "2"
 
@@ -232,10 +241,31 @@ def test_differences_are_paired_and_intervals_are_of_the_mean_over_seeds() -> No
     assert ours.mean.high - ours.mean.low == pytest.approx(2 * 1.96 * 0.1, rel=0.1)
     apart = results.difference(case, "ours", "random init")
     assert apart is not None
-    assert (apart.value, apart.low, apart.high) == pytest.approx((0.05, 0.05, 0.05))
+    assert (apart.estimate.value, apart.estimate.low, apart.estimate.high) == pytest.approx((0.05, 0.05, 0.05))
     assert "| random init, linear probe | **+0.050 [+0.050, +0.050]** |" in markdown(results, "ours")
     assert "task,probe,1.0,12,auroc,ours,2,0.800000" in as_csv(results, "ours")
     assert len(plot(results).axes) == 1
+
+
+@pytest.mark.parametrize("other", [[0.74, 0.76], [0.74]])
+def test_a_difference_of_one_seed_is_never_bold(other) -> None:
+    narrow_R, case = np.random.default_rng(0).normal(0, 0.001, 2000), Case("task", "probe", 1.0, "12", "auroc")
+    results = Results([*measured(case, "random init", other, narrow_R), *measured(case, "ours", [0.8], narrow_R)])
+    table = markdown(results, "ours")
+    assert "[+0.050, +0.050] one seed |" in table or "[+0.060, +0.060] one seed |" in table
+    assert "**" not in table
+
+
+def test_recordings_that_differ_between_methods_are_told_apart() -> None:
+    case, noise_R = Case("task", "probe", 1.0, "12", "auroc"), np.zeros(10)
+    covers = Coverage("test", 9, 7, {"no_label": 2}, 0.1)
+    runs = [Measured(case, "ours", 0, 0.8, noise_R, covers), Measured(case, "older", 0, 0.7, noise_R)]
+    table = markdown(Results(runs), "ours")
+    assert "- leads 12 by ours: test: 7 of 9 recordings scored; left out: 2 without the label" in table
+    assert "- leads 12 by older: not counted, by an earlier version" in table
+    ours, older = csv.DictReader(as_csv(Results(runs), "ours").splitlines())
+    assert (ours["asked for"], ours["scored"], ours["left out"]) == ("9", "7", "no_label=2")
+    assert (older["asked for"], older["scored"], older["left out"]) == ("", "", "")
 
 
 def test_seeds_that_err_apart_narrow_the_interval_and_undefined_figures_do_not_count() -> None:

@@ -98,9 +98,10 @@ def test_targets_stand_in_the_order_of_the_records(shards):
     assert task.challenge is None
 
 
-def test_records_without_the_label_are_left_out(shards):
-    labelled_R = load_task(shards, TaskConfig("rhythm", min_positives=1)).labelled_R
-    assert labelled_R.tolist() == [True] * 4 + [False] + [True] * 4 + [False]
+def test_records_without_the_label_are_left_out_and_those_of_no_class_are_negatives(shards):
+    task = load_task(shards, TaskConfig("rhythm", min_positives=1))
+    assert task.labelled_R.tolist() == [True] * 4 + [False] + [True] * 5
+    assert not task.target_RC[-1].any(), "the label is known, and names no class"
 
 
 def test_frequent_classes_are_counted_by_records_of_the_training_split(shards):
@@ -127,7 +128,8 @@ def test_single_label_takes_the_records_with_exactly_one_class(shards):
     assert task.labelled_R.tolist() == expected_R
     assert (task.target_RC[task.labelled_R].sum(axis=1) == 1).all()
     several = load_task(shards, replace(config, kind="multilabel"))
-    assert several.labelled_R.sum() == 8
+    assert several.labelled_R.sum() == 9
+    assert several.other_classes == {"train": {"rare": 1}, "validation": {"rare": 1}, "test": {}}
 
 
 def test_classes_of_a_trained_model_come_first_and_may_be_absent_here(shards):

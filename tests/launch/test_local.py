@@ -8,8 +8,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
+import pytest
+
+from ecgscale.errors import InputError
 from ecgscale_launch.cli import main
+from ecgscale_launch.standing import standings
+from ecgscale_launch.watch import cancel, refuse_active
 from small_jobs import logged, losses, recordings
 
 
@@ -61,6 +68,69 @@ def test_a_run_in_spite_of_kill_and_interrupt(long_job, undisturbed, wait_for, t
     assert (state["phase"], state["restarts"], state["requeues"]) == ("done", 1, 0)
     assert losses(run) == losses(undisturbed)
     assert set(recordings(run)) == set(recordings(undisturbed))
+
+
+def test_ranks_end_with_their_launcher(long_job, undisturbed, wait_for, tmp_path) -> None:
+    """kill -9 of the launcher: nobody watches the ranks any more, so they save and end; the same command goes on."""
+    run = tmp_path / "run"
+    command = launch("--local", 2, "--", *long_job, "--run.dir", run)
+    attempt = run / "launch/attempts/0001"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        wait_for(lambda: logged(run, 3), process)
+        process.kill()
+    told = [attempt / f"rank-{rank}.alive.json" for rank in range(2)]
+    deadline = time.monotonic() + 60
+    while not all(json.loads(path.read_text())["ended"] for path in told):
+        assert time.monotonic() < deadline, [path.read_text() for path in told]
+        time.sleep(0.1)
+    assert "ecgscale-launch is gone" in (attempt / "rank-1.log").read_text()
+    [job], _ = standings([run])
+    assert job.checkpoint_step is not None
+    assert job.checkpoint_step >= 3  # saved at the end, not when it was due
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(undisturbed)
+
+
+def test_orphaned_ranks_are_seen_and_ended(long_job, wait_for, tmp_path, capsys) -> None:
+    """Ranks that cannot save, here for being stopped, are what `cancel --now` is for."""
+    run = tmp_path / "run"
+    ranks: list[psutil.Process] = []
+    with subprocess.Popen(launch("--local", 2, "--", *long_job, "--run.dir", run), start_new_session=True) as process:
+        wait_for(lambda: logged(run, 1), process)
+        ranks += psutil.Process(process.pid).children()
+        for rank in ranks:
+            rank.suspend()
+        process.kill()
+    [job], _ = standings([run])
+    assert job.state == "orphaned"
+    assert not job.over
+    with pytest.raises(InputError, match="is orphaned; wait for its end or cancel it first"):
+        refuse_active(run)
+    assert cancel([str(run), "--now"]) == 0
+    assert "2 ranks were ended without saving" in capsys.readouterr().out
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert standings([run])[0][0].state == "lost"
+
+
+def test_a_dry_run_checks_and_writes_nothing(long_job, shards, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["--local", "2", "--dry-run", "--", *map(str, long_job), "--run.dir", "run"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "RANK=0..1" in shown
+    assert "WORLD_SIZE=2" in shown
+    assert str(shards) in shown  # the resolved config
+    assert f"ATTEMPT -- pretrain --config {tmp_path}/run/launch/config.yaml" in shown
+    assert main([*command, "--data.shards", "nowhere"]) == 2
+    assert "nowhere is no data set" in capsys.readouterr().err
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("container: {kind: apptainer, image: /i.sif, mounts: [/not/there:/data]}")
+    before = cluster.stat()
+    assert main([str(cluster), *command]) == 0
+    assert "container.mounts: /not/there is not there on this machine" in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == [cluster]
+    assert cluster.stat() == before
 
 
 def test_refusals(capsys, tmp_path) -> None:

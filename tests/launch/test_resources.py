@@ -129,7 +129,7 @@ def test_there_are_files_to_start_from():
         ("setup: [[a]]", "setup [['a']]: give texts, like [one, two]"),
         ("environment: [A]", "environment ['A']: give names with a text each, like {name: text}"),
         ("environment: {A: {B: c}}", "environment {'A': {'B': 'c'}}: give names with a text each, like {name: text}"),
-        ("environment: &a {A: *a}", "environment {'A': {...}}: give names with a text each, like {name: text}"),
+        ("environment: &a {A: *a}", "line 1: a value that contains itself; write it out"),
         ("- nodes", "a config is a mapping of keys, this is list"),
         ("shared_folder: no", "\"shared_folder\": Expected one of 'checked', 'trusted'. Got value: False"),
     ],
@@ -154,7 +154,7 @@ def test_a_file_may_be_completed_on_the_command_line(write):
 
 
 def test_an_absent_file_is_named(tmp_path):
-    assert refusal(tmp_path / "none.yaml", []).startswith(f"{tmp_path / 'none.yaml'}: cannot read the config")
+    assert refusal(tmp_path / "none.yaml", []).startswith(f"{tmp_path / 'none.yaml'}: cannot read: No such file")
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

@@ -227,6 +227,17 @@ def test_a_hang_is_named_dumped_and_requeued(trial) -> None:
     assert "rank 1 on n1 is stuck in batch at step 9" in trial.state["attempts"][0]["what"]
 
 
+def test_a_hang_names_no_rank_that_has_ended(trial) -> None:
+    folder = trial.folder.attempt(1)
+    folder.mkdir(parents=True)
+    for rank, count, phase, ended in ((0, 40, "", True), (1, 44, "save", False)):
+        about = {"rank": rank, "host": f"n{rank}", "count": count, "phase": phase, "step": 9, "time": 1.0}
+        about |= {"first_step": None, "ended": ended}
+        (folder / f"rank-{rank}.alive.json").write_text(json.dumps(about))
+    trial.run(MadeUp({0: 0, 1: 0}, 10**9), hang_s=0.2)
+    assert "rank 1 on n1 is stuck in save at step 9" in trial.state["attempts"][0]["what"]
+
+
 def test_what_is_outside_of_steps_is_no_hang(trial) -> None:
     folder = trial.folder.attempt(1)
     folder.mkdir(parents=True)

@@ -25,7 +25,7 @@ from ecgscale_launch import slurm
 from ecgscale_launch.devcluster import DevCluster
 from ecgscale_launch.folder import JobFolder
 from ecgscale_launch.listing import details, duration, screen, table
-from ecgscale_launch.runs import estimated_end, find_runs, tail_events
+from ecgscale_launch.runs import estimated_end, find_runs, steps_to_do, tail_events
 from ecgscale_launch.slurm import Known
 from ecgscale_launch.standing import Standing, is_process, local_word, slurm_word, standings
 from ecgscale_launch.watch import cancel, check_resumable, logs, refuse_active, resume, status
@@ -201,6 +201,13 @@ def test_pace_is_that_of_the_current_attempt(tmp_path: Path, slurm_says: dict[st
     write_state(folder, "stopping", NOW, attempts=[before, attempt(2, began, step_from=50)])
     one = stand(run)
     assert (one.state, one.estimated_end) == ("saving", None)
+
+
+@pytest.mark.parametrize(("protocol", "shown"), [("probe", None), ("neighbours", None), ("finetune", 10), (None, 10)])
+def test_a_probe_has_no_steps_to_do(tmp_path: Path, protocol: str | None, shown: int | None) -> None:
+    task = f"task: {{protocol: {protocol}}}\n" if protocol else ""
+    (tmp_path / "config.yaml").write_text(task + "train: {steps: 10}\n")
+    assert steps_to_do(JobFolder.of(tmp_path)) == shown
 
 
 def test_a_job_is_starting_until_its_first_step_and_saving_while_it_saves(

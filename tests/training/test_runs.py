@@ -274,17 +274,9 @@ def test_full_disk_leaves_no_checkpoint(shards, tmp_path) -> None:
     limited += "runpy.run_module('ecgscale.cli', run_name='__main__')"
     arguments = [*job(shards, tmp_path / "run", "--train.steps=2", "--model.ffn_width=1024")]
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 1  # the machine's fault, which the launcher may try again
     assert "cannot write the checkpoint" in done.stderr.splitlines()[-1]
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-
-
-def test_old_checkpoints_are_pruned(tmp_path) -> None:
-    for step in (2, 4, 6, 8, 10):
-        (tmp_path / f"step-{step:08d}").mkdir()
-    (tmp_path / "step-00000012.partial").mkdir()
-    checkpoint.prune(tmp_path, keep_last=2, keep_every=4)
-    assert [path.name[-2:] for path in checkpoint.checkpoints(tmp_path)] == ["04", "08", "10"]
 
 
 def test_run_folder_holds_what_it_should(one_process) -> None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ecgscale.data.ingest.mark import NAMES, UNFINISHED, Asked, read_base, tidied, version
 from ecgscale.data.ingest.options import SPLIT_OPTIONS, IngestOptions
-from ecgscale.data.ingest.slice import Part, Slice, check_utf8, read_part
-from ecgscale.data.shards import MANIFEST
-from ecgscale.errors import InputError
+from ecgscale.data.ingest.slice import Held, Part, Slice, check_utf8, read_part
+from ecgscale.data.payload import Payload
+from ecgscale.data.schema import parse_json
+from ecgscale.data.shards import MANIFEST, Columns, map_index
+from ecgscale.errors import InputError, naming_file
 from ecgscale.files import file_sha256
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Job:
     first_shard: int
     finished: bool
     """The set is there already: an earlier process was killed after its last step but one."""
+    held: Mapping[str, int]
+    """Items whose names the data set has already in the set that is appended to, and their numbers there."""
 
     @property
     def items_sha256(self) -> str:
@@ -51,7 +55,35 @@ class Job:
         return self.out / f"shard-{self.first_shard + number:06d}.tar"
 
     def slice(self, number: int) -> Slice:
-        return Slice(self.source, self.items_of(number), self.tar(number), self.options, self.identity)
+        items, others = self.items_of(number), self.other_datasets
+        held = self._held([item for item in items if item in self.held])
+        return Slice(self.source, items, self.tar(number), self.options, self.identity, held, others)
+
+    @property
+    def other_datasets(self) -> tuple[str, ...]:
+        """Names of those in the set that is appended to, but for the source's own."""
+        names = {shard["dataset"] for shard in self.base["shards"]} if self.base and not self.finished else set()
+        return tuple(sorted(names - {self.source.dataset}))
+
+    def old_tars(self) -> Iterator[tuple[Path, Payload, Columns]]:
+        """Each tar of the set that is appended to, with its payload and its columns."""
+        if self.base is not None:
+            yield from _old_tars(self.out, self.base)
+
+    def _held(self, items: Sequence[str]) -> dict[str, Held]:
+        held: dict[str, Held] = {}
+        wanted = sorted((self.held[item], item) for item in items)
+        first = 0
+        for tar, payload, columns in self.old_tars() if wanted else ():
+            last = first + len(columns["samples"])
+            for number, item in wanted:
+                if first <= number < last:
+                    offset, length, leads = (
+                        int(columns[name][number - first]) for name in ("offset", "length", "leads")
+                    )
+                    held[item] = Held(tar, payload, offset, length, leads, columns["scale"][number - first].copy())
+            first = last
+        return held
 
     def items_of(self, number: int) -> Sequence[str]:
         first = number * self.options.records_per_shard
@@ -82,11 +114,39 @@ def open_job(source: Source, out: Path, options: IngestOptions, arguments: Mappi
     if not append and not finished:
         _refuse_data_set(out)
     base = read_base(out) if append or finished else None
+    held: dict[str, int] = {}
     if append and not finished:
         assert base is not None
         _check_appendable(out, base, asked, options)
+        held = _names_held(out, base, source.dataset, items)
     identity = hashlib.sha256(json.dumps([version(base), asked["conversion"]]).encode()).hexdigest()
-    return Job(source, items, out, options, asked, base, identity, _after(base["shards"]) if base else 0, finished)
+    first = _after(base["shards"]) if base else 0
+    return Job(source, items, out, options, asked, base, identity, first, finished, held)
+
+
+def _old_tars(out: Path, base: Mapping[str, Any]) -> Iterator[tuple[Path, Payload, Columns]]:
+    columns = map_index(out / base["index"]["file"], base["records"])
+    first = 0
+    for shard in base["shards"]:
+        last = first + shard["records"]
+        yield out / shard["file"], shard["payload"], {name: column[first:last] for name, column in columns.items()}
+        first = last
+
+
+def _names_held(out: Path, base: Mapping[str, Any], dataset: str, items: Sequence[str]) -> dict[str, int]:
+    """Those of the items whose names the data set has in that set already, and their numbers there."""
+    wanted, held, first = frozenset(items), {}, 0
+    for shard, (tar, _, columns) in zip(base["shards"], _old_tars(out, base), strict=True):
+        if shard["dataset"] == dataset:
+            places = zip(columns["json_offset"].tolist(), columns["json_length"].tolist(), strict=True)
+            with naming_file(tar, "cannot read"), tar.open("rb") as file:
+                for row, (offset, length) in enumerate(places):
+                    file.seek(offset)
+                    name = parse_json(file.read(length)).get("name")
+                    if name in wanted:
+                        held[name] = first + row
+        first += shard["records"]
+    return held
 
 
 def _after(shards: Sequence[Mapping[str, Any]]) -> int:

@@ -1,4 +1,4 @@
-"""The end of an ingest: finished slices -> rejected.csv, index and manifest, which makes the folder a data set.
+"""The end of an ingest: finished slices -> rejected.csv, remarks.csv, index, manifest, which makes a data set.
 
 Part files are read one after the other, so that memory does not grow with the number of records.
 """
@@ -7,25 +7,46 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ecgscale.data.copies import Copies, content_keys, is_flat
 from ecgscale.data.ingest.job import Job
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
-from ecgscale.data.ingest.splits import Splits, check_not_empty, splits_by_hash, splits_by_value
-from ecgscale.data.shards import Columns, map_index, shard_entry, torn_patients, write_index_in_parts, write_manifest
+from ecgscale.data.ingest.slice import PATIENT_ELSEWHERE, SPLIT_VALUE, Part, read_columns
+from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
+from ecgscale.data.payload import Payload
+from ecgscale.data.shards import (
+    Columns,
+    map_index,
+    read_signal,
+    shard_entry,
+    torn_patients,
+    write_index_in_parts,
+    write_manifest,
+)
 from ecgscale.errors import InputError
 from ecgscale.files import whole_file
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
-_REJECTED = "rejected.csv"
+_REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
+
+
+@dataclass(frozen=True)
+class Remarked:
+    """How many records have a remark of one kind."""
+
+    records: int
+    first: str
+    """Name of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +57,17 @@ class Ingested:
     rejected: int
     shards: int
     patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
+    remarked: Mapping[str, Remarked]  # by kind; remarks.csv lists them
+    held: int = 0  # that the set had already, under the same names with the same samples; they are left out
+    shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
 
     @staticmethod
     def of(described: dict[str, Any]) -> Ingested:
-        """From an entry of the manifest's ``sources``."""
-        return Ingested(*(described[name] for name in ("records", "rejected", "shards", "patients_known")))
+        """From an entry of the manifest's ``sources``; older ones say less."""
+        always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
+        remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
+        later = {"held": described.get("held", 0), "shared_ids": described.get("shared_ids", {})}
+        return Ingested(**always, remarked=remarked, **later)
 
 
 def finish(job: Job, mark: Mark) -> Ingested:
@@ -52,24 +79,32 @@ def finish(job: Job, mark: Mark) -> Ingested:
     if not found.records:
         sweep(job.out)
         mark.remove()
+        if found.held:
+            raise InputError(
+                f"{job.out}: {found.held} records of {job.source.dataset!r} are in it already; append others"
+            )
         first = f", the first because: {found.first_reason}" if found.first_reason else ""
         raise InputError(f"{job.out}: none of the {len(job.items)} records could be read{first}")
     try:
         check_not_empty(found.split_values, job.options)
-        _check_patients(job, found)
+        united = _united(job, found)
+        _check_patients(job, found, united)
     except InputError:
         mark.allow_other_splits()
         raise
     base = job.base or {"records": 0, "shards": [], "sources": []}
-    index = write_index_in_parts(job.out, base["records"] + found.records, _columns(job, found))
+    index = write_index_in_parts(job.out, base["records"] + found.records, _columns(job, found, united))
     described = {
         "dataset": job.source.dataset,
         "options": {name: value for name, value in vars(job.options).items() if value},
         "records": found.records,
-        "rejected": len(job.items) - found.records,
+        "rejected": len(job.items) - found.records - found.held,
         "shards": len(found.entries),
         "patients_known": found.patients_known,
+        "remarked": {kind: asdict(one) for kind, one in found.remarked.items()},
         "items_sha256": job.items_sha256,
+        "held": found.held,
+        "shared_ids": _shared_ids(job, found),
     }
     write_manifest(job.out, job.options.rate_hz, index, base["shards"] + found.entries, [*base["sources"], described])
     sweep(job.out)
@@ -102,6 +137,8 @@ class _Found:
     patients_known: bool = False
     first_reason: str = ""
     """Why a record was rejected."""
+    remarked: dict[str, Remarked] = field(default_factory=dict)
+    held: int = 0
 
     @property
     def records(self) -> int:
@@ -113,40 +150,62 @@ class _Found:
             self.entries.append(shard_entry(tar, *about))
         self.split_values.update(part.split_values)
         self.patients_known |= part.patients_known
+        self.held += part.held
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
+        for item, kind, _ in part.remarks:
+            known = self.remarked.get(kind, Remarked(0, item.encode(errors="backslashreplace").decode()))
+            self.remarked[kind] = replace(known, records=known.records + 1)
 
 
 def _gather(job: Job) -> _Found:
-    """Go through the parts once, and write rejected.csv on the way."""
+    """Go through the parts once, and write rejected.csv and remarks.csv on the way."""
     found = _Found()
+    remarked_before = sum(
+        one["records"] for source in (job.base or {"sources": []})["sources"] for one in _remarked(source)
+    )
+    rejected_before = job.base["rejected"] if job.base else 0
     with (
-        whole_file(job.out / _REJECTED) as partial,
-        partial.open("x", encoding="utf8", errors="backslashreplace", newline="") as file,
+        _table(job, _REJECTED, ("record", "reason", "dataset"), rejected_before) as write_rejected,
+        _table(job, _REMARKS, ("record", "remark", "details", "dataset"), remarked_before) as write_remarks,
     ):
-        table = csv.writer(file)
-        table.writerow(("record", "reason", "dataset"))
-        table.writerows(_old_rejected(job))
         for tar, part in job.parts():
             if part is None:
                 raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again")
-            table.writerows((item, reason, job.source.dataset) for item, reason in part.rejected)
+            write_rejected((item, reason, job.source.dataset) for item, reason in part.rejected)
+            write_remarks((*remark, job.source.dataset) for remark in part.remarks)
             found.add(job, tar, part)
     return found
 
 
-def _old_rejected(job: Job) -> Iterator[list[str]]:
-    """The rows of the set that is appended to, without those of an --append that was killed."""
-    path = job.out / _REJECTED
-    if job.base is not None and path.exists():
-        with path.open(encoding="utf8", newline="") as file:
-            yield from islice(csv.reader(file), 1, 1 + job.base["rejected"])
+def _remarked(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Counts of an entry of the manifest's ``sources``; those of earlier versions have none."""
+    counts: dict[str, dict[str, Any]] = source.get("remarked", {})
+    return counts.values()
+
+
+@contextmanager
+def _table(
+    job: Job, name: str, columns: Sequence[str], rows_before: int
+) -> Iterator[Callable[[Iterable[Sequence[str]]], None]]:
+    """What writes rows into a table beside the shards, complete or as it was.
+
+    The rows of the set that is appended to come first, without those of an --append that was killed.
+    """
+    path = job.out / name
+    with whole_file(path) as partial, partial.open("x", encoding="utf8", errors="backslashreplace", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        if rows_before and path.exists():
+            with path.open(encoding="utf8", newline="") as old:
+                table.writerows(islice(csv.reader(old), 1, 1 + rows_before))
+        yield table.writerows
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _columns(job: Job, found: _Found) -> Iterator[Columns]:
+def _columns(job: Job, found: _Found, united: United) -> Iterator[Columns]:
     """Of all records, those of the old index first."""
     if job.base is not None:
         old = map_index(job.out / job.base["index"]["file"], job.base["records"])
@@ -154,7 +213,8 @@ def _columns(job: Job, found: _Found) -> Iterator[Columns]:
             yield {name: column[first : first + _CHUNK] for name, column in old.items()}
     for entry in found.entries:
         columns, values = read_columns(job.out / entry["file"])
-        yield columns | {"split": _split(columns, values, job.options)}
+        split_B = united.applied(columns["patient"], _split(columns, values, job.options))
+        yield columns | {"split": split_B}
 
 
 def _split(columns: Columns, values: list[str], options: IngestOptions) -> Splits:
@@ -163,11 +223,11 @@ def _split(columns: Columns, values: list[str], options: IngestOptions) -> Split
     return splits_by_hash(columns["patient"], options)
 
 
-def _check_patients(job: Job, found: _Found) -> None:
+def _check_patients(job: Job, found: _Found, united: United) -> None:
     """Raises InputError where a patient stands in two splits."""
     if job.base is None and not job.options.split_by:
         return  # a hash puts no patient into two
-    pairs = [(columns["patient"].copy(), columns["split"].copy()) for columns in _columns(job, found)]
+    pairs = [(columns["patient"].copy(), columns["split"].copy()) for columns in _columns(job, found, united)]
     patient, split = (np.concatenate(column) for column in zip(*pairs, strict=True))
     if torn := torn_patients(patient, split):
         codes, both = torn
@@ -177,6 +237,68 @@ def _check_patients(job: Job, found: _Found) -> None:
             f"{job.out}: patient {_name_of(job, found, int(codes[0]))!r} stands in two splits ({both}){how}; "
             f"a patient may be in one{hint}"
         )
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def _united(job: Job, found: _Found) -> United:
+    """Whose split others decide, of old persons and new ones. None where values name the splits: they are kept."""
+    if job.options.split_by:
+        return United.none()
+    pairs = [(content_keys(columns), columns["patient"].copy()) for _, _, columns in _tars(job, found)]
+    key_N, patient_N = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    copies = Copies.find(key_N)
+    copies = copies.only(copies.differing(patient_N[copies.number_R]))
+    copies = copies.only(_not_flat(job, found, copies.one_of_each))
+    patient_R = patient_N[copies.number_R]
+    return United.by_copies(copies, patient_R, job.options, _known_splits(job, np.unique(patient_R)))
+
+
+def _tars(job: Job, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:
+    """Each tar with its payload and its columns, but for the split; those of the old set first."""
+    yield from job.old_tars()
+    for entry in found.entries:
+        yield job.out / entry["file"], entry["payload"], read_columns(job.out / entry["file"])[0]
+
+
+def _not_flat(job: Job, found: _Found, number_G: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Of some records, whether any lead changes."""
+    result_G, first = np.ones(len(number_G), bool), 0
+    for tar, payload, columns in _tars(job, found) if len(number_G) else ():
+        last = first + len(columns["samples"])
+        for g in np.flatnonzero((number_G >= first) & (number_G < last)).tolist():
+            at = int(number_G[g]) - first
+            result_G[g] = not is_flat(read_signal(tar, payload, int(columns["offset"][at]), int(columns["length"][at])))
+        first = last
+    return result_G
+
+
+def _known_splits(job: Job, code_P: npt.NDArray[np.int64]) -> dict[int, int]:
+    """Patient code -> split, of those that stand in the old set."""
+    known: dict[int, int] = {}
+    if job.base is None or not len(code_P):
+        return known
+    old = map_index(job.out / job.base["index"]["file"], job.base["records"])
+    for first in range(0, job.base["records"], _CHUNK):
+        patient, split = (old[name][first : first + _CHUNK] for name in ("patient", "split"))
+        here = np.isin(patient, code_P)
+        known |= dict(zip(patient[here].tolist(), split[here].tolist(), strict=True))
+    return known
+
+
+def _shared_ids(job: Job, found: _Found) -> dict[str, int]:
+    """Other data set of the old set -> how many patient ids of the new records it has too."""
+    if not job.other_datasets or not found.patients_known:
+        return {}
+    assert job.base is not None
+    old = map_index(job.out / job.base["index"]["file"], job.base["records"])["patient"]
+    parts = [read_columns(job.out / entry["file"])[0][PATIENT_ELSEWHERE] for entry in found.entries]
+    shared = {}
+    for dataset, code_B in zip(job.other_datasets, np.concatenate(parts).T, strict=True):
+        if n := len(np.intersect1d(code_B, old)):
+            shared[dataset] = n
+    return shared
 
 
 def _name_of(job: Job, found: _Found, code: int) -> str:

@@ -27,8 +27,8 @@ class IngestOptions:
         if self.records_per_shard < 1:
             raise InputError(f"records-per-shard {self.records_per_shard}: give 1 or more")
         fractions = (self.validation_fraction, self.test_fraction)
-        if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
-            raise InputError(f"validation and test fractions {fractions}: both ≥ 0 and together below 1")
+        if not (min(fractions) >= 0 and sum(fractions) <= 1 + 1e-9):  # NaN is neither; 1: none is for training
+            raise InputError(f"validation and test fractions {fractions}: both ≥ 0 and together at most 1")
         if bool(self.split_by) != bool(self.validation_values or self.test_values):
             raise InputError("split-by goes together with validation-values or test-values")
 

@@ -135,7 +135,7 @@ def _convert(job: Job, numbers: range, workers: int) -> None:
     with tqdm(total=total, initial=total - left, unit="rec", desc="ingest", disable=None) as bar, closing(finished):
         key_is_known = not job.options.split_by
         for part in finished:
-            bar.update(part.records + len(part.rejected))
+            bar.update(part.records + len(part.rejected) + part.held)
             if part.records and not key_is_known:
                 if part.split_values == [""]:
                     _check_split_key(job)

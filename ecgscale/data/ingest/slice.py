@@ -8,27 +8,50 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
-from ecgscale.data.shards import Columns, write_tar
+from ecgscale.data.payload import Payload
+from ecgscale.data.shards import Columns, index_row, read_signal, write_tar
 from ecgscale.errors import InputError
 from ecgscale.files import whole_file
-from ecgscale.record import Record
+from ecgscale.record import Record, Remark, patient_code
 
 if TYPE_CHECKING:
     from ecgscale.data.sources import Source
 
 _DIGEST = "sha256"  # key of a part file's checksum; without one (of an older version) the slice is converted again
 SPLIT_VALUE = "split_value"  # column of a part file: place of the record's value in Part.split_values
+PATIENT_ELSEWHERE = "patient_elsewhere"  # column (B, D) of a part file: the code of the patient's id in other data sets
+
+
+class Held(NamedTuple):
+    """Where a record of that name lies in the set that is added to."""
+
+    tar: Path
+    payload: Payload
+    offset: int
+    length: int
+    leads: int
+    """Bits, as in the index."""
+    scale: npt.NDArray[np.float32]
+    """As in the index."""
+
+    def equals(self, record: Record) -> bool:
+        """Whether that record has these samples, leads and scales."""
+        row = index_row(record.leads, record.scale_L, record.n_samples, 0)
+        if row["leads"] != self.leads or not np.array_equal(row["scale"], self.scale):
+            return False
+        return np.array_equal(read_signal(self.tar, self.payload, self.offset, self.length), record.signal_LT)
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,10 @@ class Slice:
     options: IngestOptions
     identity: str
     """Of the ingest: a part file of another one is no part of this."""
+    held: Mapping[str, Held]
+    """Items whose names the data set has already in the set that is added to."""
+    other_datasets: tuple[str, ...]
+    """D names of the other data sets there."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,13 @@ class Part:
     split_values: list[str]
     """The different ones."""
     patients_known: bool
+    remarks: list[tuple[str, str, str]]
+    """(record, kind, details) of what is odd about records; a record has each kind once."""
+    held: int = 0
+    """Records that are in the set already, under the same name and with the same samples."""
+
+
+_PART_FIELDS = {field.name for field in fields(Part)}
 
 
 def part_file(tar: Path) -> Path:
@@ -101,7 +135,10 @@ def _read(tar: Path) -> tuple[Part, Columns]:
         raise _DamagedError from error
     if digest != _digest(said, columns):
         raise _DamagedError
-    return Part(**json.loads(said)), columns
+    fields = json.loads(said)
+    if fields.keys() != _PART_FIELDS:
+        raise _DamagedError  # another version's
+    return Part(**fields), columns
 
 
 def _digest(said: str, columns: Columns) -> str:
@@ -119,21 +156,34 @@ def convert(task: Slice) -> Part:
     place_of_value: dict[str, int] = {}
     places: list[int] = []
     patients_known = False
+    remarks: list[tuple[str, str, str]] = []
+    held = 0
+    elsewhere: list[list[int]] = []
 
     def records() -> Iterator[tuple[str, Record]]:
-        nonlocal patients_known
+        nonlocal patients_known, held
         for item in task.items:
             try:
                 check_utf8(item)
                 record = task.source.read(item).resampled(task.options.rate_hz)
                 if not record.signal_LT.size:
                     raise InputError("holds no samples")
+                if known := task.held.get(item):
+                    if known.equals(record):
+                        held += 1
+                        continue
+                    raise InputError(
+                        f"{task.source.dataset!r} has a record {item!r} already, with other samples; put this one into "
+                        "a folder of another name, or ingest all anew"
+                    )
             except InputError as error:
                 rejected.append((item, str(error)))
                 continue
             value = split_value(record.labels, record.metadata, task.options.split_by) if task.options.split_by else ""
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
+            remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
+            elsewhere.append([_code_in(dataset, record) for dataset in task.other_datasets])
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
 
     digest = hashlib.sha256()
@@ -142,13 +192,28 @@ def convert(task: Slice) -> Part:
     if not places:
         task.tar.unlink()
     values = list(place_of_value)
-    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known)
+    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
     columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
+    columns |= {PATIENT_ELSEWHERE: np.array(elsewhere, np.int64).reshape(len(places), len(task.other_datasets))}
     path = part_file(task.tar)
     with whole_file(path, sweep=False) as partial:
         partial.write_bytes(save(columns, {"part": said, _DIGEST: _digest(said, columns)}))
     return part
+
+
+def _code_in(dataset: str, record: Record) -> int:
+    """The code of the record's patient id in another data set; 0 for an unknown one."""
+    return 0 if record.patient is None else patient_code(dataset, record.patient, "")
+
+
+def _by_kind(remarks: Sequence[Remark]) -> Iterator[Remark]:
+    """One remark of each kind, with the details of all."""
+    details: dict[str, list[str]] = {}
+    for remark in remarks:
+        details.setdefault(remark.kind, []).append(remark.detail)
+    for kind, several in details.items():
+        yield Remark(kind, "; ".join(filter(None, several)))
 
 
 def check_utf8(name: str) -> None:

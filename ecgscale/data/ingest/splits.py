@@ -1,15 +1,19 @@
 """Which split a record belongs to: by a hash of its patient, or by a value that its source gives it.
 
-Shape suffix: B records of a shard, V different values.
+Exact copies lie in one split: the hash of one person decides for all whom equal records link.
+
+Shape suffixes: B records of a shard, P persons, V different values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.copies import Copies
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
@@ -34,6 +38,49 @@ def splits_by_hash(patient_B: npt.NDArray[np.int64], options: IngestOptions) -> 
     place_B = (patient_B % 1_000_003) / 1_000_003  # the code is a hash already
     validation_B = place_B < options.test_fraction + options.validation_fraction
     return np.where(place_B < options.test_fraction, 2, np.where(validation_B, 1, 0)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class United:
+    """Persons whose split others decide, since equal records link them: sorted codes, and places in SPLITS."""
+
+    code_P: npt.NDArray[np.int64]
+    split_P: Splits
+
+    @staticmethod
+    def none() -> United:
+        return United(np.zeros(0, np.int64), np.zeros(0, np.uint8))
+
+    @staticmethod
+    def by_copies(
+        copies: Copies,
+        patient_R: npt.NDArray[np.int64],
+        options: IngestOptions,
+        known: Mapping[int, int] | None = None,
+    ) -> United:
+        """Those linked by ``copies``; ``known`` has the splits that persons of an older set stand in, which they keep.
+
+        All that are linked go where the hash of the least code says, or where the least that is known stands already:
+        so it does not matter in which order records come, nor whether they come at once.
+        """
+        code_P, least_P = copies.linked_persons(patient_R)
+        split_P = splits_by_hash(least_P, options)
+        keep = known or {}
+        of_least = {
+            least: keep[code]
+            for code, least in zip(code_P.tolist()[::-1], least_P.tolist()[::-1], strict=True)
+            if code in keep
+        }
+        for p, (code, least) in enumerate(zip(code_P.tolist(), least_P.tolist(), strict=True)):
+            split_P[p] = keep.get(code, of_least.get(least, split_P[p]))
+        return United(code_P, split_P)
+
+    def applied(self, patient_B: npt.NDArray[np.int64], split_B: Splits) -> Splits:
+        """The splits of some records, changed for these persons."""
+        if not len(self.code_P):
+            return split_B
+        at_B = np.searchsorted(self.code_P, patient_B).clip(max=len(self.code_P) - 1)
+        return np.where(self.code_P[at_B] == patient_B, self.split_P[at_B], split_B).astype(np.uint8)
 
 
 def check_not_empty(known: set[str], options: IngestOptions) -> None:

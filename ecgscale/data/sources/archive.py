@@ -22,13 +22,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TextIO, cast
 
 from tqdm import tqdm
 
 from ecgscale.data.sources.catalogue import TAR, Catalogue, Member
+from ecgscale.data.sources.listing import Contents, is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.wfdb_source import (
     MAX_HEADER_BYTES,
@@ -120,6 +121,24 @@ class Archive:
 
     def children(self, folder: str) -> frozenset[str]:
         return self.catalogue.children(f"{self.prefix}{folder}/" if folder else self.prefix)
+
+    def folders(self, folder: str) -> list[str]:
+        return self.catalogue.folders(f"{self.prefix}{folder}/" if folder else self.prefix)
+
+    def below(self, folder: str) -> Archive:
+        return replace(self, prefix=f"{self.prefix}{folder}/") if folder else self
+
+    def header_outside(self, folder: str) -> str | None:
+        names = (name for name in self.catalogue.names(self.prefix) if name.endswith(".hea"))
+        return next((name for name in names if not name.startswith(f"{folder}/")), None)
+
+    def contents(self) -> Iterator[Contents]:
+        files: dict[str, list[str]] = {}
+        for name in self.catalogue.names(self.prefix):
+            folder, _, file = name.rpartition("/")
+            files.setdefault(folder, []).append(file)
+        for folder, names in files.items():
+            yield Contents(folder, names, [])
 
     def headers(self) -> list[str]:
         names = [name.removesuffix(".hea") for name in self.catalogue.headers(self.prefix)]
@@ -224,7 +243,7 @@ class _TopFolders:
 
 
 def _checked_name(name: str) -> str | None:
-    """The name without ``./``; None for what is nothing: the archive's own folder, macOS's shadow files.
+    """The name without ``./``; None for what is nothing: the archive's own folder, what systems leave in folders.
 
     Raises InputError for names that lead elsewhere or cannot be those of files.
     """
@@ -239,7 +258,7 @@ def _checked_name(name: str) -> str | None:
         raise InputError(f"member {name!r}: the name is not UTF-8") from error
     if len(name) > _MAX_NAME_BYTES or max(map(len, encoded), default=0) > _MAX_PART_BYTES:
         raise InputError(f"member {name[:60]!r}...: the name is too long for a file's")
-    return "/".join(parts) if parts and parts[0] != "__MACOSX" else None
+    return "/".join(parts) if parts and not any(map(is_junk, parts)) else None
 
 
 def _check_size(name: str, packed: int, size: int) -> None:
@@ -283,14 +302,13 @@ def _tar_members(path: Path) -> Iterator[tuple[str, Member]]:
             if info.size < 0 or info.offset_data + info.size > n_bytes:
                 raise InputError(f"member {info.name!r} claims {info.size} bytes; the archive ends before: truncated")
             name = _checked_name(info.name)
-            if info.isdir() or (name is None and info.isreg()):
+            if info.isdir() or name is None:
                 continue
             if not info.isreg() or info.issparse():
                 raise InputError(
                     f"member {info.name!r} is a link, a device or sparse; only plain files can be read from an archive "
                     "(tar --dereference packs what links lead to)"
                 )
-            assert name is not None
             yield name, Member(info.offset_data, info.size, info.size, TAR, 0)
         # tarfile takes a damaged header for the end, which is a block of zeros.
         with path.open("rb") as file:

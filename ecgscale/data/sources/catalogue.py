@@ -101,16 +101,28 @@ class Catalogue:
         found = _open(self.path).execute("SELECT name FROM files WHERE name >= ? AND name < ? ORDER BY name", bounds)
         return [name[len(prefix) :] for (name,) in found if name.endswith(".hea") and not name.endswith("/.hea")]
 
+    def names(self, prefix: str) -> Iterator[str]:
+        """Of all files that start so, sorted, without the prefix."""
+        bounds = (prefix, prefix + _LAST)
+        query = "SELECT name FROM files WHERE name >= ? AND name < ? ORDER BY name"
+        for (name,) in _open(self.path).execute(query, bounds):
+            yield name[len(prefix) :]
+
     def children(self, folder: str) -> frozenset[str]:
         """Names of what stands directly in a folder, which is "" or ends with a slash."""
-        found = set()
+        return frozenset(child for child, _ in self._children(folder))
+
+    def folders(self, folder: str) -> list[str]:
+        """Those of them that are folders, sorted."""
+        return sorted(child for child, is_folder in self._children(folder) if is_folder)
+
+    def _children(self, folder: str) -> Iterator[tuple[str, bool]]:
         after = folder
         query = "SELECT name FROM files WHERE name > ? ORDER BY name LIMIT 1"
         while (row := _open(self.path).execute(query, (after,)).fetchone()) and row[0].startswith(folder):
             child, slash, _ = row[0][len(folder) :].partition("/")
-            found.add(child)
+            yield child, bool(slash)
             after = f"{folder}{child}/{_LAST}" if slash else row[0]  # past all that the child holds
-        return frozenset(found)
 
     def items(self) -> list[str]:
         """The records, sorted."""

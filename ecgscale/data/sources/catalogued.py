@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ecgscale.data.label_table import Description, LabelTable, load_label_table
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
 from ecgscale.data.sources.catalogue import Catalogue
+from ecgscale.data.sources.listing import left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError
@@ -38,6 +39,10 @@ class CataloguedWfdb:
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What was thought of the tree when it was opened, one line each."""
+    others: Callable[[Tree], list[str]] | None = None
+    """Lines on what lies in the tree and is not read."""
 
     def items(self) -> list[str]:
         """Sorted names of the records; raises InputError if ``labels_csv`` does not fit."""
@@ -62,6 +67,10 @@ class CataloguedWfdb:
         labels = self._labels()
         return [item for item in self.items() if labels is None or item not in labels.rows]
 
+    def left_out(self) -> list[str]:
+        """Lines on what is not read, and why."""
+        return [*self.remarks, *(self.others(self.tree) if self.others else ())]
+
     def _labels(self) -> LabelTable | None:
         if self.labels_csv is None:
             return None
@@ -73,10 +82,45 @@ def _label_table(where: Path, catalogue: Catalogue, labels_csv: Path, record_col
     return load_label_table(labels_csv, where, catalogue.items(), record_column)
 
 
+def all_headers(tree: Tree) -> list[str]:
+    """What is not read where all WFDB records of a tree are."""
+    return left_out(tree.contents(), ".hea")
+
+
+class Absent:
+    """Records that a table names and that are not there."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, ""
+
+    def add(self, item: str) -> None:
+        self.count += 1
+        self.first = self.first or item
+
+    def lines(self) -> list[str]:
+        said = f"left out: {self.count} records that the tables name and that are not there; the first is {self.first}"
+        return [said] if self.count else []
+
+
+def lies_in(item: str, within: str) -> bool:
+    """Whether a record lies in a folder; "" is the root."""
+    return not within or item.startswith(f"{within}/")
+
+
 def catalogued(
-    tree: Folder | Archive, scratch: Scratch, described: Described, description: str, options: SourceOptions
+    tree: Folder | Archive,
+    scratch: Scratch,
+    described: Described,
+    description: str,
+    options: SourceOptions,
+    remarks: Sequence[str] = (),
+    others: Callable[[Tree], list[str]] | None = None,
+    absent: Absent | None = None,
 ) -> CataloguedWfdb:
-    """The source of the records that ``described`` gives; ``{n}`` in the description becomes their number."""
+    """The source of the records that ``described`` gives; ``{n}`` in the description becomes their number.
+
+    ``described`` fills ``absent``.
+    """
     catalogue = Catalogue.make(scratch.path / "records.sqlite")
     try:
         catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
@@ -94,6 +138,8 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
+        (*remarks, *(absent.lines() if absent else ())),
+        others,
     )
 
 

@@ -6,10 +6,11 @@ Diagnoses, age and sex stand in the headers. No record names a patient.
 from __future__ import annotations
 
 from ecgscale.data.label_table import Description
-from ecgscale.data.sources.catalogued import Described
+from ecgscale.data.sources.catalogued import Described, lies_in
 from ecgscale.data.sources.tree import Tree
 
 DESCRIPTION = "CinC 2021: {n} records, label Dx from the headers, metadata database from the folders; no patients known"
+MARKS = "training/<database>/g1"
 _DATABASES = {
     "chapman_shaoxing",
     "cpsc_2018",
@@ -31,8 +32,15 @@ def is_here(tree: Tree) -> bool:
     return False
 
 
-def described(tree: Tree) -> Described:
-    """All records of the tree."""
+def has_part(name: str) -> bool:
+    """Whether recordings lie in a folder of that name."""
+    return name == "training" or name in _DATABASES
+
+
+def described(tree: Tree, within: str) -> Described:
+    """All records of the tree, or of a folder of it."""
     for item in tree.headers():
+        if not lies_in(item, within):
+            continue
         database = next((folder for folder in item.split("/")[:-1] if folder in _DATABASES), None)
         yield item, Description(None, {}, {"database": database} if database else {})

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,10 @@ import numpy.typing as npt
 from ecgscale.data.label_table import Description, is_known
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.catalogue import Catalogue
+from ecgscale.data.sources.listing import is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table, whole_number
-from ecgscale.data.sources.tree import Folder
+from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.units import parse_unit, to_counts
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.errors import InputError, disk_failed, unreadable
@@ -108,10 +110,25 @@ class Code15:
         """All: there is no table of the user's."""
         return self.items()
 
+    def left_out(self) -> list[str]:
+        """A line on parts that are still packed."""
+        packed = [path.name for path in self.root.glob("exams_part*.zip") if f"{path.stem}.hdf5" not in self.parts]
+        reason = "parts are still packed; unpack them here"
+        return [f"left out: {len(packed)} {reason}; the first is {min(packed)}"] if packed else []
+
+
+def is_here(tree: Tree) -> bool:
+    """By its parts: without exams.csv beside them the patients are unknown, which is to be said."""
+    names = tree.children("")
+    return any(fnmatch(name, PARTS) for name in names) or (
+        EXAMS in names and any(name.startswith("exams_part") for name in names)
+    )
+
 
 def parts_in(root: Path) -> tuple[str, ...]:
     """Names of the parts, as far as they do not lead out of the folder."""
-    return tuple(sorted(path.name for path in root.glob(PARTS) if stays_inside(path, root)))
+    paths = (path for path in root.glob(PARTS) if not is_junk(path.name))
+    return tuple(sorted(path.name for path in paths if stays_inside(path, root)))
 
 
 def _items_of(root: Path, part: str) -> Iterator[str]:
@@ -148,8 +165,7 @@ def _description(row: dict[str, str], where: str) -> Description:
     }
     if is_known(row.get("is_male", "")):
         metadata["sex"] = _SEX[_truth(row["is_male"], f"{where}: is_male")]
-    known = {label: values for label, values in labels.items() if values}
-    return Description(str(whole_number(row["patient_id"], where)), known, metadata)
+    return Description(str(whole_number(row["patient_id"], where)), labels, metadata)
 
 
 def _truth(text: str, where: str) -> bool:

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ecgscale.data.label_table import Description, is_known
 from ecgscale.data.sources.catalogue import Catalogue
-from ecgscale.data.sources.catalogued import Described, Presence
+from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
 from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -20,13 +21,69 @@ DESCRIPTION = "MIMIC-IV-ECG: {n} records, patients from record_list.csv, label r
 _COLUMNS = ("subject_id", "study_id", "ecg_time", "path")
 
 
+_PATIENT_FOLDER = re.compile(r"(?:^|/)p(\d{8})/s(\d+)/[^/]+$")
+_BY_FOLDERS = "MIMIC-IV-ECG: {n} records, patients by their folders, since there is no record_list.csv; label report "
+
+
+def is_here(tree: Tree) -> bool:
+    """By its list of records.
+
+    A list of that name with other columns, beside nothing else of MIMIC-IV-ECG, is somebody's own.
+    """
+    names = tree.children("")
+    return RECORDS in names and (MEASUREMENTS in names or "files" in names or not _lacking(tree))
+
+
+def has_shape(tree: Tree) -> bool:
+    """By its folders, p1000/p10000032/s40689238, which name the patients where there is no list of records."""
+    if RECORDS in tree.children(""):
+        return False
+    return any(_holds_patients(tree, folder) for folder in ("", "files"))
+
+
+def has_part(name: str) -> bool:
+    """Whether its recordings lie in a folder of that name."""
+    return name == "files"
+
+
+def why_not(tree: Tree) -> list[str]:
+    """A line where there is a list of records of another kind."""
+    if RECORDS not in tree.children(""):
+        return []
+    lacking = "; ".join(f"no column {name}" for name in _lacking(tree)[:1])
+    return [
+        f"{tree.where / RECORDS}: not the list of MIMIC-IV-ECG ({lacking}), so these are read as plain WFDB records; "
+        f"--labels {RECORDS} takes its columns as labels"
+    ]
+
+
+def _lacking(tree: Tree) -> list[str]:
+    try:
+        with tree.table(RECORDS) as stream:
+            return [name for name in _COLUMNS if name not in Table(stream, str(tree.where / RECORDS), ()).columns]
+    except InputError:
+        return list(_COLUMNS)
+
+
+def _holds_patients(tree: Tree, folder: str) -> bool:
+    """Whether a folder holds p1000/p10000032, or p10000032/s40689238."""
+    first = next((name for name in tree.folders(folder) if re.fullmatch(r"p\d{4}|p\d{8}", name)), None)
+    if first is None:
+        return False
+    inner = r"p\d{8}" if len(first) == 5 else r"s\d+"
+    return any(re.fullmatch(inner, name) for name in tree.folders(f"{folder}/{first}" if folder else first))
+
+
 def description(tree: Tree) -> str:
+    if RECORDS not in tree.children(""):
+        with_reports = MEASUREMENTS in tree.children("")
+        return _BY_FOLDERS + (f"from {MEASUREMENTS}" if with_reports else f"missing: no {MEASUREMENTS}")
     with_reports = MEASUREMENTS in tree.children("")
     return DESCRIPTION + (f"from {MEASUREMENTS}" if with_reports else f"missing: no {MEASUREMENTS}")
 
 
-def described(tree: Tree, scratch: Path) -> Described:
-    """The records whose patient's folder is there; ``scratch`` is a folder for a table.
+def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Described:
+    """The records whose patient's folder is there, or those of a folder; ``scratch`` is a folder for a table.
 
     A patient's folder rather than each record's file: with 800,000 of them, asking for each takes long over a network.
     Raises InputError for tables that are not MIMIC-IV-ECG's.
@@ -34,6 +91,9 @@ def described(tree: Tree, scratch: Path) -> Described:
     reports = Catalogue.make(scratch / "reports.sqlite")
     if MEASUREMENTS in tree.children(""):
         reports.add_notes(_reports(tree))
+    if RECORDS not in tree.children(""):
+        yield from _by_folders(tree, reports, within)
+        return
     there = Presence(tree)
     with tree.table(RECORDS) as stream:
         table = Table(stream, str(tree.where / RECORDS), _COLUMNS)
@@ -43,7 +103,11 @@ def described(tree: Tree, scratch: Path) -> Described:
             parts = item.split("/")
             if len(parts) < 3:
                 raise InputError(f"{table.where()}: path {item!r}; it must read like files/p1000/p10000032/s1/1")
-            if "/".join(parts[:-2]) in there:
+            if not lies_in(item, within):
+                continue
+            if "/".join(parts[:-2]) not in there:
+                absent.add(item)
+            else:
                 lines = reports.note(whole_number(row[study], table.where()))
                 yield (
                     item,
@@ -53,6 +117,14 @@ def described(tree: Tree, scratch: Path) -> Described:
                         {"ecg_time": row[time].strip()} if is_known(row[time]) else {},
                     ),
                 )
+
+
+def _by_folders(tree: Tree, reports: Catalogue, within: str) -> Described:
+    for item in tree.headers():
+        if lies_in(item, within):
+            match = _PATIENT_FOLDER.search(item)
+            lines = reports.note(int(match[2])) if match else []
+            yield item, Description(str(int(match[1])) if match else None, {"report": lines} if lines else {}, {})
 
 
 def _reports(tree: Tree) -> Iterator[tuple[int, list[str]]]:

@@ -6,7 +6,6 @@ What such files do not say, the options do: rate, leads, and what a 1 is worth. 
 from __future__ import annotations
 
 import functools
-import os
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, find_key, load_label_table, read_rows
 from ecgscale.data.source_options import SourceOptions
+from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.units import parse_unit, to_counts
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.wfdb_header import MAX_RATE_HZ
-from ecgscale.errors import InputError, file_error, unreadable
+from ecgscale.errors import InputError, unreadable
 from ecgscale.record import LEADS, Record, canonical_leads
 
 _ROW = "row"  # what the record column of a stacked array is called; its table names no records
@@ -102,6 +102,10 @@ class NpyTable:
         labels = self._labels()
         return [item for item in self.items() if labels is None or item not in labels.rows]
 
+    def left_out(self) -> list[str]:
+        """Lines on what below the folder is not read, and why."""
+        return [] if self.is_stacked else left_out(contents_below(self.path), ".npy")
+
     def _names(self) -> list[str]:
         if not self.is_stacked:
             return _arrays_below(self.path)
@@ -145,14 +149,14 @@ def _label_table(source: NpyTable, labels_csv: Path) -> LabelTable:
 
 
 def _arrays_below(root: Path) -> list[str]:
-    def refuse(error: OSError) -> None:
-        raise file_error(error.filename, "cannot be listed", error) from error
-
-    paths = [Path(folder, file) for folder, _, files in os.walk(root, onerror=refuse) for file in files]
-    arrays = [path for path in paths if path.suffix == ".npy" and (not path.is_symlink() or stays_inside(path, root))]
-    if not arrays:
-        raise InputError(f"{root}: no .npy in or below it; links are not followed")
-    return sorted(path.relative_to(root).as_posix().removesuffix(".npy") for path in arrays)
+    names = []
+    for folder, files, _ in contents_below(root):
+        stems = [file.removesuffix(".npy") for file in files if Path(file).suffix == ".npy"]
+        names += [f"{folder}/{stem}" if folder else stem for stem in stems]
+    if not names:
+        others = "".join(f"; {line}" for line in left_out(contents_below(root), ".npy"))
+        raise InputError(f"{root}: no .npy in or below it; links are not followed{others}")
+    return sorted(names)
 
 
 @functools.lru_cache(maxsize=4)

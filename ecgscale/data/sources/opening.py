@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,10 +12,12 @@ from ecgscale.data.label_table import Description
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources import archive, cinc2021, code15, mimic_iv_ecg, ptbxl
 from ecgscale.data.sources.archive import Archive
-from ecgscale.data.sources.catalogued import Described, catalogued
+from ecgscale.data.sources.catalogued import Absent, Described, all_headers, catalogued
 from ecgscale.data.sources.code15 import Code15
+from ecgscale.data.sources.listing import contents_below
 from ecgscale.data.sources.npy_table import NpyTable
 from ecgscale.data.sources.protocol import OpenedSource
+from ecgscale.data.sources.recognise import LAYOUTS, Place, recognise, unrecognised
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_source import WfdbFolder
@@ -28,35 +28,7 @@ _IMPLAUSIBLE_MV = 5.0
 _LOOKED_AT = 5
 
 
-class _WfdbLayout(NamedTuple):
-    """A data set of WFDB records, in a folder or an archive."""
-
-    is_here: Callable[[Tree], bool]
-    marks: str  # what it is recognised by
-    described: Callable[[Tree, Path], Described]
-    description: Callable[[Tree], str]
-
-
-_WFDB_LAYOUTS = {
-    "ptbxl": _WfdbLayout(
-        lambda tree: ptbxl.DATABASE in tree.children(""),
-        ptbxl.DATABASE,
-        lambda tree, scratch: ptbxl.described(tree),
-        lambda tree: ptbxl.DESCRIPTION,
-    ),
-    "mimic-iv-ecg": _WfdbLayout(
-        lambda tree: mimic_iv_ecg.RECORDS in tree.children(""),
-        mimic_iv_ecg.RECORDS,
-        mimic_iv_ecg.described,
-        mimic_iv_ecg.description,
-    ),
-    "cinc2021": _WfdbLayout(
-        cinc2021.is_here,
-        "training/<database>/g1",
-        lambda tree, scratch: cinc2021.described(tree),
-        lambda tree: cinc2021.DESCRIPTION,
-    ),
-}
+_FOR_WFDB = {name: layout for name, layout in LAYOUTS.items() if name != "code15"}
 
 
 def open_source(path: Path, options: SourceOptions) -> OpenedSource:
@@ -67,11 +39,11 @@ def open_source(path: Path, options: SourceOptions) -> OpenedSource:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; a folder or an archive of recordings is needed")
-    chosen = options if options.dataset else replace(options, dataset=_name_of(path))
     if path.is_dir():
-        return _open_folder(path, chosen)
+        return _open_folder(path, options)
+    chosen = options if options.dataset else replace(options, dataset=_name_of(path))
     if archive.is_archive(path):
-        return _open_tree(Archive.open(path), chosen)
+        return _open_archive(Archive.open(path), chosen)
     if path.suffix.lower() == ".npy":
         return _open_npy(path, chosen)
     if path.suffix.lower() in (".hdf5", ".h5"):
@@ -107,61 +79,87 @@ def _name_of(path: Path) -> str:
 
 
 def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
-    tree = Folder(path)
-    layout = options.layout if options.layout != "auto" else _layout_of(tree)
-    if layout == "code15":
-        return _open_code15(path, code15.parts_in(path), options)
-    if layout == "npy":
-        return _open_npy(path, options)
-    if layout != "wfdb":
-        return _open_tree(tree, replace(options, layout=layout))
-    options.check_for(layout)
+    place, tree = None, Folder(path)
+    if options.layout not in ("wfdb", "npy"):
+        place = recognise(tree, LAYOUTS if options.layout == "auto" else {options.layout: LAYOUTS[options.layout]})
+    root = place.tree.where if place else path
+    chosen = options if options.dataset else replace(options, dataset=_name_of(root))
+    if options.layout == "code15" or (place and place.layout == "code15"):
+        return _open_code15(root, code15.parts_in(root), chosen)
+    if place or options.layout in _FOR_WFDB:
+        return _open_known(tree, place, chosen, Scratch.make())
+    if options.layout == "npy" or (options.layout == "auto" and _holds_only_npy(path)):
+        return _open_npy(path, chosen)
+    options.check_for("wfdb")
     return WfdbFolder(
         path,
-        options.dataset or "",
+        chosen.dataset or "",
         options.labels_csv,
         options.record_column,
         options.patient_key,
         options.ignore_leads,
+        remarks=tuple(unrecognised(tree)) if options.layout == "auto" else (),
     )
-
-
-def _layout_of(tree: Folder) -> str:
-    for name, layout in _WFDB_LAYOUTS.items():
-        if layout.is_here(tree):
-            return name
-    if code15.EXAMS in tree.children("") and any(name.startswith("exams_part") for name in tree.children("")):
-        return "code15"
-    return "npy" if _holds_only_npy(tree.where) else "wfdb"
 
 
 def _holds_only_npy(root: Path) -> bool:
     """Whether there are .npy and no WFDB headers below; one header ends the search."""
     found = False
-    for _, _, files in os.walk(root):
-        if any(file.endswith(".hea") for file in files):
+    for contents in contents_below(root):
+        if any(file.endswith(".hea") for file in contents.files):
             return False
-        found = found or any(file.endswith(".npy") for file in files)
+        found = found or any(file.endswith(".npy") for file in contents.files)
     return found
 
 
-def _open_tree(tree: Folder | Archive, options: SourceOptions) -> OpenedSource:
-    """A layout of WFDB records in a folder, or any of them in an archive."""
-    name = options.layout
-    if name == "auto":
-        name = next((name for name, layout in _WFDB_LAYOUTS.items() if layout.is_here(tree)), "wfdb")
-    if name not in (*_WFDB_LAYOUTS, "wfdb"):
-        raise InputError(f"{tree.where}: layout {name} is not read from an archive; unpack it and give the folder")
-    options.check_for(name)
-    scratch = tree.disk if isinstance(tree, Archive) else Scratch.make()
-    if name == "wfdb":
-        nothing = Description(None, {}, {})
-        records = ((item, nothing) for item in tree.headers())
-        return catalogued(tree, scratch, records, f"{tree.where}: an archive of {{n}} WFDB records", options)
-    layout = _WFDB_LAYOUTS[name]
-    if not layout.is_here(tree):
-        raise InputError(f"{tree.where}: no {layout.marks} in it, so not layout {name}; leave --layout out")
-    return catalogued(tree, scratch, layout.described(tree, scratch.path), layout.description(tree), options)
+def _open_archive(tree: Archive, options: SourceOptions) -> OpenedSource:
+    """Any layout of WFDB records."""
+    if options.layout not in ("auto", "wfdb", *_FOR_WFDB):
+        raise InputError(
+            f"{tree.where}: layout {options.layout} is not read from an archive; unpack it and give the folder"
+        )
+    place = None
+    if options.layout != "wfdb":
+        place = recognise(tree, LAYOUTS if options.layout == "auto" else {options.layout: LAYOUTS[options.layout]})
+    if place and place.layout == "code15":
+        raise InputError(f"{tree.where}: layout code15 is not read from an archive; unpack it and give the folder")
+    if place or options.layout in _FOR_WFDB:
+        return _open_known(tree, place, options, tree.disk)
+    options.check_for("wfdb")
+    remarks = unrecognised(tree) if options.layout == "auto" else []
+    records = ((item, Description(None, {}, {})) for item in tree.headers())
+    description = f"{tree.where}: an archive of {{n}} WFDB records"
+    return catalogued(tree, tree.disk, records, description, options, remarks, all_headers)
+
+
+def _open_known(tree: Tree, place: Place | None, options: SourceOptions, scratch: Scratch) -> OpenedSource:
+    """One of the known sets of WFDB records, where ``recognise`` says that it lies."""
+    if place is None:
+        marks = LAYOUTS[options.layout].marks
+        raise InputError(f"{tree.where}: no {marks} in it, so not layout {options.layout}; leave --layout out")
+    options.check_for(place.layout)
+    layout, root, absent = LAYOUTS[place.layout], place.tree, Absent()
+    assert isinstance(root, Folder | Archive)
+    try:
+        described, description, others = _about(place, scratch, absent)
+        described_as = f"{description}; {place.how}" if place.how else description
+        return catalogued(root, scratch, described, described_as, options, (), others, absent)
+    except InputError as error:
+        if options.layout != "auto":
+            raise
+        raise InputError(
+            f"{error} (taken for {layout.title} because of {layout.marks}; --layout wfdb reads plain records)"
+        ) from error
+
+
+def _about(place: Place, scratch: Scratch, absent: Absent) -> tuple[Described, str, Callable[[Tree], list[str]] | None]:
+    """What its tables say of the records, a line for people, and who knows what is left out."""
+    tree, within = place.tree, place.within
+    if place.layout == "ptbxl":
+        return ptbxl.described(tree, within, absent), ptbxl.DESCRIPTION, ptbxl.left_out
+    if place.layout == "mimic-iv-ecg":
+        return mimic_iv_ecg.described(tree, scratch.path, within, absent), mimic_iv_ecg.description(tree), None
+    return cinc2021.described(tree, within), cinc2021.DESCRIPTION, all_headers
 
 
 def _open_npy(path: Path, options: SourceOptions) -> OpenedSource:

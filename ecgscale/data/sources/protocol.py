@@ -30,3 +30,6 @@ class OpenedSource(Source, Protocol):
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in the user's table of labels; all of them where there is none."""
+
+    def left_out(self) -> list[str]:
+        """Lines on what lies there and is not read, with the reason, and on what the source was not taken for."""

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Mapping
 
 from ecgscale.data.label_table import Description, is_known
-from ecgscale.data.sources.catalogued import Described, Presence
+from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
 from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -23,17 +23,29 @@ DESCRIPTION = (
 )
 _COLUMNS = ("patient_id", "age", "sex", "scp_codes", "strat_fold")
 _STATEMENT_COLUMNS = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
+_FOLDERS = {"filename_hr": "records500", "filename_lr": "records100"}
 _SEX = {"0": "male", "1": "female"}
 _OLDEST = 89  # the data set writes 300 for whoever is older
 
 
-def described(tree: Tree) -> Described:
+def is_here(tree: Tree) -> bool:
+    """By the name of its table."""
+    return DATABASE in tree.children("")
+
+
+def has_part(name: str) -> bool:
+    """Whether its recordings lie in a folder of that name."""
+    return name in _FOLDERS.values()
+
+
+def described(tree: Tree, within: str, absent: Absent) -> Described:
     """The records that are there, of the 500 Hz folder or, where that is absent, of the 100 Hz one.
 
-    Raises InputError for tables that are not PTB-XL's.
+    ``within``: only those of that folder. Raises InputError for tables that are not PTB-XL's.
     """
     statements = _statements(tree)
-    path_column = "filename_hr" if tree.children("records500") else "filename_lr"
+    is_low = within.startswith(_FOLDERS["filename_lr"]) or not tree.children(_FOLDERS["filename_hr"])
+    path_column = "filename_lr" if is_low else "filename_hr"
     shown = str(tree.where / DATABASE)
     there = Presence(tree)
     with tree.table(DATABASE) as stream:
@@ -41,8 +53,24 @@ def described(tree: Tree) -> Described:
         at = table.columns
         for row in table:
             item = row[at[path_column]].strip()
-            if f"{item}.hea" in there:
+            if not lies_in(item, within):
+                continue
+            if f"{item}.hea" not in there:
+                absent.add(item)
+            else:
                 yield item, _description({name: row[at[name]].strip() for name in _COLUMNS}, statements, table.where())
+
+
+def left_out(tree: Tree) -> list[str]:
+    """A line on records that the table does not name."""
+    with tree.table(DATABASE) as stream:
+        table = Table(stream, str(tree.where / DATABASE), ())
+        at = [table.columns[name] for name in _FOLDERS if name in table.columns]
+        named = {row[i].strip() for row in table for i in at}
+    others = [item for item in tree.headers() if item not in named]
+    return (
+        [f"left out: {len(others)} records that {DATABASE} does not name; the first is {others[0]}"] if others else []
+    )
 
 
 def _description(row: Mapping[str, str], statements: Mapping[str, Mapping[str, str]], where: str) -> Description:

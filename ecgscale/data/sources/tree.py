@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from ecgscale.data.sources.listing import Contents, contents_below, is_junk
 from ecgscale.data.sources.wfdb_source import headers_below, read_wfdb, stays_inside, without_segments
 from ecgscale.errors import InputError, file_error
 from ecgscale.record import Record
@@ -23,6 +24,18 @@ class Tree(Protocol):
 
     def children(self, folder: str) -> frozenset[str]:
         """Names of what stands directly in a folder ("" is the place itself); none where there is no such folder."""
+
+    def folders(self, folder: str) -> list[str]:
+        """Those of them that are folders, sorted; links are not followed."""
+
+    def below(self, folder: str) -> Tree:
+        """What lies below one of its folders, as a tree of its own."""
+
+    def header_outside(self, folder: str) -> str | None:
+        """The name of some WFDB header that lies in the tree but not in that folder of it."""
+
+    def contents(self) -> Iterator[Contents]:
+        """Of the place itself and of all folders below."""
 
     def headers(self) -> list[str]:
         """The WFDB records, sorted, without those that are segments of another."""
@@ -43,11 +56,32 @@ class Folder:
     def children(self, folder: str) -> frozenset[str]:
         path = self.where / folder
         try:
-            return frozenset(child.name for child in path.iterdir()) if stays_inside(path, self.where) else frozenset()
+            names = (child.name for child in path.iterdir()) if stays_inside(path, self.where) else ()
+            return frozenset(name for name in names if not is_junk(name))
         except (FileNotFoundError, NotADirectoryError):
             return frozenset()
         except OSError as error:
             raise file_error(path, "cannot be listed", error) from error
+
+    def folders(self, folder: str) -> list[str]:
+        names = self.children(folder)
+        paths = [self.where / folder / name for name in sorted(names)]
+        return [path.name for path in paths if path.is_dir() and not path.is_symlink()]
+
+    def below(self, folder: str) -> Folder:
+        return Folder(self.where / folder) if folder else self
+
+    def header_outside(self, folder: str) -> str | None:
+        for contents in contents_below(self.where):
+            if contents.folder == folder or contents.folder.startswith(f"{folder}/"):
+                continue
+            for name in contents.files:
+                if name.endswith(".hea"):
+                    return f"{contents.folder}/{name}" if contents.folder else name
+        return None
+
+    def contents(self) -> Iterator[Contents]:
+        return contents_below(self.where)
 
     def headers(self) -> list[str]:
         return without_segments(self.where, headers_below(self.where))

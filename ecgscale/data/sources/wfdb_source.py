@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, load_label_table
+from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.wfdb_header import MAX_RATE_HZ, Header, SignalLine, parse_header
 from ecgscale.data.wfdb_signals import (
     INT16_FORMATS,
@@ -70,6 +71,8 @@ class WfdbFolder:
     """Of a lead, that may be interpolated. 1 % of 10 s is 100 ms, too short to swallow a heartbeat."""
     verify_checksums: bool = True
     """Refuse data that miss the header's checksums; of 2,843 real records 9 do, all truly damaged."""
+    remarks: tuple[str, ...] = ()
+    """What was thought of the folder when it was opened, one line each."""
 
     @property
     def description(self) -> str:
@@ -85,7 +88,8 @@ class WfdbFolder:
         """
         names = headers_below(self.root)
         if not names:
-            raise InputError(f"{self.root}: no WFDB header (*.hea) in or below it; links are not followed")
+            others = "".join(f"; {line}" for line in self.left_out())
+            raise InputError(f"{self.root}: no WFDB header (*.hea) in or below it; links are not followed{others}")
         if self.labels_csv is not None:
             self._labels()
         return without_segments(self.root, names)
@@ -107,6 +111,10 @@ class WfdbFolder:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
         labels = self._labels()
         return [item for item in self.items() if labels is None or item not in labels.rows]
+
+    def left_out(self) -> list[str]:
+        """Lines on what below the folder is not read, and why."""
+        return [*self.remarks, *left_out(contents_below(self.root), ".hea")]
 
     def _labels(self) -> LabelTable | None:
         if self.labels_csv is None:
@@ -193,15 +201,10 @@ def headers_below(root: Path) -> list[str]:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
 
-    def refuse(error: OSError) -> None:
-        raise file_error(error.filename, "cannot be listed", error) from error
-
     names = []
-    for folder, _, files in os.walk(root, onerror=refuse):
-        for file in files:
-            path = Path(folder, file)
-            if file.endswith(".hea") and file != ".hea" and (not path.is_symlink() or stays_inside(path, root)):
-                names.append(path.relative_to(root).as_posix().removesuffix(".hea"))
+    for folder, files, _ in contents_below(root):
+        stems = [file.removesuffix(".hea") for file in files if file.endswith(".hea") and file != ".hea"]
+        names += [f"{folder}/{stem}" if folder else stem for stem in stems]
     return sorted(names)
 
 

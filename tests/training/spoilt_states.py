@@ -1,0 +1,79 @@
+"""A rank of a job whose state is not finite, at each stage: what a save says of it. Prints one JSON object.
+
+For each stage and each way of spoiling, the message and the files that are left, and whether the optimizer's state was
+made although no gradient is finite.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ecgscale import progress
+from ecgscale.data.batch import ECGBatch, synthetic_batch
+from ecgscale.errors import Diverged
+from ecgscale.training import checkpoint
+from ecgscale.training.engine import MOMENTS, Engine, EngineConfig
+from ecgscale.training.ranks import start_ranks
+
+ROWS = 4
+
+
+class Sums(nn.Module):
+    """Two linear layers, of which the last parameter is written by the last rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 4)
+
+    def forward(self, batch: ECGBatch, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        values_BL = (batch.gain_BL * batch.signal_BLT.float().mean(-1)).to(self.first.weight.dtype)
+        loss = self.last(self.first(values_BL)).float().square().mean()
+        return loss, {"loss": loss.detach()}
+
+
+def spoilt(tensor: Tensor, value: float) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[-1] = value
+    return changed
+
+
+def saved(folder: Path, stage: int, precision: str, what: str, value: float) -> dict[str, object]:
+    """What comes of a save where one number of ``what`` of the last parameter is ``value``."""
+    torch.manual_seed(0)
+    module = Sums()
+    weights = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    if what == "weight":
+        weights["last.weight"] = spoilt(weights["last.weight"], value)
+    config = EngineConfig(zero_stage=stage, precision=precision, whole_below=0)
+    engine = Engine(module, config, ranks, accumulation=1, micro_batch=ROWS, weights=weights)
+    engine.create_optimizer_state(engine.put(synthetic_batch(ROWS, 40)))
+    made = all(not engine.moment(name, kind).any() for name in engine.trained for kind in MOMENTS)
+
+    def moment(name: str, kind: str) -> Tensor:
+        zeros = torch.zeros(engine.shapes[name])
+        return spoilt(zeros, value) if (name, kind) == ("last.weight", what) else zeros
+
+    engine.set_optimizer(moment, 3)
+    said = ""
+    try:
+        checkpoint.save(folder, engine, 7, {"about": {}})
+    except Diverged as error:
+        said = str(error)
+    return {"said": said, "made": made, "left": sorted(path.name for path in folder.glob("*"))}
+
+
+if __name__ == "__main__":
+    ranks = start_ranks()
+    outcomes = {}
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            for what, value in (("weight", float("inf")), ("exp_avg_sq", float("nan")), ("weight", 1.0)):
+                name = f"{precision}-{stage}-{what}-{value}"
+                outcomes[name] = saved(Path(sys.argv[1]) / name, stage, precision, what, value)
+    print(json.dumps(outcomes))
+    progress.at(0, "")
