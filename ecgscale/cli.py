@@ -255,7 +255,9 @@ def ingest(argv: list[str]) -> None:
     source = source_from(options)
     from ecgscale.data.sources import implausible_unit
 
-    about = [source.description, *(f"{options.source}: {line}" for line in source.left_out())]
+    about = [source.description]
+    if not options.part:  # --merge says it once for all
+        about += [f"{options.source}: {line}" for line in source.left_out()]
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding
@@ -303,6 +305,7 @@ def index(argv: list[str]) -> None:
     parser.add_argument(
         "--leads", default="", metavar="I,II,...", help="rows of the arrays, where the JSON does not (default: the 12)"
     )
+    parser.add_argument("--rename-leads", default="", metavar="DI=I,DII=II", help="leads that the JSON calls otherwise")
     parser.add_argument("--mv-per-count", type=float, help="millivolts per count, where the JSON does not say it")
     parser.add_argument("--patient-key", default="", metavar="KEY", help="JSON key that names the patient")
     parser.add_argument("--label-keys", default="", metavar="A,B", help="JSON keys that are labels, beside `labels`")
@@ -323,6 +326,7 @@ def index(argv: list[str]) -> None:
         label_keys=listed(options.label_keys),
         signal_ext=options.signal_ext.lstrip(".").lower(),
         meta_ext=options.meta_ext.lstrip(".").lower(),
+        rename_leads=listed(options.rename_leads),
     )
     splits = IngestOptions(
         validation_fraction=_validation_fraction(options),
@@ -477,19 +481,22 @@ def import_fairseq(argv: list[str]) -> None:
 def embed(argv: list[str]) -> None:
     """Embed recordings with a trained model.
 
-    INPUT is a WFDB record, a folder of them, or an .npy of (leads, samples) or (records, leads, samples) in mV.
-    OUTPUT.npz holds record_embedding (records, width), name (records,) and, with --tokens, tokens (records, N, width).
+    INPUT is a WFDB record, a folder of them, a data set of `ecgscale ingest`, or an .npy of (leads, samples) or
+    (records, leads, samples) in mV. OUTPUT.npz holds record_embedding (records, width), name (records,), with --tokens
+    tokens (records, N, width), and of a data set split (records,).
     """
     parser = _parser("embed", embed.__doc__)
     parser.add_argument("model", type=Path, help="run folder or export folder")
-    parser.add_argument("input", type=Path, help="WFDB record, folder or .npy")
+    parser.add_argument("input", type=Path, help="WFDB record, folder of them, data set or .npy")
     parser.add_argument("output", type=Path, help=".npz to write")
     parser.add_argument("--tokens", action="store_true", help="keep one vector per 16 samples too")
     parser.add_argument("--rate-hz", type=float, help="sample rate of an .npy")
     parser.add_argument("--leads", metavar="I,II,...", help="leads of an .npy, in its order")
     parser.add_argument("--ignore-leads", default="", metavar="A,B", help="signals of WFDB records to leave out")
+    parser.add_argument("--rename-leads", default="", metavar="A=I,B=II", help="leads that WFDB records call otherwise")
     options = parser.parse_args(argv)
     from ecgscale.embed import embed_files
+    from ecgscale.lead_names import parse_renames
 
     leads = listed(options.leads) if options.leads else None
     print(
@@ -501,6 +508,7 @@ def embed(argv: list[str]) -> None:
             options.rate_hz,
             leads,
             listed(options.ignore_leads),
+            parse_renames(listed(options.rename_leads)),
         )
     )
 

@@ -197,13 +197,14 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
         key = rest.pop(0)
         if not key.startswith("--"):
             raise InputError(f"unexpected argument {key!r}; give --key value")
-        name, equals, value = key[2:].partition("=")
+        short, equals, value = key[2:].partition("=")
+        name = _SHORT.get(short, short)
         if not equals:
             given = rest and not rest[0].startswith("--")
-            if not given and name not in _USUAL:
+            if not given and short not in _USUAL:
                 raise InputError(f"--{name}: a value is missing; give --{name} VALUE")
-            value = rest.pop(0) if given else _USUAL[name]
-        pairs.append((_SHORT.get(name, name), value))
+            value = rest.pop(0) if given else _USUAL[short]
+        pairs.append((name, value))
     return pairs
 
 

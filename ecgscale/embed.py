@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.data.sources import WfdbFolder, read_wfdb
 from ecgscale.errors import InputError, unreadable
 from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Embedding, Recording, load
-from ecgscale.record import LEADS
+from ecgscale.record import LEADS, Record
 
 
 def embed_files(
@@ -25,8 +27,9 @@ def embed_files(
     rate_hz: float | None = None,
     leads: tuple[str, ...] | None = None,
     ignore_leads: tuple[str, ...] = (),
+    rename_leads: tuple[tuple[str, str], ...] = (),
 ) -> str:
-    """Embed a WFDB record, a folder of them or an .npy; writes ``out`` and returns the line to print."""
+    """Embed a WFDB record, a folder of them, a data set or an .npy; writes ``out`` and returns the line to print."""
     if out.suffix != ".npz":
         raise InputError(f"{out}: the output is an .npz file")
     if source.suffix != ".npy" and (rate_hz is not None or leads is not None):
@@ -34,18 +37,24 @@ def embed_files(
     model = load(model_path)
     names: list[str] = []
     rejected: list[str] = []
+    splits: list[str] = []  # of a data set's recordings
     if source.suffix == ".npy":
         names, embedding = _embed_npy(model, source, rate_hz, leads, tokens)
+    elif (source / MANIFEST).is_file():
+        shards = ShardSet.open(source)
+        embedding = model.embed_recordings(_of_data_set(model, shards, names, splits, rejected), tokens)
     else:
-        recordings = _wfdb_recordings(model, source, ignore_leads, names, rejected)
+        recordings = _wfdb_recordings(model, source, ignore_leads, rename_leads, names, rejected)
         embedding = model.embed_recordings(recordings, tokens)
     arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
+    if splits:
+        arrays["split"] = np.array(splits)
     if embedding.tokens is not None:
         arrays["tokens"] = embedding.tokens
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_whole(out, buffer.getvalue())
-    skipped = f", {len(rejected)} could not be read (first: {rejected[0]})" if rejected else ""
+    skipped = f", {len(rejected)} could not be read or are too short (first: {rejected[0]})" if rejected else ""
     return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}{skipped}"
 
 
@@ -70,8 +79,37 @@ def _embed_npy(
     return [f"{source.stem}[{i}]" for i in range(len(embedding.record_embedding))], embedding
 
 
+def _of_data_set(
+    model: ECGModel, shards: ShardSet, names: list[str], splits: list[str], rejected: list[str]
+) -> Iterator[Recording]:
+    """The recordings of all splits, in their order on disk, at the model's rate; names, splits and reasons as below."""
+    split_R = shards.column("split").tolist()
+    for number, split in enumerate(tqdm(split_R, desc="embed", unit="rec", disable=None)):
+        record = shards.record(number).resampled(model.profile.rate_hz)
+        if reason := _too_short(record, model):
+            rejected.append(reason)
+            continue
+        names.append(record.name)
+        splits.append(SPLITS[split])
+        yield Recording.of(record)
+    if not names:
+        raise InputError(f"{shards.sets[0].place}: none of the {len(rejected)} records can be embedded: {rejected[0]}")
+
+
+def _too_short(record: Record, model: ECGModel) -> str:
+    """Why a recording has no embedding, or nothing."""
+    token = model.encoder.config.patch_samples
+    samples = record.signal_LT.shape[1]
+    return f"{record.name}: {samples} samples, shorter than one token of {token}" if samples < token else ""
+
+
 def _wfdb_recordings(
-    model: ECGModel, source: Path, ignore_leads: tuple[str, ...], names: list[str], rejected: list[str]
+    model: ECGModel,
+    source: Path,
+    ignore_leads: tuple[str, ...],
+    rename_leads: tuple[tuple[str, str], ...],
+    names: list[str],
+    rejected: list[str],
 ) -> Iterator[Recording]:
     """Recordings one by one; their names are added to ``names``, or the reason why one cannot be read to ``rejected``.
 
@@ -79,10 +117,12 @@ def _wfdb_recordings(
     without any that can be read.
     """
     if source.is_dir():
-        folder = WfdbFolder(source, source.name, ignore_leads=ignore_leads)
+        folder = WfdbFolder(source, source.name, ignore_leads=ignore_leads, rename_leads=rename_leads)
         for item in tqdm(folder.items(), desc="embed", unit="rec", disable=None):
             try:
                 record = folder.read(item).resampled(model.profile.rate_hz)
+                if reason := _too_short(record, model):
+                    raise InputError(reason)
             except InputError as error:
                 rejected.append(str(error))
                 continue
@@ -91,6 +131,6 @@ def _wfdb_recordings(
         if not names:
             raise InputError(f"{source}: none of the {len(rejected)} records could be read, the first: {rejected[0]}")
     else:
-        record = read_wfdb(source, ignore_leads=ignore_leads)
+        record = read_wfdb(source, ignore_leads=ignore_leads, rename_leads=rename_leads)
         names.append(source.stem if source.suffix == ".hea" else source.name)
         yield Recording.of(record.resampled(model.profile.rate_hz))

@@ -23,11 +23,12 @@ from ecgscale.errors import InputError
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, canonical_leads, resample_millivolts
+from ecgscale.record import LEADS, Record, canonical_leads, electrode_offset, resample_millivolts
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
 _WINDOWS_AT_ONCE = 64
+_NAMED_CLASSES = 6  # in a line
 
 Floats = npt.NDArray[np.float32]
 
@@ -109,6 +110,20 @@ class ECGModel:
         if head is not None:
             head.to(self.device).eval()
 
+    def __repr__(self) -> str:
+        """One line: what it is, what it takes and what it says."""
+        config, profile = self.encoder.config, self.profile
+        parameters = sum(parameter.numel() for parameter in self.encoder.parameters())
+        classes, head = self.about.get("classes") or [], "no head"
+        if self.head is not None:
+            more = ", …" if len(classes) > _NAMED_CLASSES else ""
+            head = f"classes {', '.join(classes[:_NAMED_CLASSES])}{more} ({len(classes)})" if classes else "a head"
+        return (
+            f"<ECGModel: {config.stem} stem, {config.depth} layers of width {config.width}, {parameters:,} parameters; "
+            f"takes {profile.rate_hz:g} Hz in windows of {profile.segment_s:g} s, {profile.normalisation}; "
+            f"{head}; on {self.device}>"
+        )
+
     def embed(
         self,
         signal_mv: npt.ArrayLike,
@@ -147,6 +162,9 @@ class ECGModel:
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
         if not np.isfinite(signal_RLT).all():
             raise InputError("the signal holds NaN or infinity; all samples must be finite millivolts")
+        offset_mv_RL = [[electrode_offset(mv_T) for mv_T in mv_LT] for mv_LT in signal_RLT]
+        if np.any(offset_mv_RL):  # taken off as when records are read
+            signal_RLT = signal_RLT - np.array(offset_mv_RL, np.float32)[:, :, None]
         positions = [LEADS.index(name) for name in names]
         ones_L = np.ones(len(names), np.float32)
         recordings = (

@@ -17,7 +17,7 @@ from ecgscale.data.copies import copies_apart
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
-from ecgscale.errors import InputError, MachineError, naming_file
+from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, described, export_engine, read_model
 from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
@@ -26,7 +26,7 @@ from ecgscale.record import LEADS
 from ecgscale.run import claim_run, leave_run
 from ecgscale.training.checkpoint import checkpoints
 from ecgscale.training.loop import Job, TrainConfig, train
-from ecgscale.training.monitor import project
+from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.validation import Validation
 from ecgscale_kernels import LONGEST_PATCH
@@ -104,8 +104,6 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig) -> None:
     """Embeddings of held-out recordings, named by patient and labels, for TensorBoard's projector."""
-    from torch.utils.tensorboard import SummaryWriter  # imports slowly
-
     shown = held_out.some(train_config.projected_recordings, train_config.seed)
     if not len(shown):
         return
@@ -114,7 +112,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
         labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
         names.append(", ".join([f"patient {about['patient']}", *labels]))
     embedding_RD = load(export).embed_recordings(recordings_of(shown)).record_embedding
-    with naming_file(run / "tensorboard", "cannot write"), SummaryWriter(str(run / "tensorboard")) as board:
+    with board_of(run / "tensorboard") as board:
         project(board, "validation", embedding_RD, names, train_config.steps)
 
 

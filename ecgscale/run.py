@@ -103,6 +103,7 @@ def lock_run(run: Path) -> None:
             time.sleep(0.5)
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
+                file.close()
                 raise file_error(path, "cannot lock", error) from error
             break
     with naming_file(path, "cannot write"):
@@ -126,7 +127,8 @@ def refuse_other_run(run: Path, config: Any, may_change: Collection[str] = MAY_C
     refuse_other_config(run / CONFIG, config, may_change)
     if saved := checkpoints(run / "checkpoints"):
         state = read_state(saved[-1])
-        _refuse_difference(saved[-1] / STATE, state.get("config", {}), config, may_change)
+        lags = {*may_change, *MAY_CHANGE}  # the run may have been started again with others since it was saved
+        _refuse_difference(saved[-1] / STATE, state.get("config", {}), config, lags)
 
 
 def refuse_other_config(path: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:

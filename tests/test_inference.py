@@ -42,14 +42,24 @@ def distance(a, b) -> float:
 
 
 def record_of(signal_mv_LT, leads=LEADS) -> Record:
-    signal_LT, scale_L = quantise(signal_mv_LT)
-    return Record("r", signal_LT, scale_L, 500.0, tuple(leads))
+    return Record.of("r", quantise(signal_mv_LT), 500.0, tuple(leads))
 
 
 def weights_of(model: ECGModel) -> dict[str, torch.Tensor]:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     head = model.head.state_dict() if model.head else {}
     return weights | {f"head.{name}": tensor for name, tensor in head.items()}
+
+
+def test_a_model_says_in_a_line_what_it_is(make_model):
+    line = repr(make_model())
+    assert "\n" not in line
+    assert "conv stem, 2 layers of width 32" in line
+    assert "takes 500 Hz in windows of 5 s, mv; no head; on c" in line
+    classifier = make_model("zscore", classes=8)
+    assert "zscore; a head; on c" in repr(classifier)
+    classifier.about["classes"] = list("abcdefgh")
+    assert "classes a, b, c, d, e, f, … (8)" in repr(classifier)
 
 
 # --- what goes in ---
@@ -499,3 +509,14 @@ def test_nothing_but_an_export_is_overwritten(run, tmp_path):
     assert (foreign / "config.json").is_file()
     with pytest.raises(InputError, match="nowhere: neither an export"):
         export_run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_an_electrode_offset_is_taken_off_as_when_records_are_read(model, ecg_12_s) -> None:
+    centred = np.array(ecg_12_s, np.float32)
+    centred[6] -= np.median(centred[6])
+    beside = centred.copy()
+    beside[6] += 300  # float32 has steps of 0.03 µV there
+    expected, got = (model.embed(signal, 500, LEADS).record_embedding for signal in (centred, beside))
+    assert distance(got, expected) < 1e-3
+    beside[6] -= 270  # 1 µV counts can hold that: an offset like any other
+    assert distance(model.embed(beside, 500, LEADS).record_embedding, expected) > 1e-3

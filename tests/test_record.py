@@ -7,111 +7,110 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecgscale import record as record_module
 from ecgscale.errors import InputError
 from ecgscale.record import (
-    LEAD_SETS,
+    COARSE,
+    OFFSET,
     Record,
-    canonical_lead,
-    canonical_leads,
-    chosen_leads,
+    check_rate,
     fit_counts,
-    in_canonical_order,
     mv_per_unit,
     patient_code,
     quantise,
+    ratio_of_rates,
     resample_millivolts,
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "lead"),
-    [("I", "I"), ("ECG I", "I"), (" avr ", "aVR"), ("AVL", "aVL"), ("Lead II", "II"), ("ecg lead v6", "V6")],
-)
-def test_lead_names(name: str, lead: str) -> None:
-    assert canonical_lead(name) == lead
-
-
-@pytest.mark.parametrize("name", ["", "ECG", "V7", "V1R", "IV", "MLII", "ECG I filtered", "I\0"])
-def test_other_leads_are_refused_by_name(name: str) -> None:
-    with pytest.raises(InputError, match="unknown lead") as caught:
-        canonical_lead(name)
-    assert repr(name) in str(caught.value)
-
-
-def test_repeated_leads_are_refused() -> None:
-    assert canonical_leads(["v1", "I"]) == ("V1", "I")
-    with pytest.raises(InputError, match="V1 stands 2 times"):
-        canonical_leads(["V1", "I", "ECG v1"])
-
-
-def test_leads_are_chosen_by_name_or_as_a_set() -> None:
-    assert chosen_leads([]) == ()
-    assert chosen_leads(["v2", "I", "AVR"]) == ("I", "aVR", "V2")
-    for size, leads in LEAD_SETS.items():
-        assert chosen_leads([str(size)]) == leads
-
-
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (["I", "V7"], "unknown lead 'V7'; did you mean V"),
-        (["aVX"], "unknown lead 'aVX'; did you mean aV"),
-        (["5"], "one set alone: 12, 6, 4, 3, 2, 1"),
-        (["I", "6"], "unknown lead '6'"),
-        (["I", "I"], "lead I stands 2 times"),
-    ],
-)
-def test_wrong_choices_of_leads_are_refused_in_one_line(names, said) -> None:
-    with pytest.raises(InputError) as caught:
-        chosen_leads(names)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_lead_sets_are_in_canonical_order() -> None:
-    for size, leads in LEAD_SETS.items():
-        assert len(leads) == size
-        assert in_canonical_order(leads) == list(range(size))
-    assert in_canonical_order(["V2", "I", "aVF"]) == [1, 2, 0]
-
-
-@pytest.mark.parametrize(
     ("unit", "mv"),
-    [("mV", 1), ("MV", 1), ("V", 1000), ("uV", 1e-3), ("µV", 1e-3), ("μV", 1e-3), (" nV", 1e-6)],
+    [
+        ("mV", 1),
+        ("MV", 1),
+        ("V", 1000),
+        ("uV", 1e-3),
+        ("µV", 1e-3),
+        ("μV", 1e-3),
+        (" nV", 1e-6),
+        ("MicroVolts", 1e-3),
+        ("volt", 1000),
+    ],
 )
 def test_units(unit: str, mv: float) -> None:
     assert mv_per_unit(unit) == mv
 
 
-@pytest.mark.parametrize("unit", ["", "NU", "mmHg", "kV"])
+@pytest.mark.parametrize("unit", ["", "NU", "mmHg", "kV", "vs", "mvs"])
 def test_other_units_are_refused(unit: str) -> None:
     with pytest.raises(InputError, match="unknown unit"):
         mv_per_unit(unit)
 
 
 counts = st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=20)
+MV_PER_COUNT = 5e-5  # of a recorder with 24 bits
 
 
-@given(counts)
-def test_counts_are_kept_where_they_fit_and_never_clipped(values: list[int]) -> None:
-    counts_LT = np.array([values, [0] * len(values)])
-    signal_LT, scale_L = fit_counts(counts_LT, np.array([0.5, 1.0]))
-    assert signal_LT.dtype == np.int16
-    assert scale_L.dtype == np.float32
-    peak = max(map(abs, values))
-    if peak <= 32767:
-        np.testing.assert_array_equal(signal_LT[0], values)
-        assert scale_L[0] == 0.5
-    restored_T = signal_LT[0].astype(np.float64) * scale_L[0]
-    np.testing.assert_allclose(restored_T, np.array(values) * 0.5, atol=0.5 * max(1, peak) / 32767, rtol=1e-6)
+@given(counts, st.integers(-(2**40), 2**40))
+def test_counts_are_kept_where_they_fit_and_never_clipped(values: list[int], offset: int) -> None:
+    counts_LT = np.array([values, [offset] * len(values)])
+    fitted = fit_counts(counts_LT, np.array([0.5, 1.0]))
+    assert fitted.signal_LT.dtype == np.int16
+    assert fitted.scale_L.dtype == np.float32
+    if max(map(abs, values)) <= 32767:
+        np.testing.assert_array_equal(fitted.signal_LT[0], values)
+        assert (fitted.scale_L[0], fitted.offset_mv_L[0]) == (0.5, 0)
+    largest = np.abs(counts_LT[0] - round(float(np.median(counts_LT[0])))).max()
+    assert fitted.coarse_L[0] == (largest > 32767)
+    restored_T = fitted.signal_LT[0] * np.float64(fitted.scale_L[0]) + fitted.offset_mv_L[0]
+    np.testing.assert_allclose(restored_T, counts_LT[0] * 0.5, atol=0.51 * fitted.scale_L[0], rtol=1e-6)
+    # A constant is exact, whatever it is.
+    assert fitted.signal_LT[1, 0] * np.float64(fitted.scale_L[1]) + fitted.offset_mv_L[1] == offset
+    assert not fitted.coarse_L[1]
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20))
 def test_quantising_errs_by_half_a_count(values_mv: list[float]) -> None:
-    signal_LT, scale_L = quantise(np.array([values_mv]))
-    peak_mv = max(map(abs, values_mv))
-    assert scale_L[0] == pytest.approx(max(1e-3, peak_mv / 32767))
-    np.testing.assert_allclose(signal_LT[0] * np.float64(scale_L[0]), values_mv, atol=0.51 * scale_L[0], rtol=1e-6)
+    fitted = quantise(np.array([values_mv]))
+    offset_mv = np.median(values_mv) if max(map(abs, values_mv)) > 32.767 else 0.0
+    peak_mv = np.abs(np.array(values_mv) - offset_mv).max()
+    assert fitted.offset_mv_L[0] == offset_mv
+    assert fitted.scale_L[0] == pytest.approx(max(1e-3, peak_mv / 32767))
+    assert fitted.coarse_L[0] == (peak_mv > 32.767)
+    restored_T = fitted.signal_LT[0] * np.float64(fitted.scale_L[0]) + offset_mv
+    np.testing.assert_allclose(restored_T, values_mv, atol=0.51 * fitted.scale_L[0], rtol=1e-6)
+
+
+def heartbeats_mv(n_samples: int = 5000) -> np.ndarray:
+    """A lead with R waves of 1.2 mV and P waves of 0.1 mV."""
+    phase_T = np.arange(n_samples) % 400
+    return 1.2 * np.exp(-(((phase_T - 150) / 6) ** 2)) + 0.1 * np.exp(-(((phase_T - 80) / 15) ** 2))
+
+
+@pytest.mark.parametrize("offset_mv", [-300.0, 40.0, 300.0])
+def test_an_electrode_offset_leaves_the_ecg_its_microvolts(offset_mv: float) -> None:
+    ecg_mv_T = heartbeats_mv()
+    counts_T = np.rint((ecg_mv_T + offset_mv) / MV_PER_COUNT).astype(np.int64)
+    exact = fit_counts([counts_T, np.arange(5000)], np.array([MV_PER_COUNT, 1e-3]))
+    rounded = quantise([ecg_mv_T + offset_mv, ecg_mv_T])
+    for fitted in (exact, rounded):
+        record = Record.of("r", fitted, 500.0, ("I", "II"))
+        for same in (record, record.resampled(1000.0), record.resampled(250.0)):
+            assert set(same.offset_mv) == {"I"}
+            assert [remark.kind for remark in same.remarks] == [OFFSET]
+            assert same.scale_L[0] <= 1e-3
+            expected_mv_T = resample_millivolts(ecg_mv_T[None].astype(np.float32), 500.0, same.rate_hz)[0]
+            shift_mv_T = same.millivolts()[0] + same.offset_mv["I"] - offset_mv - expected_mv_T
+            assert np.abs(shift_mv_T)[100:-100].max() < 2e-3
+    np.testing.assert_array_equal(exact.signal_LT[0].astype(int) + round(exact.offset_mv_L[0] / MV_PER_COUNT), counts_T)
+
+
+def test_what_int16_cannot_hold_is_said() -> None:
+    drift_mv_T = np.linspace(-200, 200, 5000) + heartbeats_mv()
+    record = Record.of("r", quantise([drift_mv_T, heartbeats_mv()]), 500.0, ("V1", "V2"))
+    assert [(remark.kind, remark.detail[:3]) for remark in record.remarks][1:] == [(COARSE, "V1 ")]
+    assert record.scale_L[0] == pytest.approx(6.1e-3, rel=0.01)
+    assert {remark.kind for remark in record.resampled(250.0).remarks} == {OFFSET, COARSE}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -123,8 +122,7 @@ def test_quantising_refuses_what_is_no_number(value: float) -> None:
 def sine_record(rate_hz: float, duration_s: float = 4.0) -> Record:
     time_s_T = np.arange(round(duration_s * rate_hz)) / rate_hz
     signal_mv_LT = np.stack([np.sin(2 * np.pi * 3 * time_s_T), 20 + np.cos(2 * np.pi * 7 * time_s_T)])
-    signal_LT, scale_L = quantise(signal_mv_LT)
-    return Record("r", signal_LT, scale_L, rate_hz, ("I", "V1"), patient="p", labels={"a": ["b"]})
+    return Record.of("r", quantise(signal_mv_LT), rate_hz, ("I", "V1"), patient="p", labels={"a": ["b"]})
 
 
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(500, 250), (250, 500), (360, 500), (257, 500), (1000, 500)])
@@ -146,13 +144,59 @@ def test_resampling_makes_no_step_at_the_ends_of_an_offset() -> None:
 
 
 def test_resampling_to_the_same_rate_changes_nothing() -> None:
-    record = sine_record(500)
-    assert record.resampled(500) is record
+    same = sine_record(500)
+    assert same.resampled(500) is same
+    nearly = sine_record(500.001)
+    np.testing.assert_array_equal(nearly.resampled(500).signal_LT, nearly.signal_LT)
+    assert nearly.resampled(500).rate_hz == 500
 
 
-def test_rates_without_a_ratio_are_refused() -> None:
-    with pytest.raises(InputError, match=r"from 500 Hz to 499\.9\d* Hz"):
-        sine_record(500).resampled(499.9901)
+@given(st.floats(20, 100_000), st.floats(1, 100_000))
+def test_any_two_rates_have_a_ratio(from_hz: float, to_hz: float) -> None:
+    up, down = ratio_of_rates(from_hz, to_hz)
+    assert 1 <= min(up, down) <= max(up, down) <= 100_000
+    assert abs(up / down * from_hz / to_hz - 1) <= 1e-5
+
+
+@pytest.mark.parametrize(("from_hz", "to_hz"), [(249.889, 500), (333.333, 500), (128.2051282, 500), (499.9901, 500)])
+def test_odd_rates_err_by_a_millionth(from_hz: float, to_hz: float) -> None:
+    up, down = ratio_of_rates(from_hz, to_hz)
+    assert abs(up / down * from_hz / to_hz - 1) <= 1.000001e-6  # that of 333.333 for 1000 / 3
+    resampled, expected = sine_record(from_hz).resampled(to_hz), sine_record(to_hz)
+    inner = slice(int(0.2 * to_hz), int(3.8 * to_hz))
+    assert np.abs(resampled.millivolts()[:, inner] - expected.millivolts()[:, inner]).max() < 0.003
+
+
+@pytest.mark.parametrize(("from_hz", "to_hz"), [(500, 250), (250, 500), (360, 500), (1000, 128)])
+@pytest.mark.parametrize("n_samples", [40_000, 40_321])
+def test_long_leads_are_resampled_in_pieces_to_the_same_values(
+    monkeypatch: pytest.MonkeyPatch, from_hz: float, to_hz: float, n_samples: int
+) -> None:
+    noise_mv_LT = np.random.default_rng(0).normal(5, 1, (3, n_samples)).cumsum(axis=1).astype(np.float32)
+    drifting = Record.of("r", quantise(noise_mv_LT / 1000), from_hz, ("I", "II", "V1"))
+    at_once_LT = resample_millivolts(drifting.millivolts(), from_hz, to_hz)
+    whole = drifting.resampled(to_hz)
+    monkeypatch.setattr(record_module, "_PIECE", 7001)
+    np.testing.assert_allclose(resample_millivolts(drifting.millivolts(), from_hz, to_hz), at_once_LT, atol=1e-5)
+    in_pieces = drifting.resampled(to_hz)
+    assert in_pieces.signal_LT.shape == whole.signal_LT.shape
+    np.testing.assert_allclose(in_pieces.scale_L, whole.scale_L, rtol=1e-6)
+    assert np.abs(in_pieces.signal_LT.astype(int) - whole.signal_LT).max() <= 1
+
+
+def test_what_would_not_fit_at_the_new_rate_is_refused() -> None:
+    long = Record("r", np.zeros((1, 1 << 20), np.int16), np.ones(1, np.float32), 20.0, ("I",))
+    with pytest.raises(InputError, match=r"1048576 samples of 1 leads at 20 Hz; at 20000 Hz"):
+        long.resampled(20_000)
+
+
+@pytest.mark.parametrize("rate_hz", [0.5, 19.9, 1e5 + 1, 1e-300])
+def test_rates_of_no_ecg_are_refused(rate_hz: float) -> None:
+    with pytest.raises(InputError, match=r"an ECG has 20 to 100000 Hz"):
+        check_rate(rate_hz)
+    check_rate(20)
+    with pytest.raises(InputError, match=r"a period in seconds\? Then it is 500 Hz"):
+        check_rate(0.002)
 
 
 def test_patients_are_told_apart() -> None:

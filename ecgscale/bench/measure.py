@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import write_whole
 from ecgscale.provenance import package_version
+from ecgscale.training.monitor import board_of
 
 _QUIET = 0.3  # load per core
 _PACKAGES = ("ecgscale", "numpy", "torch", "triton", "webdataset", "pcodec", "soundfile", "xxhash", "deepspeed")
@@ -248,14 +249,12 @@ class Report:
 
         Raises InputError where it cannot.
         """
-        from torch.utils.tensorboard import SummaryWriter  # imports slowly
-
         make_folder(folder)
         write_whole(folder / f"{self.file_name}.md", self.markdown().encode())
         content: dict[str, Any] = {"name": self.name, "title": self.title, "machine": self.machine}
         content |= {"sections": [_plain(section) for section in self.sections]}
         write_whole(folder / f"{self.file_name}.json", json.dumps(content, indent=1, allow_nan=False).encode())
-        with SummaryWriter(str(folder / "tensorboard")) as board:
+        with board_of(folder / "tensorboard") as board:
             for section in self.sections:
                 for name, value in section.scalars.items():
                     board.add_scalar(f"bench/{self.name}/{name}", value, 0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ecgscale.bench.measure import QUICK, make_folder
 from ecgscale.bench.results import Change, Run, Value, by_machine, changes, read_runs, sides
 from ecgscale.files import write_whole
+from ecgscale.training.monitor import board_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,9 +176,7 @@ def _write_hparams(runs: Sequence[Run], folder: Path) -> None:
     """One line of the hparams page for everything that has settings, in every run; once for each folder."""
     if not any(run.settings for run in runs):
         return
-    from torch.utils.tensorboard import SummaryWriter  # imports slowly
-
-    with SummaryWriter(str(folder)) as board:
+    with board_of(folder) as board:
         for run in runs:
             for label, settings in run.settings.items():
                 run_name = f"{run.path.stem}/{label}"

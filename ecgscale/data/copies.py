@@ -28,6 +28,7 @@ from ecgscale.record import LEADS, Counts
 Int64 = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 
+_MOST_PATIENTS = 3  # under whose ids one person may stand
 _CHUNK = 1 << 18  # records whose keys are made at once
 # Odd numbers without a pattern (Weyl's sequence of the golden ratio): a sum of products is a hash of its factors.
 _FACTORS = (np.arange(1, 4 + len(LEADS), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
@@ -97,6 +98,16 @@ class Copies:
         differs_G: npt.NDArray[np.bool_]
         differs_G = np.minimum.reduceat(value_R, starts_G) != np.maximum.reduceat(value_R, starts_G)
         return differs_G
+
+    def of_few_persons(self, patient_R: Int64, known_R: npt.NDArray[np.bool_]) -> Copies:
+        """Without the groups that stand under more known patients than one person is taken for.
+
+        A signal that many patients have is a test signal or a fault of the export: it tells nothing of who is who, and
+        would bind all of them, with everything that they have, to one split.
+        """
+        group_and_code = np.unique(np.stack([self.group_R[known_R], patient_R[known_R]]), axis=1)
+        known_G = np.bincount(group_and_code[0], minlength=len(self))
+        return self.only(known_G <= _MOST_PATIENTS)
 
     def linked_persons(self, patient_R: Int64) -> tuple[Int64, Int64]:
         """Persons whom equal records link to others: (P,) sorted codes, (P,) the least code of all that are linked."""

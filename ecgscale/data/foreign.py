@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 from ecgscale.data.tar import split_name
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, canonical_leads, in_canonical_order
+from ecgscale.lead_names import LEADS, canonical_leads, in_canonical_order, parse_renames, source_leads
+from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ
 
 RATE_KEYS = ("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency")
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
@@ -45,10 +46,13 @@ class Rules:
     meta_ext: str = "json"
     lead_order: tuple[str, ...] = LEADS
     """The order of rows in all arrays; a record that lacks leads has the others in this order."""
+    rename_leads: tuple[str, ...] = ()
+    """NAME=LEAD of rows that the JSON calls otherwise."""
 
     def __post_init__(self) -> None:
-        if self.rate_hz is not None and not 1 <= self.rate_hz <= 100_000:
-            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between 1 and 100000 Hz")
+        if self.rate_hz is not None and not MIN_RATE_HZ <= self.rate_hz <= MAX_RATE_HZ:
+            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between {MIN_RATE_HZ:g} and 100000 Hz")
+        parse_renames(self.rename_leads)
         if self.mv_per_count is not None and not 0 < self.mv_per_count < math.inf:
             raise InputError(f"mv-per-count {self.mv_per_count:g}: give a finite number above 0")
         if not self.signal_ext or not self.meta_ext or self.signal_ext == self.meta_ext:
@@ -59,14 +63,17 @@ class Rules:
             raise InputError(f"lead_order {','.join(self.lead_order)}: name each of the twelve leads once")
 
     def to_manifest(self) -> Fields:
-        return asdict(self)
+        fields = asdict(self)
+        if not self.rename_leads:
+            del fields["rename_leads"]  # as earlier versions have it
+        return fields
 
     @staticmethod
     def from_manifest(fields: Any, place: str) -> Rules:
         """Raises InputError that names ``place`` for anything but what ``to_manifest`` gives."""
         types: dict[str, type | tuple[type, ...]] = {"rate_hz": (int, float), "mv_per_count": (int, float)}
-        lists = ("leads", "label_keys", "lead_order")
-        if not isinstance(fields, dict) or fields.keys() != asdict(Rules()).keys():
+        lists = ("leads", "label_keys", "lead_order", "rename_leads")
+        if not isinstance(fields, dict) or fields.keys() | {"rename_leads"} != asdict(Rules()).keys():
             raise InputError(f"{place}: its rules for foreign tars are not those of this version; index the tars again")
         for name, value in fields.items():
             if name in lists:
@@ -163,7 +170,7 @@ def common_order(kinds: Iterable[tuple[str, ...]]) -> tuple[str, ...] | None:
 def _leads(fields: Fields, rules: Rules, n_leads: int | None) -> tuple[str, ...]:
     said = _first(fields, LEAD_KEYS)
     if isinstance(said, list) and said and all(isinstance(name, str) for name in said):
-        leads = canonical_leads(said)
+        leads = source_leads(said, _renames(rules.rename_leads), can_ignore=False)
         if rules.leads and leads != rules.leads:
             raise InputError(f"it says the leads {','.join(leads)[:100]}, --leads says {','.join(rules.leads)}")
     elif rules.leads or said is None:
@@ -175,17 +182,23 @@ def _leads(fields: Fields, rules: Rules, n_leads: int | None) -> tuple[str, ...]
     return leads
 
 
+@lru_cache(maxsize=8)
+def _renames(texts: tuple[str, ...]) -> dict[str, str]:
+    return dict(parse_renames(texts))
+
+
 def _hint(said: Any) -> str:
     return "give --leads I,II,..." if said is None else "store (leads, samples), one row for each lead that it names"
 
 
 def _rate(fields: Fields, has_option: bool) -> float | None:
     said = _first(fields, RATE_KEYS)
-    if _is_number(said) and 1 <= said <= 100_000:
+    if _is_number(said) and MIN_RATE_HZ <= said <= MAX_RATE_HZ:
         return float(said)
     if not has_option:
         raise InputError(
-            f"its sample rate is {str(said)[:40]!r}; write rate_hz, in Hz, into the JSON or give --rate-hz"
+            f"its sample rate is {str(said)[:40]!r}; write rate_hz, {MIN_RATE_HZ:g} to 100000 Hz, into the JSON "
+            "or give --rate-hz"
         )
     return None
 

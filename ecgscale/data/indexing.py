@@ -62,7 +62,7 @@ class _Tar:
     split_values: list[str]
     leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
     rates: dict[float, str] = field(default_factory=dict)  # likewise
-    patients_known: bool = False
+    patient_known: list[bool] = field(default_factory=list)
 
 
 def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
@@ -85,7 +85,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         index = write_index_in_parts(folder, records, parts)
         source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
-    return Indexed(records, len(found), rate_hz, any(one.patients_known for one in found))
+    return Indexed(records, len(found), rate_hz, any(any(one.patient_known) for one in found))
 
 
 def _given(options: IngestOptions) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _index_tar(
         about = record.described
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
-        done.patients_known |= about.patient is not None
+        done.patient_known.append(about.patient is not None)
         if split_by:
             done.split_values.append(split_value(about.labels, about.metadata, split_by))
     if not rows:
@@ -244,4 +244,5 @@ def _united(found: Sequence[_Tar], options: IngestOptions) -> United:
         columns, at = found[s].columns, number - int(first_S[s])
         flat_G[g] = is_flat(read_signal(found[s].path, "npy", int(columns["offset"][at]), int(columns["length"][at])))
     copies = copies.only(~flat_G)
-    return United.by_copies(copies, patient_N[copies.number_R], options)
+    known_N = np.concatenate([np.array(one.patient_known, bool) for one in found])
+    return United.by_copies(copies, patient_N[copies.number_R], known_N[copies.number_R], options)

@@ -77,6 +77,7 @@ def write_tar(
             row |= {"json_offset": tar.add(f"{key}.json", meta), "json_length": len(meta)}
             row |= {"offset": tar.add(f"{key}.{payload}", content), "length": len(content)}
             rows.append(row)
+            del record, content  # they may be as large as the next ones
         tar.finish()
     return as_columns(rows)
 
@@ -126,7 +127,7 @@ def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
 
 
 def _metadata_json(record: Record, dataset: str, checksum: int) -> bytes:
-    fields = {
+    fields: dict[str, Any] = {
         "name": record.name,
         "dataset": dataset,
         "patient": record.patient,
@@ -139,6 +140,8 @@ def _metadata_json(record: Record, dataset: str, checksum: int) -> bytes:
         "metadata": record.metadata,
         "payload_xxh3_64": f"{checksum:016x}",
     }
+    if record.offset_mv:
+        fields["offset_mv"] = {lead: mv for lead, mv in record.offset_mv.items() if lead in record.leads}
     return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
 
 

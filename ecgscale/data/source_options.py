@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecgscale.errors import InputError
+from ecgscale.lead_names import parse_renames
 
 if TYPE_CHECKING:
     from ecgscale.data.sources.protocol import OpenedSource
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 # Layout -> the options that say something about it; any other is refused rather than ignored.
 _TABLE_OPTIONS = ("--labels", "--record-column")
 LAYOUTS = {
-    "wfdb": (*_TABLE_OPTIONS, "--patient-key", "--ignore-leads"),
-    "ptbxl": (*_TABLE_OPTIONS, "--ignore-leads"),
-    "mimic-iv-ecg": (*_TABLE_OPTIONS, "--ignore-leads"),
-    "cinc2021": (*_TABLE_OPTIONS, "--patient-key", "--ignore-leads"),
+    "wfdb": (*_TABLE_OPTIONS, "--patient-key", "--ignore-leads", "--rename-leads"),
+    "ptbxl": (*_TABLE_OPTIONS, "--ignore-leads", "--rename-leads"),
+    "mimic-iv-ecg": (*_TABLE_OPTIONS, "--ignore-leads", "--rename-leads"),
+    "cinc2021": (*_TABLE_OPTIONS, "--patient-key", "--ignore-leads", "--rename-leads"),
     "code15": ("--unit",),
     "npy": (*_TABLE_OPTIONS, "--patient-key", "--source-rate-hz", "--source-leads", "--unit", "--mv-per-count"),
 }
@@ -37,6 +38,8 @@ class SourceOptions:
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
+    rename_leads: tuple[tuple[str, str], ...] = ()
+    """(name in the file, lead)."""
     source_rate_hz: float | None = None
     """Of .npy arrays."""
     source_leads: tuple[str, ...] = ()
@@ -60,6 +63,7 @@ class SourceOptions:
             "--record-column": self.record_column,
             "--patient-key": self.patient_key,
             "--ignore-leads": self.ignore_leads,
+            "--rename-leads": self.rename_leads,
             "--source-rate-hz": self.source_rate_hz,
             "--source-leads": self.source_leads,
             "--unit": self.unit,
@@ -99,6 +103,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="signals to leave out, such as vx,vy,vz; other unknown leads reject a record",
     )
+    parser.add_argument(
+        "--rename-leads", default="", metavar="DI=I,DII=II", help="leads that the files call otherwise: their names"
+    )
     parser.add_argument("--source-rate-hz", type=float, help="sample rate of .npy arrays")
     parser.add_argument(
         "--source-leads", default="", metavar="I,II,...", help="leads of .npy arrays, in their order (default: all 12)"
@@ -118,6 +125,7 @@ def source_from(options: argparse.Namespace) -> OpenedSource:
         record_column=options.record_column,
         patient_key=options.patient_key,
         ignore_leads=listed(options.ignore_leads),
+        rename_leads=parse_renames(listed(options.rename_leads)),
         source_rate_hz=options.source_rate_hz,
         source_leads=listed(options.source_leads),
         unit=options.unit,

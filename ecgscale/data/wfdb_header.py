@@ -15,9 +15,8 @@ import re
 from dataclasses import dataclass
 
 from ecgscale.errors import InputError
-from ecgscale.record import mv_per_unit
+from ecgscale.record import MAX_RATE_HZ, mv_per_unit
 
-MAX_RATE_HZ = 100_000.0  # the fastest ECG recorders sample at some 10 kHz
 DEFAULT_GAIN = 200.0  # header(5): counts per physical unit where the header leaves the gain out
 MV_PER_COUNT_RANGE = (1e-9, 100.0)  # beyond it a count is no ECG: less than 1 pV, or more than the whole QRS
 
@@ -45,6 +44,7 @@ class SignalLine:
     gain: float  # counts per physical unit
     baseline: int  # counts at 0 units
     unit: str
+    initial_value: int  # that the first difference of format 8 is added to
     checksum: int | None  # 16-bit sum of the samples; None: the header gives none
     name: str
 
@@ -68,7 +68,7 @@ class Header:
     """A header's fields. Either ``signals`` (a record) or ``segments`` (a multi-segment record) is filled."""
 
     rate_hz: float  # frames per second
-    n_frames: int | None  # None: the header leaves the length to the size of the data file
+    n_frames: int | None  # None: left out or 0, which leave the length to the size of the data file
     signals: tuple[SignalLine, ...]
     segments: tuple[tuple[str, int], ...]  # (record name, frames); "~" is a gap
     comments: tuple[str, ...]  # without the leading "#"
@@ -79,7 +79,9 @@ def parse_header(content: bytes) -> Header:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"not a text header: byte {content[error.start]:#04x} is not UTF-8") from error
+        raise InputError(
+            f"not a text header: byte {content[error.start]:#04x} is not UTF-8; save it as that"
+        ) from error
     if binary := _BINARY.search(text):
         raise InputError(f"not a text header: byte {ord(binary[0]):#04x} at character {binary.start()}")
     lines = [line.strip() for line in _LINE_BREAK.split(text)]
@@ -115,10 +117,8 @@ def _record_line(line: str) -> tuple[int | None, int, float, int | None]:
     rate_hz = _number(rate[1], "sampling rate")
     if not 0 < rate_hz <= MAX_RATE_HZ:
         raise InputError(f"sampling rate {rest[1]} Hz; it must be above 0 and at most {MAX_RATE_HZ:g} Hz")
-    n_frames = _whole(rest[2], "number of samples", low=0) if len(rest) > 2 else None
-    if n_frames == 0:
-        raise InputError(f"record line {_short(line)}: 0 samples; at least 1 is needed")
-    return n_segments, n_signals, rate_hz, n_frames
+    n_frames = _whole(rest[2], "number of samples", low=0) if len(rest) > 2 else 0
+    return n_segments, n_signals, rate_hz, n_frames or None
 
 
 def _segment_line(line: str) -> tuple[str, int]:
@@ -155,6 +155,7 @@ def _signal_line(line: str) -> SignalLine:
         gain=gain,
         baseline=baseline,
         unit=unit,
+        initial_value=numbers[2] if len(numbers) > 2 else 0,
         checksum=numbers[3] if len(numbers) > 3 else None,
         name=fields[8].strip() if len(fields) > 8 else "",
     )

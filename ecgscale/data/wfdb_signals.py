@@ -1,41 +1,23 @@
-"""Samples of a WFDB record: what its data files can hold, and from raw samples to counts in canonical leads.
+"""Samples of a WFDB record: from raw samples to counts in canonical leads.
 
-Shape suffixes: L leads, T samples.
+Leads are handled one by one and, where they are long, piece by piece: a day of twelve leads must not need several
+times its size. Shape suffixes: L leads, T samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.wfdb_formats import FORMATS, Integers
 from ecgscale.data.wfdb_header import SignalLine
 from ecgscale.errors import InputError
-from ecgscale.record import canonical_leads
+from ecgscale.record import pieces, source_leads
 
-# header(5), signal(5): format -> (bytes per sample, bits per sample). FLAC's bytes say nothing. Format 8
-# holds differences and so has no code for an invalid sample.
-FORMATS = {
-    "8": (1.0, None),
-    "16": (2.0, 16),
-    "24": (3.0, 24),
-    "32": (4.0, 32),
-    "61": (2.0, 16),
-    "80": (1.0, 8),
-    "160": (2.0, 16),
-    "212": (1.5, 12),
-    "310": (4 / 3, 10),
-    "311": (4 / 3, 10),
-    "508": (0.0, 8),
-    "516": (0.0, 16),
-    "524": (0.0, 24),
-}
-INT16_FORMATS = {"16": "<i2", "61": ">i2"}
-FLAC_FORMATS = ("508", "516", "524")
-_FLAC_SAMPLES_PER_BYTE = 65_535 / 8  # the most that a FLAC file can hold: one constant block in some 10 bytes
+_NO_RENAMES: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -43,8 +25,8 @@ class Signals:
     """Leads of a record or a segment."""
 
     leads: tuple[str, ...]  # canonical names, in the order of the header
-    counts_LT: npt.NDArray[np.int64]  # baseline subtracted
-    valid_LT: npt.NDArray[np.bool_]
+    counts_L: list[Integers]  # of each lead (T,), baseline subtracted, in the narrowest of int16, int32 and int64
+    valid_L: list[npt.NDArray[np.bool_] | None]  # of each lead (T,); None: all samples are valid
     mv_per_count_L: npt.NDArray[np.float64]
     rate_hz: float
 
@@ -55,82 +37,75 @@ def by_file(lines: Sequence[SignalLine]) -> dict[str, list[SignalLine]]:
     previous = None
     for line in lines:
         if line.file_name in groups and line.file_name != previous:
-            # wfdb takes the signals of a file for neighbours and would mix them up.
+            # They would be taken for neighbours, and mixed up.
             raise InputError(f"signals of {line.file_name} do not stand together; a file's signals must")
         groups.setdefault(line.file_name, []).append(line)
         previous = line.file_name
     return groups
 
 
-def frames_in(path: Path, lines: Sequence[SignalLine]) -> int:
-    """The most frames that a data file with these signals can hold, judged by its size.
+def to_signals(
+    lines: Sequence[SignalLine],
+    samples: list[Integers],
+    rate_hz: float,
+    renames: Mapping[str, str] = _NO_RENAMES,
+) -> Signals:
+    """Raw samples in the order of their file -> leads, aligned and without their baseline.
 
-    Raises InputError for a missing file, an unknown format, and signals that cannot share a file.
+    ``samples`` is used up: its arrays are changed in place.
     """
-    first = lines[0]
-    if any((line.format, line.byte_offset) != (first.format, first.byte_offset) for line in lines):
-        raise InputError("signals of one file with unequal formats or offsets; they must be equal")
-    if first.format not in FORMATS:
-        raise InputError(f"format {first.format!r} is unknown; known are {' '.join(FORMATS)}")
-    if not path.is_file():
-        raise InputError("no such data file")
-    size = path.stat().st_size
-    if first.format in FLAC_FORMATS:
-        return max(0, _flac_samples(path, size) - first.byte_offset) // first.samples_per_frame
-    bytes_per_frame = FORMATS[first.format][0] * sum(line.samples_per_frame for line in lines)
-    return max(0, int((size - first.byte_offset) / bytes_per_frame))
-
-
-def _flac_samples(path: Path, size: int) -> int:
-    """Samples per channel by the FLAC file's own header (STREAMINFO), checked against its size."""
-    with path.open("rb") as file:
-        head = file.read(42)
-    if len(head) < 42 or head[:4] != b"fLaC":
-        raise InputError("not a FLAC file, or one that ends in its header")
-    n_samples = int.from_bytes(head[21:26], "big") & ((1 << 36) - 1)
-    if n_samples > size * _FLAC_SAMPLES_PER_BYTE:
-        raise InputError(f"{n_samples} samples in {size} bytes; FLAC cannot pack so many")
-    return n_samples
-
-
-def read_int16(
-    folder: Path, lines: Sequence[SignalLine], wanted: Sequence[int], n_frames: int
-) -> list[npt.NDArray[np.integer]]:
-    """Raw samples of some of a header's signals, all of interleaved int16 (INT16_FORMATS)."""
-    samples: list[npt.NDArray[np.integer]] = []
-    frames: dict[str, npt.NDArray[np.int16]] = {}
-    for i in wanted:
-        file_name = lines[i].file_name
-        width = sum(line.samples_per_frame for line in lines if line.file_name == file_name)
-        if file_name not in frames:
-            dtype, offset = INT16_FORMATS[lines[i].format], lines[i].byte_offset
-            flat = np.fromfile(folder / file_name, dtype, count=n_frames * width, offset=offset)
-            frames[file_name] = flat.reshape(n_frames, width)
-        start = sum(line.samples_per_frame for line in lines[:i] if line.file_name == file_name)
-        samples.append(frames[file_name][:, start : start + lines[i].samples_per_frame].reshape(-1))
-    return samples
-
-
-def to_signals(lines: Sequence[SignalLine], samples: Sequence[npt.NDArray[np.integer]], rate_hz: float) -> Signals:
-    """Raw samples in the order of their file -> leads, aligned and without their baseline."""
-    leads = canonical_leads([line.name for line in lines])
+    leads = source_leads([line.name for line in lines], renames)
     mv_per_count_L = np.array([line.mv_per_count() for line in lines])
-    counts_LT = np.stack([sample_T.astype(np.int64) for sample_T in samples])
-    valid_LT = np.ones(counts_LT.shape, bool)
-    for line, count_T, valid_T in zip(lines, counts_LT, valid_LT, strict=True):
-        bits = FORMATS[line.format][1]
-        if bits is not None:
-            valid_T[:] = count_T != -(1 << (bits - 1))
-        count_T -= line.baseline
-        lag = min(line.skew * line.samples_per_frame, len(count_T))
-        if lag:
+    counts_L: list[Integers] = []
+    valid_L: list[npt.NDArray[np.bool_] | None] = []
+    samples.reverse()
+    for line in lines:
+        sample_T = samples.pop()
+        valid_T = _valid(sample_T, FORMATS[line.format].bits)
+        count_T = _minus(sample_T, line.baseline)
+        if lag := min(line.skew * line.samples_per_frame, len(count_T)):
+            valid_T = np.ones(len(count_T), bool) if valid_T is None else valid_T
             for array in (count_T, valid_T):
                 array[:-lag] = array[lag:].copy()
             valid_T[-lag:] = False  # the file ends before the lagging signal does
-    return Signals(leads, counts_LT, valid_LT, mv_per_count_L, rate_hz)
+        counts_L.append(count_T)
+        valid_L.append(valid_T)
+    return Signals(leads, counts_L, valid_L, mv_per_count_L, rate_hz)
 
 
-def check_sums(lines: Sequence[SignalLine], samples: Sequence[npt.NDArray[np.integer]]) -> None:
+def _valid(sample_T: Integers, bits: int | None) -> npt.NDArray[np.bool_] | None:
+    """Which samples are not the format's mark of an invalid one; these get a valid sample's value, to fit its type."""
+    if bits is None:
+        return None
+    invalid_T = sample_T == -(1 << (bits - 1))
+    if not invalid_T.any():
+        return None
+    valid_T: npt.NDArray[np.bool_] = ~invalid_T
+    sample_T[invalid_T] = sample_T[valid_T.argmax()] if valid_T.any() else 0
+    return valid_T
+
+
+def _minus(sample_T: Integers, baseline: int) -> Integers:
+    """In place where the difference fits."""
+    if not baseline:
+        return sample_T
+    low, high = int(sample_T.min(initial=0)) - baseline, int(sample_T.max(initial=0)) - baseline
+    dtype = _narrowest(low, high)
+    difference_T = sample_T if dtype == sample_T.dtype else np.empty(sample_T.shape, dtype)
+    for piece in pieces(len(sample_T)):
+        difference_T[piece] = sample_T[piece].astype(np.int64) - baseline
+    return difference_T
+
+
+def _narrowest(low: int, high: int) -> np.dtype[np.integer]:
+    kinds: tuple[type[np.integer], ...] = (np.int16, np.int32)
+    for kind in kinds:
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return np.dtype(kind)
+    return np.dtype(np.int64)
+
+
+def check_sums(lines: Sequence[SignalLine], samples: Sequence[Integers]) -> None:
     """Raises InputError where a header's checksum is not that of the samples (in the order of their file)."""
     for line, sample_T in zip(lines, samples, strict=True):
         found = int(sample_T.sum(dtype=np.int64)) % 65_536
@@ -141,49 +116,70 @@ def check_sums(lines: Sequence[SignalLine], samples: Sequence[npt.NDArray[np.int
             )
 
 
-def join(pieces: Sequence[tuple[int, Signals | None]], frame_rate_hz: float) -> Signals:
-    """Segments, (frames, signals or None for a gap), one after the other. A missing lead is invalid there."""
-    present = [signals for _, signals in pieces if signals is not None]
+def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Signals:
+    """Segments, (frames, signals or None for a gap), one after the other. A missing lead is invalid there.
+
+    ``segments`` is used up, so that not all of it is held twice.
+    """
+    present = [signals for _, signals in segments if signals is not None]
     if not present:
         raise InputError("no segment with samples; at least one is needed")
     rates_hz = sorted({signals.rate_hz for signals in present})
     if len(rates_hz) > 1:
         raise InputError(f"segments of {rates_hz[0]:g} Hz and {rates_hz[1]:g} Hz; one rate is needed")
     scales: dict[str, float] = {}
+    dtypes: dict[str, np.dtype[np.integer]] = {}
     for signals in present:
-        for lead, scale in zip(signals.leads, signals.mv_per_count_L.tolist(), strict=True):
+        for lead, scale, count_T in zip(signals.leads, signals.mv_per_count_L.tolist(), signals.counts_L, strict=True):
             if scales.setdefault(lead, scale) != scale:
                 raise InputError(f"lead {lead} has {scales[lead]:g} and {scale:g} mV per count; one gain is needed")
-    leads = tuple(scales)
+            dtypes[lead] = np.promote_types(dtypes.get(lead, np.dtype(np.int16)), count_T.dtype)
     per_frame = round(rates_hz[0] / frame_rate_hz)
-    counts_LT = np.zeros((len(leads), per_frame * sum(n_frames for n_frames, _ in pieces)), np.int64)
-    valid_LT = np.zeros(counts_LT.shape, bool)
+    n_samples = per_frame * sum(n_frames for n_frames, _ in segments)
+    counts = {lead: np.zeros(n_samples, dtypes[lead]) for lead in scales}
+    valid = {lead: np.zeros(n_samples, bool) for lead in scales}
+    del signals, present
+    segments.reverse()
     start = 0
-    for n_frames, piece in pieces:
+    while segments:
+        n_frames, part = segments.pop()
         stop = start + per_frame * n_frames
-        if piece is not None:
-            rows = [leads.index(lead) for lead in piece.leads]
-            counts_LT[rows, start:stop] = piece.counts_LT
-            valid_LT[rows, start:stop] = piece.valid_LT
+        if part is not None:
+            for lead, count_T, valid_T in zip(part.leads, part.counts_L, part.valid_L, strict=True):
+                counts[lead][start:stop] = count_T
+                valid[lead][start:stop] = True if valid_T is None else valid_T
         start = stop
-    return Signals(leads, counts_LT, valid_LT, np.array(list(scales.values())), rates_hz[0])
+    return Signals(tuple(scales), [*counts.values()], [*valid.values()], np.array([*scales.values()]), rates_hz[0])
 
 
-def fill_invalid(signals: Signals, max_fraction: float) -> tuple[npt.NDArray[np.int64], int]:
-    """-> (counts with invalid samples interpolated along the lead, how many they are).
+def fill_invalid(signals: Signals, max_fraction: float) -> int:
+    """Interpolate invalid samples along their lead, in place; returns how many they are.
 
     Raises InputError for a lead of which more than ``max_fraction``, or all, is invalid.
     """
-    n_samples = signals.valid_LT.shape[1]
-    n_invalid_L = n_samples - signals.valid_LT.sum(axis=1)
-    filled_LT = signals.counts_LT.copy()
-    for i in np.flatnonzero(n_invalid_L):
-        if n_invalid_L[i] > max_fraction * n_samples or n_invalid_L[i] == n_samples:
+    n_invalid = 0
+    for lead, count_T, valid_T in zip(signals.leads, signals.counts_L, signals.valid_L, strict=True):
+        if valid_T is None:
+            continue
+        n = valid_T.size - int(np.count_nonzero(valid_T))
+        if n and (n > max_fraction * valid_T.size or n == valid_T.size):
             raise InputError(
-                f"lead {signals.leads[i]}: {n_invalid_L[i]} of {n_samples} samples are marked invalid; "
-                f"at most {max_fraction:.3%} may be"
+                f"lead {lead}: {n} of {valid_T.size} samples are marked invalid; at most {max_fraction:.3%} may be"
             )
-        valid_T = signals.valid_LT[i]
-        at = np.flatnonzero(~valid_T)
-        filled_LT[i, at] = np.rint(np.interp(at, np.flatnonzero(valid_T), signals.counts_LT[i, valid_T]))
-    return filled_LT, int(n_invalid_L.sum())
+        if n:
+            _interpolate(count_T, valid_T)
+        n_invalid += n
+    return n_invalid
+
+
+def _interpolate(count_T: Integers, valid_T: npt.NDArray[np.bool_]) -> None:
+    """A line between the valid neighbours of each gap; at the ends, the nearest valid sample goes on."""
+    at = np.flatnonzero(~valid_T)
+    begins = np.diff(at, prepend=-2) > 1
+    gap = np.cumsum(begins) - 1
+    ends = np.append(np.flatnonzero(begins)[1:], at.size) - 1
+    before, behind = at[begins][gap] - 1, at[ends][gap] + 1
+    before, behind = np.where(before < 0, behind, before), np.where(behind == valid_T.size, before, behind)
+    from_count, to_count = count_T[before].astype(np.float64), count_T[behind].astype(np.float64)
+    slope = (to_count - from_count) / np.maximum(behind - before, 1)
+    count_T[at] = np.rint(from_count + slope * (at - before))

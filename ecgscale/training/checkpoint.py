@@ -241,7 +241,7 @@ def prune(folder: Path, keep_last: int, keep_every: int, proven: int = 0) -> Non
     kept = {*saved[-keep_last:], *good[-1:]}
     doomed = [path for path in saved if path not in kept and (not keep_every or step_of(path) % keep_every)]
     with naming_file(folder, "cannot remove old checkpoints"):
-        for path in doomed:
-            path.rename(folder / f"{_REMOVED}{path.name}")  # a kill meanwhile leaves no half of one under its name
-        for removed in folder.glob(f"{_REMOVED}step-*"):
-            shutil.rmtree(removed)
+        for left in folder.glob(f"{_REMOVED}step-*"):  # by a kill, or by a reader on another machine
+            shutil.rmtree(left, ignore_errors=True)
+        for path in doomed:  # under another name, so that a kill meanwhile leaves no half of one under its own
+            shutil.rmtree(path.rename(folder / f"{_REMOVED}{path.name}"))

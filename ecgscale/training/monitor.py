@@ -178,6 +178,15 @@ def _quiet_tensorboard() -> Iterator[None]:
         threading.excepthook = before
 
 
+@contextmanager
+def board_of(folder: Path) -> Iterator[Any]:
+    """TensorBoard's writer into a folder, for what is shown at once. Errors of the system name the folder."""
+    from torch.utils.tensorboard import SummaryWriter  # imports slowly
+
+    with _quiet_tensorboard(), naming_file(folder, "cannot write"), SummaryWriter(str(folder)) as board:
+        yield board
+
+
 class RecordingsLog:
     """Which recordings a rank has seen, a line per micro-step, to hold a run against another or against its plan."""
 

@@ -19,6 +19,7 @@ from ecgscale_launch.folder import JobFolder, read_json
 
 SWEEP = "sweep.json"  # in the job folder of the sweep: its runs, and what each was given
 _FIGURES = {"auroc": "AUROC", "auprc": "AUPRC", "f_measure": "F1"}
+_OF_PERSONS = {"top1": "top-1", "top5": "top-5", "eer": "equal error rate"}
 _LOSSES = ("validation/loss", "train/loss")
 
 
@@ -72,7 +73,8 @@ def figures(run: Path) -> dict[str, float]:
     """What a finished run came to: its test figures, else its last losses; nothing where it is not finished."""
     report = read_json(run / "evaluation-test.json")
     if report is not None:
-        found = {shown: report["macro"][name]["value"] for name, shown in _FIGURES.items()}
+        of, names = (report["macro"], _FIGURES) if "macro" in report else (report, _OF_PERSONS)
+        found = {shown: of[name]["value"] for name, shown in names.items()}
         if report.get("challenge_score"):
             found["challenge score"] = report["challenge_score"]["value"]
         return {name: value for name, value in found.items() if value is not None}

@@ -161,6 +161,19 @@ def test_two_known_patients_with_a_recording_in_common_lie_in_one_split(make_rec
     )
 
 
+def test_a_signal_of_many_patients_binds_none_of_them(make_record, ingest_records, tmp_path) -> None:
+    """Such as a calibration signal: or all patients would lie in one split. Copies that name no patient still do."""
+    one = make_record("one", 60, ("I",))
+    records = [replace(one, name=f"{i:02}", patient=f"p{i}") for i in range(24)]
+    out = ingest_records(tmp_path / "out", records, **vars(HALVES))
+    assert set(splits(out).values()) == set(SPLITS)
+    assert any("copies in different splits: 1 recordings" in line for line in about_copies(ShardSet.open(out)))
+    unknown = [replace(record, patient=None) for record in records]
+    assert len(set(splits(ingest_records(tmp_path / "unknown", unknown, **vars(HALVES))).values())) == 1
+    known = [replace(record, patient=f"p{i}" if i < 3 else None) for i, record in enumerate(records)]
+    assert len(set(splits(ingest_records(tmp_path / "three", known, **vars(HALVES))).values())) == 1
+
+
 @pytest.mark.parametrize("payload", ["pco", "npy"])
 def test_appended_copies_take_the_split_of_the_ones_that_are_there(
     originals, make_record, ingest_records, tmp_path, payload

@@ -369,6 +369,19 @@ def test_options_that_contradict_are_refused(tmp_path, rules, why) -> None:
     assert why in refused(folder, "part-000.tar", "s000", **rules)
 
 
+def test_leads_of_the_json_are_renamed(tmp_path) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | {"leads": ["DI", "ECG_II", *LEADS[2:]]}} for i in range(6)]
+    folder = write_tars(tmp_path / "set", samples)
+    text = refused(folder, "'DI', likely I", "--rename-leads 'DI=I'")
+    assert "--ignore-leads" not in text
+    index(folder, rename_leads=("DI=I",))
+    shards = ShardSet.open(folder)
+    assert shards.record(0).leads == LEADS
+    shards.metadata(0)
+    with pytest.raises(InputError, match="rename-leads 'DI'"):
+        Rules(rename_leads=("DI",))
+
+
 def test_rates_and_orders_that_differ_are_refused(tmp_path) -> None:
     rates = [{"npy": counts(i), "json": ABOUT | {"rate_hz": 100 + 25 * (i == 5)}} for i in range(6)]
     text = refused(write_tars(tmp_path / "rates", rates), "part-001.tar: 'part-001/s005'", "part-000.tar")

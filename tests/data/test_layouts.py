@@ -469,7 +469,7 @@ def test_a_set_beside_records_of_ones_own(ptbxl: Path, ecgs: list[Record], write
     write_record(around / "mine", "a", ecgs[0])
     for kind in ("folder", "zip", "tar.gz"):
         said = refusal(as_kind(around, kind) if kind == "folder" else pack_beside(around, kind))
-        assert "holds PTB-XL in ptb-xl and other records, such as mine/a.hea; give ptb-xl alone" in said
+        assert "holds PTB-XL in ptb-xl and other records, such as mine/a; give ptb-xl alone" in said
 
 
 def pack_beside(root: Path, kind: str) -> Path:
@@ -492,6 +492,8 @@ def test_a_part_of_ptbxl_without_its_table(ptbxl: Path) -> None:
         assert "looks like PTB-XL at both rates" in said
         assert "no ptbxl_database.csv" in said
         assert "--layout wfdb" in said
+        (line,) = opened(as_kind(ptbxl, kind), layout="wfdb").left_out()
+        assert line.startswith("both rates of PTB-XL are read, each recording twice and as two persons")
 
 
 def test_what_tables_and_folders_do_not_share_is_counted(ptbxl: Path, mimic: Path) -> None:

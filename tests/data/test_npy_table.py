@@ -196,7 +196,7 @@ def test_options_that_are_missing_or_wrong(folder: Path, tmp_path) -> None:
         open_source(folder, SourceOptions())
     assert "source-rate-hz -1: give a finite number above 0" in refusal(folder, source_rate_hz=-1.0)
     assert "mv-per-count nan" in refusal(folder, mv_per_count=float("nan"))
-    assert "at most 100000" in refusal(folder, source_rate_hz=1e9)
+    assert "--source-rate-hz: sampling rate 1e+09 Hz; an ECG has 20 to 100000 Hz" in refusal(folder, source_rate_hz=1e9)
     assert "unknown lead 'X'" in refusal(folder, source_leads=("X",))
     assert "lead I stands 2 times" in refusal(folder, source_leads=("I", "I"))
     assert "unit 'mm'" in refusal(folder, unit="mm") or "unknown unit" in refusal(folder, unit="mm")

@@ -581,3 +581,10 @@ def test_no_file_is_half_written_on_a_full_disk(make_record, tmp_path, monkeypat
 def test_a_file_that_cannot_be_written_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match="absent/file"):
         write_whole(tmp_path / "absent" / "file", b"x")
+
+
+def test_offsets_that_were_taken_off_stand_in_the_json(tmp_path, make_record, ingest_records) -> None:
+    plain = make_record("a", leads=("I", "V1"))
+    offset = dataclasses.replace(make_record("b", leads=("I", "V1")), offset_mv={"V1": 300.25})
+    shards = ShardSet.open(ingest_records(tmp_path / "set", [plain, offset]))
+    assert [shards.metadata(number).get("offset_mv") for number in range(2)] == [None, {"V1": 300.25}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ecgscale import record as record_module
+from ecgscale.data import wfdb_formats
+from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.data.sources import Source, WfdbFolder, read_wfdb, wfdb
+from ecgscale.data.wfdb_formats import FLAC_FORMATS
 from ecgscale.data.wfdb_header import parse_header
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record
+from ecgscale.record import LEADS, OFFSET, Record, resample_millivolts
 
 RATE_HZ = 500
 LINE = "r.dat 16 1000(0)/mV 16 0 0"  # the checksum and the lead's name follow as needed
@@ -204,6 +209,20 @@ def test_lead_names_are_normalised_and_sorted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.signal_LT, random_counts(n_leads=3).T[[1, 2, 0]])
 
 
+def test_leads_are_renamed(tmp_path: Path) -> None:
+    counts_TL = random_counts(n_leads=3)
+    path = write_wfdb(tmp_path, counts_TL, sig_name=["DII", "\u0406", "LEAD_V1"])
+    with pytest.raises(InputError, match=r"'DII', likely II; .* --rename-leads 'DII=II'.*--ignore-leads 'DII'"):
+        read_wfdb(path)
+    with pytest.raises(InputError, match=r"U\+0406, not I"):
+        read_wfdb(path, rename_leads=[("dii", "II")])
+    record = read_wfdb(path, rename_leads=[("dii", "II"), ("\u0406", "I")])
+    assert record.leads == ("I", "II", "V1")
+    np.testing.assert_array_equal(record.signal_LT, counts_TL.T[[1, 0, 2]])
+    with pytest.raises(InputError, match=r"lead II stands 2 times \('DII', '\u0406'\)"):
+        read_wfdb(path, rename_leads=[("DII", "II"), ("\u0406", "II")])
+
+
 def test_ignored_leads_are_left_out_whatever_they_are(tmp_path: Path) -> None:
     counts_TL = random_counts(n_leads=4)
     path = write_wfdb(tmp_path, counts_TL, sig_name=["RESP", "I", "Pleth", "II"], units=["Ohm", "mV", "NU", "mV"])
@@ -231,6 +250,105 @@ def test_wide_counts_are_requantised_not_clipped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.signal_LT[1], [0, 5, -7])
     np.testing.assert_allclose(record.millivolts(), counts_TL.T / 1000, rtol=1e-4, atol=0.05)
     assert record.signal_LT[0, 2] == -32767
+
+
+@pytest.mark.parametrize("format_", ["24", "32", "524"])
+def test_an_electrode_offset_is_taken_off_and_kept_apart(tmp_path: Path, format_: str) -> None:
+    """300 mV at 0.05 µV per count."""
+    counts_TL = random_counts(bits=12, n_leads=2) + np.array([6_000_000, 0])
+    counts_TL[7, 0] = -(1 << (BITS[format_] - 1))  # invalid
+    path = write_wfdb(tmp_path, counts_TL, fmt=[format_] * 2, adc_gain=[20_000.0] * 2, baseline=[-500, 0])
+    record = read_wfdb(path)
+    offset = round(record.offset_mv["I"] * 20_000)
+    assert abs(offset - 6_000_500) < 2000
+    kept_T = np.arange(len(counts_TL)) != 7
+    np.testing.assert_array_equal(record.signal_LT[0].astype(int)[kept_T] + offset - 500, counts_TL[kept_T, 0])
+    np.testing.assert_array_equal(record.signal_LT[1], counts_TL[:, 1])
+    assert (set(record.offset_mv), record.invalid_samples) == ({"I"}, 1)
+    assert [remark.kind for remark in record.remarks] == [OFFSET]
+    np.testing.assert_array_equal(record.scale_L, np.float32([5e-5, 5e-5]))
+
+
+def test_differences_begin_at_the_initial_value(tmp_path: Path) -> None:
+    """Format 8, which wfdb does not write."""
+    steps_TL = random_counts(bits=8, n_leads=2, n_samples=1000)
+    counts_TL = steps_TL.cumsum(axis=0) + np.array([-7, 300])
+    lines = [
+        f"r.dat 8 1000(0)/mV 8 0 {initial} {count_T.sum() % 65536} 0 {lead}\n"
+        for initial, count_T, lead in zip((-7, 300), counts_TL.T, ("I", "II"), strict=True)
+    ]
+    path = write_raw(tmp_path, f"r 2 500 1000\n{''.join(lines)}", steps_TL.astype(np.int8).tobytes())
+    np.testing.assert_array_equal(read_wfdb(path).signal_LT, counts_TL.T)
+    edit(path, lambda text: text.replace(" 300 ", f" {2**40} "))
+    with pytest.raises(InputError, match=rf"initial value {2**40}"):
+        read_wfdb(path)
+
+
+@pytest.mark.parametrize("format_", ["8", "24", "61", "212", "310", "311", "516", "524"])
+def test_blocks_of_frames_join(tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with several samples per frame, and with signals of another rate between them."""
+    monkeypatch.setattr(wfdb_formats, "_BLOCK_VALUES", 100)
+    monkeypatch.setattr(record_module, "_PIECE", 64)
+    n_frames, flac = 501, format_ in FLAC_FORMATS  # an odd number of samples, and whole triplets
+    widths = (2, 2) if flac else (2, 3, 2)
+    if format_ == "8":
+        steps = random_counts(n_frames * sum(widths), 1, bits=8)[:, 0].reshape(n_frames, -1)
+        ends = np.cumsum(widths)
+        parts = [steps[:, end - width : end].reshape(-1).cumsum() for end, width in zip(ends, widths, strict=True)]
+        path = write_raw(tmp_path, "", steps.astype(np.int8).tobytes())
+    else:
+        parts = [random_counts(n_frames * width, 1, bits=BITS[format_], seed=i)[:, 0] for i, width in enumerate(widths)]
+        if flac:
+            write_wfdb(tmp_path, np.stack(parts, axis=1), fmt=[format_] * 2)
+            path = tmp_path / "r.hea"
+        else:
+            frames = np.concatenate([part.reshape(n_frames, -1) for part in parts], axis=1)
+            if format_ in ("24", "212"):
+                write_wfdb(tmp_path, frames.reshape(-1, 1), fmt=[format_])
+                path = tmp_path / "r.hea"
+            else:
+                path = write_raw(tmp_path, "", pack(frames, format_))
+    names = ("I", "II") if flac else ("I", "RESP", "II")
+    lines = [
+        f"r.dat {format_}x{width} 1000(3)/mV 16 0 0 {part.sum() % 65536} 0 {name}\n"
+        for width, part, name in zip(widths, parts, names, strict=True)
+    ]
+    path.write_text(f"r {len(lines)} 250 {n_frames}\n{''.join(lines)}")
+    record = read_wfdb(path, ignore_leads=["resp"])
+    np.testing.assert_array_equal(record.signal_LT, np.stack([parts[0], parts[-1]]) - 3)
+
+
+@pytest.mark.parametrize(("format_", "rate_hz"), [("16", 500), ("16", 250), ("16", 360), ("24", 500), ("212", 500)])
+def test_long_records_take_little_beyond_themselves(tmp_path: Path, format_: str, rate_hz: float) -> None:
+    """An hour of four leads, 14.4 MB in int16, with a baseline and invalid samples; the second record comes on top."""
+    n_samples = 3600 * RATE_HZ
+    line_T = np.tile(random_counts(1000, 1), (n_samples // 1000, 1)).astype(np.int32)
+    line_T[::1000] = -(1 << (BITS[format_] - 1))
+    for name in ("a", "b"):
+        write_wfdb(tmp_path / "set", np.repeat(line_T, 4, axis=1), name=name, fmt=[format_] * 4, baseline=[5] * 4)
+    in_int16 = 2 * 4 * n_samples
+    options = IngestOptions(rate_hz=rate_hz)
+    resample_millivolts(np.ones((1, 9), np.float32), 500, 250)  # scipy's modules count too
+    tracemalloc.start()
+    try:
+        ingest(WfdbFolder(tmp_path / "set", "set"), tmp_path / "out", options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Raw samples (int32 where a format has 24 bits) and counts, or counts of both rates and a lead in floats.
+    assert peak < (4.5 if format_ == "24" else 3.5) * in_int16
+
+
+def test_gaps_are_filled_as_by_interpolation_of_all_samples(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    counts_T = rng.integers(-3000, 3000, 2000)
+    invalid_T = rng.random(2000) < 0.3
+    invalid_T[[0, 1, -1]] = True
+    path = write_wfdb(tmp_path, np.where(invalid_T, -32768, counts_T)[:, None])
+    record = read_wfdb(path, max_invalid_fraction=0.5)
+    valid = np.flatnonzero(~invalid_T)
+    np.testing.assert_array_equal(record.signal_LT[0], np.rint(np.interp(np.arange(2000), valid, counts_T[valid])))
+    assert record.invalid_samples == invalid_T.sum()
 
 
 def test_skewed_signals_are_aligned(tmp_path: Path) -> None:
@@ -340,7 +458,8 @@ def test_broken_segments(tmp_path: Path, header: str, reason: str) -> None:
         ("r 1 nan 1000\n" + LINE + " 0 0 I\n", "sampling rate nan Hz"),
         ("r 1 fast 1000\n" + LINE + " 0 0 I\n", "sampling rate 'fast'"),
         ("r 1 60000 500\nr.dat 16x2 1000(0)/mV 16 0 0 0 0 I\n", "120000 Hz"),
-        ("r 1 500 0\n" + LINE + " 0 0 I\n", "0 samples"),
+        ("r 1 0.5 1000\n" + LINE + " 0 0 I\n", "sampling rate 0.5 Hz"),
+        ("r 1 0.002 1000\n" + LINE + " 0 0 I\n", "period in seconds.* 500 Hz"),
         ("r 0 500 1000\n", "0 signals"),
         ("r 1 500 many\n" + LINE + " 0 0 I\n", "'many'"),
         ("r 2 500 1000\n" + LINE + " 0 0 I\n", "claims 2 signals, 1 lines follow"),
@@ -426,9 +545,36 @@ def test_flac_that_claims_too_much(tmp_path: Path) -> None:
         read_wfdb(path)
 
 
-def test_length_left_out_follows_from_the_file(tmp_path: Path) -> None:
-    path = write_raw(tmp_path, "r 2 500\n" + "".join(f"{LINE} 0 0 {lead}\n" for lead in ("I", "II")))
-    assert read_wfdb(path).n_samples == 500
+@pytest.mark.parametrize("length", ["", " 0"])
+@pytest.mark.parametrize("format_", [f for f in BITS if f != "8"])
+def test_length_left_out_follows_from_the_file(tmp_path: Path, format_: str, length: str) -> None:
+    counts_TL = random_counts(n_samples=306, bits=BITS[format_])
+    path = edit(write_any(tmp_path, counts_TL, format_), lambda text: text.replace(" 306", length, 1))
+    assert parse_header(path.read_bytes()).n_frames is None
+    np.testing.assert_array_equal(read_wfdb(path).signal_LT, counts_TL.T)
+
+
+def test_length_left_out_needs_files_of_equal_lengths(tmp_path: Path) -> None:
+    header = f"r 2 500\n{LINE} 0 0 I\ns.dat 16 1000(0)/mV 16 0 0 0 0 II\n"
+    path = write_raw(tmp_path, header)
+    for n_samples, reason in ((1001, "s.dat: 1001 samples per signal; .*no number and r.dat holds 1000"),
+                              (999, "s.dat: truncated: 999 samples .*no number and r.dat holds 1000")):  # fmt: skip
+        (tmp_path / "s.dat").write_bytes(bytes(2 * n_samples))
+        with pytest.raises(InputError, match=reason):
+            read_wfdb(path)
+    (tmp_path / "s.dat").write_bytes(bytes(2000))
+    assert read_wfdb(path).n_samples == 1000
+
+
+def test_length_left_out_of_the_header_of_segments(tmp_path: Path) -> None:
+    counts_TL = write_segments(tmp_path)
+    for name in ("s0", "s1"):
+        edit(tmp_path / f"{name}.hea", lambda text: text.replace(" 100", " 0", 1))
+    edit(tmp_path / "whole.hea", lambda text: text.replace(" 300", " 0", 1))
+    np.testing.assert_array_equal(read_wfdb(tmp_path / "whole.hea").signal_LT, counts_TL.T)
+    edit(tmp_path / "whole.hea", lambda text: text.replace("s0 100", "s0 101"))
+    with pytest.raises(InputError, match=r"s0.hea: .*truncated: 100 samples per signal, the header says 101"):
+        read_wfdb(tmp_path / "whole.hea")
 
 
 def test_paths_that_are_no_records(tmp_path: Path) -> None:
@@ -451,10 +597,12 @@ def test_odd_folder_names(tmp_path: Path, folder: str) -> None:
 
 
 def test_a_path_that_wfdb_would_misread(tmp_path: Path) -> None:
-    path = write_wfdb(tmp_path / "plain", random_counts(), fmt=["212"] * 3)
-    path.parent.rename(tmp_path / "a::b")
+    for name in ("212", "516"):
+        write_wfdb(tmp_path / "plain", random_counts(), name=f"r{name}", fmt=[name] * 3)
+    (tmp_path / "plain").rename(tmp_path / "a::b")
+    np.testing.assert_array_equal(read_wfdb(tmp_path / "a::b" / "r212.hea").signal_LT, random_counts().T)
     with pytest.raises(InputError, match="'::' in the path"):
-        read_wfdb(tmp_path / "a::b" / "r.hea")
+        read_wfdb(tmp_path / "a::b" / "r516.hea")
 
 
 def test_mutated_headers_and_data_give_a_record_or_an_input_error(tmp_path: Path) -> None:

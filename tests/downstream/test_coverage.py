@@ -18,8 +18,9 @@ from ecgscale.data.shards import SPLITS
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import LabelledSet
 from ecgscale.downstream.tasks import TaskConfig
-from ecgscale.inference import recordings_of
+from ecgscale.inference import load, recordings_of
 from ecgscale.record import LEADS, Record
+from ecgscale_launch.results import figures
 
 RATE_HZ = 500.0
 WHOLE = round(10 * RATE_HZ)
@@ -58,9 +59,9 @@ class MadeUp:
         return Record(item, counts_LT, scale_L, RATE_HZ, row.leads, row.patient, row.labels, metadata)
 
 
-def write(rows: list[Row], out: Path) -> Path:
+def write(rows: list[Row], out: Path, rate_hz: float = RATE_HZ) -> Path:
     options = IngestOptions(
-        rate_hz=RATE_HZ, records_per_shard=7, validation_fraction=0, split_by="split", test_values=("test",),
+        rate_hz=rate_hz, records_per_shard=7, validation_fraction=0, split_by="split", test_values=("test",),
         validation_values=tuple({row.split for row in rows} & {"validation"}),
     )  # fmt: skip
     ingest(MadeUp(tuple(rows)), out, options)
@@ -79,7 +80,7 @@ TEST = [
     *(Row("test", {"site": ["a"]}) for _ in range(4)),
     Row("test", labels("slow"), WHOLE - 1),  # as resampling may leave it
     Row("test", labels("fast"), 1000),
-    Row("test", labels("fast"), 15),  # shorter than a token
+    Row("test", labels("fast"), 10),  # shorter than a token
     Row("test", labels("fast"), leads=("I", "II")),
     Row("train", labels("rare"), 2000),
 ]
@@ -167,6 +168,10 @@ def test_persons_with_one_session_and_recordings_without_a_session_count(small_e
     assert said in capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "evaluation-test.json").read_text())
     assert report["coverage"]["left_out"]["one_session"] == 1
+    assert figures(tmp_path / "run") == {
+        shown: report[name]["value"]
+        for name, shown in (("top1", "top-1"), ("top5", "top-5"), ("eer", "equal error rate"))
+    }  # what the table of a sweep takes
     assert report["galleries"] + report["probes"] == report["coverage"]["used"] == 6
 
 
@@ -215,3 +220,28 @@ def test_too_few_long_recordings_for_a_batch_are_told_with_the_short_ones(small_
     shards = write(rows, tmp_path / "set")
     said = "train.global_batch 8 is more than the 4 usable recordings; 4 more are shorter than data.min_record_s 10 s"
     assert said in refusal(*tuned(small_export, shards, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("rate_hz", [500.0, 250.0])
+def test_a_data_set_is_embedded_with_names_and_splits(rate_hz, small_export, tmp_path, capsys, refusal) -> None:
+    write(PLAIN + TEST, tmp_path / "set", rate_hz)
+    run("embed", small_export, tmp_path / "set", tmp_path / "out.npz", "--tokens")
+    assert "38 recordings, width 32, 1 could not be read or are too short (first: r036: " in capsys.readouterr().out
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert sorted(arrays["name"]) == sorted(f"r{i:03d}" for i in range(39) if i != 36)
+        assert len(arrays["tokens"]) == len(arrays["record_embedding"]) == 38
+        rows = PLAIN + TEST
+        assert all(
+            rows[int(name[1:])].split == split for name, split in zip(arrays["name"], arrays["split"], strict=True)
+        )
+        name_R, embedding_RD = arrays["name"].tolist(), arrays["record_embedding"]
+    model, shards = load(small_export), ShardSet.open(tmp_path / "set")
+    names = [shards.record(number).name for number in range(len(shards))]
+    for name in ("r003", "r035"):
+        record = shards.record(names.index(name))
+        expected = model.embed(record.millivolts(), record.rate_hz, record.leads).record_embedding[0]
+        np.testing.assert_allclose(embedding_RD[name_R.index(name)], expected, atol=1e-3)
+    write([Row(split, {}, 10) for split in ("train", "test")], tmp_path / "short")
+    assert "none of the 2 records can be embedded" in refusal(
+        "embed", small_export, tmp_path / "short", tmp_path / "o.npz"
+    )

@@ -69,9 +69,7 @@ def test_many_labels_then_evaluate_again_and_elsewhere(small_export, shards, tmp
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["macro"] == report["macro"]
     # A set that is all test: thresholds travel with the model, so no validation split is needed.
-    ingest(
-        Simulation(patients=16, seed=9), tmp_path / "other", IngestOptions(validation_fraction=0, test_fraction=0.99)
-    )
+    ingest(Simulation(patients=16, seed=9), tmp_path / "other", IngestOptions(validation_fraction=0, test_fraction=1))
     run("evaluate", tmp_path / "run", f"--data.shards={tmp_path / 'other'}")
     assert "| macro |" in capsys.readouterr().out
     # Other leads take other thresholds; without recordings to tune them on, they are the model's own, which is said.

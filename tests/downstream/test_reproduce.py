@@ -216,7 +216,7 @@ def test_every_file_that_comes_along_can_be_planned(path: Path, tmp_path, monkey
         ("--lead_sets", "['12,2']", "lead sets 12,2: give each apart: 12 2"),
         ("--lead_sets", "12,7", "unknown lead '7'"),
         ("--pretrain_seeds", "3", "seeds 2, pretrain_seeds 3"),
-        ("--tasks", "[{name: a, finetune: absent.yaml}]", "absent.yaml: cannot read the config"),
+        ("--tasks", "[{name: a, finetune: absent.yaml}]", "absent.yaml: cannot read"),
         ("--seds", "3", "unknown key seds; did you mean seeds?"),
         ("--part", "3/2", "--part"),
     ],

@@ -1,12 +1,13 @@
 """A rank of a job whose state is not finite, at each stage: what a save says of it. Prints one JSON object.
 
 For each stage and each way of spoiling, the message and the files that are left, and whether the optimizer's state was
-made although no gradient is finite.
+made although no gradient is finite. At last a save that the disk of one rank refuses once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def saved(folder: Path, stage: int, precision: str, what: str, value: float) -> 
     return {"said": said, "made": made, "left": sorted(path.name for path in folder.glob("*"))}
 
 
+def refuse_once() -> None:
+    """The disk of this rank refuses its next flush."""
+    fsync = os.fsync
+
+    def failing(_: int) -> None:
+        os.fsync = fsync
+        raise OSError(5, "Input/output error")
+
+    os.fsync = failing
+
+
 if __name__ == "__main__":
     ranks = start_ranks()
     outcomes = {}
@@ -75,5 +87,8 @@ if __name__ == "__main__":
             for what, value in (("weight", float("inf")), ("exp_avg_sq", float("nan")), ("weight", 1.0)):
                 name = f"{precision}-{stage}-{what}-{value}"
                 outcomes[name] = saved(Path(sys.argv[1]) / name, stage, precision, what, value)
+    if ranks.rank == ranks.world_size - 1:
+        refuse_once()
+    outcomes["fp32-1-weight-2.0"] = saved(Path(sys.argv[1]) / "refused", 1, "fp32", "weight", 2.0)
     print(json.dumps(outcomes))
     progress.at(0, "")

@@ -86,7 +86,7 @@ def test_no_stage_saves_what_is_not_finite(world_size, tmp_path) -> None:
     for name, outcome in outcomes[0].items():
         _, _, what, value = name.split("-")
         assert outcome["made"], name
-        if value == "1.0":
+        if value in ("1.0", "2.0"):
             assert (outcome["said"], outcome["left"]) == ("", ["step-00000007"]), name
         else:
             assert f"step 7 is not saved, {what}.last.weight is not finite" in outcome["said"], name

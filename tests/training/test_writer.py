@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 
 import pytest
 
 from ecgscale import run as module
-from ecgscale.errors import RankError
+from ecgscale.errors import MachineError, RankError
 
 HOLD = """
 import sys, time
@@ -31,3 +34,24 @@ def test_a_second_writer_is_refused_by_name_until_the_first_has_gone(tmp_path, m
     module.lock_run(tmp_path)
     module.lock_run(tmp_path)  # the same process may go on
     module.leave_run(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_left_unguarded(number, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    module.lock_run(tmp_path)
+    module.leave_run(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_to_lock_is_named(number, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    with pytest.raises(MachineError, match=rf"{tmp_path}/\.writer: cannot lock: {os.strerror(number)}"):
+        module.lock_run(tmp_path)
+
+
+def failing(number: int):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail

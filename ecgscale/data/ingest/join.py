@@ -21,7 +21,7 @@ from ecgscale.data.copies import Copies, content_keys, is_flat
 from ecgscale.data.ingest.job import Job
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.slice import PATIENT_ELSEWHERE, SPLIT_VALUE, Part, read_columns
+from ecgscale.data.ingest.slice import PATIENT_ELSEWHERE, PATIENT_KNOWN, SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
 from ecgscale.data.shards import (
@@ -246,13 +246,20 @@ def _united(job: Job, found: _Found) -> United:
     """Whose split others decide, of old persons and new ones. None where values name the splits: they are kept."""
     if job.options.split_by:
         return United.none()
-    pairs = [(content_keys(columns), columns["patient"].copy()) for _, _, columns in _tars(job, found)]
-    key_N, patient_N = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    told = [(content_keys(one), one["patient"].copy(), _known(one)) for _, _, one in _tars(job, found)]
+    key_N, patient_N, known_N = (np.concatenate(column) for column in zip(*told, strict=True))
     copies = Copies.find(key_N)
     copies = copies.only(copies.differing(patient_N[copies.number_R]))
     copies = copies.only(_not_flat(job, found, copies.one_of_each))
     patient_R = patient_N[copies.number_R]
-    return United.by_copies(copies, patient_R, job.options, _known_splits(job, np.unique(patient_R)))
+    kept = _known_splits(job, np.unique(patient_R))
+    return United.by_copies(copies, patient_R, known_N[copies.number_R], job.options, kept)
+
+
+def _known(columns: Columns) -> npt.NDArray[np.bool_]:
+    """Whether each record names its patient; an index does not say it, so those of an older set count as unknown."""
+    unknown = np.zeros(len(columns["samples"]), np.uint8)
+    return columns.get(PATIENT_KNOWN, unknown).astype(bool)
 
 
 def _tars(job: Job, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _DIGEST = "sha256"  # key of a part file's checksum; without one (of an older version) the slice is converted again
 SPLIT_VALUE = "split_value"  # column of a part file: place of the record's value in Part.split_values
+PATIENT_KNOWN = "patient_known"  # column (B,) of a part file: whether the record names its patient
 PATIENT_ELSEWHERE = "patient_elsewhere"  # column (B, D) of a part file: the code of the patient's id in other data sets
 
 
@@ -155,13 +156,13 @@ def convert(task: Slice) -> Part:
     rejected: list[tuple[str, str]] = []
     place_of_value: dict[str, int] = {}
     places: list[int] = []
-    patients_known = False
+    patient_known: list[bool] = []
     remarks: list[tuple[str, str, str]] = []
     held = 0
     elsewhere: list[list[int]] = []
 
     def records() -> Iterator[tuple[str, Record]]:
-        nonlocal patients_known, held
+        nonlocal held
         for item in task.items:
             try:
                 check_utf8(item)
@@ -181,10 +182,11 @@ def convert(task: Slice) -> Part:
                 continue
             value = split_value(record.labels, record.metadata, task.options.split_by) if task.options.split_by else ""
             places.append(place_of_value.setdefault(value, len(place_of_value)))
-            patients_known |= record.patient is not None
+            patient_known.append(record.patient is not None)
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
             elsewhere.append([_code_in(dataset, record) for dataset in task.other_datasets])
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
+            del record  # it may be as large as the next one
 
     digest = hashlib.sha256()
     columns = write_tar(task.tar, task.source.dataset, records(), task.options.payload, digest)
@@ -192,9 +194,11 @@ def convert(task: Slice) -> Part:
     if not places:
         task.tar.unlink()
     values = list(place_of_value)
-    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
+    part = Part(
+        task.identity, len(places), size, digest.hexdigest(), rejected, values, any(patient_known), remarks, held
+    )
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
-    columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
+    columns |= {SPLIT_VALUE: np.array(places, np.uint32), PATIENT_KNOWN: np.array(patient_known, np.uint8)}
     columns |= {PATIENT_ELSEWHERE: np.array(elsewhere, np.int64).reshape(len(places), len(task.other_datasets))}
     path = part_file(task.tar)
     with whole_file(path, sweep=False) as partial:

@@ -55,15 +55,18 @@ class United:
     def by_copies(
         copies: Copies,
         patient_R: npt.NDArray[np.int64],
+        known_R: npt.NDArray[np.bool_],
         options: IngestOptions,
         known: Mapping[int, int] | None = None,
     ) -> United:
         """Those linked by ``copies``; ``known`` has the splits that persons of an older set stand in, which they keep.
 
+        ``known_R``: whether the record names its patient. Copies under many known patients link nobody.
         All that are linked go where the hash of the least code says, or where the least that is known stands already:
         so it does not matter in which order records come, nor whether they come at once.
         """
-        code_P, least_P = copies.linked_persons(patient_R)
+        few = copies.of_few_persons(patient_R, known_R)
+        code_P, least_P = few.linked_persons(patient_R[np.isin(copies.number_R, few.number_R)])
         split_P = splits_by_hash(least_P, options)
         keep = known or {}
         of_least = {

@@ -29,7 +29,7 @@ from typing import IO, Any, TextIO, cast
 from tqdm import tqdm
 
 from ecgscale.data.sources.catalogue import TAR, Catalogue, Member
-from ecgscale.data.sources.listing import Contents, is_junk
+from ecgscale.data.sources.listing import Contents, header_names, is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.wfdb_source import (
     MAX_HEADER_BYTES,
@@ -129,7 +129,7 @@ class Archive:
         return replace(self, prefix=f"{self.prefix}{folder}/") if folder else self
 
     def header_outside(self, folder: str) -> str | None:
-        names = (name for name in self.catalogue.names(self.prefix) if name.endswith(".hea"))
+        names = header_names(self.contents())
         return next((name for name in names if not name.startswith(f"{folder}/")), None)
 
     def contents(self) -> Iterator[Contents]:

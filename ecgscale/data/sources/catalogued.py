@@ -43,6 +43,7 @@ class CataloguedWfdb:
     """What was thought of the tree when it was opened, one line each."""
     others: Callable[[Tree], list[str]] | None = None
     """Lines on what lies in the tree and is not read."""
+    rename_leads: tuple[tuple[str, str], ...] = ()
 
     def items(self) -> list[str]:
         """Sorted names of the records; raises InputError if ``labels_csv`` does not fit."""
@@ -53,7 +54,11 @@ class CataloguedWfdb:
         """The record of that name; raises InputError that names the file and the reason (see read_wfdb)."""
         said = self.catalogue.describe(item)
         record = self.tree.read(
-            item, labels=self._labels(), patient_key=self.patient_key, ignore_leads=self.ignore_leads
+            item,
+            labels=self._labels(),
+            patient_key=self.patient_key,
+            ignore_leads=self.ignore_leads,
+            rename_leads=self.rename_leads,
         )
         return replace(
             record,
@@ -140,6 +145,7 @@ def catalogued(
         options.ignore_leads,
         (*remarks, *(absent.lines() if absent else ())),
         others,
+        rename_leads=options.rename_leads,
     )
 
 

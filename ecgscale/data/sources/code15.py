@@ -101,10 +101,11 @@ class Code15:
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
             if said.patient is None:
                 raise InputError(f"no row in {EXAMS}, so its patient is unknown")
-            signal_LT, scale_L, leads = to_counts(values_TL.T, LEADS, self.mv_per_value)
+            fitted, leads = to_counts(values_TL.T, LEADS, self.mv_per_value)
         except InputError as error:
             raise InputError(f"{shown}: {error}") from error
-        return Record(item, signal_LT, scale_L, RATE_HZ, leads, said.patient, said.labels, said.metadata)
+        known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
+        return Record.of(item, fitted, RATE_HZ, leads, **known)
 
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""

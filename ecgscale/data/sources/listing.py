@@ -68,6 +68,15 @@ def contents_below(root: Path) -> Iterator[Contents]:
         yield contents
 
 
+def header_names(folders: Iterable[Contents]) -> Iterator[str]:
+    """WFDB headers by their path without suffix, segments of other records included; none is opened."""
+    for folder, files, _ in folders:
+        for name in files:
+            if name.endswith(".hea") and name != ".hea":
+                stem = name.removesuffix(".hea")
+                yield f"{folder}/{stem}" if folder else stem
+
+
 def _leads_out(link: Path, real_root: Path) -> bool:
     """Whether it leads to a folder, or to a file outside of the root."""
     return link.is_dir() or not Path(os.path.realpath(link)).is_relative_to(real_root)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ecgscale.data.label_table import Description, is_known
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
+from ecgscale.data.sources.listing import header_names
 from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -52,7 +53,7 @@ def why_not(tree: Tree) -> list[str]:
         return []
     lacking = "; ".join(f"no column {name}" for name in _lacking(tree)[:1])
     return [
-        f"{tree.where / RECORDS}: not the list of MIMIC-IV-ECG ({lacking}), so these are read as plain WFDB records; "
+        f"{RECORDS} is not the list of MIMIC-IV-ECG ({lacking}), so these are read as plain WFDB records; "
         f"--labels {RECORDS} takes its columns as labels"
     ]
 
@@ -120,7 +121,7 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
 
 
 def _by_folders(tree: Tree, reports: Catalogue, within: str) -> Described:
-    for item in tree.headers():
+    for item in header_names(tree.contents()):
         if lies_in(item, within):
             match = _PATIENT_FOLDER.search(item)
             lines = reports.note(int(match[2])) if match else []

@@ -18,9 +18,8 @@ from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.units import parse_unit, to_counts
 from ecgscale.data.sources.wfdb_source import stays_inside
-from ecgscale.data.wfdb_header import MAX_RATE_HZ
 from ecgscale.errors import InputError, unreadable
-from ecgscale.record import LEADS, Record, canonical_leads
+from ecgscale.record import LEADS, Record, canonical_leads, check_rate
 
 _ROW = "row"  # what the record column of a stacked array is called; its table names no records
 _BROKEN: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError)
@@ -50,8 +49,12 @@ class NpyTable:
         """Raises InputError where the options do not say what the arrays leave open."""
         _stacked.cache_clear()  # a file may have been replaced since
         rate_hz = options.source_rate_hz
-        if rate_hz is None or rate_hz > MAX_RATE_HZ:
-            raise InputError(f"{path}: .npy arrays say no sample rate; give --source-rate-hz, at most {MAX_RATE_HZ:g}")
+        if rate_hz is None:
+            raise InputError(f"{path}: .npy arrays say no sample rate; give --source-rate-hz")
+        try:
+            check_rate(rate_hz)
+        except InputError as error:
+            raise InputError(f"--source-rate-hz: {error}") from error
         source = cls(
             path,
             options.dataset or "",
@@ -90,12 +93,20 @@ class NpyTable:
         shown = f"{path}: row {int(item)}" if self.is_stacked else str(path)
         try:
             array = _stacked(path)[int(item)] if self.is_stacked else _array(path, self.path)
-            signal_LT, scale_L, leads = to_counts(self._leads_first(array), self.leads, self._mv_per_value(array))
+            fitted, leads = to_counts(self._leads_first(array), self.leads, self._mv_per_value(array))
             folder = Path(item).parent.name or None
             known = describe((), self._labels(), item, self.patient_key, folder)
         except InputError as error:
             raise error if str(error).startswith(str(path)) else InputError(f"{shown}: {error}") from error
-        return Record(item, signal_LT, scale_L, self.rate_hz, leads, known.patient, known.labels, known.metadata)
+        return Record.of(
+            item,
+            fitted,
+            self.rate_hz,
+            leads,
+            patient=known.patient,
+            labels=known.labels,
+            metadata=known.metadata,
+        )
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""

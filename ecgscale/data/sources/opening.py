@@ -98,7 +98,8 @@ def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        remarks=tuple(unrecognised(tree)) if options.layout == "auto" else (),
+        remarks=tuple(unrecognised(tree, forced=options.layout == "wfdb")),
+        rename_leads=options.rename_leads,
     )
 
 
@@ -126,7 +127,7 @@ def _open_archive(tree: Archive, options: SourceOptions) -> OpenedSource:
     if place or options.layout in _FOR_WFDB:
         return _open_known(tree, place, options, tree.disk)
     options.check_for("wfdb")
-    remarks = unrecognised(tree) if options.layout == "auto" else []
+    remarks = unrecognised(tree, forced=options.layout == "wfdb")
     records = ((item, Description(None, {}, {})) for item in tree.headers())
     description = f"{tree.where}: an archive of {{n}} WFDB records"
     return catalogued(tree, tree.disk, records, description, options, remarks, all_headers)

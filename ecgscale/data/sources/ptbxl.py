@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from ecgscale.data.label_table import Description, is_known
 from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
+from ecgscale.data.sources.listing import header_names
 from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -67,7 +68,7 @@ def left_out(tree: Tree) -> list[str]:
         table = Table(stream, str(tree.where / DATABASE), ())
         at = [table.columns[name] for name in _FOLDERS if name in table.columns]
         named = {row[i].strip() for row in table for i in at}
-    others = [item for item in tree.headers() if item not in named]
+    others = sorted(item for item in header_names(tree.contents()) if item not in named)
     return (
         [f"left out: {len(others)} records that {DATABASE} does not name; the first is {others[0]}"] if others else []
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ecgscale.data.sources import cinc2021, code15, mimic_iv_ecg, ptbxl
+from ecgscale.data.sources.listing import header_names
 from ecgscale.data.sources.tree import Folder, Tree
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 
 _DEEPEST = 2  # levels below what was given, in which a set may lie
 _MOST_FOLDERS = 64  # that a folder may hold to be searched: a known set has more, what holds one has few
@@ -56,6 +58,8 @@ def recognise(tree: Tree, layouts: Mapping[str, Layout]) -> Place | None:
 
     Raises InputError where it holds several, or one and other records.
     """
+    if isinstance(tree, Folder):
+        tree = _ListedOnce(tree.where)
     by_tables = {name: layout.is_here for name, layout in layouts.items()}
     by_shape = {name: layout.has_shape for name, layout in layouts.items()}
     return (
@@ -65,16 +69,35 @@ def recognise(tree: Tree, layouts: Mapping[str, Layout]) -> Place | None:
     )
 
 
-def unrecognised(tree: Tree) -> list[str]:
-    """Lines on what plain records look like part of. Raises InputError where each recording would be read twice."""
-    return [*_looks_like_ptbxl(tree), *mimic_iv_ecg.why_not(tree)]
+class _ListedOnce(Folder):
+    """A folder that is asked again and again."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "children", functools.lru_cache(super().children))
+
+    def below(self, folder: str) -> Folder:
+        return _ListedOnce(self.where / folder)
+
+
+def unrecognised(tree: Tree, forced: bool) -> list[str]:
+    """Lines on what plain records look like part of.
+
+    Raises InputError where each recording would be read twice, unless it is ``forced`` to read them as they are.
+    """
+    about_ptbxl = _looks_like_ptbxl(tree, forced)
+    return about_ptbxl if forced else [*about_ptbxl, *mimic_iv_ecg.why_not(tree)]
 
 
 def _at_or_below(tree: Tree, tests: Tests) -> Place | None:
     if (name := _layout_of(tree, tests)) is not None:
-        return Place(name, tree, "", "")
+        return Place(name, _plain(tree), "", "")
     below = list(_below(tree, tests))
     return _only(tree, below) if below else None
+
+
+def _plain(tree: Tree) -> Tree:
+    """As it travels to other processes."""
+    return Folder(tree.where) if isinstance(tree, Folder) else tree
 
 
 def _layout_of(tree: Tree, tests: Tests) -> str | None:
@@ -91,7 +114,7 @@ def _below(tree: Tree, tests: Tests) -> Iterator[Place]:
                 path = f"{folder}/{name}" if folder else name
                 one = tree.below(path)
                 if (layout := _layout_of(one, tests)) is not None:
-                    yield Place(layout, one, "", f"it lies in {path}")
+                    yield Place(layout, _plain(one), "", f"it lies in {path}")
                 else:
                     deeper.append(path)
         level = deeper
@@ -126,27 +149,31 @@ def _above(tree: Folder, layouts: Mapping[str, Layout]) -> Place | None:
 def _is_above(root: Path, layout: Layout) -> bool:
     try:
         return layout.is_here(Folder(root))
-    except InputError:
-        return False  # a folder that we may not look into
+    except (InputError, MachineError):
+        return False  # a folder above what was given, into which we may not look
 
 
-def _looks_like_ptbxl(tree: Tree) -> list[str]:
-    names = (f"{contents.folder}/{name}" for contents in tree.contents() for name in contents.files)
-    headers = (name for name in names if name.endswith(".hea"))
+def _looks_like_ptbxl(tree: Tree, forced: bool) -> list[str]:
+    headers = header_names(tree.contents())
     first = next(headers, "")
     if not _of_ptbxl(first):
         return []
     rates = {_of_ptbxl(first)} | {_of_ptbxl(name) for name in headers}
     lost = f"no {ptbxl.DATABASE} with it, so its labels and patients"
+    if forced:
+        twice = (
+            "both rates of PTB-XL are read, each recording twice and as two persons; give one of records500, records100"
+        )
+        return [twice] if {"hr", "lr"} <= rates else []
     if {"hr", "lr"} <= rates:
         raise InputError(
-            f"{tree.where}: looks like PTB-XL at both rates (such as {first.lstrip('/')}), with {lost} would be lost "
+            f"{tree.where}: looks like PTB-XL at both rates (such as {first}), with {lost} would be lost "
             "and each recording be read twice; give the folder that holds the table, one rate alone, or --layout wfdb"
         )
-    return [f"{tree.where}: looks like a part of PTB-XL, with {lost} are unknown: give the folder that holds the table"]
+    return [f"it looks like a part of PTB-XL, with {lost} are unknown: give the folder that holds the table"]
 
 
 def _of_ptbxl(header: str) -> str:
-    """``hr`` or ``lr`` for a name such as records500/00000/00001_hr.hea, else "" ."""
-    match = re.search(r"/\d{5}_(hr|lr)\.hea$", header)
+    """``hr`` or ``lr`` for a name such as records500/00000/00001_hr, else "" ."""
+    match = re.search(r"(?:^|/)\d{5}_(hr|lr)$", header)
     return match[1] if match else ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from ecgscale.data.sources.listing import Contents, contents_below, is_junk
+from ecgscale.data.sources.listing import Contents, contents_below, header_names, is_junk
 from ecgscale.data.sources.wfdb_source import headers_below, read_wfdb, stays_inside, without_segments
 from ecgscale.errors import InputError, file_error
 from ecgscale.record import Record
@@ -64,21 +65,22 @@ class Folder:
             raise file_error(path, "cannot be listed", error) from error
 
     def folders(self, folder: str) -> list[str]:
-        names = self.children(folder)
-        paths = [self.where / folder / name for name in sorted(names)]
-        return [path.name for path in paths if path.is_dir() and not path.is_symlink()]
+        path = self.where / folder
+        try:
+            with os.scandir(path) as entries:  # which tells without a look at each
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise file_error(path, "cannot be listed", error) from error
+        return sorted(name for name in names if not is_junk(name))
 
     def below(self, folder: str) -> Folder:
         return Folder(self.where / folder) if folder else self
 
     def header_outside(self, folder: str) -> str | None:
-        for contents in contents_below(self.where):
-            if contents.folder == folder or contents.folder.startswith(f"{folder}/"):
-                continue
-            for name in contents.files:
-                if name.endswith(".hea"):
-                    return f"{contents.folder}/{name}" if contents.folder else name
-        return None
+        names = header_names(contents_below(self.where))
+        return next((name for name in names if not name.startswith(f"{folder}/")), None)
 
     def contents(self) -> Iterator[Contents]:
         return contents_below(self.where)

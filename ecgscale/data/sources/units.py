@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.errors import InputError
-from ecgscale.record import Counts, Floats, fit_counts, in_canonical_order, mv_per_unit, quantise
+from ecgscale.record import Fitted, fit_counts, in_canonical_order, mv_per_unit, quantise
 
 _UNIT = re.compile(r"(\d+\.?\d*(?:[eE][-+]?\d{1,2})?)?\s*([^\W\d]+)")
 
@@ -27,16 +27,17 @@ def parse_unit(text: str) -> float:
 
 def to_counts(
     values_LT: npt.NDArray[np.generic], leads: Sequence[str], mv_per_value: float
-) -> tuple[Counts, Floats, tuple[str, ...]]:
-    """Floats or integers of leads in any order -> (counts, mV per count, leads), in canonical order.
+) -> tuple[Fitted, tuple[str, ...]]:
+    """Floats or integers of leads in any order -> (int16 counts, leads), in canonical order.
 
     Raises InputError for NaN, infinity and a signal that is zero throughout.
     """
     order = in_canonical_order(leads)
     if not values_LT.any():
         raise InputError("all samples are zero")
+    value_LT = [values_LT[i] for i in order]  # views
     if values_LT.dtype.kind in "iu":
-        counts_LT, scale_L = fit_counts(values_LT[order].astype(np.int64), np.full(len(leads), mv_per_value))
+        fitted = fit_counts(value_LT, np.full(len(leads), mv_per_value))
     else:
-        counts_LT, scale_L = quantise(values_LT[order].astype(np.float64) * mv_per_value)
-    return counts_LT, scale_L, tuple(leads[i] for i in order)
+        fitted = quantise(value_LT, mv_per_value)
+    return fitted, tuple(leads[i] for i in order)

@@ -1,8 +1,8 @@
 """WFDB records, and folders of them -> Records. The sole importer of wfdb.
 
-wfdb decodes the samples; everything that can be wrong before that (header, file names, sizes) is checked here
-first, so that nothing is allocated, followed or defaulted on the word of a broken header. What is refused, is
-refused with one InputError that names the file.
+Everything that can be wrong before samples are read (header, file names, sizes) is checked here first, so that
+nothing is allocated, followed or defaulted on the word of a broken header. What is refused, is refused with one
+InputError that names the file. wfdb decodes FLAC; the plain formats are read by ``wfdb_formats``.
 """
 
 from __future__ import annotations
@@ -12,28 +12,18 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ecgscale.data.label_table import LabelTable, describe, load_label_table
-from ecgscale.data.sources.listing import contents_below, left_out
-from ecgscale.data.wfdb_header import MAX_RATE_HZ, Header, SignalLine, parse_header
-from ecgscale.data.wfdb_signals import (
-    INT16_FORMATS,
-    Signals,
-    by_file,
-    check_sums,
-    fill_invalid,
-    frames_in,
-    join,
-    read_int16,
-    to_signals,
-)
-from ecgscale.errors import InputError, disk_failed, file_error, naming_file
-from ecgscale.record import LEADS, Record, fit_counts, in_canonical_order
+from ecgscale.data.sources.listing import contents_below, header_names, left_out
+from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
+from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
+from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals
+from ecgscale.errors import InputError, MachineError, disk_failed, file_error, naming_file
+from ecgscale.record import LEADS, MAX_VALUES, Record, check_rate, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
     # wfdb 4.3.1 does so while it is imported; pandas 3 warns.
@@ -41,7 +31,6 @@ with warnings.catch_warnings():
     import wfdb as wfdb
 
 MAX_HEADER_BYTES = 1 << 24
-_MAX_VALUES = 1 << 29  # leads x samples of one record: 12 leads, 24 hours, 500 Hz
 PEEK_BYTES = 4096
 
 # What wfdb and the libraries below it raise for damaged files. Its own HeaderSyntaxError is a ValueError,
@@ -67,6 +56,8 @@ class WfdbFolder:
     """Column or comment with the patient; "@folder": the name of the record's folder is the patient."""
     ignore_leads: tuple[str, ...] = ()
     """Signals to leave out, by their name in the header, upper or lower case alike."""
+    rename_leads: tuple[tuple[str, str], ...] = ()
+    """(name in the header, lead) of signals whose names are none of a lead's."""
     max_invalid_fraction: float = 0.01
     """Of a lead, that may be interpolated. 1 % of 10 s is 100 ms, too short to swallow a heartbeat."""
     verify_checksums: bool = True
@@ -103,6 +94,7 @@ class WfdbFolder:
             labels=self._labels(),
             patient_key=self.patient_key,
             ignore_leads=self.ignore_leads,
+            rename_leads=self.rename_leads,
             max_invalid_fraction=self.max_invalid_fraction,
             verify_checksums=self.verify_checksums,
         )
@@ -136,13 +128,15 @@ def read_wfdb(
     labels: LabelTable | None = None,
     patient_key: str | None = None,
     ignore_leads: Sequence[str] = (),
+    rename_leads: Sequence[tuple[str, str]] = (),
     max_invalid_fraction: float = 0.01,
     verify_checksums: bool = True,
     shown: Path | None = None,
 ) -> Record:
     """Read one WFDB record, single- or multi-segment, by the path of its header (with or without ``.hea``).
 
-    ``signal_LT`` holds counts minus the baseline, exact where they fit into int16; ``scale_L`` mV per count.
+    ``signal_LT`` holds counts minus the baseline, exact where they fit into int16; ``scale_L`` mV per count. A lead
+    that does not fit loses its median first, an electrode offset, which ``offset_mv`` keeps (see fit_counts).
     Where the header leaves the gain out it is 200 counts per mV, as header(5) defines; gain 0 is refused.
     Samples that are marked as invalid are interpolated along the lead and counted in ``invalid_samples``. If
     ``root`` is given, files outside of it are refused. ``name`` (default: the file's) finds the record's row
@@ -156,20 +150,20 @@ def read_wfdb(
         raise InputError(f"{path}: not the path of a record")
     header_path = path if path.suffix == ".hea" else path.with_name(f"{path.name}.hea")
     record_name = header_path.stem if name is None else name
-    reader = _Reader(root, tuple(lead.strip().casefold() for lead in ignore_leads), verify_checksums)
+    ignored = tuple(lead.strip().casefold() for lead in ignore_leads)
+    reader = _Reader(root, ignored, verify_checksums, tuple(rename_leads))
     with _naming(shown or header_path):
         header = reader.header(header_path)
         signals = reader.signals(header, header_path)
-        filled_LT, n_invalid = fill_invalid(signals, max_invalid_fraction)
+        n_invalid = fill_invalid(signals, max_invalid_fraction)
         order = in_canonical_order(signals.leads)
-        signal_LT, scale_L = fit_counts(filled_LT[order], signals.mv_per_count_L[order])
+        fitted = fit_counts([signals.counts_L[i] for i in order], signals.mv_per_count_L[order])
         known = describe(header.comments, labels, record_name, patient_key, _folder_name(header_path, root))
-        return Record(
-            name=record_name,
-            signal_LT=signal_LT,
-            scale_L=scale_L,
-            rate_hz=signals.rate_hz,
-            leads=tuple(signals.leads[i] for i in order),
+        return Record.of(
+            record_name,
+            fitted,
+            signals.rate_hz,
+            tuple(signals.leads[i] for i in order),
             patient=known.patient,
             labels=known.labels,
             metadata=known.metadata,
@@ -189,6 +183,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except MachineError as error:
+        raise MachineError(f"{path}: {error}") from error
     except OSError as error:
         raise file_error(path, "cannot be read", error) from error
 
@@ -201,11 +197,7 @@ def headers_below(root: Path) -> list[str]:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
 
-    names = []
-    for folder, files, _ in contents_below(root):
-        stems = [file.removesuffix(".hea") for file in files if file.endswith(".hea") and file != ".hea"]
-        names += [f"{folder}/{stem}" if folder else stem for stem in stems]
-    return sorted(names)
+    return sorted(header_names(contents_below(root)))
 
 
 def stays_inside(path: Path, root: Path) -> bool:
@@ -260,6 +252,7 @@ class _Reader:
     root: Path | None = None
     ignored: tuple[str, ...] = ()  # casefolded names of signals
     verify_checksums: bool = True
+    renames: tuple[tuple[str, str], ...] = ()
 
     def header(self, path: Path) -> Header:
         self._check_place(path)
@@ -275,15 +268,15 @@ class _Reader:
         lengths = [length for _, length in header.segments]
         if header.n_frames not in (None, sum(lengths)):
             raise InputError(f"the segments hold {sum(lengths)} samples, the first line says {header.n_frames}")
-        if sum(lengths) * len(LEADS) > _MAX_VALUES:
-            raise InputError(f"{sum(lengths)} samples; a record has at most {_MAX_VALUES // len(LEADS)} per lead")
-        pieces: list[tuple[int, Signals | None]] = []
+        if sum(lengths) * len(LEADS) > MAX_VALUES:
+            raise InputError(f"{sum(lengths)} samples; a record has at most {MAX_VALUES // len(LEADS)} per lead")
+        segments: list[tuple[int, Signals | None]] = []
         for name, length in header.segments:
             if name == "~":
-                pieces.append((length, None))
+                segments.append((length, None))
             elif length:  # 0: the layout header of a record whose leads change; they come with the segments
-                pieces.append((length, self._segment(path.with_name(f"{name}.hea"), length, header.rate_hz)))
-        return join(pieces, header.rate_hz)
+                segments.append((length, self._segment(path.with_name(f"{name}.hea"), length, header.rate_hz)))
+        return join(segments, header.rate_hz)
 
     def _segment(self, path: Path, length: int, rate_hz: float) -> Signals:
         with _naming(Path(path.name)):
@@ -294,7 +287,7 @@ class _Reader:
                 raise InputError(f"the segment holds {header.n_frames} samples, the record says {length}")
             if header.rate_hz != rate_hz:
                 raise InputError(f"the segment has {header.rate_hz:g} Hz, the record {rate_hz:g} Hz")
-            return self._plain_signals(header, path)
+            return self._plain_signals(replace(header, n_frames=length), path)
 
     def _plain_signals(self, header: Header, path: Path) -> Signals:
         kept = [i for i, line in enumerate(header.signals) if not self._ignores(line)]
@@ -306,32 +299,34 @@ class _Reader:
             rates = ", ".join(f"{name!r} {n * header.rate_hz:g} Hz" for n, name in per_frame.items())
             raise InputError(f"signals of unequal rates ({rates}); ignore all but those of one rate")
         rate_hz = header.rate_hz * lines[0].samples_per_frame
-        if rate_hz > MAX_RATE_HZ:
-            raise InputError(f"sampling rate {rate_hz:g} Hz; it must be at most {MAX_RATE_HZ:g} Hz")
+        check_rate(rate_hz)
         n_frames = self._check_data_files(header, path)
         samples = _decode(header, path, kept, n_frames)
         if self.verify_checksums:
             check_sums(lines, samples)
-        return to_signals(lines, samples, rate_hz)
+        return to_signals(lines, samples, rate_hz, dict(self.renames))
 
     def _ignores(self, line: SignalLine) -> bool:
         return line.name.casefold() in self.ignored
 
     def _check_data_files(self, header: Header, path: Path) -> int:
         """The number of frames; raises InputError unless every data file is there and holds so many."""
-        n_frames = header.n_frames
+        n_frames, given_by = header.n_frames, "the header says"
         for file_name, lines in by_file(header.signals).items():
             if all(map(self._ignores, lines)):
                 continue
             with _naming(Path(file_name)):
                 self._check_place(path.with_name(file_name))
                 available = frames_in(path.with_name(file_name), lines)
-                n_frames = available if n_frames is None else n_frames
+                if n_frames is None:
+                    n_frames, given_by = available, f"the header says no number and {file_name} holds"
+                elif header.n_frames is None and available > n_frames:
+                    raise InputError(f"{available} samples per signal; {given_by} {n_frames}; write it into the header")
                 if available < n_frames or n_frames == 0:
-                    raise InputError(f"truncated: {available} samples per signal, the header says {n_frames}")
+                    raise InputError(f"truncated: {available} samples per signal, {given_by} {n_frames}")
         assert n_frames is not None
-        if n_frames * sum(line.samples_per_frame for line in header.signals) > _MAX_VALUES:
-            raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {_MAX_VALUES} in all")
+        if n_frames * sum(line.samples_per_frame for line in header.signals) > MAX_VALUES:
+            raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {MAX_VALUES} in all")
         return n_frames
 
     def _check_place(self, path: Path) -> None:
@@ -339,29 +334,43 @@ class _Reader:
             raise InputError(f"lies outside of {self.root}; links may not lead out")
 
 
-def _decode(header: Header, path: Path, channels: list[int], n_frames: int) -> list[npt.NDArray[np.integer]]:
+def _decode(header: Header, path: Path, channels: Sequence[int], n_frames: int) -> list[Integers]:
     """The raw samples of some signals, in the order of their file."""
-    base = str(path.absolute()).removesuffix(".hea")
-    # The most common formats. wfdb spends two thirds of its time on their headers, and 4.3.1 fails at 61.
-    is_int16 = all(header.signals[i].format in INT16_FORMATS for i in channels)
-    if "::" in base and not is_int16:
-        raise InputError("'::' in the path, which wfdb takes for a chain of protocols; rename the folder")
-    try:
-        if is_int16:
-            return read_int16(path.parent, header.signals, channels, n_frames)
-        samples: list[npt.NDArray[np.integer]] = wfdb.rdrecord(
-            base,
-            channels=channels,
-            physical=False,
-            smooth_frames=False,  # smoothing would average the samples of a frame and round them
-            ignore_skew=True,  # the checksum is one of the samples in the order of the file
-            return_res=32,
-        ).e_d_signal
-    except _DECODING_ERRORS as error:
-        if disk_failed(error):
-            raise
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise InputError(f"the samples cannot be read: {type(error).__name__}: {reason}") from error
-    if any(len(sample_T) != n_frames * header.signals[channels[0]].samples_per_frame for sample_T in samples):
-        raise InputError(f"{len(samples[0])} samples can be read, the header says {n_frames}")
+    samples = empty_samples([header.signals[i] for i in channels], n_frames)
+    room = dict(zip(channels, samples, strict=True))
+    end = 0
+    for file_name, lines in by_file(header.signals).items():
+        begin, end = end, end + len(lines)
+        wanted = [i for i in range(begin, end) if i in room]
+        if not wanted:
+            continue
+        columns = np.cumsum([0, *(line.samples_per_frame for line in lines)]).tolist()
+        with _naming(Path(file_name)):
+            data_path = path.with_name(file_name)
+            read = _read_flac if lines[0].format in FLAC_FORMATS else read_file
+            for first, stop, block_FW in read(data_path, lines, n_frames):
+                for i in wanted:
+                    left, right = columns[i - begin : i - begin + 2]
+                    width = right - left
+                    room[i][first * width : stop * width] = block_FW[:, left:right].reshape(-1)
     return samples
+
+
+def _read_flac(path: Path, lines: Sequence[SignalLine], n_frames: int) -> Iterator[tuple[int, int, Integers]]:
+    """As wfdb_formats.read_file."""
+    # wfdb's public reader asks the header for the length, which it may leave out, and holds all signals several times.
+    folder, n_signals = str(path.absolute().parent), len(lines)
+    if "::" in folder:
+        raise InputError("'::' in the path, which wfdb takes for a chain of protocols; rename the folder")
+    of_file = (lines[0].format, n_signals, n_frames, lines[0].byte_offset)
+    of_signals = ([line.samples_per_frame for line in lines], [0] * n_signals, [0] * n_signals)  # frame, skew, initial
+    for first, stop in frame_blocks(n_frames, lines):
+        try:
+            signals = wfdb.io._signal._rd_dat_signals(path.name, folder, None, *of_file, *of_signals, first, stop)
+        except _DECODING_ERRORS as error:
+            if disk_failed(error):
+                raise
+            reason = " ".join(str(error).split()) or "no reason given"
+            raise InputError(f"the samples cannot be read: {type(error).__name__}: {reason}") from error
+        columns = [signal_T.reshape(-1, line.samples_per_frame) for line, signal_T in zip(lines, signals, strict=True)]
+        yield first, stop, np.concatenate(columns, axis=1)
