@@ -14,7 +14,7 @@ from ecgscale.data.plausibility import plausible
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.data.sources import WfdbFolder, read_wfdb
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Embedding, Recording, load, log_remarks
 from ecgscale.record import LEADS, Record, Remark
@@ -83,7 +83,7 @@ def _embed_npy(
         # Mapped: a header that promises more than the file holds is refused before anything is allocated.
         signal = np.lib.format.open_memmap(source, mode="r")
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{source}: not a readable .npy of numbers ({error})") from error
+        raise unreadable(source, "not a readable .npy of numbers", error) from error
     if leads is None and signal.ndim in (2, 3) and signal.shape[-2] == len(LEADS):
         leads = LEADS
     if leads is None:

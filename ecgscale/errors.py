@@ -49,6 +49,23 @@ _OF_THE_PATH = {
     errno.EROFS,
 }
 
+# What a disk, or who serves files, says when it fails: neither a path nor the content of a file brings these about.
+_OF_THE_DISK = {
+    errno.EDQUOT,
+    errno.EHOSTDOWN,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
 # How gloo and NCCL say that another process is gone.
 _LOST_RANK = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
@@ -75,6 +92,21 @@ def naming_file(path: Path | str, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise file_error(path, doing, error) from error
+
+
+def disk_failed(error: BaseException) -> bool:
+    """Whether the machine is to blame where a library could not read a file; otherwise the file's content is."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_DISK
+
+
+def unreadable(path: Path | str, what: str, error: Exception) -> InputError | MachineError:
+    """The error to raise where a library could not read ``path``, such as ``what`` = "not a readable .npy".
+
+    A library says much by OSError: only some of it is the disk's fault or the path's.
+    """
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK | _OF_THE_PATH:
+        return file_error(path, what, error)
+    return InputError(f"{path}: {what} ({' '.join(str(error).split()) or type(error).__name__})")
 
 
 def tells_of_lost_rank(error: BaseException) -> bool:

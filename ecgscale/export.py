@@ -6,29 +6,35 @@ its task.
 
 from __future__ import annotations
 
-import json
-import shutil
+import math
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from ecgscale.data.selection import Normalisation
 from ecgscale.errors import InputError
-from ecgscale.files import file_sha256, write_whole
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
+from ecgscale.model.encoder import SIZES, ECGEncoder, ModelConfig
 from ecgscale.record import LEADS
 from ecgscale.training.checkpoint import Checkpoint, checkpoints, step_of
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
-from ecgscale.weights import open_tensors
+from ecgscale.weights import open_tensors, refuse_nonfinite, save_tensors
 
-FORMAT = "ecgscale-export/1"
+FORMAT = "ecgscale-export/2"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_FORMAT_WITHOUT_CHECKSUMS = "ecgscale-export/1"  # as earlier versions wrote it
+_LONGEST_SAMPLES = 1 << 20  # of a segment: attention over its tokens has long gone beyond any memory
+_WEIGHTS_SHA256 = "weights_sha256"  # key of the config
 PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds
+
+# What a config says beside model and profile, by the type that its readers rely on.
+_TYPES: dict[str, type] = {"step": int, "classes": list, "task": dict, "codes": dict, "source": dict, "neighbours": int}
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,11 @@ class Profile:
     def __post_init__(self) -> None:
         if not (self.rate_hz > 0 and self.segment_s > 0):
             raise InputError(f"profile: rate_hz {self.rate_hz} and segment_s {self.segment_s} must be positive")
+        if not self.rate_hz * self.segment_s <= _LONGEST_SAMPLES:
+            raise InputError(
+                f"profile: segments of {self.segment_s:g} s at {self.rate_hz:g} Hz have more than {_LONGEST_SAMPLES} "
+                "samples"
+            )
         if self.normalisation not in ("mv", "zscore"):
             raise InputError(f"profile: normalisation {self.normalisation!r}; known are mv and zscore")
         if self.leads != LEADS:
@@ -50,22 +61,21 @@ class Profile:
 
 
 def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
-    """Write the weights of PREFIXES with what is to be known about them; complete or absent."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        used = {
-            name: tensor.float().contiguous().cpu() for name, tensor in weights.items() if name.startswith(PREFIXES)
-        }
-        save_file(used, partial / "model.safetensors")
-        write_whole(partial / "config.json", json.dumps(about | {"format": FORMAT}, indent=1, sort_keys=True).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
-    except (OSError, SafetensorError, InputError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{folder}: cannot write the export: {error}") from error
+    """Write the weights of PREFIXES with what is to be known about them; complete or absent.
+
+    Raises InputError for weights that are not finite and where the path is wrong, MachineError where the disk fails;
+    an export that stood there then still stands.
+    """
+    used = {name: tensor.float().contiguous().cpu() for name, tensor in weights.items() if name.startswith(PREFIXES)}
+    refuse_nonfinite(used, f"{folder}: not exported")
+    with whole_folder(folder) as partial:
+        save_tensors(partial / WEIGHTS, used)
+        write_json(partial / CONFIG, _sealed(about | {_WEIGHTS_SHA256: file_sha256(partial / WEIGHTS)}))
     return folder
+
+
+def _sealed(about: dict[str, Any]) -> dict[str, Any]:
+    return sealed(about | {"format": FORMAT})
 
 
 def check_token(model: ModelConfig, profile: Profile) -> None:
@@ -92,7 +102,7 @@ def export_engine(folder: Path, engine: Engine, about: dict[str, Any], step: int
 
 def amend_export(folder: Path, **more: Any) -> None:
     """Add to what an export says of its model."""
-    write_whole(folder / "config.json", json.dumps(_read_about(folder) | more, indent=1, sort_keys=True).encode())
+    write_json(folder / CONFIG, _sealed(_read_about(folder) | more))
 
 
 def export_run(run: Path, out: Path) -> Path:
@@ -106,9 +116,11 @@ def export_run(run: Path, out: Path) -> Path:
 def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Place, weights and description of an export, or of a run's newest state: its export or a later checkpoint."""
     place, about = _newest(path)
-    if (place / "config.json").is_file():
-        return place, _read_weights(place), about
-    return place, Checkpoint.open(place).tensors("weight"), about
+    if (place / CONFIG).is_file():
+        return place, _read_weights(place, about), about
+    weights = Checkpoint.open(place).tensors("weight")
+    refuse_nonfinite(weights, place)
+    return place, weights, about
 
 
 def read_about(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -126,7 +138,7 @@ def weights_sha256(path: Path) -> str:
 def is_export(folder: Path) -> bool:
     """Whether an export stands there, which may be written anew."""
     try:
-        _read_about(folder)
+        _read_about(standing(folder))
     except InputError:
         return False
     return True
@@ -138,22 +150,74 @@ def is_model(path: Path) -> bool:
 
 
 def described(place: Path, about: dict[str, Any]) -> tuple[ModelConfig, Profile]:
-    """Shape and preprocessing of a model; raises InputError where this version does not know them."""
+    """Shape and preprocessing of a model.
+
+    Raises InputError where this version does not know them, and where the weights in ``place`` are those of another
+    shape: a shape may be anybody's, and is believed before memory is taken for it.
+    """
     try:
-        model = ModelConfig(**about["model"])
-        profile = Profile(**about["profile"] | {"leads": tuple(about["profile"]["leads"])})
+        model = ModelConfig(**_typed(about["model"], ModelConfig()))
+        profile = Profile(**_typed(about["profile"], Profile(1.0, 1.0, "mv")))
         check_token(model, profile)
+        _check_shape(model, _shapes(place))
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{place}: does not describe a model of this version ({error})") from error
     return model, profile
 
 
+def _typed(given: Any, example: ModelConfig | Profile) -> dict[str, Any]:
+    """The fields of a dataclass out of JSON. Raises InputError for one whose type is not that of the example's."""
+    if not isinstance(given, dict):
+        raise InputError(f"{str(given)[:40]!r} where fields should be")
+    fields = {}
+    for name, value in given.items():
+        kind = type(getattr(example, name, None))
+        if kind is float and type(value) is int and abs(value) < 1 << 53:
+            value = float(value)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        if type(value) is not kind:
+            raise InputError(f"{name} is {str(value)[:40]!r}")
+        fields[name] = value
+    return fields
+
+
+def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
+    """Of the weights of an export or a checkpoint, by their names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in place.glob("*.safetensors"):
+        tensors = open_tensors(path)
+        for name in tensors.keys():  # noqa: SIM118, it is no dict
+            shapes[name.removeprefix("weight.")] = tuple(tensors.get_slice(name).get_shape())
+    return shapes
+
+
+def _check_shape(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises InputError unless an encoder of this shape has these weights; takes no memory for them."""
+    if model.depth > len(shapes):
+        raise InputError(f"depth {str(model.depth)[:20]}, but there are {len(shapes)} weights")
+    numbers = sum(map(math.prod, shapes.values()))
+    for field in SIZES:
+        if (size := getattr(model, field)) > numbers:
+            raise InputError(f"{field} {str(size)[:20]}, but all weights together are {numbers} numbers")
+    try:
+        with torch.device("meta"):
+            expected = ECGEncoder(model).state_dict()
+    except RuntimeError as error:  # sizes whose products overflow
+        raise InputError("its shape has more weights than any memory") from error
+    for name, tensor in expected.items():
+        shape = shapes.get(f"encoder.{name}")
+        if shape is not None and shape != tensor.shape:
+            raise InputError(f"encoder.{name} is {shape}, its shape says {tuple(tensor.shape)}")
+
+
 def _newest(path: Path) -> tuple[Path, dict[str, Any]]:
     """An export, or of a run the export or a later checkpoint, and its description."""
-    if (path / "config.json").is_file():
+    path = standing(path)
+    if (path / CONFIG).is_file():
         return path, _read_about(path)
-    export, saved = path / "export", checkpoints(path / "checkpoints")
-    if (export / "config.json").is_file():
+    export, saved = standing(path / "export"), checkpoints(path / "checkpoints")
+    if (export / CONFIG).is_file():
         about = _read_about(export)
         if not saved or step_of(saved[-1]) <= about.get("step", 0):
             return export, about
@@ -163,22 +227,32 @@ def _newest(path: Path) -> tuple[Path, dict[str, Any]]:
     return saved[-1], checkpoint.state["about"] | {"step": checkpoint.step}
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
+def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
+    """All finite, and as they were written; exports of format 1 do not say what they were."""
+    path = folder / WEIGHTS
+    if _WEIGHTS_SHA256 in about and path.is_file() and file_sha256(path) != about[_WEIGHTS_SHA256]:
+        raise InputError(f"{path}: damaged, its sha256 differs from {CONFIG}; copy it or export the model again")
     tensors = open_tensors(path)
     weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     for name in weights:
         if not name.startswith(PREFIXES):
             known = ", ".join(f"{prefix}*" for prefix in PREFIXES)
             raise InputError(f"{path}: left over {name}; an export holds {known} alone")
+    refuse_nonfinite(weights, path)
     return weights
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    try:
-        about = json.loads((folder / "config.json").read_bytes())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{folder / 'config.json'}: damaged ({error})") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise InputError(f"{folder / 'config.json'}: not the config of an ecgscale export (format {FORMAT!r})")
+    """The description of an export, without what it says of the files themselves."""
+    path = folder / CONFIG
+    about = read_json(path)
+    known = about.get("format")
+    if known not in (FORMAT, _FORMAT_WITHOUT_CHECKSUMS):
+        raise InputError(f"{path}: not the config of an ecgscale export (format {FORMAT!r})")
+    if known == FORMAT and not seal_holds(about):
+        raise InputError(f"{path}: damaged or edited, its content differs from its own sha256; export the model again")
+    about.pop(SEAL, None)
+    for name, kind in _TYPES.items():
+        if name in about and type(about[name]) is not kind:
+            raise InputError(f"{path}: {name} is {str(about[name])[:40]!r}, no {kind.__name__}; export the model again")
     return about

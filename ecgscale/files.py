@@ -159,8 +159,9 @@ def file_sha256(path: Path) -> str:
 
 
 def sealed(tree: dict[str, Any]) -> dict[str, Any]:
-    """The object with its own hash under SEAL, so that a flipped bit in it shows."""
-    return tree | {SEAL: _own_sha256(tree)}
+    """The object, as JSON gives it back, with its own hash under SEAL, so that a flipped bit in it shows."""
+    as_read: dict[str, Any] = json.loads(json.dumps(tree))  # whose keys are all text, and so in the same order
+    return as_read | {SEAL: _own_sha256(as_read)}
 
 
 def seal_holds(tree: dict[str, Any]) -> bool:

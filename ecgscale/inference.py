@@ -343,19 +343,24 @@ def load(path: str | Path) -> ECGModel:
     place, weights, about = read_model(Path(path))
     config, profile = described(place, about)
     encoder = ECGEncoder(config)
-    head = _head(_below("head.", weights), about, place)
+    head = _head(_below("head.", weights), about, config.width, place)
     load_weights(encoder, _below("encoder.", weights), place)
     return ECGModel(encoder, profile, head, about)
 
 
-def _head(weights: dict[str, Tensor], about: dict[str, Any], place: Path) -> nn.Module | None:
+def _head(weights: dict[str, Tensor], about: dict[str, Any], width: int, place: Path) -> nn.Module | None:
+    """Raises InputError for a head that does not fit an encoder of ``width``."""
     if not weights:
         return None
     if weights.keys() == {"centre", "bank", "target"}:
-        multilabel = about["task"]["kind"] == "multilabel"
-        return Neighbours(weights["centre"], weights["bank"], weights["target"], about["neighbours"], multilabel)
-    shape = weights["weight"].shape if "weight" in weights else torch.Size((1, 1))
-    head = nn.Linear(shape[1], shape[0])
+        kind, k = about.get("task", {}).get("kind"), about.get("neighbours", 0)
+        rows = len(weights["bank"])
+        fits = [weights[name].shape for name in ("centre", "bank")] == [(width,), (rows, width)]
+        if not fits or weights["target"].ndim != 2 or len(weights["target"]) != rows or k < 1 or kind is None:
+            raise InputError(f"{place}: its neighbours are not those of an encoder of width {width}")
+        return Neighbours(weights["centre"], weights["bank"], weights["target"], k, kind == "multilabel")
+    classes = len(weights["weight"]) if "weight" in weights and weights["weight"].ndim else 1
+    head = nn.Linear(width, classes)
     load_weights(head, weights, place)
     return head
 

@@ -19,6 +19,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from ecgscale.errors import InputError
+from ecgscale.files import whole_file
 from ecgscale.record import LEADS, Record
 
 MM_PER_S = 25.0
@@ -68,7 +69,8 @@ def plot_record(record: Record, path: Path) -> None:
     constant offsets are not seen. A trace that leaves its baseline by more than 4 mV is cut there, and the
     text says so.
 
-    Raises InputError if the path does not end in .png or cannot be written, or if there are no samples.
+    Raises InputError if the path does not end in .png or is wrong, or if there are no samples; MachineError where the
+    disk fails.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: recordings are drawn as PNG; the name must end in .png")
@@ -90,13 +92,10 @@ def plot_record(record: Record, path: Path) -> None:
     for strip in strips:
         _draw_strip(axes, page, strip, traces[strip.lead], record.rate_hz)
     _draw_text(axes, page, record, shown_s)
-    try:
-        with warnings.catch_warnings():
-            # A name in a script that the font lacks shows as boxes; that is no reason to warn.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-            canvas.print_png(path)  # type: ignore[no-untyped-call]  # savefig would obey a user's matplotlibrc
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with whole_file(path) as partial, warnings.catch_warnings():
+        # A name in a script that the font lacks shows as boxes; that is no reason to warn.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        canvas.print_png(partial)  # type: ignore[no-untyped-call]  # savefig would obey a user's matplotlibrc
 
 
 def _layout(leads: Sequence[str], duration_s: float) -> list[_Strip]:

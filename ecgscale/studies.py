@@ -9,14 +9,16 @@ from typing import Any
 
 from ecgscale.config import PretrainConfig
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 from ecgscale.export import is_export
+from ecgscale.files import SEAL, seal_holds, sealed, write_whole
 from ecgscale.objectives import objective_named
 from ecgscale.run import MAY_CHANGE, refuse_other_run
 from ecgscale.training import checkpoint
 
 # In a study, more steps make another run; where the encoder lies does not matter: its weights are compared.
 STUDY_MAY_CHANGE = MAY_CHANGE - {"train.steps"} | {"init.model"}
+_FORMAT = {"format": "ecgscale-result/1"}
 
 
 def options_of(overrides: Sequence[str]) -> list[str]:
@@ -68,14 +70,25 @@ def is_pretrained(config: PretrainConfig) -> bool:
     return is_export(run / "export") and done is not None and done.step == config.train.steps
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object that was written whole; nothing where there is none. Raises InputError for a damaged one."""
+def write_result(path: Path, tree: dict[str, Any]) -> None:
+    """Write what a study relies on later, with its own hash. A figure may be NaN."""
+    write_whole(path, json.dumps(sealed(tree | _FORMAT), indent=1).encode())
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What ``write_result`` wrote; nothing where there is none. Raises InputError for a damaged one.
+
+    Those of earlier versions have no hash.
+    """
     try:
         tree = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged; remove {path.parent}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(path, f"damaged; remove {path.parent}", error) from error
+    marks = {SEAL, *_FORMAT}  # two, so that one flipped bit does not make it one of an earlier version
     if not isinstance(tree, dict):
         raise InputError(f"{path}: damaged; remove {path.parent}")
-    return tree
+    if marks & tree.keys() and not (tree.items() >= _FORMAT.items() and seal_holds(tree)):
+        raise InputError(f"{path}: damaged; remove {path.parent}")
+    return {key: value for key, value in tree.items() if key not in marks}

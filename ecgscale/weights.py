@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +30,8 @@ def open_tensors(path: Path) -> Any:
 
     Raises InputError that names it where it is missing or damaged, MachineError where the disk does not give it.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: a folder, where a safetensors file is expected")
+    if not path.is_file():
+        raise InputError(f"{path}: not a readable safetensors file ({'a folder' if path.is_dir() else 'missing'})")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -49,8 +48,6 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], place: Path | str) -> None:
 
 def _of_system(path: Path, doing: str, error: Exception) -> InputError | MachineError | None:
     """What the system said, which safetensors gives as text only; None where it was not the system."""
-    if isinstance(error, FileNotFoundError) and error.errno is None:
-        return file_error(path, doing, OSError(errno.ENOENT, "No such file or directory"))
     if isinstance(error, OSError) and error.errno is not None:
         return file_error(path, doing, error)
     number = re.search(r"os error (\d+)", str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -163,6 +164,20 @@ def make_model(small_model_config: ModelConfig) -> Callable[..., ECGModel]:
 def small_export(make_model: Callable[..., ECGModel], tmp_path: Path) -> Path:
     """The folder of an exported small model."""
     return write_export(tmp_path / "export", export_weights(make_model()), make_model().about)
+
+
+@pytest.fixture(scope="session")
+def without_checksums() -> Callable[[Path], Path]:
+    """Makes an export one of earlier versions, which nothing kept from being changed by hand."""
+
+    def rewrite(folder: Path) -> Path:
+        path = folder / "config.json"
+        about = json.loads(path.read_text())
+        del about["sha256"], about["weights_sha256"]
+        path.write_text(json.dumps(about | {"format": "ecgscale-export/1"}))
+        return folder
+
+    return rewrite
 
 
 def export_weights(model: ECGModel) -> dict[str, Tensor]:

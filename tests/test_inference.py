@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
 from ecgscale.record import LEADS, Record, quantise
@@ -343,6 +344,15 @@ def damage_weights(change: Callable[[dict], dict]) -> Callable[[Path], None]:
     return damage
 
 
+def deep_config(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"more": ' + 10**5 * "[" + 10**5 * "]" + ",", 1))
+
+
+def endless_config(folder: Path) -> None:
+    os.truncate(folder / "config.json", 1 << 40)
+
+
 def cut(name: str, keep: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
@@ -351,14 +361,17 @@ def without(tensors: dict, name: str) -> dict:
     return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
+NEIGHBOURS = ("centre", "bank", "target")
+
+
 @pytest.mark.parametrize(
     ("damage", "named", "said"),
     [
         (cut("config.json", 50), "config.json", "damaged"),
         (cut("config.json", 0), "config.json", "damaged"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json", "damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json", "ecgscale-export/1"),
-        (damage_config(format="other/2"), "config.json", "ecgscale-export/1"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json", "damaged"),
+        (damage_config(format="other/2"), "config.json", "ecgscale-export/2"),
         (damage_config(model=None), "", "does not describe a model"),
         (damage_group("model", colour="red"), "", "colour"),
         (damage_group("model", width="wide"), "", "does not describe a model"),
@@ -366,6 +379,19 @@ def without(tensors: dict, name: str) -> dict:
         (damage_group("profile", normalisation="minmax"), "", "normalisation 'minmax'"),
         (damage_group("profile", rate_hz=0), "", "rate_hz 0"),
         (damage_group("profile", leads=["I", "II"]), "", "leads ('I', 'II')"),
+        (damage_group("profile", segment_s=1e9), "", "more than 1048576 samples"),
+        (damage_group("profile", segment_s=[5]), "", "segment_s is '[5]'"),
+        (damage_group("model", width=64), "", "encoder.feature_projection.weight is (32, 16)"),
+        (damage_group("model", width=10**9), "", "width 1000000000, but all weights together"),
+        (damage_group("model", width=10**400), "", "width 10000000000000000000, but all weights together"),
+        (damage_group("model", width=16384, position_groups=1, position_kernel=16384), "", "encoder.feature_proj"),
+        (damage_group("model", depth=10**6), "", "depth 1000000, but there are 40 weights"),
+        (damage_group("model", depth=True), "", "depth is 'True'"),
+        (damage_group("model", dropout=float("nan")), "config.json", "NaN is no number"),
+        (damage_config(step="7"), "config.json", "step is '7'"),
+        (damage_config(task=[]), "config.json", "task is '[]'"),
+        (deep_config, "config.json", "nested"),
+        (endless_config, "config.json", "more than 16777216 bytes"),
         (lambda folder: (folder / "config.json").unlink(), "", "neither an export (config.json) nor a run"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors", "not a readable safetensors"),
         (cut("model.safetensors", 4), "model.safetensors", "not a readable safetensors"),
@@ -373,18 +399,65 @@ def without(tensors: dict, name: str) -> dict:
         (damage_weights(lambda t: without(t, "encoder.norm.bias")), "", "missing norm.bias"),
         (damage_weights(lambda t: t | {"encoder.more": torch.zeros(2)}), "", "left over more"),
         (damage_weights(lambda t: t | {"quantizer.more": torch.zeros(2)}), "model.safetensors", "quantizer.more"),
-        (damage_weights(lambda t: t | {"encoder.norm.bias": torch.zeros(2)}), "", "shape of norm.bias"),
+        (damage_weights(lambda t: t | {"encoder.norm.bias": torch.zeros(2)}), "", "encoder.norm.bias is (2,)"),
+        (damage_weights(lambda t: t | {"head.weight": torch.zeros(3, 8)}), "", "weights do not fit"),
+        (damage_weights(lambda t: t | {"head.weight": torch.zeros(3)}), "", "weights do not fit"),
+        (damage_weights(lambda t: t | {f"head.{n}": torch.zeros(3) for n in NEIGHBOURS}), "", "its neighbours are not"),
+        (
+            damage_weights(lambda t: t | {"head.bias": torch.tensor([torch.inf])}),
+            "model.safetensors",
+            "head.bias holds",
+        ),
         (damage_weights(lambda t: t | {"head.weight": torch.zeros(3, 32)}), "", "missing bias"),
     ],
 )
-def test_a_damaged_export_is_refused_by_name(small_export, damage, named, said):
-    load(small_export)
+def test_a_damaged_export_is_refused_by_name(small_export, without_checksums, damage, named, said):
+    """Also where no checksum tells: in exports of earlier versions, or made by hand."""
+    load(without_checksums(small_export))
     damage(small_export)
     with pytest.raises(InputError) as refused:
         load(small_export)
     assert str(refused.value).startswith(f"{small_export / named}: ")
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_no_flipped_bit_of_an_export_is_believed(small_export, smooth_ecg, name):
+    """It is refused, or it stands where it says nothing."""
+    path, ecg_LT = small_export / name, smooth_ecg(500, 5)
+    whole, before = path.read_bytes(), load(small_export).embed(ecg_LT, 500, LEADS).record_embedding
+    rng, reasons = np.random.default_rng(3), []
+    for at in rng.integers(len(whole), size=60):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try:
+            np.testing.assert_array_equal(load(small_export).embed(ecg_LT, 500, LEADS).record_embedding, before)
+        except InputError as error:
+            reasons.append(str(error))
+    assert len(reasons) > 50
+    assert all(reason.startswith(f"{path}: ") for reason in reasons)
+
+
+def test_exports_of_earlier_versions_are_read(small_export, without_checksums, smooth_ecg):
+    before = load(small_export).embed(smooth_ecg(500, 5), 500, LEADS)
+    after = load(without_checksums(small_export)).embed(smooth_ecg(500, 5), 500, LEADS)
+    np.testing.assert_array_equal(after.record_embedding, before.record_embedding)
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_replace_an_export(model, small_export):
+    before = {path: path.read_bytes() for path in small_export.iterdir()}
+    weights = weights_of(model) | {"encoder.norm.bias": torch.full((32,), torch.nan)}
+    with pytest.raises(InputError, match=r"export: not exported: encoder\.norm\.bias holds NaN or infinity"):
+        write_export(small_export, weights, model.about)
+    assert {path: path.read_bytes() for path in small_export.iterdir()} == before
+
+
+def test_an_export_that_was_about_to_be_replaced_is_found_aside(small_export, tmp_path):
+    before = load(small_export).about
+    small_export.rename(tmp_path / "export.before")
+    assert load(small_export).about == before
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch], ids=["absent", "empty", "a file"])
@@ -409,7 +482,7 @@ def disk_full_after(size: int) -> Iterator[None]:
 def test_an_export_is_complete_or_absent(make_model, small_export, tmp_path, size):
     model, before = make_model(), {path: path.read_bytes() for path in small_export.iterdir()}
     for folder in (tmp_path / "new", small_export):
-        with disk_full_after(size), pytest.raises(InputError, match=f"{folder}: cannot write the export"):
+        with disk_full_after(size), pytest.raises(MachineError, match=f"{folder}.*: cannot write: "):
             write_export(folder, weights_of(model), model.about)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"], "nothing half-written stays"
     assert {path: path.read_bytes() for path in small_export.iterdir()} == before
@@ -417,15 +490,16 @@ def test_an_export_is_complete_or_absent(make_model, small_export, tmp_path, siz
 
 def test_an_export_whose_description_does_not_fit_leaves_nothing(model, tmp_path):
     about = model.about | {"classes": ["x" * 200_000]}
-    with disk_full_after(150_000), pytest.raises(InputError, match="cannot write the export"):
+    with disk_full_after(150_000), pytest.raises(MachineError, match=r"config\.json: cannot write"):
         write_export(tmp_path / "export", {"head.bias": torch.zeros(2)}, about)
     assert not list(tmp_path.iterdir())
 
 
 def test_leftovers_of_a_killed_export_are_no_model_and_do_not_disturb(model, tmp_path):
-    partial = tmp_path / "export.partial"
+    partial = tmp_path / f"export.{32 * 'a'}.partial"
     partial.mkdir()
     (partial / "junk").touch()
+    os.utime(partial, (0, 0))
     write_export(tmp_path / "export", weights_of(model), model.about)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 

@@ -103,7 +103,7 @@ def test_refusals(tmp_path: Path) -> None:
     record = make_record(("I",))
     with pytest.raises(InputError, match=r"page.pdf: .* must end in .png"):
         plot_record(record, tmp_path / "page.pdf")
-    with pytest.raises(InputError, match=r"page.png: cannot be written"):
+    with pytest.raises(InputError, match=r"page.png: cannot write"):
         plot_record(record, tmp_path / "gone" / "page.png")
     with pytest.raises(InputError, match="no samples"):
         plot_record(make_record(("I",), 0.0), tmp_path / "page.png")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, naming_file
 from ecgscale.files import write_whole
 from ecgscale.provenance import package_version
 from ecgscale.training.monitor import board_of
@@ -299,8 +299,6 @@ def _plain(section: Section) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Raises InputError where it cannot be made."""
-    try:
+    """Raises InputError or MachineError that names it where it cannot be made."""
+    with naming_file(folder, "cannot make the folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make the folder: {error.strerror or error}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ecgscale.bench.measure import Check
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 
 # By the end of a scalar's name: which way is better. What has neither is shown and not compared: how well an order
 # shuffles, since beyond what a permutation does neither way is better, and shares of one part in another.
@@ -162,7 +162,7 @@ def _read(path: Path) -> Run | None:
     try:
         content = json.loads(path.read_text(), parse_constant=_refuse)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}; remove it, or measure again") from error
+        raise unreadable(path, "cannot be read as JSON; remove it, or measure again", error) from error
     if not isinstance(content, dict) or not {"machine", "sections"} <= content.keys():
         return None
     try:

@@ -13,17 +13,19 @@ may be removed: a complete one when its space is needed, a partial one or a lock
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from ecgscale.errors import InputError
 
+_BLOCK_BYTES = 1 << 20
 _POLL_S = 0.1  # between two looks whether space was given back
 _FILE = re.compile(r"[0-9a-f]{64}(\.lock|\.\w+\.partial)?")
 
@@ -62,6 +64,21 @@ class Held:
         if self._owner == os.getpid():  # closing alone would not unlock it while a forked child has it open
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
+
+    def sha256(self) -> str:
+        """Of what the disk gives back."""
+        digest = hashlib.sha256()
+        self._file.seek(0)
+        while block := self._file.read(_BLOCK_BYTES):
+            digest.update(block)
+        return digest.hexdigest()
+
+    def discard(self) -> None:
+        """Take a damaged file out of the cache and let it go. Whoever else has it keeps it until they let it go."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):  # else another took its place
+                self.path.unlink()
+        self.release()
 
     def __enter__(self) -> Held:
         return self

@@ -17,11 +17,14 @@ _RANGE_BYTES = 4 * 2**20
 
 
 class FetchError(Exception):
-    """One attempt to read a remote file has failed; ``permanent``: another would as well."""
+    """One attempt to read a remote file has failed.
 
-    def __init__(self, reason: str, permanent: bool = False) -> None:
+    ``permanent``: another would as well. ``other_content``: all of it came, and it is not what was asked for.
+    """
+
+    def __init__(self, reason: str, permanent: bool = False, other_content: bool = False) -> None:
         super().__init__(reason)
-        self.permanent = permanent
+        self.permanent, self.other_content = permanent, other_content
 
 
 class RemoteFiles:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 
 RECORD_COLUMNS = ("record", "filename", "filename_hr", "ecg_id", "name")
 PATIENT_KEYS = ("patient_id", "patientid", "subject_id", "patient")
@@ -145,7 +145,7 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
             columns = [column.strip() for column in next(reader, [])]
             numbered = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable CSV of labels ({error})") from error
+        raise unreadable(path, "not a readable CSV of labels", error) from error
     if repeated := sorted({column for column in columns if columns.count(column) > 1}):
         raise InputError(f"{path}: column {repeated[0]!r} stands {columns.count(repeated[0])} times")
     for line, row in numbered:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import re
+import sys
 import threading
 import time
 import weakref
@@ -21,15 +22,16 @@ from typing import TypeVar
 
 from ecgscale.data.cache import FileCache, Held, NoRoomError, Partial
 from ecgscale.data.fetch import FetchError, RemoteFiles
-from ecgscale.errors import InputError
+from ecgscale.data.schema import MANIFEST_LIMIT_BYTES
+from ecgscale.errors import InputError, MachineError, file_error, naming_file
 
-__all__ = ["CacheConfig", "CacheStats", "Held", "NoRoomError", "ShardCache", "Unreadable"]
+__all__ = ["CacheConfig", "CacheStats", "Held", "NoRoomError", "NotThere", "OutOfReach", "ShardCache", "Unreadable"]
 __all__ += ["check_place", "is_remote", "join"]
 
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "gcs", "http", "https")
-_READ_LIMIT_BYTES = 2**30
+_READ_LIMIT_BYTES = MANIFEST_LIMIT_BYTES
 _BACKOFF_S = 0.5  # before the second attempt; doubles with each further one
 _BACKOFF_LIMIT_S = 30.0
 
@@ -113,14 +115,23 @@ class CacheStats:
     downloads: int = 0
     bytes: int = 0  # received, failed attempts included
     retries: int = 0
+    damaged: int = 0  # copies on the node's disk that were not what had been written, and were fetched again
     waited_s: float = 0.0  # in hold(), over all threads
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
-class Unreadable(InputError):  # noqa: N818
-    """A remote file could not be read; the message names its URL and the last reason."""
+class Unreadable(Exception):  # noqa: N818
+    """A remote file could not be read; the message names its URL and the last reason. It is one of these two."""
+
+
+class NotThere(Unreadable, InputError):  # noqa: N818
+    """The server will never give it: no such file, no right to it, or the content of another file."""
+
+
+class OutOfReach(Unreadable, MachineError):  # noqa: N818
+    """The network or the server failed as often as was tried."""
 
 
 class ShardCache:
@@ -144,7 +155,7 @@ class ShardCache:
         self.stopping = threading.Event()  # set: what is being fetched is given up
 
     def read(self, url: str) -> bytes:
-        """The content of a small file as it is now. Raises Unreadable; InputError for more than 1 GiB."""
+        """The content of a manifest as it is now. Raises Unreadable; InputError for more than 64 MiB."""
         _check_remote(url)
 
         def download() -> bytes:
@@ -152,7 +163,7 @@ class ShardCache:
             for block in self._blocks(url):
                 content += block
                 if len(content) > _READ_LIMIT_BYTES:
-                    raise InputError(f"{url}: larger than 1 GiB; not a file that is read as a whole")
+                    raise InputError(f"{url}: larger than 64 MiB; not a file that is read as a whole")
             return bytes(content)
 
         return self._persist(url, download)
@@ -174,14 +185,31 @@ class ShardCache:
             if held is None:
                 return self._fetch(url, sha256, size, wait)
         except OSError as error:
-            raise InputError(
-                f"{self._disk.folder}: the cache cannot be used: {error.strerror or error}; "
-                "free space there, lower data.cache.limit_gb or name another data.cache.folder"
-            ) from error
+            said = file_error(self._disk.folder, "the cache cannot be used", error)
+            hint = "free space there, lower data.cache.limit_gb or name another data.cache.folder"
+            raise type(said)(f"{said}; {hint}") from error
         finally:
             self._count(waited_s=time.monotonic() - began)
         self._count(hits=1)
         return held
+
+    def hold_verified(self, url: str, sha256: str, size: int) -> Held:
+        """``hold``, and what the node's disk gives back is held against the sha256: a damaged copy is fetched again.
+
+        Raises MachineError where the new copy is damaged too.
+        """
+        for _ in range(2):
+            held = self.hold(url, sha256, size)
+            with naming_file(held.path, "cannot read"):
+                if held.sha256() == sha256:
+                    return held
+                held.discard()
+            self._count(damaged=1)
+            print(f"ecgscale: {url}: its copy in {self._disk.folder} was damaged; fetched again", file=sys.stderr)
+        raise MachineError(
+            f"{self._disk.folder}: gives back other bytes than were written to it, of {url}; name another "
+            "data.cache.folder"
+        )
 
     def _fetch(self, url: str, sha256: str, size: int, wait: bool) -> Held:
         with self._disk.alone(sha256):
@@ -210,9 +238,10 @@ class ShardCache:
             partial.write(block)
         if received != size:
             there = f"more than {size}" if received > size else f"{received} of {size}"
-            raise FetchError(f"{there} bytes came; is it the file that the manifest names?")
+            reason = f"{there} bytes came; is it the file that the manifest names?"
+            raise FetchError(reason, other_content=received > size)
         if digest.hexdigest() != sha256:
-            raise FetchError("its sha256 differs from the manifest")
+            raise FetchError("its sha256 differs from the manifest", other_content=True)
 
     def _blocks(self, url: str, size: int | None = None) -> Iterator[bytes]:
         scheme = url.partition("://")[0]
@@ -226,7 +255,7 @@ class ShardCache:
 
     def _check_stopping(self, url: str) -> None:
         if self.stopping.is_set():
-            raise Unreadable(f"{url}: given up, since its stream was closed")
+            raise OutOfReach(f"{url}: given up, since its stream was closed")
 
     def _persist(self, url: str, download: Callable[[], T]) -> T:
         """Repeat a download until it succeeds; raises Unreadable when it has failed often enough."""
@@ -242,8 +271,9 @@ class ShardCache:
             except FetchError as failed:
                 last = failed
                 if failed.permanent:
-                    raise Unreadable(f"{url}: {failed}") from failed
-        raise Unreadable(f"{url}: unreadable after {self.config.attempts} attempts, the last: {last}") from last
+                    raise NotThere(f"{url}: {failed}") from failed
+        kind = NotThere if last.other_content else OutOfReach
+        raise kind(f"{url}: unreadable after {self.config.attempts} attempts, the last: {last}") from last
 
     def _count(self, **more: float) -> None:
         with self._lock:

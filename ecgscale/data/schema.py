@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ecgscale import files
 from ecgscale.data.payload import PAYLOADS
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
@@ -95,11 +94,13 @@ def data_offsets(header: Any, column: str) -> tuple[int, int]:
 def parse_json(content: bytes) -> dict[str, Any]:
     """A record's JSON. Raises InputError unless it is one object of plain text."""
     try:
-        fields = files.parse_json(content)
+        fields = json.loads(content.decode())
         if b"\\u" in content:  # half a UTF-16 pair could be neither hashed nor printed
             json.dumps(fields, ensure_ascii=False).encode()
-    except (InputError, ValueError) as error:
-        raise InputError(f"it cannot be read as JSON ({str(error)[:120]}); write it again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"it cannot be read as JSON ({str(error)[:80]}); write it again") from error
+    if not isinstance(fields, dict):
+        raise InputError("it is no JSON object; write keys such as rate_hz, leads, mv_per_count and patient")
     return fields
 
 

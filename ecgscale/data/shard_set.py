@@ -13,11 +13,12 @@ import hashlib
 import resource
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ctypes import memmove
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +37,12 @@ from ecgscale.data.shards import (
     read_manifest,
 )
 from ecgscale.data.tar import name_before
-from ecgscale.errors import InputError, naming_file
+from ecgscale.errors import InputError, MachineError, file_error, naming_file
 from ecgscale.files import file_sha256
 from ecgscale.record import LEADS, Counts, Record
 
 Int64 = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 _CHUNK = 1 << 18  # records that are checked or selected at once: ten million must not cost ten temporary arrays
 _OPEN_TARS = 64  # that stay mapped beside those in use
@@ -118,7 +120,7 @@ def _check_local(path: Path, size: int, manifest: str) -> None:
 
 def _open_index(place: str, entry: dict[str, Any], records: int, manifest: str, cache: ShardCache) -> Columns:
     if is_remote(place):
-        held = cache.hold(join(place, entry["file"]), entry["sha256"], entry["bytes"])
+        held = cache.hold_verified(join(place, entry["file"]), entry["sha256"], entry["bytes"])
         columns = map_index(held.path, records)
         held.release()  # an evicted file stays mapped
         return columns
@@ -273,10 +275,12 @@ class ShardSet:
         start, length, checksum = (
             int(self.take(name, at)[0]) for name in ("json_offset", "json_length", "json_checksum")
         )
-        shard = int(self.shard_of(at)[0])
-        content = self._tars.bytes_of(shard)[start : start + length].tobytes()
-        if xxhash.xxh3_64_intdigest(content) != checksum:
-            raise self._damage(number, "the JSON of ", "its checksum differs from the index")
+
+        def content_of(tar: Bytes) -> bytes:
+            _check(tar[start : start + length], checksum)
+            return tar[start : start + length].tobytes()
+
+        content = self._read(number, "the JSON of ", content_of)
         try:
             return self._fields(number, content, start)
         except InputError as error:
@@ -338,17 +342,21 @@ class ShardSet:
                 tar = open_tar(shard)
             if is_plain[shard]:
                 if not verified:
-                    self._verify(number, tar[offset : offset + length], checksum)
+                    if xxhash.xxh3_64_intdigest(tar[offset : offset + length].data) != checksum:
+                        tar = self._mended(number, offset, length, checksum)
+                    self._verified[number] = True
                 first = offset + length - 2 * (samples * leads - start)
                 window = array((leads, stop - start), np.int16, tar, first, (2 * samples, 2))
                 rules = reordered[shard]
                 yield window if rules is None else window[rules.rows(bits)]
             else:
+                asked = (checksum, leads, samples, start, stop, scratch)
                 try:
-                    member = tar[offset : offset + length]
-                    yield decode_window(member, checksum, leads, samples, start, stop, scratch)
-                except DamagedError as error:
-                    raise self._damage(number, "", str(error)) from error
+                    window = decode_window(tar[offset : offset + length], *asked)
+                except DamagedError:
+                    place = slice(offset, offset + length)
+                    window = self._read(number, "", partial(_window, place=place, asked=asked))
+                yield window
 
     def read_whole(self, number_R: Int64, out_RLT: Counts) -> None:
         """All of the signals, which have twelve leads and T samples each, straight into the rows of a batch."""
@@ -372,8 +380,10 @@ class ShardSet:
         for row, (shard, offset, length, checksum, values) in enumerate(rows):
             try:
                 decode_one_block(tars[shard][offset : offset + length], checksum, leads, samples, values)
-            except DamagedError as error:
-                raise self._damage(int(number_R[row]), "", str(error)) from error
+            except DamagedError:
+                place, asked = slice(offset, offset + length), (checksum, leads, samples, values)
+                self._read(int(number_R[row]), "", partial(_one_block, place=place, asked=asked))
+                tars[shard] = self._tars.bytes_of(shard).data
 
     def _copy_whole(self, number_R: Int64, shard_R: Int64, out_RLT: Counts) -> None:
         """One memmove a record: numpy's own copy of a row costs a microsecond more, which is a fifth of it."""
@@ -382,18 +392,41 @@ class ShardSet:
         used = np.unique(shard_R)
         tars = [self._tars.bytes_of(shard) for shard in used.tolist()]  # held here, they stay mapped
         for i in np.flatnonzero(~self._verified[number_R]).tolist():
-            member = tars[np.searchsorted(used, shard_R[i])][offset_R[i] : offset_R[i] + length_R[i]]
-            self._verify(int(number_R[i]), member, int(self.take("checksum", number_R[i : i + 1])[0]))
+            at = np.searchsorted(used, shard_R[i])
+            offset, length = int(offset_R[i]), int(length_R[i])
+            checksum = int(self.take("checksum", number_R[i : i + 1])[0])
+            if xxhash.xxh3_64_intdigest(tars[at][offset : offset + length].data) != checksum:
+                tars[at] = self._mended(int(number_R[i]), offset, length, checksum)
+            self._verified[number_R[i]] = True
         base_R = np.array([tar.ctypes.data for tar in tars])[np.searchsorted(used, shard_R)]
         from_R = (base_R + offset_R + length_R - size).tolist()
         to = out_RLT.ctypes.data
         for row, source in enumerate(from_R):
             memmove(to + row * size, source, size)
 
-    def _verify(self, number: int, member: Bytes, checksum: int) -> None:
-        if xxhash.xxh3_64_intdigest(member.data) != checksum:
-            raise self._damage(number, "", "its checksum differs from the index")
-        self._verified[number] = True
+    def _mended(self, number: int, offset: int, length: int, checksum: int) -> Bytes:
+        """The shard that holds a plain record, in which the record is as the index says. Raises DamagedRecordError."""
+
+        def checked(tar: Bytes) -> Bytes:
+            _check(tar[offset : offset + length], checksum)
+            return tar
+
+        return self._read(number, "", checked)
+
+    def _read(self, number: int, what: str, read: Callable[[Bytes], T]) -> T:
+        """What ``read`` makes of a record's shard; once more where a copy of a remote one on this node was damaged.
+
+        Raises DamagedRecordError.
+        """
+        shard = int(self.shard_of(np.array([number]))[0])
+        try:
+            return read(self._tars.bytes_of(shard))
+        except DamagedError:
+            self._tars.mend(shard)
+        try:
+            return read(self._tars.bytes_of(shard))
+        except DamagedError as error:
+            raise self._damage(number, what, str(error)) from error
 
     def _damage(self, number: int, what: str, why: str) -> DamagedRecordError:
         shard = int(self.shard_of(np.array([number]))[0])
@@ -422,12 +455,20 @@ class ShardSet:
         return self._tars.bytes_of(shard)
 
 
-class UnreadableShardError(InputError):
-    """A shard that cannot be fetched or opened."""
+class UnreadableShardError(Exception):
+    """A shard that cannot be fetched or opened. It is one of these two."""
 
     def __init__(self, shard: int, message: str) -> None:
         super().__init__(message)
         self.shard = shard
+
+
+class MissingShardError(UnreadableShardError, InputError):
+    """It is not there, or not what the manifest names."""
+
+
+class LostShardError(UnreadableShardError, MachineError):
+    """The disk or the network does not give it."""
 
 
 class DamagedRecordError(InputError):
@@ -449,6 +490,8 @@ class _Tars:
         self._kept: frozenset[int] = frozenset()
         self._lingering: frozenset[int] = frozenset()
         self._lock = threading.Lock()
+        self._sound: set[int] = set()  # open remote shards whose copy on this node was held against its sha256
+        self._mending = threading.Lock()
 
     def bytes_of(self, shard: int) -> Bytes:
         known = self.open.get(shard)
@@ -477,24 +520,44 @@ class _Tars:
         try:
             return self.cache.hold(one.place, one.sha256, one.bytes, wait)
         except Unreadable as error:
-            raise UnreadableShardError(shard, str(error)) from error
+            raise _unreadable(shard, str(error), error) from error
+
+    def mend(self, shard: int) -> None:
+        """Map a remote shard anew, whose copy in the cache is verified before, and fetched again if it was damaged."""
+        one = self._shards[shard]
+        if not is_remote(one.place):
+            return
+        with self._mending:
+            if shard in self._sound:  # another thread has seen to it
+                return
+            try:
+                held = self.cache.hold_verified(one.place, one.sha256, one.bytes)
+            except (Unreadable, MachineError) as error:
+                raise _unreadable(shard, str(error), error) from error
+            with self._lock:
+                self._close(shard)
+            self._map(shard)
+            self._sound.add(shard)
+            held.release()
 
     def _map(self, shard: int) -> Bytes:
         one = self._shards[shard]
         held = self._fetch_now(shard) if is_remote(one.place) else None
         try:
-            mapped = np.memmap(held.path if held else one.place, np.uint8, "r").view(np.ndarray)
+            path = held.path if held else Path(one.place)
+            if (size := path.stat().st_size) != one.bytes:  # offsets were checked against the manifest
+                if held:
+                    held.release()
+                raise MissingShardError(shard, f"{one.place}: {size} bytes, was {one.bytes} when it was opened")
+            mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
         except OSError as error:
             if error.errno == errno.EMFILE:
                 raise InputError(
                     f"{one.place}: {len(self.open)} shards are open and the system allows no more files; "
                     "raise `ulimit -n`, start more ranks or lower data.shuffle_window"
                 ) from error
-            raise UnreadableShardError(shard, f"{one.place}: cannot be opened: {error.strerror or error}") from error
-        if mapped.size != one.bytes:  # offsets were checked against the manifest
-            if held:
-                held.release()
-            raise UnreadableShardError(shard, f"{one.place}: {mapped.size} bytes, was {one.bytes} when it was opened")
+            cause = file_error(one.place, "cannot be opened", error)
+            raise _unreadable(shard, str(cause), cause) from error
         with self._lock:
             if shard in self.open:  # another thread was faster
                 if held:
@@ -510,14 +573,36 @@ class _Tars:
         """Whoever still has a view of a closed tar keeps its pages."""
         others = [shard for shard in self.open if shard not in self._kept and shard not in self._lingering]
         for shard in others[: max(0, len(others) - at_most)]:
-            del self.open[shard]
-            if shard in self._held:
-                self._held.pop(shard).release()
+            self._close(shard)
+
+    def _close(self, shard: int) -> None:
+        self.open.pop(shard, None)
+        self._sound.discard(shard)
+        if shard in self._held:
+            self._held.pop(shard).release()
+
+
+def _unreadable(shard: int, message: str, cause: Exception) -> UnreadableShardError:
+    kind = LostShardError if isinstance(cause, MachineError) else MissingShardError
+    return kind(shard, message)
 
 
 def _release_all(held: dict[int, Held]) -> None:
     for one in held.values():
         one.release()
+
+
+def _check(member: Bytes, checksum: int) -> None:
+    if xxhash.xxh3_64_intdigest(member.data) != checksum:
+        raise DamagedError("its checksum differs from the index")
+
+
+def _window(tar: Bytes, place: slice, asked: tuple[Any, ...]) -> Counts:
+    return decode_window(tar[place], *asked)
+
+
+def _one_block(tar: Bytes, place: slice, asked: tuple[Any, ...]) -> None:
+    decode_one_block(tar.data[place], *asked)
 
 
 def lead_positions(bits: int) -> list[int]:

@@ -26,9 +26,7 @@ import xxhash
 from ecgscale.data.payload import Payload, decode_member, encode
 from ecgscale.data.schema import INDEX_HEADER_LIMIT_BYTES, check_manifest, data_offsets
 from ecgscale.errors import InputError, naming_file
-from ecgscale.files import file_sha256 as file_sha256
-from ecgscale.files import free_name, parse_json, put_in_place, seal_holds, sealed, whole_file
-from ecgscale.files import write_whole as write_whole
+from ecgscale.files import file_sha256, free_name, parse_json, put_in_place, seal_holds, sealed, whole_file, write_whole
 from ecgscale.record import LEADS, Counts, Record, patient_code
 
 FORMAT = "ecgscale-shards/2"

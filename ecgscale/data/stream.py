@@ -25,7 +25,7 @@ from ecgscale.data.order import Order, Place
 from ecgscale.data.remote import is_remote
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import DamagedRecordError, UnreadableShardError
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale.record import LEADS
 
 Int64 = npt.NDArray[np.int64]
@@ -131,6 +131,7 @@ class TrainStream:
             "data/replaced_recordings": float(self.redrawn),
             "data/downloads": float(stats.downloads),
             "data/download_retries": float(stats.retries),
+            "data/damaged_copies": float(stats.damaged),
         }
 
     def _planned(self, micro_batch: int) -> tuple[Int64, Int64, npt.NDArray[np.bool_]]:
@@ -307,7 +308,7 @@ class _Stages:
     def _fetch(self, shard: int) -> None:
         try:
             self._shards.prefetch(shard)
-        except InputError:
+        except (InputError, MachineError):
             return  # whoever needs the shard meets the same error, and knows what to do
 
     def _in_order_of_use(self, batch: int, shards: Int64) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 
 SINUS_RHYTHM = "426783006"  # SNOMED CT code, the challenge's normal class
 _CHUNK = 1 << 18  # counts held at once, 2 MB: the passes over a chunk of resamples stay in cache
@@ -171,7 +171,7 @@ def load_challenge_weights(path: Path) -> tuple[tuple[str, ...], Floats]:
     try:
         table = [row for row in csv.reader(path.read_text("utf-8-sig").splitlines()) if row]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a CSV of challenge weights: {error}") from error
+        raise unreadable(path, "cannot be read as a CSV of challenge weights", error) from error
     if len(table) < 2 or any(len(row) != len(table) for row in table):
         sizes = sorted({len(row) for row in table})
         raise InputError(f"{path}: {len(table)} rows of {sizes} cells; names above and left of a square are needed")

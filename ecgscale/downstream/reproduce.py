@@ -34,7 +34,7 @@ from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
 from ecgscale.downstream.results import Case, Measured, write_results
 from ecgscale.downstream.tasks import load_task
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
 from ecgscale.files import write_whole
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
@@ -42,7 +42,15 @@ from ecgscale.objectives import objective_named
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
 from ecgscale.run import first_difference, leave_run, lock_run
-from ecgscale.studies import STUDY_MAY_CHANGE, check_pretraining, folder_name, is_pretrained, options_of, read_json
+from ecgscale.studies import (
+    STUDY_MAY_CHANGE,
+    check_pretraining,
+    folder_name,
+    is_pretrained,
+    options_of,
+    read_result,
+    write_result,
+)
 from ecgscale.training.ranks import log, start_ranks
 
 Figures = dict[str, dict[str, dict[str, float | None]]]  # lead set -> name -> value, low, high
@@ -184,7 +192,7 @@ class Unit:
     def found(self, leaf: Leaf) -> Figures:
         """What a leaf has found so far. Raises InputError where another config, encoder or data made it."""
         folder = self.folder(leaf)
-        made_from = read_json(folder / "made_from.json")
+        made_from = read_result(folder / "made_from.json")
         if not made_from:
             return {}
         config = self.leaf_config(leaf)
@@ -194,7 +202,7 @@ class Unit:
             differs = other[0]
         if differs:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")
-        return read_json(folder / "result.json")
+        return read_result(folder / "result.json")
 
     def missing(self, leaf: Leaf, found: Figures) -> list[tuple[str, ...]]:
         """Lead sets that a leaf still has to be scored with."""
@@ -220,10 +228,10 @@ class Unit:
         """Score with the ``missing`` lead sets, after training where nothing is ``found`` yet."""
         folder, config = self.folder(leaf), self.leaf_config(leaf)
         if not found:
-            write_whole(folder / "made_from.json", json.dumps(self._made_from(config), indent=1).encode())
+            write_result(folder / "made_from.json", self._made_from(config))
             fit(config, start_ranks())
         samples = _read_samples(folder) if found else {}
-        coverages = read_json(folder / "coverage.json") if found else {}
+        coverages = read_result(folder / "coverage.json") if found else {}
         for one in evaluate(folder, config.data.shards, "test", missing):
             name = lead_set_name(one.leads)
             found[name] = {figure: asdict(value) for figure, value in one.report.headline.items()}
@@ -233,8 +241,8 @@ class Unit:
         buffer = io.BytesIO()
         np.savez(buffer, **samples)
         write_whole(folder / "samples.npz", buffer.getvalue())
-        write_whole(folder / "coverage.json", json.dumps(coverages, indent=1).encode())
-        write_whole(folder / "result.json", json.dumps(found, indent=1).encode())
+        write_result(folder / "coverage.json", coverages)
+        write_result(folder / "result.json", found)
 
 
 def units(config: ReproduceConfig) -> list[Unit]:
@@ -318,7 +326,7 @@ def merge(config: ReproduceConfig) -> str:
             if missing := unit.missing(leaf, found):
                 names = ", ".join(map(lead_set_name, missing))
                 raise InputError(f"{folder}: is not finished for leads {names}; run its part first")
-            samples, coverages = _read_samples(folder), read_json(folder / "coverage.json")
+            samples, coverages = _read_samples(folder), read_result(folder / "coverage.json")
             for leads in map(lead_set_name, config.leads_of(leaf.task)):
                 coverage = Coverage.from_dict(coverages[leads]) if leads in coverages else None
                 for name, figure in found[leads].items():
@@ -350,4 +358,4 @@ def _read_samples(folder: Path) -> Samples:
         with (folder / "samples.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{folder / 'samples.npz'}: missing or damaged; remove {folder}") from error
+        raise unreadable(folder / "samples.npz", f"missing or damaged; remove {folder}", error) from error

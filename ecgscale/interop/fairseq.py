@@ -25,8 +25,10 @@ from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import CODES
+from ecgscale.weights import refuse_nonfinite
 
 SYSTEM = "fairseq-signals"
+_MOST_VALUES, _DEEPEST = 100_000, 32  # of a cfg; the reference's has a few hundred, four deep
 _MARK = "ecgscale"  # key of extra_state in files that we write: what a cfg does not say
 _DTYPES = {f"{dtype}".removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -42,7 +44,7 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
         raise InputError(f"{out}: exists and is no export; give a new folder")
     state = read_checkpoint(path)
     try:
-        cfg, tensors = _cfg_of(state), _tensors_of(state)
+        cfg, tensors = _cfg_of(state), _tensors_of(state, path.stat().st_size)
         contents = contents_of(cfg, tensors)
         weights = to_ours(tensors, contents)
         ours = _our_mark(state)
@@ -97,18 +99,47 @@ def _cfg_of(state: dict[str, Any]) -> dict[str, Any]:
         cfg = {"model": args, "task": args}
     if not isinstance(cfg, dict) or not isinstance(cfg.get("model"), dict):
         raise InputError("has no cfg.model, which says the shape of the model; save it with a plain cfg")
-    return cfg
+    plain: dict[str, Any] = _plain(cfg)
+    return plain
 
 
-def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
+def _plain(cfg: Any) -> Any:
+    """A cfg as JSON has it, NaN as a word. Raises InputError for one without end: a pickle's list may hold itself."""
+    left = _MOST_VALUES
+
+    def copied(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise InputError(f"cfg has more than {_MOST_VALUES} values, or more than {_DEEPEST} in one another")
+        if isinstance(value, dict):
+            return {key: copied(one, depth + 1) for key, one in value.items() if isinstance(key, str)}
+        if isinstance(value, list | tuple):
+            return [copied(one, depth + 1) for one in value]
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            return "a number of more than 64 bits"
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+    return copied(cfg, 0)
+
+
+def _tensors_of(state: dict[str, Any], file_bytes: int) -> dict[str, Tensor]:
+    """Raises InputError before memory is taken for more than the file holds: a stride of 0 makes much of nothing."""
     tensors: dict[str, Tensor] = dict(state["model"])
+    total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise InputError(f"model.{name} is no plain tensor but {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES.values():
             raise InputError(f"model.{name} is {tensor.dtype}; an export keeps {', '.join(_DTYPES)} without loss")
-        if not tensor.isfinite().all():
-            raise InputError(f"model.{name} holds NaN or infinity")
+        total += tensor.nbytes
+        if tensor.device.type != "cpu" or tensor.nbytes > tensor.untyped_storage().nbytes() or total > 2 * file_bytes:
+            raise InputError(
+                f"model.{name} has {tensor.numel()} elements, more than the file holds; save it contiguous"
+            )
+    refuse_nonfinite(tensors, "model")
     return tensors
 
 
@@ -116,7 +147,7 @@ def _updates(state: dict[str, Any]) -> int:
     history = state.get("optimizer_history")
     last = history[-1] if isinstance(history, list) and history else None
     updates = last.get("num_updates", 0) if isinstance(last, dict) else 0
-    return updates if type(updates) is int and updates >= 0 else 0
+    return updates if type(updates) is int and 0 <= updates < 1 << 53 else 0
 
 
 def _our_mark(state: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +177,7 @@ def _source(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], content
     return {
         "system": SYSTEM,
         "file": path.name,
-        "cfg": json.loads(json.dumps(cfg, default=str, skipkeys=True)),
+        "cfg": cfg,
         "fine_tuned": contents.fine_tuned,
         "old_names": contents.old_names,
         "dtype": usual,

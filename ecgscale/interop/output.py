@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
+from ecgscale.files import whole_file
 
 
 def write_over(out: Path, suffix: str, is_ours: Callable[[Path], bool], write: Callable[[Path], None]) -> None:
     """``write`` makes a file beside ``out``, which then takes its name.
 
-    Raises InputError for another suffix, where something stands there that ``is_ours`` does not know as written by
-    ecgscale, and where the disk does not take it.
+    Raises InputError for another suffix and where something stands there that ``is_ours`` does not know as written by
+    ecgscale; MachineError where the disk does not take it.
     """
     refuse_foreign(out, suffix, is_ours)
-    partial = out.with_name(f"{out.stem}.partial{suffix}")
     try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(out)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
-        raise InputError(f"{out}: cannot write: {' '.join(str(error).split())}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        with whole_file(out) as partial:
+            write(partial)
+    except RuntimeError as error:  # how torch.save says that it cannot write
+        raise MachineError(f"{out}: cannot write: {' '.join(str(error).split())}") from error
 
 
 def refuse_foreign(out: Path, suffix: str, is_ours: Callable[[Path], bool]) -> None:

@@ -86,7 +86,7 @@ class ModelConfig:
             raise InputError(f"model.width {self.width} is no multiple of model.heads {self.heads}")
         if self.width % self.position_groups:
             raise InputError(f"model.width {self.width} is no multiple of model.position_groups {self.position_groups}")
-        if self.stem_gradient_scale < 0:
+        if not 0 <= self.stem_gradient_scale < float("inf"):  # NaN neither
             raise InputError(f"model.stem_gradient_scale {self.stem_gradient_scale:g}: give 0 or more")
         for name in ("dropout", "attention_dropout", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:

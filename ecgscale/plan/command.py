@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, naming_file
+from ecgscale.files import write_whole
 from ecgscale.plan.cluster import Cluster, cluster_of, for_tensors, network_of
 from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.report import text, yaml
@@ -58,8 +59,6 @@ def check(rest: list[str], as_json: bool) -> str:
 
 def write(plan: Plan, out: Path) -> None:
     """The recommended config, for `ecgscale pretrain --config`."""
-    try:
+    with naming_file(f"--out {out}", "cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(yaml(plan))
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    write_whole(out, yaml(plan).encode())

@@ -6,7 +6,6 @@ loss is too high (Hoffmann et al. 2022).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,6 @@ from ecgscale.cost import parameters, step_flops
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import Diverged, InputError
-from ecgscale.files import write_whole
 from ecgscale.json_lines import read_json_lines
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import objective_named
@@ -31,9 +29,10 @@ from ecgscale.studies import (
     is_pretrained,
     options_of,
     places,
-    read_json,
+    read_result,
     refuse_names,
     refuse_twice,
+    write_result,
 )
 from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
 
@@ -150,7 +149,7 @@ class Cell:
     def result(self) -> dict[str, Any]:
         """Parts of the validation loss; nothing where it is not done. Raises InputError for what others have made."""
         shards = check_pretraining(self.pretraining, LADDER_MAY_CHANGE)
-        found = read_json(self.folder / "result.json")
+        found = read_result(self.folder / "result.json")
         if found and found.get("data") != shards.identity:
             raise InputError(f"{self.folder}: was pretrained on other data; remove it or take another run.dir")
         return dict(found.get("validation", {}))
@@ -175,7 +174,7 @@ class Cell:
             raise InputError(f"{self.folder}/events.jsonl: tells of no validation at the last step; remove the folder")
         data = self.pretraining.data
         found = {"validation": validation, "data": ShardSet.open(data.shards, data.cache).identity}
-        write_whole(self.folder / "result.json", json.dumps(found, indent=1).encode())
+        write_result(self.folder / "result.json", found)
 
 
 def validation_at(run: Path, step: int) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError
+from ecgscale.files import free_name, put_in_place
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,24 @@ class JobFolder:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Write JSON that readers find whole, old or new."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(tree, indent=1) + "\n")
-    partial.replace(path)
+    """Write JSON that readers find whole, old or new, also after a power cut. Raises OSError."""
+    partial = free_name(path)
+    try:
+        partial.write_text(json.dumps(tree, indent=1) + "\n")
+        put_in_place(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json_or_say(path: Path, tree: Any) -> None:
-    """Write JSON as far as the disk allows: one that is full or gone must not end what still works."""
+    """Write JSON as far as the disk allows: one that is full or gone must not end what still works.
+
+    It is not flushed: ranks write every few seconds, and nobody reads after a power cut where they stood.
+    """
+    partial = path.with_suffix(".partial")
     try:
-        write_json(path, tree)
+        partial.write_text(json.dumps(tree, indent=1) + "\n")
+        partial.replace(path)
     except OSError as error:
         print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
 

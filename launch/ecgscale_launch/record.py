@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from ecgscale import provenance
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, build, dump, load
-from ecgscale.data.shards import MANIFEST, write_whole
+from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError
+from ecgscale.files import write_whole
 from ecgscale.run import refuse_other_run
 from ecgscale_launch.folder import JobFolder, read_json, write_json
 from ecgscale_launch.resources import ClusterConfig, host_python, job_name, refuse_control_characters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import fcntl
 import gc
 import gzip
@@ -29,7 +30,7 @@ import pytest
 
 from ecgscale import cli
 from ecgscale.data.sources import Source, SourceOptions, WfdbFolder, archive, open_source, scratch
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale.record import Record
 
 PACKED = ("zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz")
@@ -259,6 +260,32 @@ def test_bombs(tmp_path, place, monkeypatch) -> None:
         assert "the archive: " in refusal(tmp_path / f"x.tar.{suffix}")
 
 
+@pytest.mark.parametrize("shift", [7, 70_000])
+def test_a_zip_whose_directory_is_said_to_stand_elsewhere(raw, tmp_path, shift) -> None:
+    """Members then begin before the file does, which the system alone would call an invalid argument."""
+    path = pack(raw, tmp_path / "x.zip")
+    content = bytearray(path.read_bytes())
+    end = content.rindex(b"PK\5\6")
+    (offset,) = struct.unpack_from("<I", content, end + 16)
+    struct.pack_into("<I", content, end + 16, offset + shift)
+    path.write_bytes(content)
+    assert re.search(r"member '.*' begins at byte -\d+ of \d+, so the archive's directory is wrong", refusal(path))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_disk_that_fails_is_no_fault_of_the_archive(raw, tmp_path, kind, monkeypatch) -> None:
+    """Else its records would be left out of the data set as rejected."""
+    path = pack(raw, tmp_path / f"x.{kind}")
+    source = open_source(path, OPTIONS)
+
+    def fails(file: object, n_bytes: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(archive, "_read", fails)
+    with pytest.raises(MachineError, match=f"^{path}: cannot read: Input/output error"):
+        source.read(source.items()[0])
+
+
 def test_a_zip_whose_members_overlap(tmp_path, place) -> None:
     body = np.random.default_rng(0).bytes(4000)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
@@ -425,8 +452,9 @@ def test_a_full_disk_is_named(raw, tmp_path, place, monkeypatch) -> None:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full() if self.name == "plain.tar" else real(self, *a, **k))
-    assert "no room to uncompress it" in refusal(path)
-    assert "TMPDIR" in refusal(path)
+    for _ in range(2):
+        with pytest.raises(MachineError, match=r"x\.tar\.gz: no room to uncompress it .*TMPDIR"):
+            open_source(path, OPTIONS)
 
 
 def test_large_records_do_not_go_into_memory(raw, tmp_path, place, monkeypatch) -> None:

@@ -372,7 +372,7 @@ def test_arrays_that_are_not_counts_are_refused(tmp_path, array, why) -> None:
         *(({"mv_per_count": [0.1] * 11}, "or 12"), ({"mv_per_count": float("nan")}, "nan")),
         *(({"leads": LEADS[:11]}, "11 leads"), ({"leads": [*LEADS[:11], "X"]}, "'X'"), ({"leads": 12}, "--leads")),
         *(({"leads": [*LEADS[:11], "I"]}, "lead I stands"), ({"patient": ["a"]}, "'patient'")),
-        *(({"labels": {"Dx": [["1"]]}}, "'Dx'"), (b"{", "JSON"), (b"[]", "not a JSON object"), (b"\xff{}", "JSON")),
+        *(({"labels": {"Dx": [["1"]]}}, "'Dx'"), (b"{", "JSON"), (b"[]", "no JSON object"), (b"\xff{}", "JSON")),
         *((b"[" * 100_000, "JSON"), (b'{"patient": "\\ud800"}', "JSON")),
     ],
 )

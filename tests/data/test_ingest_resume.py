@@ -187,7 +187,7 @@ def test_what_is_damaged_is_done_again(tmp_path) -> None:
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("mark", [b"", b'{"base": "', b"ingest"])
+@pytest.mark.parametrize("mark", [b"", b'{"base": "', b"ingest", b"[]", b'{"parts": 1}', b"[" * 100_000])
 def test_the_mark_of_an_older_version_does_not_block(tmp_path, mark) -> None:
     ingest(FIRST, tmp_path / "undisturbed", OPTIONS)
     out = tmp_path / "out"

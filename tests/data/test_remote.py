@@ -575,11 +575,11 @@ def test_files_that_are_not_the_caches_are_left_alone(http, small) -> None:
 LIMITED = """
 import resource, sys
 from ecgscale.data.remote import CacheConfig, ShardCache
-from ecgscale.errors import InputError
+from ecgscale.errors import MachineError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     ShardCache(CacheConfig(folder=sys.argv[1])).hold(*sys.argv[2:4], int(sys.argv[4]))
-except InputError as error:
+except MachineError as error:
     print(error)
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import multiprocessing
 import shutil
 import threading
@@ -16,11 +17,15 @@ import torch
 
 from ecgscale.cli import main
 from ecgscale.data import remote
+from ecgscale.data.cache import Held
+from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.data.remote import CacheConfig
 from ecgscale.data.selection import DataConfig, Selection, evaluation_batches
-from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shard_set import DamagedRecordError, ShardSet
 from ecgscale.data.stream import TrainStream
-from ecgscale.errors import InputError
+from ecgscale.errors import MachineError
+from ecgscale.files import file_sha256, sealed
+from ecgscale.simulate import Simulation
 
 _spec = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
 servers = importlib.util.module_from_spec(_spec)
@@ -129,7 +134,7 @@ def test_a_shard_that_stays_unreadable_stops_the_run_or_is_skipped(place, cache,
     opened = open_stream(url, cache), open_stream(url, cache, unreadable="skip")
     proxy.broken = {bad: "500"}
     batches = opened[0].from_batch(0)
-    with pytest.raises(InputError, match=rf"{url}/{bad}.*3 attempts"):
+    with pytest.raises(MachineError, match=rf"{url}/{bad}.*3 attempts"):
         list(batches)
     batches.close()
     batches, right = opened[1].from_batch(0), open_stream(simulated, cache).from_batch(0)
@@ -144,6 +149,80 @@ def test_a_shard_that_stays_unreadable_stops_the_run_or_is_skipped(place, cache,
     assert counts["data/replaced_recordings"] > 0
     batches.close()
     right.close()
+
+
+def flip_in_cache(cache: CacheConfig, sha256: str, rng: np.random.Generator, count: int = 1) -> None:
+    """Turn bits around in the node's copy of a file, as its disk may."""
+    path = Path(cache.folder) / sha256[:2] / sha256
+    content = bytearray(path.read_bytes())
+    for at in rng.integers(len(content), size=count):
+        content[at] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_copy_of_the_index_is_fetched_again(place, cache, simulated, capsys, seed) -> None:
+    url, proxy = place
+    index = open_stream(url, cache).selection.shards.sets[0].manifest["index"]
+    flip_in_cache(cache, index["sha256"], np.random.default_rng(seed))
+    again = open_stream(url, cache)
+    assert f"{url}/{index['file']}: its copy in {cache.folder} was damaged; fetched again" in capsys.readouterr().err
+    assert proxy.requests[index["file"]] == 2
+    assert again.own_counts()["data/damaged_copies"] == 1
+    assert_same_batches(again, open_stream(simulated, cache), 0, 4)
+
+
+@pytest.mark.parametrize("payload", ["pco", "npy"])
+def test_damaged_copies_of_shards_are_fetched_again(tmp_path, cache, payload, capsys) -> None:
+    """One bit on one node's disk neither stops a run nor changes a batch: records, their JSON, whole and in parts."""
+    shards = tmp_path / "bucket" / "set"
+    options = IngestOptions(rate_hz=250, records_per_shard=8, payload=payload)
+    ingest(Simulation(patients=20, duration_s=6, rate_hz=250), shards, options)
+    with servers.web_server(tmp_path) as port:
+        url, rng = f"http://127.0.0.1:{port}/bucket/set", np.random.default_rng(0)
+        near, warm = open_stream(shards, cache), open_stream(url, cache)
+        for shard in range(5):
+            warm.selection.shards.prefetch(shard)
+        for one in warm.selection.shards.shards:
+            flip_in_cache(cache, one.sha256, rng, count=200)
+        far = open_stream(url, cache)
+        assert_same_batches(far, near, 0, 16)
+        assert far.own_counts()["data/damaged_copies"] == 5
+        for one in warm.selection.shards.shards:
+            flip_in_cache(cache, one.sha256, rng, count=200)
+        far = open_stream(url, cache).selection.shards
+        assert [far.metadata(number) for number in range(40)] == [near.selection.shards.metadata(n) for n in range(40)]
+        assert 1 <= far.cache.stats.damaged <= 5
+        whole_RLT = np.zeros((40, 12, 1500), np.int16)
+        far.read_whole(np.arange(40), whole_RLT)
+        assert all(np.array_equal(whole_RLT[n], near.selection.shards.signal(n)) for n in range(40))
+        assert far.cache.stats.damaged == 5
+
+
+def test_a_shard_that_is_damaged_at_its_source_is_an_error(tmp_path, cache, simulated) -> None:
+    """Its copy is what the manifest says, so that fetching it again would not help."""
+    shards = shutil.copytree(simulated, tmp_path / "bucket" / "set")
+    manifest = json.loads((shards / "manifest.json").read_text())
+    first = shards / manifest["shards"][0]["file"]
+    content = bytearray(first.read_bytes())
+    for at in range(0, len(content), 500):
+        content[at] ^= 255
+    first.write_bytes(content)
+    manifest["shards"][0]["sha256"] = file_sha256(first)
+    (shards / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    with servers.web_server(tmp_path) as port:
+        far = open_stream(f"http://127.0.0.1:{port}/bucket/set", cache).selection.shards
+        for number in (0, 1):
+            with pytest.raises(DamagedRecordError, match=r"shard-000000\.tar: record"):
+                far.signal(number)
+        assert far.cache.stats.damaged == 0
+
+
+def test_a_disk_that_gives_back_other_bytes_is_named(place, cache, monkeypatch) -> None:
+    url, _ = place
+    monkeypatch.setattr(Held, "sha256", lambda held: "0" * 64)
+    with pytest.raises(MachineError, match=f"^{cache.folder}: gives back other bytes than were written"):
+        open_stream(url, cache)
 
 
 def test_evaluation_and_metadata_come_from_remote_shards_too(place, cache, simulated) -> None:

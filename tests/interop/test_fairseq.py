@@ -308,6 +308,27 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
+LARGE = torch.zeros(1 << 16)
+
+
+def with_tensor(state: dict, tensor: torch.Tensor) -> dict:
+    return state | {"model": state["model"] | {"mask_emb": tensor}}
+
+
+def laughs() -> list:
+    """A list that is small in a pickle and has 10^12 values."""
+    many: list = ["ha"] * 10
+    for _ in range(11):
+        many = [many] * 10
+    return many
+
+
+def endless() -> list:
+    one: list = []
+    one.append(one)
+    return one
+
+
 def without(state: dict, name: str) -> dict:
     return state | {"model": {key: t for key, t in state["model"].items() if key != name}}
 
@@ -328,6 +349,12 @@ def without(state: dict, name: str) -> dict:
         (lambda s, _: s | {"model": s["model"] | {"mask_emb": torch.zeros(32).double()}}, "mask_emb is torch.float64"),
         (lambda s, _: s | {"model": s["model"] | {"mask_emb": torch.full((32,), torch.nan)}}, "holds NaN or infinity"),
         (lambda s, _: s | {"model": {}}, "its 0 tensors"),
+        (lambda s, _: with_tensor(s, torch.zeros(1).expand(1 << 34)), "17179869184 elements, more than the file"),
+        (lambda s, _: with_tensor(s, torch.zeros(8).as_strided((1 << 16, 1 << 16), (0, 0))), "more than the file"),
+        (lambda s, _: with_tensor(s, torch.zeros(1 << 40, device="meta")), "more than the file"),
+        (lambda s, _: s | {"model": s["model"] | dict.fromkeys(map(str, range(1000)), LARGE)}, "more than the file"),
+        (lambda s, _: s | {"cfg": s["cfg"] | {"more": laughs()}}, "cfg has more than 100000 values"),
+        (lambda s, _: s | {"cfg": s["cfg"] | {"more": endless()}}, "or more than 32 in one another"),
     ],
 )
 def test_other_content_is_refused(refusal, pretrained, tmp_path, written, change, said):
@@ -379,8 +406,8 @@ def test_only_the_conv_stem_goes_to_fairseq(refusal, make_export, small_model_co
     assert not (tmp_path / "a.pt").exists()
 
 
-def test_what_the_reference_has_no_place_for(refusal, make_export, tmp_path):
-    export = make_export(tmp_path / "ours")
+def test_what_the_reference_has_no_place_for(refusal, make_export, without_checksums, tmp_path):
+    export = without_checksums(make_export(tmp_path / "ours"))
     tensors = load_file(export / "model.safetensors")
     save_file(tensors | {"head.bank": torch.zeros(2)}, export / "model.safetensors")
     line = refusal("export", export, tmp_path / "a.pt", "--format", "fairseq")

@@ -13,7 +13,7 @@ from ecgscale.interop.fairseq import import_checkpoint
 def test_a_pretrained_model(command, make_export, tmp_path):
     export = make_export(tmp_path / "export", profile=Profile(250.0, 2.5, "zscore"))
     said = dict(line.split(maxsplit=1) for line in command("inspect", export).splitlines())
-    assert said["model"] == f"ecgscale-export/1 in {export}"
+    assert said["model"] == f"ecgscale-export/2 in {export}"
     assert said["parameters"] == "24,444: encoder 23,856, local_head 588"
     assert said["shape"].startswith("2 layers of width 32, 2 heads, feed-forward 64; conv stem of 16 channels")
     assert said["profile"] == "250 Hz, each lead z-scored over the recording, segments of 2.5 s"

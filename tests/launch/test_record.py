@@ -230,6 +230,18 @@ def test_json_is_written_whole(tmp_path):
     assert read_json(path / "below") is None
 
 
+def test_what_a_job_relies_on_is_flushed(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def counted(handle: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    write_json(tmp_path / "state.json", {})
+    assert [name.split(".")[0] for name in flushed] == ["state", tmp_path.name]
+
+
 def test_attempts_are_counted(tmp_path):
     folder = JobFolder.of(tmp_path)
     assert folder.latest_attempt() is None

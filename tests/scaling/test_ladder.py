@@ -22,6 +22,7 @@ from ecgscale.scaling.ladder import ScalingConfig, validation_at
 from ecgscale.scaling.law import Law
 from ecgscale.scaling.report import as_csv, as_json, markdown, plot
 from ecgscale.scaling.results import Ladder, Run, find
+from ecgscale.studies import read_result, write_result
 from small_jobs import Jobs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -161,9 +162,9 @@ def test_the_ladder_goes_on_beyond_a_run_that_diverges(scaling_law, folder: Path
 
     # Only what has diverged has no loss: a part that is missing elsewhere is no loss of NaN.
     place = run / "cells" / "w8" / "360-seed0" / "result.json"
-    found = json.loads(place.read_text())
+    found = read_result(place)
     del found["validation"]["local"]
-    place.write_text(json.dumps(found))
+    write_result(place, found)
     assert f"{place}: has no local, only loss," in scaling_law(*few, "--merge", code=2)
     assert "1 of 2 runs" in scaling_law(*few, "--loss", "loss", "--merge")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ecgscale.data.shards import MANIFEST, read_manifest
 from ecgscale.errors import InputError, file_error, naming_file
+from ecgscale.files import JSON_LIMIT_BYTES, json_bytes, parse_json, seal_holds, sealed
 
 if TYPE_CHECKING:
     from ecgscale.data.ingest.job import Job
@@ -63,10 +63,11 @@ class Mark:
 
     def write(self, asked: Mapping[str, object], parts: int) -> None:
         """Say in place what is asked for: the locks belong to this very file."""
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(_mark_content(self._job, asked, parts))
-        self._file.flush()
+        with naming_file(self._job.out / UNFINISHED, "cannot write"):
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(_mark_content(self._job, asked, parts))
+            self._file.flush()
 
     def allow_other_splits(self) -> None:
         """The tars are good, only the splits were not: let them be joined with others."""
@@ -121,17 +122,17 @@ def _begin(job: Job, parts: int) -> None:
 
 
 def _mark_content(job: Job, asked: Mapping[str, object], parts: int) -> bytes:
-    return json.dumps({"base": version(job.base), "parts": parts, "asked": asked}, indent=1).encode()
+    return json_bytes(sealed({"base": version(job.base), "parts": parts, "asked": asked}))
 
 
 def _read_mark(file: IO[bytes]) -> dict[str, Any] | None:
+    """None where it is damaged, or of an older version."""
     file.seek(0)
     try:
-        said = json.loads(file.read())
-    except ValueError:
+        said = parse_json(file.read(JSON_LIMIT_BYTES))
+    except InputError:
         return None
-    assert isinstance(said, dict)
-    return said
+    return said if seal_holds(said) else None
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from ecgscale.data.sources.wfdb_source import (
     read_wfdb,
     segment_names,
 )
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError, file_error, naming_file, unreadable
 from ecgscale.record import Record
 
 _COMPRESSED_TARS: dict[str, Callable[[IO[bytes]], object]] = {
@@ -116,8 +116,7 @@ class Archive:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except _BROKEN as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{path}: a damaged or truncated archive ({reason}); fetch it again") from error
+            raise unreadable(path, "a damaged or truncated archive; fetch it again", error) from error
         return cls(path, data, catalogue, top.prefix(), disk, memory)
 
     def children(self, folder: str) -> frozenset[str]:
@@ -153,8 +152,9 @@ class Archive:
             raise InputError(f"{self.where}: holds no {name}")
         with tempfile.TemporaryFile(dir=self.disk.path) as file:
             try:
-                for chunk in _chunks(self.data, member):
-                    file.write(chunk)
+                with naming_file(self.disk.path, "cannot unpack a table there"):
+                    for chunk in _chunks(self.data, member):
+                        file.write(chunk)
             except InputError as error:
                 raise InputError(f"{self.where}: {name}: {error}") from error
             file.seek(0)
@@ -184,7 +184,7 @@ class Archive:
                 folder = Path(root, PurePosixPath(item).parent.name)
                 folder.mkdir(exist_ok=True)
                 for name, member in files.items():
-                    with (folder / name).open("xb") as file:
+                    with naming_file(root, "cannot unpack a record there"), (folder / name).open("xb") as file:
                         for chunk in _chunks(self.data, member):
                             file.write(chunk)
                 yield folder / f"{PurePosixPath(item).name}.hea", Path(root)
@@ -267,7 +267,7 @@ def _check_size(name: str, packed: int, size: int) -> None:
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, Member]]:
-    n_packed = 0
+    n_packed, n_bytes = 0, path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)
@@ -283,9 +283,14 @@ def _zip_members(path: Path) -> Iterator[tuple[str, Member]]:
             _check_size(f"member {name!r}", info.compress_size, info.file_size)
             if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
                 raise InputError(f"member {name!r} is not compressed, yet has two sizes; damaged")
+            if not 0 <= info.header_offset < n_bytes:
+                raise InputError(
+                    f"member {name!r} begins at byte {info.header_offset} of {n_bytes}, so the archive's directory is "
+                    "wrong; fetch it again"
+                )
             n_packed += info.compress_size
             yield name, Member(info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
-    if n_packed > path.stat().st_size:
+    if n_packed > n_bytes:
         raise InputError("its members overlap each other; a bomb")
 
 
@@ -329,9 +334,9 @@ def _uncompress(path: Path, plain: Path) -> None:
                 out.write(chunk)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
-                    raise
-                raise InputError(
-                    f"no room to uncompress it in {plain.parent.parent}; set TMPDIR to a folder with more, "
+                    raise file_error(plain, "cannot write", error) from error
+                raise MachineError(
+                    f"{path}: no room to uncompress it in {plain.parent.parent}; set TMPDIR to a folder with more, "
                     "or uncompress it yourself"
                 ) from error
             bar.update(raw.tell() - bar.n)
@@ -345,7 +350,7 @@ def _chunks(path: Path, member: Member, n_bytes: int = _CHUNK_BYTES) -> Iterator
 
     Raises InputError where it is damaged or not as long as the archive says.
     """
-    with path.open("rb", buffering=0) as file:
+    with naming_file(path, "cannot read"), path.open("rb", buffering=0) as file:
         file.seek(member.offset)
         if member.method != TAR:
             signature, name_bytes, extra_bytes = _ZIP_LOCAL_HEADER.unpack(_read(file, _ZIP_LOCAL_HEADER.size))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ecgscale.data.label_table import Description
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 
 _SCHEMA = """
 CREATE TABLE files (name TEXT PRIMARY KEY, offset INT, packed INT, size INT, method INT, crc INT) WITHOUT ROWID;
@@ -89,7 +89,7 @@ class Catalogue:
             except sqlite3.IntegrityError as error:
                 raise InputError(f"{conflict}: {latest!r}") from error
             except sqlite3.OperationalError as error:
-                raise InputError(f"{self.path.parent}: {error}; set TMPDIR to a folder with more room") from error
+                raise MachineError(f"{self.path.parent}: {error}; set TMPDIR to a folder with more room") from error
 
     def file(self, name: str) -> Member | None:
         row = _open(self.path).execute("SELECT * FROM files WHERE name = ?", (name,)).fetchone()

@@ -33,7 +33,7 @@ from ecgscale.data.sources.tables import Table, whole_number
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.units import parse_unit, to_signal
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, disk_failed, unreadable
 from ecgscale.record import LEADS, Record
 
 EXAMS = "exams.csv"
@@ -190,6 +190,8 @@ class _Part(NamedTuple):
         try:
             values: npt.NDArray[np.floating] = self.tracings[row]
         except _BROKEN as error:
+            if disk_failed(error):
+                raise
             raise InputError(f"cannot be read ({_first_line(error)})") from error
         return values
 
@@ -209,7 +211,7 @@ def _part(root: Path, name: str) -> _Part:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except _BROKEN as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({_first_line(error)})") from error
+        raise unreadable(path, "not a readable HDF5 file", error) from error
 
 
 def _dataset(file: Any, name: str, n_axes: int, kinds: str) -> Any:

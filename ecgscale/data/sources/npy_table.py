@@ -19,7 +19,7 @@ from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.units import mv_per_value, parse_unit, to_signal
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 from ecgscale.record import LEADS, Record, canonical_leads, check_rate
 
 _ROW = "row"  # what the record column of a stacked array is called; its table names no records
@@ -175,5 +175,5 @@ def _array(path: Path, root: Path | None = None) -> npt.NDArray[np.generic]:
     try:
         array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
     except _BROKEN as error:
-        raise InputError(f"{path}: not a readable .npy of numbers ({' '.join(str(error).split())})") from error
+        raise unreadable(path, "not a readable .npy of numbers", error) from error
     return array

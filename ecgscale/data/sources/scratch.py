@@ -11,7 +11,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from ecgscale.errors import InputError
+from ecgscale.errors import file_error
 
 _PREFIX = "ecgscale-scratch-"
 _LOCK = "lock"
@@ -41,9 +41,7 @@ class Scratch:
             path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=below))
             lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise InputError(
-                f"{below}: no temporary folder can be made there ({error.strerror}); set TMPDIR"
-            ) from error
+            raise file_error(below, "no temporary folder can be made there, set TMPDIR to another", error) from error
         fcntl.flock(lock, fcntl.LOCK_EX)
         scratch = cls(path)
         weakref.finalize(scratch, _remove, path, lock, os.getpid())

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, unreadable
 
 
 class Table:
@@ -41,7 +41,7 @@ class Table:
                 if row:
                     yield row
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{self.where()}: not a readable CSV ({error})") from error
+            raise unreadable(self.where(), "not a readable CSV", error) from error
 
 
 def whole_number(text: str, where: str) -> int:

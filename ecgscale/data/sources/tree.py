@@ -96,7 +96,7 @@ class Folder:
         try:
             stream = io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", newline="")
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+            raise file_error(path, "cannot be read", error) from error
         with stream:
             yield stream
 

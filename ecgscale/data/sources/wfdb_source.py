@@ -23,7 +23,7 @@ from ecgscale.data.sources.listing import contents_below, header_names, left_out
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
 from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
 from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError, disk_failed, file_error, naming_file
 from ecgscale.record import LEADS, MAX_VALUES, Record, check_rate, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
@@ -186,8 +186,10 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except MachineError as error:
+        raise MachineError(f"{path}: {error}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise file_error(path, "cannot be read", error) from error
 
 
 # --- finding records ---
@@ -217,7 +219,7 @@ def _segments_of(root: Path, name: str) -> list[str]:
     path = root / f"{name}.hea"
     if not path.is_file():
         return []
-    with path.open("rb") as file:
+    with naming_file(path, "cannot be read"), path.open("rb") as file:
         if not is_multi_segment(file.read(PEEK_BYTES)):
             return []
     try:
@@ -369,6 +371,8 @@ def _read_flac(path: Path, lines: Sequence[SignalLine], n_frames: int) -> Iterat
         try:
             signals = wfdb.io._signal._rd_dat_signals(path.name, folder, None, *of_file, *of_signals, first, stop)
         except _DECODING_ERRORS as error:
+            if disk_failed(error):
+                raise
             reason = " ".join(str(error).split()) or "no reason given"
             raise InputError(f"the samples cannot be read: {type(error).__name__}: {reason}") from error
         columns = [signal_T.reshape(-1, line.samples_per_frame) for line, signal_T in zip(lines, signals, strict=True)]
