@@ -105,6 +105,9 @@ class Record:
     labels: dict[str, list[str]] = field(default_factory=dict)  # []: known to have none; absent: nothing is known
     metadata: dict[str, str] = field(default_factory=dict)  # age, sex and whatever else the source said
     invalid_samples: int = 0  # samples that the source marked as invalid and that were interpolated
+    notes: dict[str, int] = field(
+        default_factory=dict
+    )  # what was done to labels and ids -> how often; it is not stored
 
     def __post_init__(self) -> None:
         assert self.signal_LT.dtype == np.int16

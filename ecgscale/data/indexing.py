@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -49,6 +50,7 @@ class Indexed:
     shards: int
     rate_hz: float
     patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
+    notes: dict[str, int]  # what was done to labels and ids (see ``Cells``) -> how often
 
 
 @dataclass
@@ -62,6 +64,8 @@ class _Tar:
     leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
     rates: dict[float, str] = field(default_factory=dict)  # likewise
     patients_known: bool = False
+    notes: Counter[str] = field(default_factory=Counter)
+    likelihoods: set[str] = field(default_factory=set)
 
 
 def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
@@ -77,14 +81,16 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         dataset = dataset or folder.resolve().name
         found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
         rate_hz = _only_rate(found)
-        rules = replace(rules, lead_order=_lead_order(found))
+        likelihoods = sorted({label for one in found for label in one.likelihoods})
+        rules = replace(rules, lead_order=_lead_order(found), likelihoods=tuple(likelihoods))
         splits = _splits(found, options)
         records = sum(len(split_B) for split_B in splits)
         parts = (one.columns | {"split": split_B} for one, split_B in zip(found, splits, strict=True))
         index = write_index_in_parts(folder, records, parts)
         source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
-    return Indexed(records, len(found), rate_hz, any(one.patients_known for one in found))
+    notes = sum((one.notes for one in found), Counter[str]())
+    return Indexed(records, len(found), rate_hz, any(one.patients_known for one in found), dict(notes))
 
 
 def _given(options: IngestOptions) -> dict[str, Any]:
@@ -173,6 +179,8 @@ def _index_tar(
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
         done.patients_known |= about.patient is not None
+        done.notes.update(about.notes)
+        done.likelihoods |= about.likelihoods
         if split_by:
             done.split_values.append(split_value(about.labels, about.metadata, split_by))
     if not rows:

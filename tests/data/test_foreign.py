@@ -207,7 +207,7 @@ def test_options_say_what_the_json_does_not(tmp_path) -> None:
     }
     shards = index(write_tars(tmp_path / "set", samples), **rules)
     record = shards.record(1)
-    assert (record.rate_hz, record.leads, record.patient, record.labels) == (250, ("II", "V1"), "1", {"AF": ["true"]})
+    assert (record.rate_hz, record.leads, record.patient, record.labels) == (250, ("II", "V1"), "1", {"AF": ["1"]})
     np.testing.assert_array_equal(record.signal_LT, samples[1]["ecg.npy"][::-1])
     verify_dataset(tmp_path / "set")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,11 +36,13 @@ class Ingested:
     rejected: int
     shards: int
     patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
+    notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
 
     @staticmethod
     def of(described: dict[str, Any]) -> Ingested:
         """From an entry of the manifest's ``sources``."""
-        return Ingested(*(described[name] for name in ("records", "rejected", "shards", "patients_known")))
+        always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
+        return Ingested(**always, notes=described.get("notes", {}))
 
 
 def finish(job: Job, mark: Mark) -> Ingested:
@@ -68,6 +71,7 @@ def finish(job: Job, mark: Mark) -> Ingested:
         "rejected": len(job.items) - found.records,
         "shards": len(found.entries),
         "patients_known": found.patients_known,
+        "notes": dict(found.notes),
         "items_sha256": job.items_sha256,
     }
     write_manifest(job.out, job.options.rate_hz, index, base["shards"] + found.entries, [*base["sources"], described])
@@ -99,6 +103,7 @@ class _Found:
     """Of the manifest, one for each tar."""
     split_values: set[str] = field(default_factory=set)
     patients_known: bool = False
+    notes: Counter[str] = field(default_factory=Counter)
     first_reason: str = ""
     """Why a record was rejected."""
 
@@ -112,6 +117,7 @@ class _Found:
             self.entries.append(shard_entry(tar, *about))
         self.split_values.update(part.split_values)
         self.patients_known |= part.patients_known
+        self.notes.update(part.notes)
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
 

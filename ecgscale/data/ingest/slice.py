@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,8 @@ class Part:
     split_values: list[str]
     """The different ones."""
     patients_known: bool
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to labels and ids (see ``Cells``) -> how often."""
 
 
 def part_file(tar: Path) -> Path:
@@ -86,6 +89,7 @@ def convert(task: Slice) -> Part:
     place_of_value: dict[str, int] = {}
     places: list[int] = []
     patients_known = False
+    notes = Counter[str]()
 
     def records() -> Iterator[tuple[str, Record]]:
         nonlocal patients_known
@@ -101,6 +105,7 @@ def convert(task: Slice) -> Part:
             value = split_value(record.labels, record.metadata, task.options.split_by) if task.options.split_by else ""
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
+            notes.update(record.notes)
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
 
     digest = hashlib.sha256()
@@ -109,7 +114,7 @@ def convert(task: Slice) -> Part:
     if not places:
         task.tar.unlink()
     values = list(place_of_value)
-    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known)
+    part = Part(task.identity, len(places), size, digest.hexdigest(), rejected, values, patients_known, dict(notes))
     said = {"part": json.dumps(asdict(part))}  # ASCII: a file name may be no UTF-8
     write_whole(part_file(task.tar), save(columns | {SPLIT_VALUE: np.array(places, np.uint32)}, said))
     return part

@@ -123,6 +123,7 @@ def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
         options.record_column,
         options.patient_key,
         options.ignore_leads,
+        label_columns=options.label_columns,
     )
 
 

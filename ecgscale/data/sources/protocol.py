@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ecgscale.data.label_table import LabelTable
 from ecgscale.record import Record
 
 
@@ -30,3 +31,7 @@ class OpenedSource(Source, Protocol):
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in the user's table of labels; all of them where there is none."""
+
+    @property
+    def labels(self) -> LabelTable | None:
+        """The user's table of labels; None where there is none."""

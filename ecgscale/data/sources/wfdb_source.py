@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.label_table import LabelTable, describe, load_label_table
+from ecgscale.data.label_columns import LabelColumns
+from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table, paths_of
+from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.wfdb_header import MAX_RATE_HZ, Header, SignalLine, parse_header
 from ecgscale.data.wfdb_signals import (
     INT16_FORMATS,
@@ -58,7 +60,7 @@ class WfdbFolder:
 
     root: Path
     dataset: str
-    labels_csv: Path | None = None
+    labels_csv: Path | tuple[Path, ...] | None = None
     """UTF-8 with column names, one row per record: see load_label_table."""
     record_column: str | None = None
     """Column that names the record; None: the first of the usual ones that does."""
@@ -70,11 +72,14 @@ class WfdbFolder:
     """Of a lead, that may be interpolated. 1 % of 10 s is 100 ms, too short to swallow a heartbeat."""
     verify_checksums: bool = True
     """Refuse data that miss the header's checksums; of 2,843 real records 9 do, all truly damaged."""
+    label_columns: LabelColumns = ()
+    """Columns of flags that are classes of one label."""
 
     @property
     def description(self) -> str:
         """One line for people."""
-        labels = f", labels from {self.labels_csv}" if self.labels_csv else ""
+        names = " and ".join(map(str, paths_of(self.labels_csv)))
+        labels = f", labels from {names}" if names else ""
         return f"{self.root}: a folder of WFDB records{labels}"
 
     def items(self) -> list[str]:
@@ -86,8 +91,7 @@ class WfdbFolder:
         names = headers_below(self.root)
         if not names:
             raise InputError(f"{self.root}: no WFDB header (*.hea) in or below it; links are not followed")
-        if self.labels_csv is not None:
-            self._labels()
+        _ = self.labels  # read before the source is handed to workers, which share it
         return without_segments(self.root, names)
 
     def read(self, item: str) -> Record:
@@ -96,7 +100,7 @@ class WfdbFolder:
             self.root / f"{item}.hea",
             name=item,
             root=self.root,
-            labels=self._labels(),
+            labels=self.labels,
             patient_key=self.patient_key,
             ignore_leads=self.ignore_leads,
             max_invalid_fraction=self.max_invalid_fraction,
@@ -105,19 +109,16 @@ class WfdbFolder:
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
-        labels = self._labels()
-        return [item for item in self.items() if labels is None or item not in labels.rows]
+        labels = self.labels
+        return [item for item in self.items() if labels is None or item not in labels]
 
-    def _labels(self) -> LabelTable | None:
-        if self.labels_csv is None:
+    @functools.cached_property
+    def labels(self) -> LabelTable | None:
+        """The table of the user's; None where there is none."""
+        if not (csv_paths := paths_of(self.labels_csv)):
             return None
-        return _label_table(self.root, self.labels_csv, self.record_column)
-
-
-@functools.lru_cache(maxsize=4)
-def _label_table(root: Path, labels_csv: Path, record_column: str | None) -> LabelTable:
-    # Once per process, and outside of WfdbFolder, so that a pickled source stays a few hundred bytes.
-    return load_label_table(labels_csv, root, headers_below(root), record_column)
+        matcher = NameMatcher(self.root, headers_below(self.root))
+        return load_label_table(csv_paths, matcher, Scratch.make(), self.record_column, self.label_columns)
 
 
 def read_wfdb(
@@ -166,6 +167,7 @@ def read_wfdb(
             labels=known.labels,
             metadata=known.metadata,
             invalid_samples=n_invalid,
+            notes=known.notes,
         )
 
 
