@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -57,6 +58,8 @@ _TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # from escapes; it could neither be stored nor printed
 _LEADING_ZERO = re.compile("-?0[0-9]")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 
@@ -108,6 +111,11 @@ class Cells:
             return None
         parts = [part for part in _SEPARATORS.split(text) if part.strip(_STRIPPED)]
         if len(parts) > 1:
+            flags = [
+                _BOOLEANS.get(word, word) for part in parts if (word := _without_fraction(part.strip().casefold()))
+            ]
+            if set(flags) <= {"0", "1"} and len(set(flags)) < len(flags):
+                raise _flags_without_names(text, field)
             self.notes[f"{field} with several classes, split"] += 1
         return self._names(parts, field)
 
@@ -140,6 +148,8 @@ class Cells:
             raise InputError(f"{field[:40]!r} is {_short(str(value))}; write text, a number, or a list of these")
         text = (value if isinstance(value, str) else json.dumps(value)).strip(_STRIPPED)
         if text.casefold() not in UNKNOWN_WORDS:
+            if _HALF_PAIR.search(text):
+                raise InputError(f"{field[:40]!r} is {_short(text)}, with half of a UTF-16 pair; write it again")
             return text
         if text:
             self.notes[f"{field} {text!r} taken as unknown"] += 1
@@ -186,10 +196,7 @@ class Cells:
 
     def _of_list(self, values: list[Any] | tuple[Any, ...], field: str) -> list[str] | None:
         if len(values) > 1 and all(_is_number(value) and value in (0, 1) for value in values):
-            raise InputError(
-                f"{field[:40]!r} is {_short(str(values))}, a row of flags without names; write the names of those that "
-                "hold"
-            )
+            raise _flags_without_names(str(values), field)
         return self._names(values, field) if values else []
 
     def _of_mapping(self, values: Mapping[Any, Any], field: str, likelihoods: bool) -> list[str] | None:
@@ -331,7 +338,13 @@ def _nested(text: str) -> bool:
 
 
 def _unquoted(text: str) -> str:
-    return re.sub(r"\\(.)", r"\1", text[1:-1], flags=re.DOTALL)
+    return _ESCAPE.sub(_character, text[1:-1])
+
+
+def _character(escape: re.Match[str]) -> str:
+    if code := escape[1] or escape[2] or escape[3]:
+        return chr(int(code, 16)) if int(code, 16) <= sys.maxunicode else escape[0]
+    return {"n": "\n", "r": "\r", "t": "\t"}.get(escape[4], escape[4])
 
 
 def _bare(text: str) -> list[Any]:
@@ -341,6 +354,13 @@ def _bare(text: str) -> list[Any]:
         return [int(part) if part.isdigit() else float(part) for part in parts]
     word = {"true": True, "false": False}.get(text.strip().casefold())
     return [text.strip() if word is None else word]
+
+
+def _flags_without_names(text: str, field: str) -> InputError:
+    return InputError(
+        f"{field[:40]!r} is {_short(text)}, a row of flags without names; write the names of those that hold, or give "
+        "each a column (--label-columns)"
+    )
 
 
 def _short(text: str) -> str:
