@@ -18,7 +18,8 @@ from ecgscale.record import LEADS
 ARGUMENTS = {
     "ingest": "source out --layout --dataset --labels --label-columns --record-column --patient-key --ignore-leads"
     " --source-rate-hz --source-leads --unit --mv-per-count --rate-hz --records-per-shard --payload"
-    " --validation-fraction --test-fraction --split-by --validation-values --test-values --workers --part --merge --restart --append",
+    " --validation-fraction --test-fraction --split-by --validation-values --test-values --workers --part --merge"
+    " --restart --append",
     "simulate": "out --patients --records-per-patient --duration-s --noise --seed --rate-hz --records-per-shard"
     " --payload --part --merge",
     "index": "folder --dataset --rate-hz --leads --mv-per-count --patient-key --label-keys --label-columns --signal-ext"

@@ -39,9 +39,10 @@ _BOOLEANS = {"true": "1", "false": "0"}  # T and F are no class names for them: 
 
 _STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
 _WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
-_EXACT = re.compile(r"-?[1-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R and Python, Java
+_EXACT = re.compile(r"-?[0-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R, Python and numpy, Java
 _AS_SHOWN = re.compile(r"-?[1-9](?:[.,][0-9]+)?E\+[0-9]{2,3}")  # spreadsheets: as many digits as the column is wide
 _LARGEST_EXACT = 2**53
+_LONGEST_NUMBER = 40  # characters; float64 has 17 digits
 _SNOMED = re.compile(r"[1-9][0-9]{5,17}")
 _SEPARATORS = re.compile(r"[|;\r\n]")
 _PERCENT_STEP = 5  # PTB-XL's likelihoods are 0, 15, 35, 50, 80 and 100
@@ -248,7 +249,7 @@ def _number(value: object) -> float | None:
         raise InputError(f"{_short(text)} is neither a flag nor a likelihood")
     if value is None or isinstance(value, str) or (isinstance(value, float) and math.isnan(value)):
         return None
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or abs(value) > _LARGEST_EXACT:
         raise InputError(f"{_short(str(value))} is neither a flag nor a likelihood")
     return float(value)
 
@@ -259,6 +260,8 @@ def _is_number(value: object) -> bool:
 
 def _without_fraction(text: str) -> str:
     """``17.0`` -> ``17``; any other text as it is."""
+    if len(text) > _LONGEST_NUMBER:
+        return text
     if matched := _WITH_ZERO_FRACTION.fullmatch(text):
         whole = int(matched[1])
     elif _EXACT.fullmatch(text) and float(text).is_integer():
@@ -351,7 +354,7 @@ def _bare(text: str) -> list[Any]:
     """What stands without quotes: a word, a number, or numbers that spaces keep apart."""
     parts = text.split()
     if all(_NUMBER.fullmatch(part) and not _LEADING_ZERO.match(part) for part in parts):
-        return [int(part) if part.isdigit() else float(part) for part in parts]
+        return [int(part) if part.isdigit() and len(part) <= _LONGEST_NUMBER else float(part) for part in parts]
     word = {"true": True, "false": False}.get(text.strip().casefold())
     return [text.strip() if word is None else word]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ecgscale.data.cells import Cells, has_likelihoods, is_known
 from ecgscale.data.label_columns import LabelColumns
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError, file_error
 
 if TYPE_CHECKING:
     from ecgscale.data.sources.scratch import Scratch
@@ -80,7 +80,10 @@ class LabelTable:
 
     def _rows(self, item: str) -> list[tuple[int, int, str]]:
         query = "SELECT file, line, cells FROM rows WHERE item = ? ORDER BY file"
-        return _open(self.rows).execute(query, (item,)).fetchall()
+        try:
+            return _open(self.rows).execute(query, (item,)).fetchall()
+        except sqlite3.Error as error:
+            raise MachineError(f"{self.rows}: the table of labels cannot be read: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -155,8 +158,8 @@ def load_label_table(
                     }
                     _insert(table, files, item, line, cells)
                 table.commit()
-            except sqlite3.OperationalError as error:
-                raise InputError(f"{scratch.path}: {error}; set TMPDIR to a folder with more room") from error
+            except sqlite3.Error as error:
+                raise MachineError(f"{scratch.path}: {error}; TMPDIR may name a folder with more room") from error
             if not matched:
                 candidates = " or ".join(matcher.columns(columns, record_column, csv_path))
                 raise InputError(
@@ -237,7 +240,9 @@ def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
             for cells in reader:
                 if cells:
                     yield reader.line_num, cells
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise file_error(path, "not a readable CSV of labels", error) from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a readable CSV of labels ({error})") from error
 
 
@@ -364,7 +369,7 @@ class RowMatcher:
         text = Cells().identifier(cell, "row")
         if text is None:
             return ()
-        if not (text.isascii() and text.isdigit() and int(text) < len(self._names)):
+        if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) < len(self._names)):
             raise InputError(f"{cell!r} is no row of {self.source.name}; rows count from 0 to {len(self._names) - 1}")
         return (self._names[int(text)],)
 
@@ -427,7 +432,7 @@ def describe(
         if known and key.casefold() not in taken | {"dx"}:
             metadata[key] = " | ".join(dict.fromkeys(known))
     labels: dict[str, list[str]] = {}
-    codes = [code for value in _values(values_of_comment, "Dx") for code in re.split("[,;|]", value)]
+    codes = [code for value in _values(values_of_comment, "Dx") for code in _codes(value)]
     if codes and (diagnoses := cells.classes(codes, "Dx")) is not None:
         labels["Dx"] = diagnoses
     if table is not None and row:
@@ -474,6 +479,13 @@ def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
         if colon and key.strip():
             values.setdefault(find_key(values, key) or key.strip(), []).append(value.strip())
     return values
+
+
+def _codes(diagnoses: str) -> Iterator[str]:
+    """The codes of a ``Dx`` comment: commas keep them apart, or semicolons, or, where they are numbers, spaces."""
+    for part in re.split("[,;|]", diagnoses):
+        words = part.split()
+        yield from words if all(re.fullmatch(r"[0-9]+(\.0)?", word) for word in words) else [part]
 
 
 def _values(place: Mapping[str, list[str]], wanted: str) -> list[str]:

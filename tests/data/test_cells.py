@@ -37,7 +37,14 @@ def identifier(value: object) -> str | None:
     ("cell", "read"),
     [
         *(("17", "17"), ("17.0", "17"), ("17.00", "17"), (" 17\t", "17"), ("\ufeff17", "17"), (17, "17"), (17.0, "17")),
-        *(("1e+05", "100000"), ("1.5709e+04", "15709"), ("1.5709E4", "15709"), ("-0.0", "0"), ("-3.0", "-3")),
+        *(
+            ("1e+05", "100000"),
+            ("1.5709e+04", "15709"),
+            ("1.5709E4", "15709"),
+            ("1.700e+01", "17"),
+            ("-0.0", "0"),
+            ("-3.0", "-3"),
+        ),
         # As they are: other ids than the numbers that they resemble.
         *(
             ("007", "007"),
@@ -216,6 +223,11 @@ def test_names_with_any_sign_survive_in_a_list(names: list[str]) -> None:
 @example("{'a': 'b\\")
 @example("[" * 5000 + "]" * 5000)
 @example('["\\ud800"]')
+@example("9" * 5000)
+@example("[" + "9" * 5000 + "]")
+@example("9" * 5000 + ".0")
+@example({"a": 10**400})
+@example([10**400])
 def test_any_cell_is_read_or_refused(cell: object) -> None:
     try:
         read = classes(cell)
@@ -240,9 +252,9 @@ def test_no_class_is_an_unknown_word_and_reading_again_changes_nothing(parts: li
 
 def test_flags() -> None:
     cells = Cells()
-    for word in ("1", "1.0", "True", "true", "T", "yes", "Y", 1, 1.0, True):
+    for word in ("1", "1.0", "1.000000000000000000e+00", "True", "true", "T", "yes", "Y", 1, 1.0, True):
         assert cells.flag(word, "AF") is True
-    for word in ("0", "0.00", "False", "f", "No", "n", 0, -0.0, False):
+    for word in ("0", "0.00", "0.000000000000000000e+00", "False", "f", "No", "n", 0, -0.0, False):
         assert cells.flag(word, "AF") is False
     for word in ("2", "maybe", "0.5", 2, [1]):
         with pytest.raises(InputError, match="AF"):

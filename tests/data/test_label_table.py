@@ -147,11 +147,11 @@ def test_all_lines_of_diagnoses_count() -> None:
     comments = (
         "Dx: 426783006",
         "dx:59931005.0 ; 10370003",
-        "DX: 426783006 164889003",
+        "DX: 426783006 164889003 12",
         "Dx: Unknown",
         "Dx: Sinus rhythm",
     )
-    codes = ["426783006", "59931005", "10370003", "164889003", "Sinus rhythm"]
+    codes = ["426783006", "59931005", "10370003", "164889003", "12", "Sinus rhythm"]
     assert describe(comments, None, "r").labels == {"Dx": codes}
     assert describe(("Dx: NA", "Dx:"), None, "r").labels == {}
     assert describe((), None, "r").labels == {}
@@ -234,6 +234,17 @@ def test_unknown_patients_are_persons_of_their_own_and_everything_is_counted(tmp
     assert source["notes"]["patient_id 'NA' taken as unknown"] == 2
     assert cli.main(["inspect", str(out)]) == 0
     assert "rhythm: (none) 2, AF 1, SB 1" in capsys.readouterr().out
+
+
+def test_values_of_a_split_are_read_as_the_labels_are(tmp_path: Path, batch) -> None:
+    folder = batch(
+        "in", "record,patient_id,fold,held_out\n" + "".join(f"in{i},{i},{i % 3}.0,{i == 5}\n" for i in range(6))
+    )
+    values = ("--split-by=fold", "--validation-values=1.0", "--test-values=2")
+    assert ingest(folder, tmp_path / "folds", *values) == 0
+    assert ShardSet.open(tmp_path / "folds").column("split").tolist() == [0, 1, 2] * 2
+    assert ingest(folder, tmp_path / "flags", "--split-by=held_out", "--test-values=True") == 0
+    assert ShardSet.open(tmp_path / "flags").column("split").tolist() == [0] * 5 + [2]
 
 
 def test_other_labels_are_another_ingest(tmp_path: Path, batch, capsys) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ecgscale.data.label_table import Description
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, file_error
 
 
 class Table:
@@ -42,7 +42,9 @@ class Table:
             for row in self._reader:
                 if row:
                     yield row
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except OSError as error:
+            raise file_error(self.where(), "not a readable CSV", error) from error
+        except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{self.where()}: not a readable CSV ({error})") from error
 
 
