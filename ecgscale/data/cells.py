@@ -37,6 +37,8 @@ UNKNOWN_WORDS = frozenset(
 _TRUE, _FALSE = frozenset(("true", "t", "yes", "y", "1")), frozenset(("false", "f", "no", "n", "0"))
 _BOOLEANS = {"true": "1", "false": "0"}  # T and F are no class names for them: F is a fusion beat
 
+NOBODY = "a record without a known patient, taken as a person of its own"  # a note of records, not of cells
+
 _STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
 _WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 _EXACT = re.compile(r"-?[0-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R, Python and numpy, Java

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ecgscale.data.cells import NOBODY
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.ingest.mark import NO_LOCKS
 from ecgscale.data.ingest.options import IngestOptions
@@ -180,6 +181,8 @@ def _index_tar(
         done.rates.setdefault(about.rate_hz, record.name)
         done.patients_known |= about.patient is not None
         done.notes.update(about.notes)
+        if about.patient is None:
+            done.notes[NOBODY] += 1
         done.likelihoods |= about.likelihoods
         if split_by:
             done.split_values.append(split_value(about.labels, about.metadata, split_by))

@@ -53,6 +53,8 @@ class LabelTable:
     label_columns: LabelColumns = ()
     likelihoods: frozenset[str] = frozenset()
     """Columns of likelihoods in percent."""
+    patient_column: str | None = None
+    """The first of PATIENT_KEYS that is known in any row: ids of two columns may be of two kinds."""
     rows_of_none: int = 0
     """Rows that name no record."""
     row_of_none: str = ""
@@ -131,6 +133,7 @@ def load_label_table(
     path = scratch.path / "labels.sqlite"
     files: list[CsvFile] = []
     likelihoods: set[str] = set()
+    with_patients: set[str] = set()
     rows_of_none, row_of_none = 0, ""
     with closing(sqlite3.connect(path)) as table:
         table.execute("PRAGMA journal_mode=OFF")  # a table that is not finished is thrown away
@@ -141,6 +144,8 @@ def load_label_table(
             file = CsvFile(csv_path, tuple(columns), _record_column(csv_path, columns, matcher, record_column))
             files.append(file)
             at = columns.index(file.record_column)
+            places = ((key, find_key(columns, key)) for key in PATIENT_KEYS)
+            patient_keys = [(key, columns.index(column)) for key, column in places if column is not None]
             matched, first_cell = 0, ""
             try:
                 for line, cells in _lines(csv_path):
@@ -156,6 +161,9 @@ def load_label_table(
                         for column, cell in zip(columns, cells, strict=True)
                         if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
                     }
+                    with_patients |= {
+                        key for key, place in patient_keys if key not in with_patients and is_known(cells[place])
+                    }
                     _insert(table, files, item, line, cells)
                 table.commit()
             except sqlite3.Error as error:
@@ -166,7 +174,17 @@ def load_label_table(
                     f"{csv_path}: column {candidates} names no record below {matcher.source}: it says {first_cell!r}, "
                     f"{matcher.example()}"
                 )
-    done = LabelTable(path, scratch, tuple(files), label_columns, frozenset(likelihoods), rows_of_none, row_of_none)
+    patient_column = next((key for key in PATIENT_KEYS if key in with_patients), None)
+    done = LabelTable(
+        path,
+        scratch,
+        tuple(files),
+        label_columns,
+        frozenset(likelihoods),
+        patient_column,
+        rows_of_none,
+        row_of_none,
+    )
     _check_label_columns(done)
     return done
 
@@ -419,7 +437,7 @@ def describe(
         columns = table.columns if table else []
         if patient_key is not None and find_key([*values_of_comment, *columns], patient_key) is None:
             raise InputError(f"no patient {patient_key!r}: neither a comment of the header nor a column of labels")
-        patient = _patient(cells, row, values_of_comment, patient_keys)
+        patient = _patient(cells, row, values_of_comment, patient_keys, _patient_columns(table, patient_key))
     metadata: dict[str, str] = {}
     for key in METADATA_KEYS:
         for place in ({column: [cell] for column, cell in row.items()}, values_of_comment):
@@ -456,12 +474,22 @@ def _labels_of_row(cells: Cells, table: LabelTable, row: Mapping[str, str], take
     return {name: classes for name, classes in values.items() if classes is not None}
 
 
+def _patient_columns(table: LabelTable | None, patient_key: str | None) -> Sequence[str]:
+    column = table.patient_column if table is not None and patient_key is None else patient_key
+    return () if column is None else (column,)
+
+
 def _patient(
-    cells: Cells, row: Mapping[str, str], values_of_comment: Mapping[str, list[str]], keys: Sequence[str]
+    cells: Cells,
+    row: Mapping[str, str],
+    values_of_comment: Mapping[str, list[str]],
+    keys: Sequence[str],
+    columns: Sequence[str],
 ) -> str | None:
-    """The first id that is known, of the row before the header."""
-    for place in ({column: [cell] for column, cell in row.items()}, values_of_comment):
-        for key in keys:
+    """The first id that is known, of the row (its ``columns``) before the header (its ``keys``)."""
+    of_row = {column: [cell] for column, cell in row.items()}
+    for place, names in ((of_row, columns), (values_of_comment, keys)):
+        for key in names:
             patients = {cells.identifier(value, key) for value in _values(place, key)} - {None}
             if len(patients) > 1:
                 names = " and ".join(map(repr, sorted(filter(None, patients))))

@@ -13,6 +13,7 @@ from ecgscale import cli
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table
 from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import write_manifest
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.errors import InputError
 
@@ -140,6 +141,13 @@ def test_a_cell_that_could_mean_two_things_names_its_place(tmp_path: Path) -> No
         describe((), table, "r1")
 
 
+def test_the_ids_of_two_columns_are_not_mixed(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,patient,Patient_ID,subject_id\na/x,9,NA,5\na/y,9,,6\n")
+    assert [describe((), table, item).patient for item in ("a/x", "a/y")] == ["5", "6"]
+    table = load(tmp_path, "record,patient_id,subject_id\na/x,NA,5\na/y,5,6\n")
+    assert [describe((), table, item).patient for item in ("a/x", "a/y")] == [None, "5"]
+
+
 # --- headers ---
 
 
@@ -200,6 +208,18 @@ def test_a_patient_is_one_person_however_a_batch_writes_the_id(tmp_path: Path, b
     assert splits[:5] == splits[6:11]
 
 
+def test_ids_of_older_versions_are_pointed_out(tmp_path: Path, batch, capsys) -> None:
+    one, two = (batch(name, f"record,patient_id\n{name}0,17\n") for name in ("one", "two"))
+    out = tmp_path / "out"
+    assert ingest(one, out) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["sources"][0]["notes"]
+    index = {name: manifest["index"][name] for name in ("file", "bytes", "sha256")}
+    write_manifest(out, manifest["rate_hz"], index, manifest["shards"], manifest["sources"])
+    assert ingest(two, out, "--append") == 0
+    assert "6 x a record of an older version, whose patient's id stands as it was written" in capsys.readouterr().out
+
+
 def test_unknown_patients_are_persons_of_their_own_and_everything_is_counted(tmp_path: Path, batch, capsys) -> None:
     table = "record,patient_id,AF,SB\nin0,NA,1,0\nin1,NA,0,0\nin2,None,1,\nin3,None,0,1\nin4,7,0,0\nnobody,8,0,0\n"
     more = tmp_path / "more.csv"
@@ -211,6 +231,7 @@ def test_unknown_patients_are_persons_of_their_own_and_everything_is_counted(tmp
     for line in (
         "2 x patient_id 'NA' taken as unknown",
         "2 x patient_id 'None' taken as unknown",
+        "5 x a record without a known patient, taken as a person of its own",
         "1 x rhythm with flags of which some are unknown, taken as unknown",
         "1 x kind written as a list, read as its classes",
         "6 records in 2 shards, 0 rejected",

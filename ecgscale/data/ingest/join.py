@@ -26,6 +26,10 @@ from ecgscale.errors import InputError
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
 _REJECTED = "rejected.csv"
+_OLDER_IDS = (
+    "a record of an older version, whose patient's id stands as it was written (17.0, NA); where such occur, ingest "
+    "all anew"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ def finish(job: Job, mark: Mark) -> Ingested:
         mark.allow_other_splits()
         raise
     base = job.base or {"records": 0, "shards": [], "sources": []}
+    older = [one for one in base["sources"] if one.get("patients_known") and "notes" not in one]
+    if older:
+        found.notes[_OLDER_IDS] = sum(one["records"] for one in older)
     index = write_index_in_parts(job.out, base["records"] + found.records, _columns(job, found))
     described = {
         "dataset": job.source.dataset,

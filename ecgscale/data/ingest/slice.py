@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ecgscale.data.cells import NOBODY
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
 from ecgscale.data.shards import Columns, write_tar, write_whole
@@ -106,6 +107,8 @@ def convert(task: Slice) -> Part:
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
             notes.update(record.notes)
+            if record.patient is None:
+                notes[NOBODY] += 1
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
 
     digest = hashlib.sha256()
