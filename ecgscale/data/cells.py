@@ -12,8 +12,10 @@
 | ``{'A': 100.0, 'B': 0.0}`` | likelihoods in percent, as PTB-XL writes them, 0 where none was said: A and B |
 | ``[]``, ``{}``, flags that are all false | none of the classes, which is known: ``[]``, a negative of every class |
 
-What could mean two things is an InputError: a row of flags without names (``[0, 1, 0]``), shares of 1, lists in lists,
-ids whose last digits a float has lost (beyond 2^53, or as spreadsheets show them: ``4.27E+08``).
+A class that is really called None or Unknown is unknown here, and counted as that: give it another name. What could
+mean two things is an InputError: a row of flags without names (``[0, 1, 0]``), shares of 1, numbers of which some are 0
+and that are no likelihoods, lists in lists, ids whose last digits a float has lost (beyond 2^53, or as spreadsheets
+show them: ``4.27E+08``).
 """
 
 from __future__ import annotations
@@ -211,7 +213,7 @@ class Cells:
             )
         if not values:
             return []
-        if kind == "likelihoods" or likelihoods:
+        if kind != "flags" or likelihoods:
             return self._names(values, field)
         numbers = {str(name): _number(value) for name, value in values.items()}
         if None in numbers.values():
@@ -222,15 +224,23 @@ class Cells:
 
 
 def kind_of_mapping(values: Mapping[Any, Any]) -> str | None:
-    """``flags`` (true and false, 1 and 0), ``likelihoods`` in percent, or None: neither."""
+    """``flags`` (true and false, 1 and 0), ``likelihoods`` in percent, ``amounts`` that are all above 0, or None.
+
+    Of likelihoods and amounts all names hold; among other numbers, a 0 may mean one that does not.
+    """
     try:
         numbers = [number for value in values.values() if (number := _number(value)) is not None]
     except InputError:
         return None
     if all(number in (0, 1) for number in numbers):
         return "flags"
-    percent = all(0 <= number <= 100 and number % _PERCENT_STEP == 0 for number in numbers)
-    return "likelihoods" if percent and not any(isinstance(value, bool) for value in values.values()) else None
+    if any(isinstance(value, bool) for value in values.values()):
+        return None
+    if not all(number == 0 or 1 <= number <= 100 for number in numbers):
+        return None
+    if all(number % _PERCENT_STEP == 0 for number in numbers):
+        return "likelihoods"
+    return "amounts" if all(numbers) else None
 
 
 def has_likelihoods(value: object) -> bool:

@@ -161,6 +161,7 @@ def test_different_numbers_and_leading_zeros_stay_apart(one: int, other: int, fr
         ("['A|B']", ["A|B"]),
         ("[007, 008]", ["007", "008"]),
         ([1, 2.0, "3.0"], ["1", "2", "3"]),
+        ("{'NORM': 63.0, 'MI': 12.5}", ["NORM", "MI"]),
     ],
 )
 def test_classes(cell: object, read: list[str] | None) -> None:
@@ -172,8 +173,15 @@ def test_classes(cell: object, read: list[str] | None) -> None:
     [
         *("[0, 1, 0]", "[0 1 0]", "[0. 1. 1.]", "0|1|0", "1;1", [0, 1], [True, False], [1.0, 0.0]),
         *("[['A'], ['B']]", "['A', ['B']]", [["A"]], [{"A": 1}]),
-        *("{'NORM': 0.8}", "{'HR': 72}", {"PVC": 3, "AF": 0}, {"AF": True, "MI": 100}, {"A": -1}, {"rhythm": "SR"}),
-        *({"A": ["B"]}, {"NORM": 100.5}, {"NORM": 105}),
+        *(
+            "{'NORM': 0.8}",
+            "{'NORM': 72.0, 'SR': 0}",
+            {"PVC": 3, "AF": 0},
+            {"AF": True, "MI": 100},
+            {"A": -1},
+            {"rhythm": "SR"},
+        ),
+        *({"A": ["B"]}, {"NORM": 100.5}, {"NORM": 105}, {"NORM": True, "MI": 50.0}),
     ],
 )
 def test_what_could_mean_two_things_is_refused(cell: object) -> None:
