@@ -174,6 +174,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     from ecgscale.data import remarked
+    from ecgscale.data.cells import told
     from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
 
     chosen = IngestOptions(
@@ -208,6 +209,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     _print_copies(out, out / "copies.csv")
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
+    for line in told(done.notes, done.patients_known):
+        print(f"{out}: {line}")
     for line in remarked.lines(done.remarked, done.records, f" (see {out / 'remarks.csv'})"):
         print(f"{out}: {line}")
     print(
@@ -234,12 +237,16 @@ def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dic
 
     # The source itself counts by the names of its records: it may be mounted elsewhere on another machine.
     others = {"source", "out", "workers", "part", "merge", "restart", "append", *vars(chosen)}
+
+    def content(value: object) -> str:
+        if isinstance(value, list):
+            return " and ".join(map(content, value))
+        return f"of sha256 {file_sha256(value)}" if isinstance(value, Path) and value.is_file() else str(value)
+
     return {
-        f"--{name.replace('_', '-')}": f"of sha256 {file_sha256(value)}"
-        if isinstance(value, Path) and value.is_file()
-        else str(value)
+        f"--{name.replace('_', '-')}": content(value)
         for name, value in vars(options).items()
-        if name not in others and value not in (None, "")
+        if name not in others and value not in (None, "", [])
     }
 
 
@@ -263,8 +270,12 @@ def ingest(argv: list[str]) -> None:
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding
     _run_ingest(source, options.out, options)
-    if options.labels and (without := source.unlabelled()):
-        print(f"{len(without)} records have no row in {options.labels}, such as {without[0]}")
+    if source.labels is not None:
+        names = " and ".join(map(str, options.labels))
+        if without := source.unlabelled():
+            print(f"{len(without)} records have no row in {names}, such as {without[0]}")
+        if source.labels.rows_of_none:
+            print(f"{source.labels.rows_of_none} rows of {names} name no record, such as {source.labels.row_of_none}")
 
 
 def simulate(argv: list[str]) -> None:
@@ -310,12 +321,20 @@ def index(argv: list[str]) -> None:
     parser.add_argument("--mv-per-count", type=float, help="millivolts per count, where the JSON does not say it")
     parser.add_argument("--patient-key", default="", metavar="KEY", help="JSON key that names the patient")
     parser.add_argument("--label-keys", default="", metavar="A,B", help="JSON keys that are labels, beside `labels`")
+    parser.add_argument(
+        "--label-columns",
+        action="append",
+        default=[],
+        metavar="NAME=A,B,C",
+        help="JSON keys of flags that are the classes of one label NAME (default: labels)",
+    )
     parser.add_argument("--signal-ext", default="npy", help="extension of the arrays, such as ecg.npy (default npy)")
     parser.add_argument("--meta-ext", default="json", help="extension of the JSON (default json)")
     _add_split_options(parser)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(argv)
     from ecgscale.data import remarked
+    from ecgscale.data.cells import told
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
     from ecgscale.data.ingest.options import IngestOptions
@@ -326,6 +345,7 @@ def index(argv: list[str]) -> None:
         mv_per_count=options.mv_per_count,
         patient_key=options.patient_key,
         label_keys=listed(options.label_keys),
+        label_columns=tuple(options.label_columns),
         signal_ext=options.signal_ext.lstrip(".").lower(),
         meta_ext=options.meta_ext.lstrip(".").lower(),
         rename_leads=listed(options.rename_leads),
@@ -341,6 +361,8 @@ def index(argv: list[str]) -> None:
     _print_copies(options.folder)
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")
+    for line in told(done.notes, done.patients_known):
+        print(f"{options.folder}: {line}")
     for line in remarked.lines(done.remarked, done.records):
         print(f"{options.folder}: {line}")
     print(f"{options.folder}: {done.records} records at {done.rate_hz:g} Hz in {done.shards} tars")

@@ -16,14 +16,14 @@ from ecgscale.inference import load
 from ecgscale.record import LEADS
 
 ARGUMENTS = {
-    "ingest": "source out --layout --dataset --labels --record-column --patient-key --ignore-leads --rename-leads"
-    " --source-rate-hz --source-leads --unit --mv-per-count --rate-hz --records-per-shard --payload"
+    "ingest": "source out --layout --dataset --labels --label-columns --record-column --patient-key --ignore-leads"
+    " --rename-leads --source-rate-hz --source-leads --unit --mv-per-count --rate-hz --records-per-shard --payload"
     " --validation-fraction --test-fraction --split-by --validation-values --test-values --workers --part --merge"
     " --restart --append",
     "simulate": "out --patients --records-per-patient --duration-s --noise --seed --rate-hz --records-per-shard"
     " --payload --part --merge",
-    "index": "folder --dataset --rate-hz --leads --rename-leads --mv-per-count --patient-key --label-keys --signal-ext"
-    " --meta-ext --split-by --workers",
+    "index": "folder --dataset --rate-hz --leads --rename-leads --mv-per-count --patient-key --label-keys"
+    " --label-columns --signal-ext --meta-ext --split-by --workers",
     "verify": "shards",
     "inspect": "folder --plot",
     "pretrain": "--config --data.shards --model.preset --objective.name --engine.zero_stage --train.steps --run.dir",

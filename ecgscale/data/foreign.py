@@ -8,16 +8,17 @@ Shape suffixes: L the leads of a record, in the order of its rows.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from ecgscale.data.cells import Cells, has_likelihoods
+from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS, canonical_leads, in_canonical_order, parse_renames, source_leads
@@ -42,6 +43,10 @@ class Rules:
     mv_per_count: float | None = None
     patient_key: str = ""
     label_keys: tuple[str, ...] = ()
+    label_columns: tuple[str, ...] = ()
+    """Groups of keys of flags, each as NAME=A,B,C: the classes of one label."""
+    likelihoods: tuple[str, ...] = ()
+    """Labels with likelihoods in percent in some of the records, where 0 is one that was not said."""
     signal_ext: str = "npy"
     meta_ext: str = "json"
     lead_order: tuple[str, ...] = LEADS
@@ -57,6 +62,7 @@ class Rules:
             raise InputError(f"mv-per-count {self.mv_per_count:g}: give a finite number above 0")
         if not self.signal_ext or not self.meta_ext or self.signal_ext == self.meta_ext:
             raise InputError(f"signal-ext {self.signal_ext!r}, meta-ext {self.meta_ext!r}: give two extensions")
+        parse_label_columns(self.label_columns)
         if self.leads and canonical_leads(self.leads) != self.leads:
             raise InputError(f"leads {','.join(self.leads)}: write {','.join(canonical_leads(self.leads))}")
         if sorted(self.lead_order) != sorted(LEADS):
@@ -72,8 +78,10 @@ class Rules:
     def from_manifest(fields: Any, place: str) -> Rules:
         """Raises InputError that names ``place`` for anything but what ``to_manifest`` gives."""
         types: dict[str, type | tuple[type, ...]] = {"rate_hz": (int, float), "mv_per_count": (int, float)}
-        lists = ("leads", "label_keys", "lead_order", "rename_leads")
-        if not isinstance(fields, dict) or fields.keys() | {"rename_leads"} != asdict(Rules()).keys():
+        lists = ("leads", "label_keys", "label_columns", "likelihoods", "lead_order", "rename_leads")
+        if isinstance(fields, dict):  # older manifests know no such rules
+            fields = {"label_columns": [], "likelihoods": [], "rename_leads": []} | fields
+        if not isinstance(fields, dict) or fields.keys() != asdict(Rules()).keys():
             raise InputError(f"{place}: its rules for foreign tars are not those of this version; index the tars again")
         for name, value in fields.items():
             if name in lists:
@@ -110,6 +118,8 @@ class Described:
     patient: str | None
     labels: dict[str, list[str]]
     metadata: dict[str, str]
+    notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids (see ``Cells``) -> how often
+    likelihoods: frozenset[str] = frozenset()  # labels that say likelihoods in percent
 
 
 def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Described:
@@ -118,16 +128,27 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
     rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(fields, rules.rate_hz is not None))
     scale_L = _scale(fields, rules, len(leads_L))
     patient_keys = (rules.patient_key,) if rules.patient_key else PATIENT_KEYS
-    patient_name = _first(fields, patient_keys)
     if rules.patient_key and rules.patient_key not in fields:
         raise InputError(f"it has no key {rules.patient_key!r}, the --patient-key; it has {', '.join(fields)[:200]}")
-    patient = "" if patient_name is None else _text(patient_name, "patient").strip()
-    labels = _labels(fields, rules.label_keys)
-    taken = {*RATE_KEYS, *LEAD_KEYS, *SCALE_KEYS, *GAIN_KEYS, *patient_keys, *labels, "labels"}
-    metadata = {
-        key: _text(value, key) for key, value in fields.items() if key not in taken and _is_scalar(value)
-    }  # fmt: skip
-    return Described(rate_hz, leads_L, scale_L, patient or None, labels, metadata)
+    cells = Cells()
+    patients = (cells.identifier(fields[key], key) for key in patient_keys if fields.get(key) is not None)
+    patient = next((one for one in patients if one is not None), None)
+    values, flags = _label_values(fields, rules)
+    labels = {key: cells.classes(value, key, key in rules.likelihoods) for key, value in values.items()}
+    labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
+    of_labels = {*values, *(key for group in flags.values() for key in group), "labels"}
+    taken = {*RATE_KEYS, *LEAD_KEYS, *SCALE_KEYS, *GAIN_KEYS, *patient_keys, *of_labels}
+    metadata = {key: _metadata(value) for key, value in fields.items() if key not in taken and _is_scalar(value)}
+    return Described(
+        rate_hz,
+        leads_L,
+        scale_L,
+        patient,
+        {key: classes for key, classes in labels.items() if classes is not None},
+        {key: text for key, text in metadata.items() if text is not None},
+        dict(cells.notes),
+        frozenset(key for key, value in values.items() if has_likelihoods(value)),
+    )
 
 
 def as_own(described: Described, name: str, dataset: str, samples: int) -> Fields:
@@ -234,20 +255,28 @@ def _agreed(name: str, option: T | None, said: T | None) -> T:
     return agreed
 
 
-def _labels(fields: Fields, keys: Sequence[str]) -> dict[str, list[str]]:
-    """The ``labels`` and the listed keys: a list, the keys of an object, or one value."""
-    said = fields.get("labels")
-    found = dict(said) if isinstance(said, dict) else {} if said is None else {"labels": said}
-    found |= {key: fields[key] for key in keys if fields.get(key) is not None}
-    values = {key: value if isinstance(value, list | dict) else [value] for key, value in found.items()}
-    texts = {key: [_text(one, key) for one in value if one is not None] for key, value in values.items()}
-    return {key: value for key, value in texts.items() if value and value != [""]}
+def _label_values(fields: Fields, rules: Rules) -> tuple[Fields, dict[str, Fields]]:
+    """(label -> what the JSON says, label of --label-columns -> key of a flag -> what the JSON says).
+
+    Labels are the keys of ``labels``, unless they are flags alone, which are the classes of one, and the listed keys.
+    """
+    given = fields.get("labels")
+    within: Fields = given if isinstance(given, dict) else {}
+    groups = parse_label_columns(rules.label_columns)
+    grouped = {key for _, keys in groups for key in keys}
+    values = {key: value for key, value in within.items() if key not in grouped}
+    if any(isinstance(one, bool) for one in values.values()) and all(
+        one is None or isinstance(one, bool) for one in values.values()
+    ):
+        values = {"labels": values}
+    elif given is not None and not isinstance(given, dict):
+        values = {"labels": given}
+    flags = {name: {key: fields.get(key, within.get(key)) for key in keys} for name, keys in groups}
+    return values | {key: fields[key] for key in rules.label_keys if key in fields}, flags
 
 
-def _text(value: Any, key: str) -> str:
-    if not _is_scalar(value):
-        raise InputError(f"its {key[:40]!r} is {str(value)[:40]!r}; write text, a number, or a list of these")
-    return value if isinstance(value, str) else json.dumps(value)
+def _metadata(value: Any) -> str | None:
+    return Cells().text(value, "")
 
 
 def _is_scalar(value: Any) -> bool:

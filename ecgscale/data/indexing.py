@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ecgscale.data.cells import NOBODY
 from ecgscale.data.copies import Copies, content_keys, is_flat
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.ingest.mark import NO_LOCKS
@@ -59,6 +61,7 @@ class Indexed:
     patients_known: bool  # whether any record names its patient; otherwise each counts as a person of its own
     remarked: dict[str, Remarked]
     """By kind. What is no ECG is among them: no record of such a set can be left out."""
+    notes: dict[str, int]  # what was done to labels and ids (see ``Cells``) -> how often
 
 
 @dataclass
@@ -73,6 +76,8 @@ class _Tar:
     rates: dict[float, str] = field(default_factory=dict)  # likewise
     patient_known: list[bool] = field(default_factory=list)
     remarked: dict[str, Remarked] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    likelihoods: set[str] = field(default_factory=set)
 
 
 def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
@@ -88,7 +93,8 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         dataset = dataset or folder.resolve().name
         found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
         rate_hz = _only_rate(found)
-        rules = replace(rules, lead_order=_lead_order(found))
+        likelihoods = sorted({label for one in found for label in one.likelihoods})
+        rules = replace(rules, lead_order=_lead_order(found), likelihoods=tuple(likelihoods))
         splits = _splits(found, options)
         records = sum(len(split_B) for split_B in splits)
         parts = (one.columns | {"split": split_B} for one, split_B in zip(found, splits, strict=True))
@@ -100,7 +106,9 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
         source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
-    return Indexed(records, len(found), rate_hz, any(any(one.patient_known) for one in found), remarked)
+    notes = sum((one.notes for one in found), Counter[str]())
+    patients_known = any(any(one.patient_known) for one in found)
+    return Indexed(records, len(found), rate_hz, patients_known, remarked, dict(notes))
 
 
 def _given(options: IngestOptions) -> dict[str, Any]:
@@ -189,6 +197,10 @@ def _index_tar(
         done.patient_known.append(about.patient is not None)
         for kind in _oddities(tar, record):
             done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
+        done.notes.update(about.notes)
+        if about.patient is None:
+            done.notes[NOBODY] += 1
+        done.likelihoods |= about.likelihoods
         if split_by:
             done.split_values.append(split_value(about.labels, about.metadata, split_by))
     if not rows:

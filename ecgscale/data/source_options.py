@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ecgscale.data.label_columns import LabelColumns, parse_label_columns
 from ecgscale.errors import InputError
 from ecgscale.lead_names import parse_renames
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ecgscale.data.sources.protocol import OpenedSource
 
 # Layout -> the options that say something about it; any other is refused rather than ignored.
-_TABLE_OPTIONS = ("--labels", "--record-column")
+_TABLE_OPTIONS = ("--labels", "--label-columns", "--record-column")
 LAYOUTS = {
     "wfdb": (*_TABLE_OPTIONS, "--patient-key", "--ignore-leads", "--rename-leads"),
     "ptbxl": (*_TABLE_OPTIONS, "--ignore-leads", "--rename-leads"),
@@ -34,7 +35,10 @@ class SourceOptions:
     """Name of the data set; None: that of the folder or file."""
     layout: str = "auto"
     """A key of LAYOUTS, or auto."""
-    labels_csv: Path | None = None
+    labels_csv: Path | tuple[Path, ...] | None = None
+    """Several are one table."""
+    label_columns: LabelColumns = ()
+    """(label, the columns of flags that are its classes)."""
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
@@ -60,6 +64,7 @@ class SourceOptions:
         """Raises InputError for an option that says nothing about that layout."""
         given = {
             "--labels": self.labels_csv,
+            "--label-columns": self.label_columns,
             "--record-column": self.record_column,
             "--patient-key": self.patient_key,
             "--ignore-leads": self.ignore_leads,
@@ -90,7 +95,20 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         help="name of the data set (default: name of the source folder); patients are (data set, id)",
     )
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="labels by record name; values are split at |")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        action="append",
+        metavar="CSV",
+        help="labels by record name, several in a cell as A|B or as a list; given more than once: one table",
+    )
+    parser.add_argument(
+        "--label-columns",
+        action="append",
+        default=[],
+        metavar="NAME=A,B,C",
+        help="columns of 1 and 0 (true and false) that are the classes of one label NAME (default: labels)",
+    )
     parser.add_argument("--record-column", metavar="NAME", help="column of the CSV that names the record")
     parser.add_argument(
         "--patient-key",
@@ -121,7 +139,8 @@ def source_from(options: argparse.Namespace) -> OpenedSource:
     chosen = SourceOptions(
         dataset=options.dataset,
         layout=options.layout,
-        labels_csv=options.labels,
+        labels_csv=tuple(options.labels or ()),
+        label_columns=parse_label_columns(options.label_columns),
         record_column=options.record_column,
         patient_key=options.patient_key,
         ignore_leads=listed(options.ignore_leads),

@@ -311,9 +311,6 @@ def test_the_folder_must_be_whole(root: Path) -> None:
     [
         ("exam_id", "id", "no column exam_id"),
         ("7,73", "11,73", "a record stands twice: '11'"),
-        ("9,67", "x,67", "line 4: 'x' is not a whole number"),
-        ("67.05,True", "67.05,maybe", "line 3: 1dAVb is 'maybe'; it must be True or False"),
-        ("38,True", "38,man", "line 2: is_male is 'man'"),
         ("9,67,", "9,67", "line 4 has 14 fields"),
     ],
 )
@@ -323,6 +320,41 @@ def test_broken_tables(root: Path, old: str, new: str, reason: str) -> None:
     said = refusal(root)
     assert said.startswith(f"{root / 'exams.csv'}: ")
     assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("67.05,True", "67.05,maybe", r"exams.csv: line 3: 1dAVb is 'maybe'; it must be true or false, 1 or 0"),
+        (
+            "67.05,True,True,False,False,False,False,1724173",
+            "67.05,True,True,False,False,False,False,NA",
+            "its patient",
+        ),
+        ("73,True", "73,man", "line 3: is_male is 'man'"),
+        ("7,73", "x,73", "no row in exams.csv"),
+    ],
+)
+def test_a_bad_cell_costs_one_exam(root: Path, tmp_path, old: str, new: str, reason: str) -> None:
+    assert old in EXAMS
+    (root / "exams.csv").write_text(EXAMS.replace(old, new))
+    source = open_source(root, SourceOptions())
+    assert ("1 rows of exams.csv name no exam" in source.description) == (new[0] == "x")
+    with pytest.raises(InputError, match=reason):
+        source.read("exams_part0/1_7")
+    assert source.read("exams_part0/0_11").patient == "523632"
+
+
+def test_unknown_words_in_exams(root: Path) -> None:
+    (root / "exams.csv").write_text(
+        EXAMS.replace("38,True", "NA,NULL").replace("False,False,True,523632,,,", "False,False,nan,523632.0,None,,")
+    )
+    source = open_source(root, SourceOptions())
+    one, other = source.read("exams_part0/0_11"), source.read("exams_part1/0_9")
+    assert {"age", "sex"}.isdisjoint(one.metadata)
+    assert one.notes == {"age 'NA' taken as unknown": 1, "is_male 'NULL' taken as unknown": 1}
+    assert other.labels == {"normal_ecg": ["false"]}  # one flag is unknown, so nobody knows whether there are none
+    assert other.patient == one.patient
 
 
 def test_options_that_do_not_fit(root: Path, tmp_path) -> None:

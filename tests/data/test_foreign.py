@@ -236,9 +236,70 @@ def test_options_say_what_the_json_does_not(tmp_path) -> None:
     }
     shards = index(write_tars(tmp_path / "set", samples), **rules)
     record = shards.record(1)
-    assert (record.rate_hz, record.leads, record.patient, record.labels) == (250, ("II", "V1"), "1", {"AF": ["true"]})
+    assert (record.rate_hz, record.leads, record.patient, record.labels) == (250, ("II", "V1"), "1", {"AF": ["1"]})
     np.testing.assert_array_equal(record.signal_LT, samples[1]["ecg.npy"][::-1])
     verify_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("json_of_labels", "options", "labels"),
+    [
+        ({"dx": {"AF": False, "SB": True}}, {"label_keys": ("dx",)}, {"dx": ["SB"]}),
+        ({"dx": {"AF": False, "SB": 0}}, {"label_keys": ("dx",)}, {"dx": []}),
+        ({"dx": []}, {"label_keys": ("dx",)}, {"dx": []}),
+        ({"dx": None}, {"label_keys": ("dx",)}, {}),
+        ({"dx": "NA"}, {"label_keys": ("dx",)}, {}),
+        ({"dx": "['A', 'B']"}, {"label_keys": ("dx",)}, {"dx": ["A", "B"]}),
+        ({"dx": 17.0}, {"label_keys": ("dx",)}, {"dx": ["17"]}),
+        ({"labels": {"AF": False, "SB": True, "ST": None}}, {}, {}),
+        ({"labels": {"AF": False, "SB": True}}, {}, {"labels": ["SB"]}),
+        ({"labels": {"AF": False, "rhythm": "SR|AF"}}, {}, {"AF": ["0"], "rhythm": ["SR", "AF"]}),
+        ({"labels": ["A", "A", "nan"]}, {}, {"labels": ["A"]}),
+        ({"AF": 1, "SB": 0.0}, {"label_columns": ("rhythm=AF,SB",)}, {"rhythm": ["AF"]}),
+        ({"labels": {"AF": 0, "SB": 0, "n": 1}}, {"label_columns": ("AF,SB",)}, {"labels": [], "n": ["1"]}),
+        ({"AF": 1}, {"label_columns": ("AF,SB",)}, {}),
+    ],
+)
+def test_flags_lists_and_unknown_words(tmp_path, json_of_labels: dict, options: dict, labels: dict) -> None:
+    about = {name: value for name, value in ABOUT.items() if name != "patient"}
+    samples = [
+        {"npy": counts(0), "json": about | json_of_labels | {"patient": "NA", "subject_id": 17.0}},
+        {"npy": counts(1), "json": about | json_of_labels | {"patient": "None"}},
+        {"npy": counts(2), "json": about | json_of_labels | {"patient": "None"}},
+    ]
+    shards = index(write_tars(tmp_path / "set", samples), **options)
+    record = shards.record(0)
+    assert (record.labels, record.patient) == (labels, "17")
+    assert {"AF", "SB", "dx"}.isdisjoint(record.metadata)
+    assert len(set(shards.column("patient").tolist())) == 3
+    assert "records 3" in " ".join(summarise(str(tmp_path / "set")).split())
+
+
+def test_likelihoods_are_told_by_the_whole_set(tmp_path, capsys) -> None:
+    said = [{"SR": 0.0}, {"NORM": 80.0, "SR": 0.0}]
+    samples = [{"npy": counts(i), "json": ABOUT | {"scp": one, "AF": {"AF": 0}}} for i, one in enumerate(said)]
+    folder = write_tars(tmp_path / "set", samples, per_tar=1)
+    assert cli.main(["index", str(folder), "--label-keys=scp,AF", "--workers=1"]) == 0
+    shards = ShardSet.open(folder)
+    assert [shards.record(i).labels["scp"] for i in (0, 1)] == [["SR"], ["NORM", "SR"]]
+    assert shards.record(0).labels["AF"] == []
+    verify_dataset(folder)
+
+
+def test_what_was_done_to_ids_and_labels_is_counted(tmp_path, capsys) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | {"patient": 17.0, "dx": "NULL"}} for i in range(2)]
+    folder = write_tars(tmp_path / "set", samples)
+    assert cli.main(["index", str(folder), "--label-keys=dx", "--workers=1"]) == 0
+    said = capsys.readouterr().out
+    assert "2 x dx 'NULL' taken as unknown" in said
+    assert "2 x patient written as a float (17.0, 1e+05), read as a whole number" in said
+
+
+def test_manifests_of_older_versions_know_fewer_rules() -> None:
+    fields = json.loads(json.dumps(Rules(rate_hz=100).to_manifest()))
+    for name in ("label_columns", "likelihoods"):
+        del fields[name]
+    assert Rules.from_manifest(fields, "manifest.json") == Rules(rate_hz=100)
 
 
 def test_splits_by_a_key(tmp_path) -> None:
@@ -372,7 +433,14 @@ def test_arrays_that_are_not_counts_are_refused(tmp_path, array, why) -> None:
         *(({"mv_per_count": [0.1] * 11}, "or 12"), ({"mv_per_count": float("nan")}, "nan")),
         *(({"leads": LEADS[:11]}, "11 leads"), ({"leads": [*LEADS[:11], "X"]}, "'X'"), ({"leads": 12}, "--leads")),
         *(({"leads": [*LEADS[:11], "I"]}, "lead I stands"), ({"patient": ["a"]}, "'patient'")),
-        *(({"labels": {"Dx": [["1"]]}}, "'Dx'"), (b"{", "JSON"), (b"[]", "no JSON object"), (b"\xff{}", "JSON")),
+        *(
+            ({"labels": {"Dx": [["1"]]}}, "'Dx'"),
+            ({"labels": {"Dx": [0, 1]}}, "without names"),
+            ({"patient": 1e20}, "lost"),
+            (b"{", "JSON"),
+            (b"[]", "no JSON object"),
+            (b"\xff{}", "JSON"),
+        ),
         *((b"[" * 100_000, "JSON"), (b'{"patient": "\\ud800"}', "JSON")),
     ],
 )

@@ -175,8 +175,6 @@ def test_ptbxl_with_labels_of_ones_own(ptbxl: Path, tmp_path) -> None:
     ("file", "old", "new", "reason"),
     [
         ("ptbxl_database.csv", "patient_id", "pid", "no column patient_id; the columns are ecg_id, pid"),
-        ("ptbxl_database.csv", "{'NORM': 100.0,", "{'NORM': foo(),", "line 2: scp_codes .* are no codes"),
-        ("ptbxl_database.csv", "13243.0", "abc", "line 3: 'abc' is not a whole number"),
         ("ptbxl_database.csv", ",3,records100", ",3,x,records100", "line 2 has 11 fields"),
         ("ptbxl_database.csv", "00002_hr", "00001_hr", "a record stands twice: 'records500/00000/00001_hr'"),
         ("ptbxl_database.csv", "records500", "records", "no WFDB record"),
@@ -192,6 +190,28 @@ def test_broken_tables_of_ptbxl(ptbxl: Path, file: str, old: str, new: str, reas
         with pytest.raises(InputError, match=reason) as caught:
             opened(as_kind(ptbxl, kind))
         assert str(caught.value).startswith(str(as_kind(ptbxl, kind)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "item", "reason"),
+    [
+        ("{'NORM': 100.0,", "{'NORM': foo(),", "records500/00000/00001_hr", "line 2: scp_codes .* are no codes"),
+        ("records500/00000/00002_hr", "NA", "ptbxl_database.csv: line 3", "line 3: filename_hr is 'NA'; it must name"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_bad_cell_costs_ptbxl_one_record(ptbxl: Path, kind: str, old: str, new: str, item: str, reason: str) -> None:
+    text = (ptbxl / "ptbxl_database.csv").read_text()
+    assert text.count(old) == 1
+    (ptbxl / "ptbxl_database.csv").write_text(text.replace(old, new))
+    source = opened(as_kind(ptbxl, kind))
+    assert len(source.items()) == 3
+    for other in source.items():
+        if other == item:
+            with pytest.raises(InputError, match=reason):
+                source.read(item)
+        else:
+            assert source.read(other).labels["strat_fold"]
 
 
 def test_missing_and_unreadable_tables(ptbxl: Path) -> None:
@@ -263,8 +283,6 @@ def test_mimic_with_a_record_that_is_gone(mimic: Path) -> None:
     ("file", "old", "new", "reason"),
     [
         ("record_list.csv", "subject_id", "sid", "no column subject_id"),
-        ("record_list.csv", "files/p1000/p10001725/s49036311/", "", "it must read like files/p1000"),
-        ("record_list.csv", "10001725,49036311", "10001725,x", "line 4: 'x' is not a whole number"),
         ("machine_measurements.csv", "report_0", "note", "no column report_0"),
         ("machine_measurements.csv", "Abnormal ECG", '"Abnormal" ECG', "not a readable CSV"),
     ],
@@ -276,6 +294,29 @@ def test_broken_tables_of_mimic(mimic: Path, file: str, old: str, new: str, reas
     said = refusal(mimic)
     assert reason in said
     assert said.startswith(str(mimic / file))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("files/p1000/p10001725/s49036311/", "", "line 4: path '49036311'; it must read like files/p1000"),
+        ("10001725,49036311", "10001725,x", "line 4: study_id: 'x' is not a whole number"),
+    ],
+)
+def test_a_bad_cell_costs_mimic_one_record(mimic: Path, old: str, new: str, reason: str) -> None:
+    text = (mimic / "record_list.csv").read_text()
+    assert old in text
+    (mimic / "record_list.csv").write_text(text.replace(old, new))
+    source = opened(mimic)
+    refused = []
+    for item in source.items():
+        try:
+            source.read(item)
+        except InputError as error:
+            refused.append(str(error))
+    assert len(source.items()) == 3
+    assert len(refused) == 1
+    assert reason in refused[0]
 
 
 def test_paths_of_a_table_may_not_lead_out(mimic: Path, ecgs: list[Record], write_record) -> None:

@@ -98,18 +98,49 @@ def test_labels_of_a_folder(folder: Path, tmp_path) -> None:
         opened(folder, labels_csv=table, record_column="record").items()
 
 
-def test_the_nth_row_is_that_of_the_nth_record(tmp_path, mv_NLT: np.ndarray) -> None:
+@pytest.mark.parametrize("column", ["row", "Row", "record"])
+def test_rows_of_one_array_go_by_their_number(tmp_path, mv_NLT: np.ndarray, column: str) -> None:
     np.save(tmp_path / "x.npy", mv_NLT)
     table = tmp_path / "labels.csv"
-    table.write_text("record,subject_id,kind\n" + "".join(f"r{i},{i // 2},k{i}\n" for i in range(4)))
+    table.write_text(f"{column},subject_id,kind\n3,1,k3\n0.0,0,k0\n2,1,k2\n")
     source = opened(tmp_path / "x.npy", labels_csv=table)
-    assert [source.read(item).patient for item in source.items()] == ["0", "0", "1", "1"]
-    assert source.read("3").labels == {"record": ["r3"], "kind": ["k3"]}
-    assert source.unlabelled() == []
-    table.write_text("record\nr0\n")
-    with pytest.raises(InputError, match=r"labels.csv: 1 rows, .* holds 4 records"):
-        opened(tmp_path / "x.npy", labels_csv=table, dataset="other").items()
-    assert "without --record-column" in refusal(tmp_path / "x.npy", record_column="record")
+    assert [source.read(item).patient for item in source.items()] == ["0", None, "1", "1"]
+    assert source.read("3").labels == {"kind": ["k3"]}
+    assert source.unlabelled() == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ("patient,kind\n1,a\n2,b\n3,c\n4,d\n", "no column row or record .* from 0 to 3; add one"),
+        ("row,kind\n1,a\n2,b\n3,c\n4,d\n", "line 5: row '4' is no row of x.npy; rows count from 0 to 3"),
+        ("row,kind\n1,a\n1,b\n", "line 3: record 1 stands twice"),
+        ("record,kind\nr0,a\n", "line 2: record 'r0' is no row of x.npy"),
+        ("row,kind\n-1,a\n", "'-1' is no row"),
+        ("row,kind\n1.5,a\n", "'1.5' is no row"),
+        ("row,kind\nNA,a\n", "column row names no record"),
+    ],
+)
+def test_the_order_of_lines_says_nothing_of_one_array(tmp_path, mv_NLT, table: str, reason: str) -> None:
+    np.save(tmp_path / "x.npy", mv_NLT)
+    (tmp_path / "labels.csv").write_text(table)
+    with pytest.raises(InputError, match=reason):
+        opened(tmp_path / "x.npy", labels_csv=tmp_path / "labels.csv").items()
+
+
+def test_another_column_may_number_the_rows_of_one_array(tmp_path, mv_NLT: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", mv_NLT)
+    table = tmp_path / "labels.csv"
+    table.write_text("i,kind\n2,k2\n1,k1\n")
+    assert opened(tmp_path / "x.npy", labels_csv=table, record_column="i").read("1").labels == {"kind": ["k1"]}
+    assert "have no folders" in refusal(tmp_path / "x.npy", patient_key="@folder")
+
+
+def test_a_table_may_name_the_files(folder: Path, tmp_path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("filename,kind\na.npy,k0\nb/c.NPY,k1\nb\\d.npy,k2\n")
+    source = opened(folder, labels_csv=table)
+    assert [source.read(item).labels for item in ("a", "b/c", "b/d")] == [{"kind": [f"k{i}"]} for i in range(3)]
 
 
 def test_integers_are_kept_as_they_are(tmp_path) -> None:

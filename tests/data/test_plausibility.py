@@ -186,7 +186,7 @@ def test_not_finite(mv_LT, value) -> None:
     ("n_samples", "rate_hz"), [(8, 500.0), (5000, 0.5), (99, 500.0), (12, 5000.0), (50, float("nan"))]
 )
 def test_impossible_geometry(n_samples, rate_hz) -> None:
-    with pytest.raises(InputError, match="an ECG has (at least|20 to)"):
+    with pytest.raises(InputError, match=r"an ECG has (at least|20 to)"):
         check_geometry(n_samples, rate_hz)
 
 

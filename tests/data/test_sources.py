@@ -700,7 +700,7 @@ def test_comments(tmp_path: Path) -> None:
         "Note: c",
     )
     record = read_wfdb(with_comments(tmp_path, *comments, "Subject_ID: 7"))
-    assert record.metadata == {"age": "61", "Note": "a: b"}
+    assert record.metadata == {"age": "61", "Note": "a: b | c"}  # nothing is lost of a key that stands twice
     assert record.labels == {"Dx": ["1", "2"]}
     assert record.patient == "7"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,6 +40,10 @@ from ecgscale.files import whole_file
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
 _REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
+_OLDER_IDS = (
+    "a record of an older version, whose patient's id stands as it was written (17.0, NA); where such occur, ingest "
+    "all anew"
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,15 @@ class Ingested:
     held: int = 0  # that the set had already, under the same names with the same samples; they are left out
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
 
+    notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
+
     @staticmethod
     def of(described: dict[str, Any]) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
         remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
         later = {"held": described.get("held", 0), "shared_ids": described.get("shared_ids", {})}
+        later |= {"notes": described.get("notes", {})}
         return Ingested(**always, remarked=remarked, **later)
 
 
@@ -85,6 +93,9 @@ def finish(job: Job, mark: Mark) -> Ingested:
         mark.allow_other_splits()
         raise
     base = job.base or {"records": 0, "shards": [], "sources": []}
+    older = [one for one in base["sources"] if one.get("patients_known") and "notes" not in one]
+    if older:
+        found.notes[_OLDER_IDS] = sum(one["records"] for one in older)
     index = write_index_in_parts(job.out, base["records"] + found.records, _columns(job, found, united))
     described = {
         "dataset": job.source.dataset,
@@ -94,6 +105,7 @@ def finish(job: Job, mark: Mark) -> Ingested:
         "shards": len(found.entries),
         "patients_known": found.patients_known,
         "remarked": {kind: asdict(one) for kind, one in found.remarked.items()},
+        "notes": dict(found.notes),
         "items_sha256": job.items_sha256,
         "held": found.held,
         "shared_ids": _shared_ids(job, found),
@@ -127,6 +139,7 @@ class _Found:
     """Of the manifest, one for each tar."""
     split_values: set[str] = field(default_factory=set)
     patients_known: bool = False
+    notes: Counter[str] = field(default_factory=Counter)
     first_reason: str = ""
     """Why a record was rejected."""
     remarked: dict[str, Remarked] = field(default_factory=dict)
@@ -143,6 +156,7 @@ class _Found:
         self.split_values.update(part.split_values)
         self.patients_known |= part.patients_known
         self.held += part.held
+        self.notes.update(part.notes)
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
         for item, kind, _ in part.remarks:

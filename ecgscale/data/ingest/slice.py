@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ecgscale.data.cells import NOBODY
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
 from ecgscale.data.payload import Payload
@@ -88,9 +90,11 @@ class Part:
     """(record, kind, details) of what is odd about records; a record has each kind once."""
     held: int = 0
     """Records that are in the set already, under the same name and with the same samples."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to labels and ids (see ``Cells``) -> how often."""
 
 
-_PART_FIELDS = {field.name for field in fields(Part)}
+_PART_FIELDS = {one.name for one in fields(Part)}
 
 
 def part_file(tar: Path) -> Path:
@@ -160,6 +164,7 @@ def convert(task: Slice) -> Part:
     remarks: list[tuple[str, str, str]] = []
     held = 0
     elsewhere: list[list[int]] = []
+    notes = Counter[str]()
 
     def records() -> Iterator[tuple[str, Record]]:
         nonlocal held
@@ -185,6 +190,9 @@ def convert(task: Slice) -> Part:
             patient_known.append(record.patient is not None)
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
             elsewhere.append([_code_in(dataset, record) for dataset in task.other_datasets])
+            notes.update(record.notes)
+            if record.patient is None:
+                notes[NOBODY] += 1
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
             del record  # it may be as large as the next one
 
@@ -194,9 +202,8 @@ def convert(task: Slice) -> Part:
     if not places:
         task.tar.unlink()
     values = list(place_of_value)
-    part = Part(
-        task.identity, len(places), size, digest.hexdigest(), rejected, values, any(patient_known), remarks, held
-    )
+    counted = (len(places), size, digest.hexdigest(), rejected, values, any(patient_known), remarks, held)
+    part = Part(task.identity, *counted, dict(notes))
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
     columns |= {SPLIT_VALUE: np.array(places, np.uint32), PATIENT_KNOWN: np.array(patient_known, np.uint8)}
     columns |= {PATIENT_ELSEWHERE: np.array(elsewhere, np.int64).reshape(len(places), len(task.other_datasets))}

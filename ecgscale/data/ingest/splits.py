@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.cells import Cells
 from ecgscale.data.copies import Copies
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.shards import SPLITS
@@ -29,7 +30,8 @@ def split_value(labels: Mapping[str, list[str]], metadata: Mapping[str, str], ke
 
 def splits_by_value(values_V: Sequence[str], value_B: npt.NDArray[np.uint32], options: IngestOptions) -> Splits:
     """Records by the place of their value in ``values_V``; a value that no option names means train."""
-    code_of_value = dict.fromkeys(options.validation_values, 1) | dict.fromkeys(options.test_values, 2)
+    code_of_value = dict.fromkeys(_as_read(options.validation_values), 1)
+    code_of_value |= dict.fromkeys(_as_read(options.test_values), 2)
     return np.array([code_of_value.get(value, 0) for value in values_V], np.uint8)[value_B]
 
 
@@ -89,9 +91,14 @@ class United:
 def check_not_empty(known: set[str], options: IngestOptions) -> None:
     """Raises InputError where no record has a value that makes it a validation, or a test, record."""
     for code, values in ((1, options.validation_values), (2, options.test_values)):
-        if values and known.isdisjoint(values):
+        if values and known.isdisjoint(_as_read(values)):
             seen = sorted(known - {""})
             hint = f"the records have {', '.join(seen[:10])}" if seen else "no record has that key at all"
             raise InputError(
                 f"no record has {options.split_by} in {list(values)}, so {SPLITS[code]} would be empty; {hint}"
             )
+
+
+def _as_read(values: Sequence[str]) -> list[str]:
+    """The values as they were given and as labels are read: 8.0 is 8, True is 1."""
+    return [spelling for value in values for spelling in (value, *(Cells().classes(value, "") or ())[:1])]

@@ -60,10 +60,7 @@ class Catalogue:
 
     def add_records(self, described: Iterable[tuple[str, Description]]) -> None:
         """Raises InputError for a record that stands twice."""
-        rows = (
-            (item, "" if said == _NOTHING else json.dumps((said.patient, said.labels, said.metadata)))
-            for item, said in described
-        )
+        rows = ((item, "" if said == _NOTHING else json.dumps(list(vars(said).values()))) for item, said in described)
         self._insert("INSERT INTO records VALUES (?, ?)", rows, "a record stands twice")
 
     def add_notes(self, notes: Iterable[tuple[int, list[str]]]) -> None:

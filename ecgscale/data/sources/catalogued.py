@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ecgscale.data.label_table import Description, LabelTable, load_label_table
+from ecgscale.data.label_columns import LabelColumns
+from ecgscale.data.label_table import Description, LabelTable, NameMatcher, load_label_table, paths_of
 from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
@@ -36,7 +38,7 @@ class CataloguedWfdb:
     scratch: Scratch  # holds the catalogue
     dataset: str
     description: str
-    labels_csv: Path | None = None
+    labels_csv: Path | tuple[Path, ...] | None = None
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
@@ -45,18 +47,21 @@ class CataloguedWfdb:
     others: Callable[[Tree], list[str]] | None = None
     """Lines on what lies in the tree and is not read."""
     rename_leads: tuple[tuple[str, str], ...] = ()
+    label_columns: LabelColumns = ()
 
     def items(self) -> list[str]:
         """Sorted names of the records; raises InputError if ``labels_csv`` does not fit."""
-        self._labels()
+        _ = self.labels  # read before the source is handed to workers, which share it
         return self.catalogue.items()
 
     def read(self, item: str) -> Record:
         """The record of that name; raises InputError that names the file and the reason (see read_wfdb, plausible)."""
         said = self.catalogue.describe(item)
+        if said.fault:
+            raise InputError(said.fault)
         record = self.tree.read(
             item,
-            labels=self._labels(),
+            labels=self.labels,
             patient_key=self.patient_key,
             ignore_leads=self.ignore_leads,
             rename_leads=self.rename_leads,
@@ -66,26 +71,25 @@ class CataloguedWfdb:
             patient=said.patient or record.patient,
             labels=said.labels | record.labels,
             metadata=said.metadata | record.metadata,
+            notes=dict(Counter(said.notes) + Counter(record.notes)),
         )
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
-        labels = self._labels()
-        return [item for item in self.items() if labels is None or item not in labels.rows]
+        labels = self.labels
+        return [item for item in self.items() if labels is None or item not in labels]
 
     def left_out(self) -> list[str]:
         """Lines on what is not read, and why."""
         return [*self.remarks, *(self.others(self.tree) if self.others else ())]
 
-    def _labels(self) -> LabelTable | None:
-        if self.labels_csv is None:
+    @functools.cached_property
+    def labels(self) -> LabelTable | None:
+        """The table of the user's; None where there is none."""
+        if not (csv_paths := paths_of(self.labels_csv)):
             return None
-        return _label_table(self.tree.where, self.catalogue, self.labels_csv, self.record_column)
-
-
-@functools.lru_cache(maxsize=4)
-def _label_table(where: Path, catalogue: Catalogue, labels_csv: Path, record_column: str | None) -> LabelTable:
-    return load_label_table(labels_csv, where, catalogue.items(), record_column)
+        matcher = NameMatcher(self.tree.where, self.catalogue.items())
+        return load_label_table(csv_paths, matcher, Scratch.make(), self.record_column, self.label_columns)
 
 
 def all_headers(tree: Tree) -> list[str]:
@@ -147,6 +151,7 @@ def catalogued(
         (*remarks, *(absent.lines() if absent else ())),
         others,
         rename_leads=options.rename_leads,
+        label_columns=options.label_columns,
     )
 
 

@@ -24,12 +24,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.label_table import Description, is_known
+from ecgscale.data.cells import Cells
+from ecgscale.data.label_table import Description, LabelTable
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.listing import is_junk
 from ecgscale.data.sources.scratch import Scratch
-from ecgscale.data.sources.tables import Table, whole_number
+from ecgscale.data.sources.tables import Table
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.units import parse_unit, to_signal
@@ -48,7 +49,6 @@ _MAX_EXAMS = 1 << 24
 _MAX_SAMPLES = 1 << 20
 _MAX_CHUNK_BYTES = 1 << 28
 _SEX = {True: "male", False: "female"}
-_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # What is part of HDF5 or of h5py: gzip, shuffle, checksum, szip, n-bit, scale-offset, LZF. Others are plugins, that is
 # foreign code.
 _FILTERS = {1, 2, 3, 4, 5, 6, 32000}
@@ -76,11 +76,14 @@ class Code15:
         scratch = Scratch.make()
         catalogue = Catalogue.make(scratch.path / "exams.sqlite")
         try:
-            catalogue.add_records(_exams(root))
+            unnamed: list[str] = []
+            catalogue.add_records(_exams(root, unnamed))
         except InputError as error:
             raise error if str(error).startswith(str(root)) else InputError(f"{root / EXAMS}: {error}") from error
         n = sum(len(_part(root, part).exam_ids) for part in parts)
         description = DESCRIPTION.format(n=n, parts=len(parts), unit=unit)
+        if unnamed:
+            description += f"; {len(unnamed)} rows of {EXAMS} name no exam and are left out, the first: {unnamed[0]}"
         return cls(root, catalogue, scratch, options.dataset or "", description, parts, mv_per_value)
 
     def items(self) -> list[str]:
@@ -98,6 +101,8 @@ class Code15:
         shown = f"{self.root / part_name}: row {row}, exam {exam_id}"
         said = self.catalogue.describe(str(exam_id))
         try:
+            if said.fault:
+                raise InputError(said.fault)
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
             if said.patient is None:
                 raise InputError(f"no row in {EXAMS}, so its patient is unknown")
@@ -105,11 +110,17 @@ class Code15:
         except InputError as error:
             raise type(error)(f"{shown}: {error}") from error
         known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
+        known["notes"] = said.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
 
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""
         return self.items()
+
+    @property
+    def labels(self) -> LabelTable | None:
+        """None: all stands in exams.csv."""
+        return None
 
     def left_out(self) -> list[str]:
         """A line on parts that are still packed."""
@@ -149,31 +160,39 @@ def _padding_removed(values_TL: npt.NDArray[np.floating]) -> npt.NDArray[np.floa
 # --- exams.csv ---
 
 
-def _exams(root: Path) -> Iterator[tuple[str, Description]]:
+def _exams(root: Path, unnamed: list[str]) -> Iterator[tuple[str, Description]]:
+    """(exam_id, what its row says). Rows without an exam_id that could be read are added to ``unnamed``."""
     with Folder(root).table(EXAMS) as stream:
         table = Table(stream, str(root / EXAMS), ("exam_id", "patient_id", *ABNORMALITIES))
         for cells in table:
-            row = {name: cells[i].strip() for name, i in table.columns.items()}
-            yield str(whole_number(row["exam_id"], table.where())), _description(row, table.where())
+            row = {name: cells[i] for name, i in table.columns.items()}
+            exam_id = Cells().text(row["exam_id"], "exam_id") or ""
+            if exam_id.isascii() and exam_id.isdigit():
+                yield str(int(exam_id)), _description(row, table.where())
+            else:
+                unnamed.append(f"{table.where()}: exam_id is {row['exam_id']!r}")
 
 
 def _description(row: dict[str, str], where: str) -> Description:
-    labels = {"abnormality": [name for name in ABNORMALITIES if _truth(row[name], f"{where}: {name}")]}
-    if is_known(row.get("normal_ecg", "")):
-        labels["normal_ecg"] = [str(_truth(row["normal_ecg"], f"{where}: normal_ecg")).lower()]
-    metadata = {
-        name: row[name] for name in ("age", "nn_predicted_age", "death", "timey") if is_known(row.get(name, ""))
-    }
-    if is_known(row.get("is_male", "")):
-        metadata["sex"] = _SEX[_truth(row["is_male"], f"{where}: is_male")]
-    return Description(str(whole_number(row["patient_id"], where)), labels, metadata)
-
-
-def _truth(text: str, where: str) -> bool:
-    truth = _TRUTH.get(text.strip().casefold())
-    if truth is None:
-        raise InputError(f"{where} is {text!r}; it must be True or False")
-    return truth
+    """What a row says; a cell that cannot be read is its exam's fault, not the table's."""
+    cells = Cells()
+    try:
+        patient = cells.identifier(row["patient_id"], "patient_id")
+        if patient is None:
+            raise InputError(f"patient_id is {row['patient_id']!r}; every exam names its patient")
+        abnormality = cells.flagged({name: row[name] for name in ABNORMALITIES}, "abnormality")
+        normal = cells.flag(row.get("normal_ecg"), "normal_ecg")
+        male = cells.flag(row.get("is_male"), "is_male")
+        texts = {name: cells.text(row.get(name), name) for name in ("age", "nn_predicted_age", "death", "timey")}
+    except InputError as error:
+        return Description(None, {}, {}, fault=f"{where}: {error}")
+    labels = {} if abnormality is None else {"abnormality": abnormality}
+    if normal is not None:
+        labels["normal_ecg"] = [str(normal).lower()]
+    metadata = {name: text for name, text in texts.items() if text is not None}
+    if male is not None:
+        metadata["sex"] = _SEX[male]
+    return Description(patient, labels, metadata, dict(cells.notes))
 
 
 # --- HDF5 ---

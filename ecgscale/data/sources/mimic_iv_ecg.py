@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ecgscale.data.label_table import Description, is_known
+from ecgscale.data.cells import Cells, is_known
+from ecgscale.data.label_table import Description
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
 from ecgscale.data.sources.listing import header_names
-from ecgscale.data.sources.tables import Table, whole_number
+from ecgscale.data.sources.tables import Table, unreadable_row, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
 
@@ -100,24 +101,30 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
         table = Table(stream, str(tree.where / RECORDS), _COLUMNS)
         subject, study, time, path = (table.columns[name] for name in _COLUMNS)
         for row in table:
-            item = row[path].strip().removesuffix(".hea")
+            item = (Cells().text(row[path], "path") or "").removesuffix(".hea")
             parts = item.split("/")
             if len(parts) < 3:
-                raise InputError(f"{table.where()}: path {item!r}; it must read like files/p1000/p10000032/s1/1")
-            if not lies_in(item, within):
+                yield unreadable_row(table, f"path {row[path]!r}; it must read like files/p1000/p10000032/s1/1")
+            elif not lies_in(item, within):
                 continue
-            if "/".join(parts[:-2]) not in there:
+            elif "/".join(parts[:-2]) not in there:
                 absent.add(item)
             else:
-                lines = reports.note(whole_number(row[study], table.where()))
-                yield (
-                    item,
-                    Description(
-                        str(whole_number(row[subject], table.where())),
-                        {"report": lines} if lines else {},
-                        {"ecg_time": row[time].strip()} if is_known(row[time]) else {},
-                    ),
-                )
+                yield item, _description(row[subject], row[study], row[time], reports, table.where())
+
+
+def _description(subject: str, study: str, time: str, reports: Catalogue, where: str) -> Description:
+    """What a row says; a cell that cannot be read is its record's fault, not the table's."""
+    cells = Cells()
+    try:
+        patient = cells.identifier(subject, "subject_id")
+        number = cells.text(study, "study_id")
+        lines = [] if number is None else reports.note(whole_number(number, "study_id"))
+        ecg_time = cells.text(time, "ecg_time")
+    except InputError as error:
+        return Description(None, {}, {}, fault=f"{where}: {error}")
+    labels = {"report": lines} if lines else {}
+    return Description(patient, labels, {} if ecg_time is None else {"ecg_time": ecg_time}, dict(cells.notes))
 
 
 def _by_folders(tree: Tree, reports: Catalogue, within: str) -> Described:
@@ -136,4 +143,5 @@ def _reports(tree: Tree) -> Iterator[tuple[int, list[str]]]:
         numbered = [name for name in table.columns if name.removeprefix("report_").isdigit()]
         lines = [table.columns[name] for name in sorted(numbered, key=lambda name: int(name.rpartition("_")[2]))]
         for row in table:
-            yield whole_number(row[study], table.where()), [line for i in lines if (line := row[i].strip())]
+            if (number := Cells().text(row[study], "study_id")) is not None:
+                yield whole_number(number, table.where()), [line for i in lines if is_known(line := row[i].strip())]

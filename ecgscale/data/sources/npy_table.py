@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.label_table import LabelTable, describe, find_key, load_label_table, read_rows
+from ecgscale.data.label_columns import LabelColumns
+from ecgscale.data.label_table import LabelTable, NameMatcher, RowMatcher, describe, load_label_table, paths_of
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.listing import contents_below, left_out
+from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.units import mv_per_value, parse_unit, to_signal
 from ecgscale.errors import InputError, unreadable
 from ecgscale.record import LEADS, Record, canonical_leads, check_rate
 
-_ROW = "row"  # what the record column of a stacked array is called; its table names no records
 _BROKEN: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError)
 _BROKEN += (RecursionError, SyntaxError, tokenize.TokenError)
 
@@ -40,10 +41,11 @@ class NpyTable:
     leads: tuple[str, ...]  # canonical names, in the order of the arrays
     mv_per_float: float = 1.0
     mv_per_count: float | None = None
-    labels_csv: Path | None = None
-    """Of a folder as in load_label_table; of one array, the n-th row is that of the n-th record."""
+    labels_csv: Path | tuple[Path, ...] | None = None
+    """As in load_label_table; of one array, a column ``row`` (or the record column) has the numbers of its rows."""
     record_column: str | None = None
     patient_key: str | None = None
+    label_columns: LabelColumns = ()
 
     @classmethod
     def open(cls, path: Path, options: SourceOptions) -> NpyTable:
@@ -66,9 +68,10 @@ class NpyTable:
             options.labels_csv,
             options.record_column,
             options.patient_key,
+            options.label_columns,
         )
-        if source.is_stacked and (options.record_column or options.patient_key == "@folder"):
-            raise InputError(f"{path}: one array; its table goes by row, without --record-column or @folder")
+        if source.is_stacked and options.patient_key == "@folder":
+            raise InputError(f"{path}: one array; its records have no folders, so --patient-key @folder names nobody")
         return source
 
     @property
@@ -79,13 +82,13 @@ class NpyTable:
     def description(self) -> str:
         """One line for people."""
         what = f"{len(self.items())} records in one array" if self.is_stacked else f"{len(self.items())} arrays"
-        labels = f", labels from {self.labels_csv}" if self.labels_csv else ", no labels"
+        names = " and ".join(map(str, paths_of(self.labels_csv)))
+        labels = f", labels from {names}" if names else ", no labels"
         return f"npy: {what}, {len(self.leads)} leads at {self.rate_hz:g} Hz{labels}"
 
     def items(self) -> list[str]:
         """Sorted names; raises InputError where there is no array, or if ``labels_csv`` does not fit."""
-        if self.labels_csv is not None:
-            self._labels()
+        _ = self.labels  # read before the source is handed to workers, which share it
         return self._names()
 
     def read(self, item: str) -> Record:
@@ -96,16 +99,17 @@ class NpyTable:
             array = _stacked(path)[int(item)] if self.is_stacked else _array(path, self.path)
             signal = to_signal(self._leads_first(array), self.leads, self._mv_per_value(array), self.rate_hz)
             folder = Path(item).parent.name or None
-            known = describe((), self._labels(), item, self.patient_key, folder)
+            known = describe((), self.labels, item, self.patient_key, folder)
         except InputError as error:
             raise error if str(error).startswith(str(path)) else type(error)(f"{shown}: {error}") from error
         told: dict[str, Any] = {"patient": known.patient, "labels": known.labels, "metadata": known.metadata}
+        told["notes"] = known.notes
         return Record.of(item, signal.fitted, self.rate_hz, signal.leads, remarks=signal.remarks, **told)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
-        labels = self._labels()
-        return [item for item in self.items() if labels is None or item not in labels.rows]
+        labels = self.labels
+        return [item for item in self.items() if labels is None or item not in labels]
 
     def left_out(self) -> list[str]:
         """Lines on what below the folder is not read, and why."""
@@ -130,23 +134,14 @@ class NpyTable:
             raise InputError(f"of type {array.dtype}; floats, or integers of at most 32 bits, are needed")
         return mv_per_value(array.dtype, self.mv_per_float, self.mv_per_count)
 
-    def _labels(self) -> LabelTable | None:
-        return None if self.labels_csv is None else _label_table(self, self.labels_csv)
-
-
-@functools.lru_cache(maxsize=4)
-def _label_table(source: NpyTable, labels_csv: Path) -> LabelTable:
-    names = source._names()
-    if not source.is_stacked:
-        return load_label_table(labels_csv, source.path, names, source.record_column)
-    columns, rows = read_rows(labels_csv)
-    if len(rows) != len(names):
-        raise InputError(f"{labels_csv}: {len(rows)} rows, {source.path} holds {len(names)} records; each needs one")
-    return LabelTable(
-        find_key(columns, _ROW) or _ROW,
-        tuple(columns),
-        {name: row for name, (_, row) in zip(names, rows, strict=True)},
-    )
+    @functools.cached_property
+    def labels(self) -> LabelTable | None:
+        """The table of the user's; None where there is none."""
+        if not (csv_paths := paths_of(self.labels_csv)):
+            return None
+        names = self._names()
+        matcher = RowMatcher(self.path, names) if self.is_stacked else NameMatcher(self.path, names)
+        return load_label_table(csv_paths, matcher, Scratch.make(), self.record_column, self.label_columns)
 
 
 def _arrays_below(root: Path) -> list[str]:

@@ -105,6 +105,7 @@ def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
         options.ignore_leads,
         remarks=tuple(unrecognised(tree, forced=options.layout == "wfdb")),
         rename_leads=options.rename_leads,
+        label_columns=options.label_columns,
     )
 
 

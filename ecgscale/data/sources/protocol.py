@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ecgscale.data.label_table import LabelTable
 from ecgscale.record import Record
 
 
@@ -33,3 +34,7 @@ class OpenedSource(Source, Protocol):
 
     def left_out(self) -> list[str]:
         """Lines on what lies there and is not read, with the reason, and on what the source was not taken for."""
+
+    @property
+    def labels(self) -> LabelTable | None:
+        """The user's table of labels; None where there is none."""

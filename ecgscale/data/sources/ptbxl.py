@@ -10,10 +10,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 
-from ecgscale.data.label_table import Description, is_known
+from ecgscale.data.cells import Cells
+from ecgscale.data.label_table import Description
 from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
 from ecgscale.data.sources.listing import header_names
-from ecgscale.data.sources.tables import Table, whole_number
+from ecgscale.data.sources.tables import Table, unreadable_row, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
 
@@ -53,13 +54,15 @@ def described(tree: Tree, within: str, absent: Absent) -> Described:
         table = Table(stream, shown, (*_COLUMNS, path_column))
         at = table.columns
         for row in table:
-            item = row[at[path_column]].strip()
-            if not lies_in(item, within):
+            item = Cells().text(row[at[path_column]], path_column)
+            if item is None:
+                yield unreadable_row(table, f"{path_column} is {row[at[path_column]]!r}; it must name the record")
+            elif not lies_in(item, within):
                 continue
-            if f"{item}.hea" not in there:
+            elif f"{item}.hea" not in there:
                 absent.add(item)
             else:
-                yield item, _description({name: row[at[name]].strip() for name in _COLUMNS}, statements, table.where())
+                yield item, _description({name: row[at[name]] for name in _COLUMNS}, statements, table.where())
 
 
 def left_out(tree: Tree) -> list[str]:
@@ -75,32 +78,39 @@ def left_out(tree: Tree) -> list[str]:
 
 
 def _description(row: Mapping[str, str], statements: Mapping[str, Mapping[str, str]], where: str) -> Description:
-    codes = _codes(row["scp_codes"], where)
-    labels = {"scp": codes}
-    for code in codes:
-        for label, value in statements.get(code, {}).items():
-            if value not in labels.setdefault(label, []):
-                labels[label].append(value)
-    labels["strat_fold"] = [str(whole_number(row["strat_fold"], where))]
-    metadata = {}
-    if is_known(row["age"]):
-        age = whole_number(row["age"], where)
-        metadata["age"] = str(age) if age <= _OLDEST else f">{_OLDEST}"
-    if is_known(row["sex"]):
-        sex = str(whole_number(row["sex"], where))
-        metadata["sex"] = _SEX.get(sex, sex)
-    patient = str(whole_number(row["patient_id"], where)) if is_known(row["patient_id"]) else None
-    return Description(patient, {label: values for label, values in labels.items() if values}, metadata)
+    """What a row says; a cell that cannot be read is its record's fault, not the table's."""
+    cells = Cells()
+    try:
+        codes = _codes(row["scp_codes"])
+        labels = {"scp": codes}
+        for code in codes:
+            for label, value in statements.get(code, {}).items():
+                if value not in labels.setdefault(label, []):
+                    labels[label].append(value)
+        fold = cells.text(row["strat_fold"], "strat_fold")
+        labels["strat_fold"] = [] if fold is None else [str(whole_number(fold, "strat_fold"))]
+        metadata = {}
+        if (age_text := cells.text(row["age"], "age")) is not None:
+            age = whole_number(age_text, "age")
+            metadata["age"] = str(age) if age <= _OLDEST else f">{_OLDEST}"
+        if (sex := cells.text(row["sex"], "sex")) is not None:
+            metadata["sex"] = _SEX.get(sex, sex)
+        patient = cells.identifier(row["patient_id"], "patient_id")
+    except InputError as error:
+        return Description(None, {}, {}, fault=f"{where}: {error}")
+    # A record without a statement of a kind says nothing of it, as in the benchmark.
+    known = {label: values for label, values in labels.items() if values}
+    return Description(patient, known, metadata, dict(cells.notes))
 
 
-def _codes(text: str, where: str) -> list[str]:
+def _codes(text: str) -> list[str]:
     """``"{'NORM': 100.0, 'SR': 0.0}"`` -> ["NORM", "SR"]."""
     try:
         codes = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise InputError(f"{where}: scp_codes {text[:60]!r} are no codes with likelihoods") from error
+        raise InputError(f"scp_codes {text[:60]!r} are no codes with likelihoods") from error
     if not isinstance(codes, dict) or not all(isinstance(code, str) for code in codes):
-        raise InputError(f"{where}: scp_codes {text[:60]!r} are no codes with likelihoods")
+        raise InputError(f"scp_codes {text[:60]!r} are no codes with likelihoods")
     return list(codes)
 
 

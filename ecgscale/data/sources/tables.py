@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
+from ecgscale.data.label_table import Description
 from ecgscale.errors import InputError, unreadable
 
 
@@ -42,6 +44,11 @@ class Table:
                     yield row
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise unreadable(self.where(), "not a readable CSV", error) from error
+
+
+def unreadable_row(table: Table, reason: str) -> tuple[str, Description]:
+    """A row that names no record, as a record that cannot be read: it is rejected with that reason."""
+    return Path(table.where()).name, Description(None, {}, {}, fault=f"{table.where()}: {reason}")
 
 
 def whole_number(text: str, where: str) -> int:

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ecgscale.data.label_table import LabelTable, describe, load_label_table
+from ecgscale.data.label_columns import LabelColumns
+from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table, paths_of
 from ecgscale.data.plausibility import plausible
 from ecgscale.data.sources.listing import contents_below, header_names, left_out
+from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
 from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
 from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals
@@ -49,7 +51,7 @@ class WfdbFolder:
 
     root: Path
     dataset: str
-    labels_csv: Path | None = None
+    labels_csv: Path | tuple[Path, ...] | None = None
     """UTF-8 with column names, one row per record: see load_label_table."""
     record_column: str | None = None
     """Column that names the record; None: the first of the usual ones that does."""
@@ -65,11 +67,14 @@ class WfdbFolder:
     """Refuse data that miss the header's checksums; of 2,843 real records 9 do, all truly damaged."""
     remarks: tuple[str, ...] = ()
     """What was thought of the folder when it was opened, one line each."""
+    label_columns: LabelColumns = ()
+    """Columns of flags that are classes of one label."""
 
     @property
     def description(self) -> str:
         """One line for people."""
-        labels = f", labels from {self.labels_csv}" if self.labels_csv else ""
+        names = " and ".join(map(str, paths_of(self.labels_csv)))
+        labels = f", labels from {names}" if names else ""
         return f"{self.root}: a folder of WFDB records{labels}"
 
     def items(self) -> list[str]:
@@ -82,8 +87,7 @@ class WfdbFolder:
         if not names:
             others = "".join(f"; {line}" for line in self.left_out())
             raise InputError(f"{self.root}: no WFDB header (*.hea) in or below it; links are not followed{others}")
-        if self.labels_csv is not None:
-            self._labels()
+        _ = self.labels  # read before the source is handed to workers, which share it
         return without_segments(self.root, names)
 
     def read(self, item: str) -> Record:
@@ -93,7 +97,7 @@ class WfdbFolder:
             path,
             name=item,
             root=self.root,
-            labels=self._labels(),
+            labels=self.labels,
             patient_key=self.patient_key,
             ignore_leads=self.ignore_leads,
             rename_leads=self.rename_leads,
@@ -104,23 +108,20 @@ class WfdbFolder:
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
-        labels = self._labels()
-        return [item for item in self.items() if labels is None or item not in labels.rows]
+        labels = self.labels
+        return [item for item in self.items() if labels is None or item not in labels]
 
     def left_out(self) -> list[str]:
         """Lines on what below the folder is not read, and why."""
         return [*self.remarks, *left_out(contents_below(self.root), ".hea")]
 
-    def _labels(self) -> LabelTable | None:
-        if self.labels_csv is None:
+    @functools.cached_property
+    def labels(self) -> LabelTable | None:
+        """The table of the user's; None where there is none."""
+        if not (csv_paths := paths_of(self.labels_csv)):
             return None
-        return _label_table(self.root, self.labels_csv, self.record_column)
-
-
-@functools.lru_cache(maxsize=4)
-def _label_table(root: Path, labels_csv: Path, record_column: str | None) -> LabelTable:
-    # Once per process, and outside of WfdbFolder, so that a pickled source stays a few hundred bytes.
-    return load_label_table(labels_csv, root, headers_below(root), record_column)
+        matcher = NameMatcher(self.root, headers_below(self.root))
+        return load_label_table(csv_paths, matcher, Scratch.make(), self.record_column, self.label_columns)
 
 
 def read_wfdb(
@@ -171,6 +172,7 @@ def read_wfdb(
             labels=known.labels,
             metadata=known.metadata,
             invalid_samples=n_invalid,
+            notes=known.notes,
         )
 
 

@@ -1,0 +1,292 @@
+"""Tables of labels: whose row is whose, one table of several files, and what the closing lines of ingest say."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecgscale import cli
+from ecgscale.data.label_columns import parse_label_columns
+from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import write_manifest
+from ecgscale.data.sources.scratch import Scratch
+from ecgscale.errors import InputError
+
+ITEMS = ["a/x", "a/y", "b/x", "17", "r1"]
+
+
+def load(tmp_path: Path, *tables: str, label_columns: tuple[str, ...] = (), **options: str) -> LabelTable:
+    paths = []
+    for number, table in enumerate(tables):
+        paths.append(tmp_path / f"labels{number}.csv")
+        paths[-1].write_text(table)
+    groups = parse_label_columns(label_columns)
+    return load_label_table(paths, NameMatcher(tmp_path, ITEMS), Scratch.make(), label_columns=groups, **options)
+
+
+def refusal(tmp_path: Path, *tables: str, **options: object) -> str:
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, *tables, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- whose row ---
+
+
+@pytest.mark.parametrize(
+    ("value", "item"),
+    [
+        *(("a/x", "a/x"), ("a/x.npy", "a/x"), ("a/x.HEA", "a/x"), ("a\\x.npy", "a/x"), ("./a//x", "a/x")),
+        *(("y.npy", "a/y"), ("y", "a/y"), ("17", "17"), ("17.0", "17"), (" r1 ", "r1"), ("r1.xml", "r1")),
+        *(("x.1", None), ("017", None), ("R1", None), ("c/y", None), ("17.5", None), ("r1.0", None)),
+    ],
+)
+def test_names_of_records(tmp_path: Path, value: str, item: str | None) -> None:
+    table = load(tmp_path, f'record,n\nr1.npy,0\n"{value}",1\n' if item != "r1" else f"record,n\n{value},1\n")
+    assert [one for one in ITEMS if table.row(one).get("n") == "1"] == ([item] if item else [])
+    assert table.rows_of_none == (item is None)
+    assert (f"line 3: {value!r}" in table.row_of_none) == (item is None)
+
+
+def test_a_base_name_that_several_share_is_refused(tmp_path: Path) -> None:
+    assert "line 2: record 'x' could be a/x or b/x; give the path" in refusal(tmp_path, "record,n\nx,1\n")
+
+
+def test_the_column_that_names_most_records_counts(tmp_path: Path) -> None:
+    # One of the numbers is the name of a record, by luck.
+    table = load(tmp_path, "record,filename,n\n16,r1,r1\n17,a/x,a/x\n18,a/y,a/y\n")
+    assert [table.row(item)["n"] for item in ("r1", "a/x", "a/y")] == ["r1", "a/x", "a/y"]
+    assert "17" not in table
+    said = refusal(tmp_path, "record,filename,n\n17,r1,0\nr1,17,1\n")
+    assert "line 2: record names the record 17, filename another" in said
+    assert load(tmp_path, "record,filename,n\n17,r1,0\nr1,17,1\n", record_column="filename").row("17")["n"] == "1"
+
+
+# --- several files ---
+
+
+def test_several_files_are_one_table(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,patient_id,n\na/x,1,\na/y,2.0,5\n", "name,patient_id,n,m\nr1,3,,6\na/y.hea,2,,7\n")
+    assert {item: describe((), table, item).labels for item in ITEMS if item in table} == {
+        "a/x": {},
+        "a/y": {"n": ["5"], "m": ["7"]},
+        "r1": {"m": ["6"]},
+    }
+    assert [describe((), table, item).patient for item in ("a/x", "a/y", "r1", "17")] == ["1", "2", "3", None]
+    assert table.columns == ["record", "patient_id", "n", "name", "m"]
+
+
+def test_files_may_not_contradict_each_other(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "record,n\na/x,1\n", "record,n\nr1,1\na/x,2\n")
+    assert "labels1.csv: line 3: n is '2', but '1' in" in said
+    assert "labels0.csv: line 2" in said
+    assert "labels1.csv: line 3: record a/x stands twice" in refusal(
+        tmp_path, "record,n\na/x,1\n", "record,n\na/x,1\na/x,1\n"
+    )
+    assert "labels1.csv: column record names no record" in refusal(tmp_path, "record,n\na/x,1\n", "record,n\nq,1\n")
+
+
+# --- what a row says ---
+
+
+def test_columns_without_a_name_are_no_labels(tmp_path: Path) -> None:
+    table = load(tmp_path, ",Unnamed: 0,record,,n\n0,0,a/x,9,1.0\n")
+    assert describe((), table, "a/x").labels == {"n": ["1"]}
+
+
+def test_likelihoods_are_told_by_the_whole_column(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,scp,flags\na/x,{'SR': 0.0},{'SR': 0}\na/y,\"{'NORM': 80.0, 'SR': 0.0}\",{'SR': 1}\n")
+    assert describe((), table, "a/x").labels == {"scp": ["SR"], "flags": []}
+    assert describe((), table, "a/y").labels == {"scp": ["NORM", "SR"], "flags": ["SR"]}
+
+
+def test_flags_in_columns_are_one_label(tmp_path: Path) -> None:
+    text = "record,AF,SB,ST,kind\na/x,1,0,True,k\na/y,0,0.0,False,k\nr1,1,,0,k\n17,,NA,,k\n"
+    table = load(tmp_path, text, label_columns=("rhythm=AF,SB", "ST"))
+    labels = {item: describe((), table, item).labels for item in ("a/x", "a/y", "r1", "17")}
+    assert labels == {
+        "a/x": {"rhythm": ["AF"], "labels": ["ST"], "kind": ["k"]},
+        "a/y": {"rhythm": [], "labels": [], "kind": ["k"]},
+        "r1": {"labels": [], "kind": ["k"]},
+        "17": {"kind": ["k"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (("AFF,SB",), "no column 'AFF' in the labels; did you mean 'AF'"),
+        (("kind=AF,SB",), "'kind' is a column already"),
+        (("AF", "SB"), "a second label 'labels'"),
+        (("=AF",), "give A,B,C or NAME=A,B,C"),
+        (("x=",), "give A,B,C or NAME=A,B,C"),
+        (("AF,AF",), "each column once"),
+    ],
+)
+def test_label_columns_that_do_not_fit(tmp_path: Path, option: tuple[str, ...], reason: str) -> None:
+    assert reason in refusal(tmp_path, "record,AF,SB,kind\na/x,1,0,k\n", label_columns=option)
+
+
+def test_a_cell_that_could_mean_two_things_names_its_place(tmp_path: Path) -> None:
+    table = load(tmp_path, 'record,AF,dx\na/x,2,k\nr1,1,"[0, 1, 1]"\n', label_columns=("rhythm=AF",))
+    with pytest.raises(InputError, match=r"labels0.csv: line 2: AF is '2'; it must be true or false"):
+        describe((), table, "a/x")
+    with pytest.raises(InputError, match=r"labels0.csv: line 3: 'dx' is .*, a row of flags without names"):
+        describe((), table, "r1")
+
+
+def test_the_ids_of_two_columns_are_not_mixed(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,patient,Patient_ID,subject_id\na/x,9,NA,5\na/y,9,,6\n")
+    assert [describe((), table, item).patient for item in ("a/x", "a/y")] == ["5", "6"]
+    table = load(tmp_path, "record,patient_id,subject_id\na/x,NA,5\na/y,5,6\n")
+    assert [describe((), table, item).patient for item in ("a/x", "a/y")] == [None, "5"]
+
+
+# --- headers ---
+
+
+def test_all_lines_of_diagnoses_count() -> None:
+    comments = (
+        "Dx: 426783006",
+        "dx:59931005.0 ; 10370003",
+        "DX: 426783006 164889003 12",
+        "Dx: Unknown",
+        "Dx: Sinus rhythm",
+    )
+    codes = ["426783006", "59931005", "10370003", "164889003", "12", "Sinus rhythm"]
+    assert describe(comments, None, "r").labels == {"Dx": codes}
+    assert describe(("Dx: NA", "Dx:"), None, "r").labels == {}
+    assert describe((), None, "r").labels == {}
+
+
+def test_patients_of_headers() -> None:
+    assert describe(("patient_id: 17.0", "Patient_ID: 17"), None, "r").patient == "17"
+    assert describe(("patient_id: NA", "subject_id: 4"), None, "r").patient == "4"
+    with pytest.raises(InputError, match="patient_id names two patients, '17' and '18'"):
+        describe(("patient_id: 17", "patient_id: 18"), None, "r")
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def batch(tmp_path: Path):
+    def write(name: str, table: str, records: int = 6) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        rng = np.random.default_rng(len(name))
+        for i in range(records):
+            np.save(folder / f"{name}{i}.npy", rng.normal(0, 0.3, (12, 500)).astype("f4"))
+        (folder / "labels.csv").write_text(table)
+        return folder
+
+    return write
+
+
+def ingest(folder: Path, out: Path, *options: str) -> int:
+    how = ["--source-rate-hz=100", "--rate-hz=100", "--dataset=hospital", "--workers=2", "--records-per-shard=3"]
+    return cli.main(["ingest", str(folder), str(out), *how, "--labels", str(folder / "labels.csv"), *options])
+
+
+def test_a_patient_is_one_person_however_a_batch_writes_the_id(tmp_path: Path, batch, capsys) -> None:
+    one = batch("one", "record,patient_id\n" + "".join(f"one{i}.npy,{i}\n" for i in range(6)))
+    two = batch("two", "record,patient_id\n" + "".join(f"two{i}.npy,{i}.0\n" for i in range(5)) + "two5.npy,\n")
+    assert ingest(one, tmp_path / "out", "--validation-fraction=0.4") == 0
+    assert ingest(two, tmp_path / "out", "--validation-fraction=0.4", "--append") == 0
+    assert "5 x patient_id written as a float (17.0, 1e+05), read as a whole number" in capsys.readouterr().out
+    shards = ShardSet.open(tmp_path / "out")
+    patients = shards.column("patient").tolist()
+    assert patients[:5] == patients[6:11]
+    assert len(set(patients)) == 7
+    splits = shards.column("split").tolist()
+    assert splits[:5] == splits[6:11]
+
+
+def test_ids_of_older_versions_are_pointed_out(tmp_path: Path, batch, capsys) -> None:
+    one, two = (batch(name, f"record,patient_id\n{name}0,17\n") for name in ("one", "two"))
+    out = tmp_path / "out"
+    assert ingest(one, out) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["sources"][0]["notes"]
+    index = {name: manifest["index"][name] for name in ("file", "bytes", "sha256")}
+    write_manifest(out, manifest["rate_hz"], index, manifest["shards"], manifest["sources"])
+    assert ingest(two, out, "--append") == 0
+    assert "6 x a record of an older version, whose patient's id stands as it was written" in capsys.readouterr().out
+
+
+def test_unknown_patients_are_persons_of_their_own_and_everything_is_counted(tmp_path: Path, batch, capsys) -> None:
+    table = "record,patient_id,AF,SB\nin0,NA,1,0\nin1,NA,0,0\nin2,None,1,\nin3,None,0,1\nin4,7,0,0\nnobody,8,0,0\n"
+    more = tmp_path / "more.csv"
+    more.write_text("record,kind\nin0,\"['A', 'B']\"\n")
+    folder = batch("in", table)
+    out = tmp_path / "out"
+    assert ingest(folder, out, "--labels", str(more), "--label-columns", "rhythm=AF,SB") == 0
+    said = capsys.readouterr().out
+    for line in (
+        "2 x patient_id 'NA' taken as unknown",
+        "2 x patient_id 'None' taken as unknown",
+        "5 x a record without a known patient, taken as a person of its own",
+        "1 x rhythm with flags of which some are unknown, taken as unknown",
+        "1 x kind written as a list, read as its classes",
+        "6 records in 2 shards, 0 rejected",
+        "1 records have no row in",
+        "1 rows of",
+        "labels.csv: line 7: 'nobody'",
+    ):
+        assert line in said, line
+    shards = ShardSet.open(out)
+    assert len(set(shards.column("patient").tolist())) == 6
+    labels = [shards.metadata(i)["labels"] for i in range(6)]
+    assert labels == [
+        {"rhythm": ["AF"], "kind": ["A", "B"]},
+        {"rhythm": []},
+        {},
+        {"rhythm": ["SB"]},
+        {"rhythm": []},
+        {},
+    ]
+    source = json.loads((out / "manifest.json").read_text())["sources"][0]
+    assert source["notes"]["patient_id 'NA' taken as unknown"] == 2
+    assert cli.main(["inspect", str(out)]) == 0
+    assert "rhythm: (none) 2, AF 1, SB 1" in capsys.readouterr().out
+
+
+def test_values_of_a_split_are_read_as_the_labels_are(tmp_path: Path, batch) -> None:
+    folder = batch(
+        "in", "record,patient_id,fold,held_out\n" + "".join(f"in{i},{i},{i % 3}.0,{i == 5}\n" for i in range(6))
+    )
+    values = ("--split-by=fold", "--validation-values=1.0", "--test-values=2")
+    assert ingest(folder, tmp_path / "folds", *values) == 0
+    assert ShardSet.open(tmp_path / "folds").column("split").tolist() == [0, 1, 2] * 2
+    assert ingest(folder, tmp_path / "flags", "--split-by=held_out", "--test-values=True") == 0
+    assert ShardSet.open(tmp_path / "flags").column("split").tolist() == [0] * 5 + [2]
+
+
+def test_other_labels_are_another_ingest(tmp_path: Path, batch, capsys) -> None:
+    folder = batch("in", "record,AF\nin0,1\n")
+    assert ingest(folder, tmp_path / "out", "--part=1/2") == 0
+    (tmp_path / "more.csv").write_text("record,kind\nin0,A\n")
+    assert ingest(folder, tmp_path / "out", "--part=2/2", "--labels", str(tmp_path / "more.csv")) == 2
+    assert "--labels" in capsys.readouterr().err
+    assert ingest(folder, tmp_path / "out", "--part=2/2", "--label-columns=AF") == 2
+    assert "--label-columns" in capsys.readouterr().err
+    assert ingest(folder, tmp_path / "out", "--part=2/2") == 0
+    assert ingest(folder, tmp_path / "out", "--merge") == 0
+
+
+def test_workers_share_a_large_table(tmp_path: Path) -> None:
+    rows = "".join(f"r{i},{i},{'x' * 50}\n" for i in range(2000))
+    (tmp_path / "labels.csv").write_text("record,patient_id,n\n" + rows)
+    items = [f"r{i}" for i in range(2000)]
+    table = load_label_table([tmp_path / "labels.csv"], NameMatcher(tmp_path, items), Scratch.make())
+    pickled = pickle.dumps(table)
+    assert len(pickled) < 1000
+    again = pickle.loads(pickled)
+    assert describe((), again, "r1999").patient == "1999"
+    assert "r2000" not in again
