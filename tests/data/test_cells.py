@@ -283,9 +283,9 @@ def test_notes_are_told_with_the_most_frequent_first() -> None:
     cells = Cells()
     for cell in ("17.0", "NA", "NA"):
         cells.identifier(cell, "pid")
-    assert told(cells.notes) == [
+    assert told(cells.notes, True) == [
         "2 x pid 'NA' taken as unknown",
         "1 x pid written as a float (17.0, 1e+05), read as a whole number",
     ]
-    assert told({str(i): i for i in range(30)}, 2)[-1] == "and 28 more such lines"
-    assert told({}) == []
+    assert told({str(i): i for i in range(30)}, True, 2)[-1] == "and 28 more such lines"
+    assert told({}, True) == []
