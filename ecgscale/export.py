@@ -20,9 +20,10 @@ from ecgscale.errors import InputError
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
 from ecgscale.model.encoder import SIZES, ECGEncoder, ModelConfig
 from ecgscale.record import LEADS
-from ecgscale.training.checkpoint import Checkpoint, checkpoints, step_of
+from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
+from ecgscale.training.state import checkpoints, step_of
 from ecgscale.weights import open_tensors, refuse_nonfinite, save_tensors
 
 FORMAT = "ecgscale-export/2"

@@ -24,10 +24,10 @@ from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import CODES, Objective, build_objective, objective_named
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, leave_run
-from ecgscale.training.checkpoint import checkpoints
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
+from ecgscale.training.state import checkpoints
 from ecgscale.training.validation import Validation
 from ecgscale_kernels import LONGEST_PATCH
 

@@ -17,9 +17,8 @@ from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, RankError, file_error, naming_file
 from ecgscale.files import write_whole
-from ecgscale.training.checkpoint import checkpoints
 from ecgscale.training.ranks import Ranks, first_rank
-from ecgscale.training.state import STATE, read_state
+from ecgscale.training.state import STATE, checkpoints, read_state
 
 CONFIG = "config.yaml"
 

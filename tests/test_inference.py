@@ -21,7 +21,7 @@ from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
 from ecgscale.record import LEADS, Record, quantise
-from ecgscale.training.checkpoint import write_state
+from ecgscale.training.state import write_state
 
 WINDOW = 2500  # samples of 5 s at 500 Hz
 CLOSE = {"rtol": 0, "atol": 2e-6}  # float32 rounding of embeddings of about 1

@@ -7,7 +7,6 @@ execute. A checkpoint is checked to be finite, written beside its place, verifie
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ from ecgscale.errors import Diverged, InputError, MachineError, naming_file
 from ecgscale.files import file_sha256, put_in_place, sync
 from ecgscale.training.engine import MOMENTS, Engine
 from ecgscale.training.ranks import Ranks, all_succeed, first_rank, log
-from ecgscale.training.state import STATE, check_resumable, read_state, write_state
+from ecgscale.training.state import (
+    STATE,
+    check_resumable,
+    checkpoint_name,
+    checkpoints,
+    read_state,
+    step_of,
+    write_state,
+)
 from ecgscale.weights import open_tensors, save_tensors
 
 _REMOVED = ".removed-"  # in front of the name of a checkpoint that is being deleted
@@ -44,7 +51,7 @@ class Checkpoint:
     def open(folder: Path, verify: bool = True) -> Checkpoint:
         """Open and verify; raises InputError that names the missing or damaged file."""
         state = read_state(folder)
-        if folder.name.split(".")[0] != _name(state["step"]):
+        if folder.name.split(".")[0] != checkpoint_name(state["step"]):
             raise InputError(f"{folder / STATE}: of step {state['step']}; remove {folder} to go on from the one before")
         for name, about in state["files"].items() if verify else ():
             file = folder / name
@@ -118,19 +125,6 @@ class Checkpoint:
         return tensor
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first. What has not exactly the name that ``save`` gives is not ours."""
-    numbers = {path: re.fullmatch("step-([0-9]{8,19})", path.name) for path in folder.glob("step-*")}
-    steps = {path: int(match[1]) for path, match in numbers.items() if match}
-    ours = [path for path, step in steps.items() if path.name == _name(step) and path.is_dir()]
-    return sorted(ours, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint folder is named after."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a run, verified; None where there is none."""
     found = checkpoints(folder)
@@ -147,7 +141,7 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path
     all_succeed(_diverged(folder, step, tensors))
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return _write(folder / _name(step), ranks, tensors, state | {"step": step})
+            return _write(folder / checkpoint_name(step), ranks, tensors, state | {"step": step})
         except MachineError as error:
             if attempt == _ATTEMPTS:
                 raise
@@ -171,10 +165,6 @@ def _write(final: Path, ranks: Ranks, tensors: dict[str, Tensor], state: dict[st
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _diverged(folder: Path, step: int, tensors: dict[str, Tensor]) -> Diverged | None:

@@ -28,6 +28,24 @@ _OF_A_RUN: dict[str, type] = {
 _KINDS = _OF_ALL | _OF_A_RUN | {"validation_due": bool, "world_size": int, "versions": dict}
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder's name of the checkpoint after that step."""
+    return f"step-{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first. What has not exactly the name that ``save`` gives is not ours."""
+    numbers = {path: re.fullmatch("step-([0-9]{8,19})", path.name) for path in folder.glob("step-*")}
+    steps = {path: int(match[1]) for path, match in numbers.items() if match}
+    ours = [path for path, step in steps.items() if path.name == checkpoint_name(step) and path.is_dir()]
+    return sorted(ours, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint folder. Raises InputError that names its file unless it is whole and plausible."""
     path = folder / STATE

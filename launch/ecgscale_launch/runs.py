@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError
+from ecgscale.training.state import checkpoints as checkpoint_folders
+from ecgscale.training.state import step_of
 from ecgscale_launch.folder import JobFolder
 
 _DEPTH = 4  # of run folders below the folder of all runs
@@ -78,8 +80,7 @@ def steps_to_do(folder: JobFolder) -> int | None:
 
 def checkpoints(run: Path) -> dict[int, Path]:
     """Finished checkpoints by step."""
-    paths = (run / "checkpoints").glob("step-*")
-    return {int(number): path for path in paths if (number := path.name.removeprefix("step-")).isdecimal()}
+    return {step_of(path): path for path in checkpoint_folders(run / "checkpoints")}
 
 
 def newest_step(run: Path) -> int:
