@@ -127,7 +127,8 @@ def told_tests(place: Place, report: Path) -> None:
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     wrong = [case for case in suite if any(case.find(kind) is not None for kind in ("failure", "error"))]
-    skipped = [why.get("message", "") for case in suite if (why := case.find("skipped")) is not None]
+    reasons = [why.get("message", "") for case in suite if (why := case.find("skipped")) is not None]
+    skipped = [(reason.splitlines() or ["?"])[0] for reason in reasons]
     counts = {"tests": int(suite.get("tests", 0)), "failed": len(wrong), "skipped": len(skipped)}
     place.tell("{tests} tests, {failed} failed, {skipped} skipped".format(**counts), **counts)
     for reason in sorted(set(skipped)):
