@@ -6,14 +6,16 @@ STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 RUNS ?= runs
 
-.PHONY: help setup demo test lint gpu gpu-run real endurance clean
+.PHONY: help setup demo test lint gpu gpu-run gpu-rehearse gpu-wheels real endurance clean
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
 	@echo "make test   the test suite: about 11 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
-	@echo "make gpu    on a GPU: the kernels' tests and benchmarks, a bf16 ZeRO-1 run, plan --check; reports in $(RUNS)/gpu"
-	@echo "            (make gpu-run PYTHON=python3: the same with a Python that has everything, nothing is installed)"
+	@echo "make gpu    on a GPU, in 9 minutes at most: the kernels' tests, losses, benchmarks, training; results in $(RUNS)/gpu"
+	@echo "make gpu-run PYTHON=python3       the same with a Python that has torch; what it lacks is taken from $(GPU)/wheels"
+	@echo "make gpu-wheels GPU_PYTHON=3.12   fetch those wheels, for a machine without an index"
+	@echo "make gpu-rehearse PYTHON=python3  the same script on a CPU"
 	@echo "make real   the comparison on real recordings below DATA=$(DATA), two to three hours"
 	@echo "make endurance  preemptions and kills on a real SLURM of this machine, about an hour (apt-get install slurm-wlm munge)"
 	@echo "make setup  only install into $(VENV); PIP_FLAGS are passed to pip"
@@ -41,21 +43,27 @@ lint: setup
 gpu: setup
 	$(MAKE) gpu-run PYTHON=$(BIN)/python
 
-gpu-run: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/launch
+# What gpu-run takes along where a machine has no index and is lent for minutes: wheels, and what an earlier run left.
+GPU := .gpu
+GPU_OUT ?= $(RUNS)/gpu
+GPU_PYTHON ?= 3.12
+GPU_PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1
+GPU_RUN = $(PYTHON) tests/trials/gpu_run.py --wheels $(GPU)/wheels --earlier $(GPU)/earlier $(ARGS)
+
+gpu-wheels: setup
+	rm -rf $(GPU)/wheels
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --only-binary=:all: \
+	  --implementation cp --python-version $(GPU_PYTHON) $(foreach platform,$(GPU_PLATFORMS),--platform $(platform)_x86_64) \
+	  -c .ci/constraints.txt -r .ci/gpu-wheels.txt -d $(GPU)/wheels
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps \
+	  -c .ci/constraints.txt deepspeed -w $(GPU)/wheels
+	du -sh $(GPU)/wheels
+
+gpu-rehearse:
+	$(GPU_RUN) --device cpu --out $(GPU_OUT)-rehearsal
+
 gpu-run:
-	ECGSCALE_GPU=1 $(PYTHON) -m pytest $(ARGS) tests/kernels tests/test_cuda.py tests/training/test_clock.py
-	$(PYTHON) -m ecgscale.cli bench kernel --device cuda --out $(RUNS)/gpu/bench
-	@if command -v compute-sanitizer; then set -x; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -m ecgscale.cli \
-	    bench kernel --device cuda --quick --no-compile --only patches stems --out $(RUNS)/gpu/sanitizer; \
-	else echo "compute-sanitizer is not on the PATH: skipped"; fi
-	test -e $(RUNS)/gpu/shards/manifest.json || $(PYTHON) -m ecgscale.cli simulate $(RUNS)/gpu/shards --patients 400
-	$(PYTHON) -m ecgscale.cli pretrain --config configs/pretrain/base.yaml --data.shards $(RUNS)/gpu/shards \
-	  --run.dir $(RUNS)/gpu/base --train.steps 50 --train.global_batch 128 --train.contrast_batch 128 --train.log_every 10 --profile
-	$(PYTHON) -m ecgscale.cli bench step --preset base large --batch 32 --precision bf16 --compile off on --shards $(RUNS)/gpu/shards \
-	  --out $(RUNS)/gpu/bench
-	$(PYTHON) -m ecgscale.cli bench report $(RUNS)/gpu/bench --out $(RUNS)/gpu/report
-	$(PYTHON) -m ecgscale.cli plan --check > $(RUNS)/gpu/plan.txt && cat $(RUNS)/gpu/plan.txt
+	$(GPU_RUN) --out $(GPU_OUT)
 
 real: setup
 	test -e $(RUNS)/real/ptbxl/manifest.json || $(BIN)/ecgscale ingest $(DATA)/ptbxl $(RUNS)/real/ptbxl \
@@ -69,4 +77,4 @@ endurance: setup
 	$(BIN)/python tests/launch/endurance.py --out $(RUNS)/endurance $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(RUNS) build dist *.egg-info
+	rm -rf $(VENV) $(RUNS) $(GPU) build dist *.egg-info

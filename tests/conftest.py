@@ -211,6 +211,16 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def interpreted_kernels() -> None:
+    """Skips the test where Triton's interpreter cannot run."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(Path(__file__).parent / "triton_interpreter.py")]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    if why := subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.strip():
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
 def jobs(tmp_path_factory) -> Iterator[Jobs]:
     command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py")]
     env = os.environ | {"TRITON_INTERPRET": "1"}

@@ -59,6 +59,7 @@ def test_micro_steps_are_contrast_batches_of_their_own(runs):
     assert abs(losses(runs / "parted")[1] - losses(runs / "simclr")[1]) > 1e-3
 
 
+@pytest.mark.usefixtures("interpreted_kernels")
 def test_float_signals_train_alike_with_each_kernel(shards, jobs, tmp_path):
     tiny = ["--data.segment_s=0.3", "--train.global_batch=2", "--train.steps=1"]  # Triton's interpreter is slow
     said = jobs.run(1, job(shards, tmp_path / "triton", "simclr", *tiny), ECGSCALE_KERNELS="triton")

@@ -65,6 +65,7 @@ def test_stages_on_two_processes_equal_one(shards, jobs, one_process, tmp_path) 
         assert losses(tmp_path / f"{kind}-{stage}") == pytest.approx(expected, rel=TOLERANCE), (stage, kind)
 
 
+@pytest.mark.usefixtures("interpreted_kernels")
 def test_each_stem_trains_alike_with_each_kernel(shards, jobs, one_process, tmp_path) -> None:
     stems = {"whole": [], "patch": PATCH_STEM}
     short = ["--train.steps=2", "--train.validation_recordings=1"]  # Triton's interpreter is slow
