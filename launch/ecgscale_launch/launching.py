@@ -16,7 +16,7 @@ from ecgscale.config import dump as dump_config
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError
 from ecgscale.stopping import STOPPED_EXIT_CODE
-from ecgscale.training.environment import HANG_S, MEETING_TIMEOUT_S, SAVE_S
+from ecgscale.training.environment import HANG_S, MEETING_TIMEOUT_S, SAVE_S, SUPERVISOR
 from ecgscale_launch import slurm
 from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
 from ecgscale_launch.job import Batch, Request, script, submit, test
@@ -283,8 +283,8 @@ def _dry_piece(piece: Piece, cluster: ClusterConfig, where: Where) -> list[str]:
     else:
         ranks = [*QUIET, *_local_rank()]
         last = cluster.world_size - 1
-        own = rank_environment(0, cluster.world_size)
-        own |= dict.fromkeys(("RANK", "LOCAL_RANK"), f"0..{last}" if last else "0") | cluster.environment
+        own = rank_environment(0, cluster.world_size, cluster.environment)
+        own |= dict.fromkeys(("RANK", "LOCAL_RANK"), f"0..{last}" if last else "0") | {SUPERVISOR: "(the launcher)"}
     own |= {"MASTER_ADDR": "(the first node's)", "MASTER_PORT": "(one that is free then)"}
     own |= {MEETING_TIMEOUT_S: f"{cluster.network.timeout_s:g}", HANG_S: f"{cluster.hang_s:g}"}
     lines.append(f"# {piece.run} runs: {shlex.join([*ranks, 'ATTEMPT', '--', *command])}")

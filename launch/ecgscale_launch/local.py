@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from ecgscale.training.environment import SUPERVISOR
 from ecgscale_launch.rank import QUIET
 
 
-def rank_environment(rank: int, world_size: int) -> dict[str, str]:
-    """What the environment of one of ``world_size`` ranks on this machine has of its own."""
+def rank_environment(rank: int, world_size: int, env: Mapping[str, str]) -> dict[str, str]:
+    """What one of ``world_size`` ranks on this machine is told beside the environment of this process.
+
+    ``env`` is the job's; of the number of threads alone anybody knows better than the default here.
+    """
     cores = max(1, (os.cpu_count() or 1) // world_size)
-    return {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-    }
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return threads | dict(env) | {name: str(value) for name, value in place.items()} | {SUPERVISOR: str(os.getpid())}
 
 
 class LocalRanks:
@@ -34,7 +34,7 @@ class LocalRanks:
         """
         self._ranks = []
         for rank in range(world_size):
-            own = os.environ | env | rank_environment(rank, world_size) | {SUPERVISOR: str(os.getpid())}
+            own = os.environ | rank_environment(rank, world_size, env)
             with (folder / f"rank-{rank}.log").open("ab") as log:
                 out = None if shown and rank == 0 else log
                 started = subprocess.Popen(

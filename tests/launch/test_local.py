@@ -15,6 +15,7 @@ import pytest
 
 from ecgscale.errors import InputError
 from ecgscale_launch.cli import main
+from ecgscale_launch.local import LocalRanks
 from ecgscale_launch.standing import standings
 from ecgscale_launch.watch import cancel, refuse_active
 from small_jobs import logged, losses, recordings
@@ -111,6 +112,23 @@ def test_orphaned_ranks_are_seen_and_ended(long_job, wait_for, tmp_path, capsys)
     assert "2 ranks were ended without saving" in capsys.readouterr().out
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
     assert standings([run])[0][0].state == "lost"
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_NUM_THREADS": "7", "GREETING": "hello"}])
+def test_a_dry_run_shows_the_environment_that_ranks_get(given, capsys, tmp_path) -> None:
+    overrides = [f"--environment.{name}={value}" for name, value in given.items()]
+    assert main(["--local", "1", *overrides, "--dry-run", "--run", str(tmp_path / "run"), "--", "verify", "x"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "environment of a rank: " in line]
+    shown = dict(word.split("=") for word in line.partition("environment of a rank: ")[2].split() if "=" in word)
+    folder, out = tmp_path / "attempt", tmp_path / "environment.json"
+    folder.mkdir()
+    program = f"import json, os, pathlib; pathlib.Path({str(out)!r}).write_text(json.dumps(dict(os.environ)))"
+    ranks = LocalRanks(folder, [sys.executable, "-c", program], given, 1, shown=False)
+    while not ranks.ended():
+        time.sleep(0.05)
+    told = json.loads(out.read_text())
+    for name in ("OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", *given):
+        assert shown[name] == told[name]
 
 
 def test_a_dry_run_checks_and_writes_nothing(long_job, shards, capsys, tmp_path, monkeypatch) -> None:
