@@ -15,7 +15,7 @@
 A class that is really called None or Unknown is unknown here, and counted as that: give it another name. What could
 mean two things is an InputError: a row of flags without names (``[0, 1, 0]``), shares of 1, numbers of which some are 0
 and that are no likelihoods, lists in lists, ids whose last digits a float has lost (beyond 2^53, or as spreadsheets
-show them: ``4.27E+08``).
+show them: ``4.27E+08``), ids that may have separators of thousands (``1.000``, ``1,101``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ UNKNOWN_WORDS = frozenset(
     (
         *("", "na", "n/a", "n.a.", "#n/a", "#na", "<na>", "nan", "-nan", "nat", "none", "null", "\\n", "unknown"),
         *("undefined", "missing", "not available", "-", "--", "?", "."),
+        *("(null)", "#null!", "#ref!", "#value!", "#div/0!", "#name?", "#num!", "#nv", "#wert!", "#bezug!"),
+        *("unbekannt", "k.a.", "keine angabe", "inconnu", "desconocido", "desconhecido", "sconosciuto"),
     )
 )
 _TRUE, _FALSE = frozenset(("true", "t", "yes", "y", "1")), frozenset(("false", "f", "no", "n", "0"))
@@ -42,7 +44,9 @@ _BOOLEANS = {"true": "1", "false": "0"}  # T and F are no class names for them: 
 NOBODY = "a record without a known patient, taken as a person of its own"  # a note of records, not of cells
 
 _STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
-_WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+_WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.(?:0|00|0{4,})")  # 1.000 is a thousand to many
+_WITH_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:\.000|(?:,[0-9]{3})+)")
+_AS_TEXT = re.compile('="([^"]*)"')  # what spreadsheets are given so that they keep leading zeros
 _EXACT = re.compile(r"-?[0-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R, Python and numpy, Java
 _AS_SHOWN = re.compile(r"-?[1-9](?:[.,][0-9]+)?E\+[0-9]{2,3}")  # spreadsheets: as many digits as the column is wide
 _LARGEST_EXACT = 2**53
@@ -90,6 +94,8 @@ class Cells:
             return None
         if isinstance(value, bool):
             raise InputError(f"{field} is {value}; write the id, as text or as a whole number")
+        if _WITH_THOUSANDS.fullmatch(text):
+            raise InputError(f"{field} {text!r} may have a separator of thousands; write whole numbers without")
         if _lost_digits(text):
             raise InputError(f"{field} {text!r} is a number that has lost its last digits; write ids as text")
         return self._whole(text, field)
@@ -152,6 +158,8 @@ class Cells:
         if not isinstance(value, str | int | float):
             raise InputError(f"{field[:40]!r} is {_short(str(value))}; write text, a number, or a list of these")
         text = (value if isinstance(value, str) else json.dumps(value)).strip(_STRIPPED)
+        if as_text := _AS_TEXT.fullmatch(text):
+            text = as_text[1].strip(_STRIPPED)
         if text.casefold() not in UNKNOWN_WORDS:
             if _HALF_PAIR.search(text):
                 raise InputError(f"{field[:40]!r} is {_short(text)}, with half of a UTF-16 pair; write it again")

@@ -59,6 +59,8 @@ class LabelTable:
     """Rows that name no record."""
     row_of_none: str = ""
     """Where the first of them stands, and what it names."""
+    contradiction: str = ""
+    """What is wrong where the files have their patients in columns of different names."""
 
     @property
     def columns(self) -> list[str]:
@@ -133,7 +135,7 @@ def load_label_table(
     path = scratch.path / "labels.sqlite"
     files: list[CsvFile] = []
     likelihoods: set[str] = set()
-    with_patients: set[str] = set()
+    with_patients: dict[Path, set[str]] = {}
     rows_of_none, row_of_none = 0, ""
     with closing(sqlite3.connect(path)) as table:
         table.execute("PRAGMA journal_mode=OFF")  # a table that is not finished is thrown away
@@ -147,6 +149,7 @@ def load_label_table(
             places = ((key, find_key(columns, key)) for key in PATIENT_KEYS)
             patient_keys = [(key, columns.index(column)) for key, column in places if column is not None]
             matched, first_cell = 0, ""
+            named = with_patients.setdefault(csv_path, set())
             try:
                 for line, cells in _lines(csv_path):
                     first_cell = first_cell or cells[at]
@@ -161,9 +164,7 @@ def load_label_table(
                         for column, cell in zip(columns, cells, strict=True)
                         if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
                     }
-                    with_patients |= {
-                        key for key, place in patient_keys if key not in with_patients and is_known(cells[place])
-                    }
+                    named |= {key for key, place in patient_keys if key not in named and is_known(cells[place])}
                     _insert(table, files, item, line, cells)
                 table.commit()
             except sqlite3.Error as error:
@@ -174,16 +175,21 @@ def load_label_table(
                     f"{csv_path}: column {candidates} names no record below {matcher.source}: it says {first_cell!r}, "
                     f"{matcher.example()}"
                 )
-    patient_column = next((key for key in PATIENT_KEYS if key in with_patients), None)
+    column_of = {
+        csv_path: next(key for key in PATIENT_KEYS if key in named)
+        for csv_path, named in with_patients.items()
+        if named
+    }
     done = LabelTable(
         path,
         scratch,
         tuple(files),
         label_columns,
         frozenset(likelihoods),
-        patient_column,
+        next(iter(column_of.values()), None),
         rows_of_none,
         row_of_none,
+        _contradiction(column_of),
     )
     _check_label_columns(done)
     return done
@@ -217,6 +223,14 @@ def _check_agree(
                 f"{file.path}: line {line}: {column} is {cell!r}, but {others[column]!r} in {other.path}: line "
                 f"{other_line}; of one record the tables must say one thing"
             )
+
+
+def _contradiction(column_of: Mapping[Path, str]) -> str:
+    """What is wrong where the tables have their patients in columns of different names; "" for nothing."""
+    if len(set(column_of.values())) < 2:
+        return ""
+    columns = " and ".join(f"{column} of {path}" for path, column in column_of.items())
+    return f"the patients stand in {columns}; call the columns alike, or name one by --patient-key"
 
 
 def _check_label_columns(table: LabelTable) -> None:
@@ -254,7 +268,7 @@ def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of the first line and each row."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
             for cells in reader:
                 if cells:
                     yield reader.line_num, cells
@@ -475,6 +489,8 @@ def _labels_of_row(cells: Cells, table: LabelTable, row: Mapping[str, str], take
 
 
 def _patient_columns(table: LabelTable | None, patient_key: str | None) -> Sequence[str]:
+    if table is not None and patient_key is None and table.contradiction:
+        raise InputError(table.contradiction)
     column = table.patient_column if table is not None and patient_key is None else patient_key
     return () if column is None else (column,)
 

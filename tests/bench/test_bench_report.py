@@ -250,7 +250,7 @@ def test_what_cannot_be_reported_is_one_line(write, tmp_path, refusal):
     path.write_text(path.read_text()[:-40])
     assert "cannot be read as JSON" in refusal("bench", "report", folder)
     path.write_text(json.dumps(whole | {"minutes": float("nan")}))
-    assert "cannot be read as JSON: NaN is no number; remove it" in refusal("bench", "report", folder)
+    assert "NaN is no number" in refusal("bench", "report", folder)
     without_versions = {name: value for name, value in whole["machine"].items() if name != "versions"}
     wrong_check = [whole["sections"][0] | {"checks": [{"what": "times as fast"}]}]
     wrong_scalar, wrong_spread = (

@@ -279,6 +279,23 @@ def test_flags_of_one_label() -> None:
     assert cells.notes == {"rhythm with flags of which some are unknown, taken as unknown": 1}
 
 
+@pytest.mark.parametrize("text", ["1.000", "12.000", "1,101", "1,101,000"])
+def test_ids_with_separators_of_thousands_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="may have a separator of thousands"):
+        Cells().identifier(text, "pid")
+    assert Cells().classes(text, "class") == [text]
+
+
+@pytest.mark.parametrize("text", ["(null)", "#REF!", "#NV", "Unbekannt", "k.A."])
+def test_words_of_other_programs_and_languages_are_unknown(text: str) -> None:
+    assert Cells().identifier(text, "pid") is None
+    assert Cells().classes(text, "class") is None
+
+
+def test_text_that_spreadsheets_are_made_to_keep() -> None:
+    assert Cells().identifier('="0017"', "pid") == "0017"
+
+
 def test_notes_are_told_with_the_most_frequent_first() -> None:
     cells = Cells()
     for cell in ("17.0", "NA", "NA"):

@@ -206,6 +206,15 @@ def test_an_appended_copy_that_joins_two_old_splits_is_named(originals, ingest_r
     assert f"such as {one.name} ({before[one.name]}) and z ({before[other.name]})" in said
 
 
+def test_a_grown_table_that_gives_known_records_other_patients_is_refused(originals, ingest_records, tmp_path) -> None:
+    known = [replace(record, patient=record.name) for record in originals]
+    out = ingest_records(tmp_path / "out", known, **vars(HALVES))
+    grown = [replace(known[0], patient="another"), *known[1:], replace(known[1], name="new", patient="new")]
+    add(out, by_name(*grown))
+    rejected = (out / "rejected.csv").read_text()
+    assert f"'made' has a record '{known[0].name}' already, of another patient; ingest all anew" in rejected
+
+
 def test_values_that_name_splits_are_kept_and_copies_in_different_ones_named(originals, tmp_path, capsys) -> None:
     records = [replace(record, labels={"fold": ["1"]}) for record in originals]
     records += copied(originals, labels={"fold": ["2"]})

@@ -252,13 +252,36 @@ def test_wrong_options_end_with_exit_code_2(raw, tmp_path, capsys, option) -> No
     assert not (tmp_path / "out").exists()
 
 
+def test_values_that_name_splits_are_taken_as_they_are_written(make_record, ingest_records, tmp_path) -> None:
+    folds = ["1", "2", "Test", "09"]
+    records = [make_record(f"{i}", 60, ("I",), labels={"fold": [fold]}) for i, fold in enumerate(folds)]
+    for given, says in ((("test", "1"), "fold 'Test', the options say 'test'"), (("9", "1"), "fold '09'.* say '9'")):
+        with pytest.raises(InputError, match=f"{says}: name both, or write them alike"):
+            ingest_records(tmp_path / given[0], records, split_by="fold", test_values=given)
+    with pytest.raises(InputError, match="both name '1'; a record has one split"):
+        IngestOptions(split_by="fold", validation_values=("1",), test_values=("2", "1"))
+    with pytest.raises(InputError, match="test-fraction goes without split-by"):
+        IngestOptions(split_by="fold", test_values=("2",), test_fraction=0.5)
+
+
+def test_a_record_of_two_values_or_of_none_is_told(make_record, ingest_records, tmp_path) -> None:
+    out = tmp_path / "out"
+    values = ({"fold": ["1"]}, {"fold": ["1", "9"]}, {}, {"fold": ["9"]})
+    records = [make_record(f"{i}", 60, ("I",), labels=labels) for i, labels in enumerate(values)]
+    ingest_records(out, records, split_by="fold", test_values=("9",))
+    (source,) = ShardSet.open(out).sets[0].manifest["sources"]
+    assert (source["records"], source["rejected"]) == (3, 1)
+    assert "fold has 2 values, 1, 9; a record lies in one split" in (out / "rejected.csv").read_text()
+    assert source["notes"]["a record that has no fold, put into training"] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "split"),
     [
         (["--test-fraction=1"], "test"),
         (["--test-fraction=1.0", "--validation-fraction=0"], "test"),
         (["--validation-fraction=1"], "validation"),
-        (["--split-by=Dx", "--test-values=426783006"], "test"),
+        (["--split-by=sex", "--test-values=Female"], "test"),
     ],
 )
 def test_a_set_may_have_no_recording_for_training(raw, tmp_path, options, split) -> None:

@@ -44,6 +44,7 @@ def refusal(tmp_path: Path, *tables: str, **options: object) -> str:
     [
         *(("a/x", "a/x"), ("a/x.npy", "a/x"), ("a/x.HEA", "a/x"), ("a\\x.npy", "a/x"), ("./a//x", "a/x")),
         *(("y.npy", "a/y"), ("y", "a/y"), ("17", "17"), ("17.0", "17"), (" r1 ", "r1"), ("r1.xml", "r1")),
+        *(("17.00", "17"), ("17.000", None)),
         *(("x.1", None), ("017", None), ("R1", None), ("c/y", None), ("17.5", None), ("r1.0", None)),
     ],
 )
@@ -52,6 +53,20 @@ def test_names_of_records(tmp_path: Path, value: str, item: str | None) -> None:
     assert [one for one in ITEMS if table.row(one).get("n") == "1"] == ([item] if item else [])
     assert table.rows_of_none == (item is None)
     assert (f"line 3: {value!r}" in table.row_of_none) == (item is None)
+
+
+def test_blanks_behind_commas_do_not_become_part_of_a_cell(tmp_path: Path) -> None:
+    table = load(tmp_path, 'record, patient_id, n\na/x, "17", "1|2"\n')
+    assert table.row("a/x") == {"record": "a/x", "patient_id": "17", "n": "1|2"}
+
+
+def test_patients_in_columns_of_two_names_are_refused(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,patient_id\na/x,1\n", "record,subject_id\na/y,1\n")
+    with pytest.raises(InputError, match=r"patient_id of .*labels0.csv and subject_id of .*labels1.csv; call the"):
+        describe((), table, "a/y")
+    assert describe((), table, "a/y", "subject_id").patient == "1"
+    one_of_them = load(tmp_path, "record,patient_id\na/x,1\n", "record,subject_id,n\na/y,NA,1\n")
+    assert describe((), one_of_them, "a/x").patient == "1"
 
 
 def test_a_base_name_that_several_share_is_refused(tmp_path: Path) -> None:

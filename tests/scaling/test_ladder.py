@@ -200,7 +200,7 @@ def test_two_ranks_share_each_cell(folder: Path, jobs: Jobs) -> None:
         ("--seeds", "0", "seeds 0: give 1 or more"),
         ("--resamples", "2", "resamples 2: give 20 or more"),
         ("--run.dir", "", "run.dir is missing"),
-        ("--pretrain", "absent.yaml", "absent.yaml: cannot read the config"),
+        ("--pretrain", "absent.yaml", "absent.yaml: cannot read: No such file"),
         ("--shards", "absent", "absent"),
         ("--part", "3/2", "--part"),
     ],

@@ -81,7 +81,8 @@ class Job:
                     offset, length, leads = (
                         int(columns[name][number - first]) for name in ("offset", "length", "leads")
                     )
-                    held[item] = Held(tar, payload, offset, length, leads, columns["scale"][number - first].copy())
+                    scale, patient = columns["scale"][number - first].copy(), int(columns["patient"][number - first])
+                    held[item] = Held(tar, payload, offset, length, leads, scale, patient)
             first = last
         return held
 

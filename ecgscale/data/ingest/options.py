@@ -29,6 +29,10 @@ class IngestOptions:
         fractions = (self.validation_fraction, self.test_fraction)
         if not (min(fractions) >= 0 and sum(fractions) <= 1 + 1e-9):  # NaN is neither; 1: none is for training
             raise InputError(f"validation and test fractions {fractions}: both ≥ 0 and together at most 1")
+        if both := set(self.validation_values) & set(self.test_values):
+            raise InputError(f"validation-values and test-values both name {min(both)!r}; a record has one split")
+        if self.split_by and self.test_fraction:
+            raise InputError("test-fraction goes without split-by; --test-values names what is for testing")
         if bool(self.split_by) != bool(self.validation_values or self.test_values):
             raise InputError("split-by goes together with validation-values or test-values")
 

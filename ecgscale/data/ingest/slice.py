@@ -48,6 +48,8 @@ class Held(NamedTuple):
     """Bits, as in the index."""
     scale: npt.NDArray[np.float32]
     """As in the index."""
+    patient: int
+    """Code, as in the index."""
 
     def equals(self, record: Record) -> bool:
         """Whether that record has these samples, leads and scales."""
@@ -166,6 +168,8 @@ def convert(task: Slice) -> Part:
     elsewhere: list[list[int]] = []
     notes = Counter[str]()
 
+    split_by = task.options.split_by
+
     def records() -> Iterator[tuple[str, Record]]:
         nonlocal held
         for item in task.items:
@@ -175,6 +179,11 @@ def convert(task: Slice) -> Part:
                 if not record.signal_LT.size:
                     raise InputError("holds no samples")
                 if known := task.held.get(item):
+                    if known.patient != patient_code(task.source.dataset, record.patient, record.name):
+                        raise InputError(
+                            f"{task.source.dataset!r} has a record {item!r} already, of another patient; ingest "
+                            "all anew"
+                        )
                     if known.equals(record):
                         held += 1
                         continue
@@ -182,10 +191,12 @@ def convert(task: Slice) -> Part:
                         f"{task.source.dataset!r} has a record {item!r} already, with other samples; put this one into "
                         "a folder of another name, or ingest all anew"
                     )
+                value = split_value(record.labels, record.metadata, split_by) if split_by else ""
             except InputError as error:
                 rejected.append((item, str(error)))
                 continue
-            value = split_value(record.labels, record.metadata, task.options.split_by) if task.options.split_by else ""
+            if split_by and not value:
+                notes[f"a record that has no {split_by}, put into training"] += 1
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patient_known.append(record.patient is not None)
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))

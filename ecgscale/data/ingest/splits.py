@@ -23,8 +23,10 @@ Splits = npt.NDArray[np.uint8]  # places in SPLITS
 
 
 def split_value(labels: Mapping[str, list[str]], metadata: Mapping[str, str], key: str) -> str:
-    """What a record says under that label or metadata key, "" for nothing."""
+    """What a record says under that label or metadata key, "" for nothing. Raises InputError for several values."""
     values = labels.get(key) or [metadata.get(key, "")]
+    if len(values) > 1:
+        raise InputError(f"{key} has {len(values)} values, {', '.join(values)[:60]}; a record lies in one split")
     return values[0]
 
 
@@ -90,6 +92,7 @@ class United:
 
 def check_not_empty(known: set[str], options: IngestOptions) -> None:
     """Raises InputError where no record has a value that makes it a validation, or a test, record."""
+    _check_spelling(known, options)
     for code, values in ((1, options.validation_values), (2, options.test_values)):
         if values and known.isdisjoint(_as_read(values)):
             seen = sorted(known - {""})
@@ -97,6 +100,22 @@ def check_not_empty(known: set[str], options: IngestOptions) -> None:
             raise InputError(
                 f"no record has {options.split_by} in {list(values)}, so {SPLITS[code]} would be empty; {hint}"
             )
+
+
+def _check_spelling(known: set[str], options: IngestOptions) -> None:
+    """Raises InputError where a value would go to training for a capital or a leading zero alone."""
+    named = {_alike(value): value for value in (*options.validation_values, *options.test_values)}
+    wanted = {*_as_read(options.validation_values), *_as_read(options.test_values)}
+    for value in sorted(known - wanted):
+        if _alike(value) in named:
+            raise InputError(
+                f"records have {options.split_by} {value!r}, the options say {named[_alike(value)]!r}: name both, or "
+                "write them alike"
+            )
+
+
+def _alike(value: str) -> str:
+    return value.casefold().lstrip("0")
 
 
 def _as_read(values: Sequence[str]) -> list[str]:

@@ -123,7 +123,7 @@ def _statements(tree: Tree) -> dict[str, dict[str, str]]:
         for row in table:
             code, is_a = (
                 row[0].strip(),
-                {name: row[at[name]].strip() in ("1", "1.0") for name in _STATEMENT_COLUMNS[:3]},
+                {name: Cells().flag(row[at[name]], name) is True for name in _STATEMENT_COLUMNS[:3]},
             )
             labels = {name: code for name in ("form", "rhythm") if is_a[name]}
             if is_a["diagnostic"]:

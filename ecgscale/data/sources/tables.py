@@ -19,7 +19,7 @@ class Table:
 
     def __init__(self, stream: TextIO, shown: str, needed: Sequence[str]) -> None:
         self._shown = shown
-        self._reader = csv.reader(stream, strict=True)
+        self._reader = csv.reader(stream, strict=True, skipinitialspace=True)
         names = [name.strip() for name in next(self._lines(), [])]
         self.columns = {name: i for i, name in enumerate(names)}
         if missing := [name for name in needed if name not in self.columns]:
