@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -69,10 +70,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The dict of a checkpoint file; raises InputError for code in it, and for damaged and other files."""
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder; give a .pt file' if path.is_dir() else 'no such file'}")
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip and (entry := _damaged_entry(path)):
+        raise InputError(f"{path}: damaged, its entry {entry} misses its checksum; fetch or save it again")
     try:
         # Mapped where it can be: the optimizer's state, twice the weights, is never touched.
         with warnings.catch_warnings(action="ignore"):  # of plain pickles, which are refused
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever bytes may be in a file, torch has an error for
         raise InputError(f"{path}: {_unreadable(str(error))}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
@@ -81,6 +85,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         )
         raise InputError(f"{path}: {keys}, while a checkpoint of {SYSTEM} is a dict with cfg and model")
     return state
+
+
+def _damaged_entry(path: Path) -> str | None:
+    """The first entry of a zip whose bytes miss their CRC-32, which PyTorch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                return "list"  # PyTorch compresses nothing: sizes that do not fit are no work of its own
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError):
+        return "list"
 
 
 def _unreadable(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from contextlib import suppress
@@ -381,6 +382,19 @@ def test_damaged_and_absent_files(refusal, pretrained, tmp_path, written):
         assert f"{name}: damaged or no checkpoint" in refusal("import-fairseq", tmp_path / name, tmp_path / "export")
     assert "nowhere.pt: no such file" in refusal("import-fairseq", tmp_path / "nowhere.pt", tmp_path / "export")
     assert f"{tmp_path}: is a folder" in refusal("import-fairseq", tmp_path, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_flipped_bit_is_seen(refusal, pretrained, tmp_path, written):
+    """PyTorch does not look at the checksums of its zip."""
+    path = written(tmp_path / "a.pt", pretrained)
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda one: one.file_size)
+    content = bytearray(path.read_bytes())
+    content[entry.header_offset + 1000 + entry.file_size // 2] ^= 1
+    path.write_bytes(content)
+    line = refusal("import-fairseq", path, tmp_path / "export")
+    assert f"a.pt: damaged, its entry {entry.filename} misses its checksum" in line
     assert not (tmp_path / "export").exists()
 
 
