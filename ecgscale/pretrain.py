@@ -27,7 +27,7 @@ from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
-from ecgscale.training.state import checkpoints
+from ecgscale.training.state import checkpoints, step_of
 from ecgscale.training.validation import Validation
 from ecgscale_kernels import LONGEST_PATCH
 
@@ -91,7 +91,9 @@ def pretrain(config: PretrainConfig) -> Path:
         picture=lambda batch: masked_picture(batch, objective, config.data.segment_s),
     )
     engine = train(job, ranks)
-    export = export_engine(run / "export", engine, job.about, config.train.steps)
+    # A run that had gone further is exported as it is, also where fewer steps are asked for now.
+    step = max([config.train.steps, *map(step_of, checkpoints(run / "checkpoints"))])
+    export = export_engine(run / "export", engine, job.about, step)
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:

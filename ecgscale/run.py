@@ -68,6 +68,7 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
         with naming_file(run, "cannot make the run folder"):
             run.mkdir(parents=True, exist_ok=True)
         lock_run(run)
+        refuse_other_run(run, config)  # again: another process may have had the folder until now
         write_whole(run / CONFIG, dump(config).encode())
 
     first_rank(ranks, claim)

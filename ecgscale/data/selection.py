@@ -27,6 +27,8 @@ from ecgscale.rng import Purpose, below, random_words
 Int64 = npt.NDArray[np.int64]
 Normalisation = Literal["mv", "zscore"]
 
+_MOST_WORKERS = 1024
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -68,8 +70,8 @@ class DataConfig:
             raise InputError(f"data.leads: {error}") from error
         if self.shuffle_window < 1:
             raise InputError(f"data.shuffle_window {self.shuffle_window}: give 1 or more recordings")
-        if self.workers < 0:
-            raise InputError(f"data.workers {self.workers}: give 0 or more threads")
+        if not 0 <= self.workers <= _MOST_WORKERS:
+            raise InputError(f"data.workers {self.workers}: give 0 to {_MOST_WORKERS} threads")
         if self.weights and (len(self.weights) != len(self.shards) or not all(0 < w < np.inf for w in self.weights)):
             raise InputError(
                 f"data.weights {self.weights}: give a positive number for each of the {len(self.shards)} data.shards"

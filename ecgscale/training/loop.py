@@ -82,6 +82,8 @@ class TrainConfig:
     """The first of them; 0: the fourth step of this start."""
 
     def __post_init__(self) -> None:
+        if self.seed >= 1 << 63:
+            raise InputError(f"train.seed {self.seed}: give less than 2^63")
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "max_skipped"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} {getattr(self, name)}: give 1 or more")

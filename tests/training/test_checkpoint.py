@@ -443,6 +443,34 @@ def test_a_full_disk_names_tensorboards_folder(shards, tmp_path) -> None:
     assert ended.returncode == 1
 
 
+def test_fewer_steps_than_are_done_export_what_is_there(run, shards) -> None:
+    assert main(job(shards, run, "--train.steps=4")) == 0
+    whole = json.loads((run / "export/config.json").read_text())
+    assert main(job(shards, run, "--train.steps=3")) == 0
+    fewer = json.loads((run / "export/config.json").read_text())
+    assert (fewer["step"], fewer["weights_sha256"]) == (4, whole["weights_sha256"])
+
+
+@pytest.mark.parametrize("key", ["train.seed=9223372036854775808", "data.workers=1025"])
+def test_numbers_beyond_what_a_machine_takes_are_refused(key, run, shards, capsys) -> None:
+    assert f"{key.replace('=', ' ')}: give" in told(capsys, job(shards, run, f"--{key}"))
+
+
+def test_a_run_that_began_while_the_folder_was_waited_for_is_not_taken_over(
+    shards, tmp_path, capsys, monkeypatch
+) -> None:
+    """Two launches at once: the one that waited for the lock has looked at a folder that was still empty."""
+    run = tmp_path / "run"
+
+    def lock(folder: Path) -> None:
+        monkeypatch.undo()
+        assert main(job(shards, folder, "--train.steps=2", "--train.seed=5")) == 0
+
+    monkeypatch.setattr("ecgscale.run.lock_run", lock)
+    line = told(capsys, job(shards, run, "--train.steps=2"))
+    assert "the run has train.seed 5, now it is 0" in line
+
+
 # --- what has changed since ---
 
 
