@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
-from ecgscale.errors import one_line
+from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import whole_file
 from ecgscale.record import LEADS, Counts
 
@@ -143,7 +143,24 @@ def _all_in(shards: ShardSet) -> Copies:
 
 
 def _without_flat(shards: ShardSet, copies: Copies) -> Copies:
-    return copies.only(np.array([not is_flat(shards.signal(number)) for number in copies.one_of_each.tolist()], bool))
+    return copies.only(np.array([not _is_flat(shards, number) for number in copies.one_of_each.tolist()], bool))
+
+
+def _is_flat(shards: ShardSet, number: int) -> bool:
+    """Of a record that cannot be read nobody knows: it counts as a copy. What is told of copies ends nothing."""
+    try:
+        return is_flat(shards.signal(number))
+    except (InputError, MachineError):
+        return False
+
+
+def _metadata(shards: ShardSet, number: int) -> dict[str, Any]:
+    """What a record's JSON says; where it cannot be read, the record has its number for a name and no patient."""
+    try:
+        return shards.metadata(number)
+    except (InputError, MachineError):
+        dataset = shards.shards[int(shards.shard_of(np.array([number]))[0])].dataset
+        return {"name": f"record {number} (unreadable)", "dataset": dataset, "patient": None}
 
 
 def copies_apart(shards: ShardSet) -> str | None:
@@ -199,7 +216,7 @@ def write_copies(shards: ShardSet, path: Path) -> bool:
         table.writerow(("record", "equals", "dataset", "patient", "split"))
         original, of_group = "", -1
         for number, group, split in zip(copies.number_R.tolist(), group_R.tolist(), split_R.tolist(), strict=True):
-            about = shards.metadata(number)
+            about = _metadata(shards, number)
             if group != of_group:
                 original, of_group = about["name"], group
             table.writerow((about["name"], original, about["dataset"], about["patient"] or "", SPLITS[split]))
@@ -211,7 +228,7 @@ def _under_two_patients(shards: ShardSet, copies: Copies) -> Copies:
     several = copies.only(copies.differing(shards.take("patient", copies.number_R)))
     patients: list[set[tuple[str, str]]] = [set() for _ in range(len(several))]
     for number, group in zip(several.number_R.tolist(), several.group_R.tolist(), strict=True):
-        about = shards.metadata(number)
+        about = _metadata(shards, number)
         if about["patient"] is not None:
             patients[group].add((about["dataset"], about["patient"]))
     return several.only(np.array([len(known) > 1 for known in patients], bool))
@@ -222,7 +239,7 @@ def _pair(shards: ShardSet, copies: Copies, split: bool = False, patient: bool =
     shown: dict[str, str] = {}
     first = int(np.argmin(copies.one_of_each))
     for number in copies.number_R[copies.first_G[first] : copies.first_G[first + 1]].tolist():
-        about = shards.metadata(number)
+        about = _metadata(shards, number)
         differs, detail = str(number), ""
         if split:
             differs = detail = SPLITS[int(shards.take("split", np.array([number]))[0])]
