@@ -31,6 +31,8 @@ JSON_LIMIT_BYTES = 1 << 24  # of what is parsed whole, into twenty times as much
 _DEPTH = 64  # of nested JSON; what we write has less than ten
 _ABANDONED_S = 3600.0  # no writer is silent for so long: what is older was left by one that was killed
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # what file systems say that know none
+# What file systems say that know no locks. What would be locked there is left unguarded.
+NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 SEAL = "sha256"  # key of a JSON object's hash over all that it says besides
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -406,9 +407,10 @@ def test_no_two_processes_write_the_same_shards(tmp_path) -> None:
     ingest(FIRST, out, OPTIONS)
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatch) -> None:
     def unsupported(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     assert ingest(FIRST, tmp_path, OPTIONS).records == 6

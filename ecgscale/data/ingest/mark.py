@@ -17,15 +17,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ecgscale.data.shards import MANIFEST, read_manifest
 from ecgscale.errors import InputError, file_error, naming_file
-from ecgscale.files import JSON_LIMIT_BYTES, json_bytes, parse_json, seal_holds, sealed
+from ecgscale.files import JSON_LIMIT_BYTES, NO_LOCKS, json_bytes, parse_json, seal_holds, sealed
 
 if TYPE_CHECKING:
     from ecgscale.data.ingest.job import Job
 
 UNFINISHED = "ingest.unfinished"
 NAMES = "the sha256 of their names"
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that know none
 
 Asked = dict[str, dict[str, str]]
 
