@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import time
 import uuid
@@ -30,6 +31,7 @@ from ecgscale.errors import InputError, naming_file
 
 JSON_LIMIT_BYTES = 1 << 24  # of what is parsed whole, into twenty times as much memory
 _DEPTH = 64  # of nested JSON; what we write has less than ten
+_PARTIAL = re.compile(r".+\.[0-9a-f]{32}\.partial", re.DOTALL)
 _ABANDONED_S = 3600.0  # no writer is silent for so long: what is older was left by one that was killed
 # What renaming says where another process puts a folder of the same name in its place meanwhile.
 _OF_ANOTHER_WRITER = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
@@ -85,6 +87,11 @@ def free_name(path: Path, *, sweep: bool = True) -> Path:
     if sweep:
         _sweep(path)
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a name is one of ``free_name``'s."""
+    return _PARTIAL.fullmatch(path.name) is not None
 
 
 def put_in_place(partial: Path, path: Path) -> None:

@@ -21,13 +21,14 @@ import numpy.typing as npt
 from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
-from ecgscale.errors import InputError, MachineError, one_line
+from ecgscale.errors import InputError, MachineError, naming_file, one_line
 from ecgscale.files import whole_file
 from ecgscale.record import LEADS, Counts
 
 Int64 = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 
+COPIES = "copies.csv"  # beside the shards
 _MOST_PATIENTS = 3  # under whose ids one person may stand
 _CHUNK = 1 << 18  # records whose keys are made at once
 # Odd numbers without a pattern (Weyl's sequence of the golden ratio): a sum of products is a hash of its factors.
@@ -181,9 +182,12 @@ def copies_apart(shards: ShardSet) -> str | None:
     )
 
 
-def about_copies(shards: ShardSet) -> list[str]:
-    """Lines for people: how many exact copies there are, under how many patients, and whether in different splits."""
-    copies = copies_in(shards)
+def about_copies(shards: ShardSet, copies: Copies | None = None) -> list[str]:
+    """Lines for people: how many exact copies there are, under how many patients, and whether in different splits.
+
+    ``copies``: those that ``write_copies`` has found.
+    """
+    copies = copies_in(shards) if copies is None else copies
     if not len(copies):
         return []
     spare = len(copies.number_R) - len(copies)
@@ -205,11 +209,13 @@ def about_copies(shards: ShardSet) -> list[str]:
     return lines
 
 
-def write_copies(shards: ShardSet, path: Path) -> bool:
-    """All of them as a table, each with the first record that it equals; whether there are any to write."""
-    copies = copies_in(shards)
+def write_copies(shards: ShardSet, folder: Path) -> Copies:
+    """All of them as ``copies.csv``, each with the first record that it equals; no table where there are none."""
+    copies, path = copies_in(shards), folder / COPIES
     if not len(copies):
-        return False
+        with naming_file(path, "cannot remove"):
+            path.unlink(missing_ok=True)
+        return copies
     split_R, group_R = shards.take("split", copies.number_R), copies.group_R
     with whole_file(path) as partial, partial.open("x", encoding="utf8", newline="") as file:
         table = csv.writer(file)
@@ -220,7 +226,7 @@ def write_copies(shards: ShardSet, path: Path) -> bool:
             if group != of_group:
                 original, of_group = about["name"], group
             table.writerow((about["name"], original, about["dataset"], about["patient"] or "", SPLITS[split]))
-    return True
+    return copies
 
 
 def _under_two_patients(shards: ShardSet, copies: Copies) -> Copies:
