@@ -175,6 +175,7 @@ def _part(text: str) -> tuple[int, int]:
 def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
     from ecgscale.data import remarked
     from ecgscale.data.cells import told
+    from ecgscale.data.copies import COPIES
     from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
 
     chosen = IngestOptions(
@@ -207,7 +208,10 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
             f"{out}: {n} patient ids occur in {dataset} too, where they count as other people, since patients are "
             f"(data set, id); if they are the same people give --dataset {dataset}"
         )
-    _print_copies(out, out / "copies.csv")
+    for line in done.copies:
+        print(f"{out}: {line}")
+    if done.copies:
+        print(f"{out}: all copies stand in {out / COPIES}")
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     for line in told(done.notes, done.patients_known):
@@ -218,18 +222,6 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         f"{out}: {done.records} records in {done.shards} shards, {done.rejected} rejected"
         + (f" (see {out / 'rejected.csv'})" if done.rejected else "")
     )
-
-
-def _print_copies(folder: Path, table: Path | None = None) -> None:
-    from ecgscale.data.copies import about_copies, write_copies
-    from ecgscale.data.shard_set import ShardSet
-
-    shards = ShardSet.open(folder)
-    listed = table is not None and write_copies(shards, table)
-    for line in about_copies(shards):
-        print(f"{folder}: {line}")
-    if listed:
-        print(f"{folder}: all copies stand in {table}")
 
 
 def _source_arguments(options: argparse.Namespace, chosen: IngestOptions) -> dict[str, str]:
@@ -336,9 +328,11 @@ def index(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     from ecgscale.data import remarked
     from ecgscale.data.cells import told
+    from ecgscale.data.copies import about_copies
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
     from ecgscale.data.ingest.options import IngestOptions
+    from ecgscale.data.shard_set import ShardSet
 
     rules = Rules(
         rate_hz=options.rate_hz,
@@ -359,7 +353,8 @@ def index(argv: list[str]) -> None:
         test_values=listed(options.test_values),
     )
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
-    _print_copies(options.folder)
+    for line in about_copies(ShardSet.open(options.folder)):
+        print(f"{options.folder}: {line}")
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")
     for line in told(done.notes, done.patients_known):

@@ -147,7 +147,8 @@ def is_export(folder: Path) -> bool:
 
 def is_model(path: Path) -> bool:
     """Whether a folder is an export or a run folder; what it holds may still be damaged."""
-    return any((path / name).exists() for name in ("config.json", "config.yaml", "checkpoints"))
+    place = standing(path)
+    return any((place / name).exists() for name in ("config.json", "config.yaml", "checkpoints"))
 
 
 def described(place: Path, about: dict[str, Any]) -> tuple[ModelConfig, Profile]:

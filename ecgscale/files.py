@@ -16,12 +16,14 @@ import hashlib
 import json
 import math
 import os
+import random
+import re
 import shutil
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,14 @@ from ecgscale.errors import InputError, naming_file
 
 JSON_LIMIT_BYTES = 1 << 24  # of what is parsed whole, into twenty times as much memory
 _DEPTH = 64  # of nested JSON; what we write has less than ten
+_PARTIAL = re.compile(r".+\.[0-9a-f]{32}\.partial", re.DOTALL)
 _ABANDONED_S = 3600.0  # no writer is silent for so long: what is older was left by one that was killed
+# What renaming says where another process puts a folder of the same name in its place meanwhile.
+_OF_ANOTHER_WRITER = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
+_ATTEMPTS, _PAUSE_S = 20, 0.02
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # what file systems say that know none
+# What file systems say that know no locks. What would be locked there is left unguarded.
+NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 SEAL = "sha256"  # key of a JSON object's hash over all that it says besides
 
@@ -81,28 +89,47 @@ def free_name(path: Path, *, sweep: bool = True) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a name is one of ``free_name``'s."""
+    return _PARTIAL.fullmatch(path.name) is not None
+
+
 def put_in_place(partial: Path, path: Path) -> None:
     """Give a finished file or folder its name, over an older one if there is one; all of it is flushed to the disk.
 
-    Raises OSError; an older folder then stands where it stood.
+    Of several writers of one folder the last wins. Raises OSError; an older folder then stands where it stood.
     """
     _sync_tree(partial)
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            replaced = _rename(partial, path)
+            break
+        except OSError as error:
+            if error.errno not in _OF_ANOTHER_WRITER or attempt == _ATTEMPTS:
+                raise
+            time.sleep(_PAUSE_S * random.random())
+    sync(path.parent)
+    if replaced:
+        shutil.rmtree(_before(path), ignore_errors=True)
+
+
+def _rename(partial: Path, path: Path) -> bool:
+    """One attempt to give a file or folder its name; whether an older folder stands aside now."""
     before = _before(path)
     if before.is_dir() and not os.path.lexists(path):
         before.rename(path)  # a writer before us died between its two steps
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(before, ignore_errors=True)
-        path.rename(before)
-        try:
-            partial.rename(path)
-        except OSError:
-            before.rename(path)
-            raise
-        sync(path.parent)
-        shutil.rmtree(before, ignore_errors=True)
-    else:
+    if not path.is_dir() or path.is_symlink():
         partial.replace(path)
-        sync(path.parent)
+        return False
+    shutil.rmtree(before, ignore_errors=True)
+    path.rename(before)
+    try:
+        partial.rename(path)
+    except OSError:
+        with suppress(OSError):  # where another writer's stands already
+            before.rename(path)
+        raise
+    return True
 
 
 def standing(folder: Path) -> Path:

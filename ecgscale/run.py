@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
@@ -16,7 +15,7 @@ from ecgscale import yaml_text
 from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, RankError, file_error, naming_file
-from ecgscale.files import write_whole
+from ecgscale.files import NO_LOCKS, write_whole
 from ecgscale.training.ranks import Ranks, first_rank
 from ecgscale.training.state import STATE, checkpoints, read_state
 
@@ -77,8 +76,6 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
 
 _WRITER = ".writer"  # in the run folder; locked by the one process that writes there
 _WAIT_S = 15.0  # for the process before, which may just be ending
-# What file systems say that know no locks; such a folder is left unguarded.
-_WITHOUT_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _locked: dict[Path, IO[str]] = {}
 
 
@@ -102,7 +99,7 @@ def lock_run(run: Path) -> None:
                 raise RankError(f"run.dir {run}: {who} trains there; wait for its end") from None
             time.sleep(0.5)
         except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
+            if error.errno not in NO_LOCKS:
                 file.close()
                 raise file_error(path, "cannot lock", error) from error
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,45 @@ def test_a_folder_that_cannot_be_named_leaves_the_old_one_in_its_place(tmp_path,
         put_in_place(partial, folder)
     assert folder.is_dir()
     assert content(folder) == {"old"}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("other", ["is done", "has put the old one aside"])
+def test_another_writer_of_the_folder_in_between_ends_none(tmp_path, monkeypatch, number, other):
+    folder, aside = tmp_path / "export", tmp_path / "export.before"
+    with whole_folder(folder) as partial:
+        fill(partial, "old")
+    rename, done = Path.rename, 0
+
+    def interrupted(self, target):
+        nonlocal done
+        done += 1
+        if done == number and other == "is done":
+            with whole_folder(folder) as partial:
+                fill(partial, "another")
+        elif done == number:
+            rename(folder, aside) if folder.exists() else rename(aside, folder)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with whole_folder(folder) as partial:
+        fill(partial, "new")
+    assert content(folder) == {"new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_many_writers_of_one_folder(tmp_path):
+    """Whatever is there at the end is whole."""
+    folder = tmp_path / "export"
+
+    def write(number: int) -> None:
+        for _ in range(40):
+            with whole_folder(folder) as partial:
+                fill(partial, f"{number}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(content(folder)) == 1
 
 
 def test_a_folder_that_is_left_half_filled_is_gone(tmp_path):

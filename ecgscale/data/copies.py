@@ -21,13 +21,14 @@ import numpy.typing as npt
 from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
-from ecgscale.errors import one_line
+from ecgscale.errors import InputError, MachineError, naming_file, one_line
 from ecgscale.files import whole_file
 from ecgscale.record import LEADS, Counts
 
 Int64 = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 
+COPIES = "copies.csv"  # beside the shards
 _MOST_PATIENTS = 3  # under whose ids one person may stand
 _CHUNK = 1 << 18  # records whose keys are made at once
 # Odd numbers without a pattern (Weyl's sequence of the golden ratio): a sum of products is a hash of its factors.
@@ -143,7 +144,24 @@ def _all_in(shards: ShardSet) -> Copies:
 
 
 def _without_flat(shards: ShardSet, copies: Copies) -> Copies:
-    return copies.only(np.array([not is_flat(shards.signal(number)) for number in copies.one_of_each.tolist()], bool))
+    return copies.only(np.array([not _is_flat(shards, number) for number in copies.one_of_each.tolist()], bool))
+
+
+def _is_flat(shards: ShardSet, number: int) -> bool:
+    """Of a record that cannot be read nobody knows: it counts as a copy. What is told of copies ends nothing."""
+    try:
+        return is_flat(shards.signal(number))
+    except (InputError, MachineError):
+        return False
+
+
+def _metadata(shards: ShardSet, number: int) -> dict[str, Any]:
+    """What a record's JSON says; where it cannot be read, the record has its number for a name and no patient."""
+    try:
+        return shards.metadata(number)
+    except (InputError, MachineError):
+        dataset = shards.shards[int(shards.shard_of(np.array([number]))[0])].dataset
+        return {"name": f"record {number} (unreadable)", "dataset": dataset, "patient": None}
 
 
 def copies_apart(shards: ShardSet) -> str | None:
@@ -164,9 +182,12 @@ def copies_apart(shards: ShardSet) -> str | None:
     )
 
 
-def about_copies(shards: ShardSet) -> list[str]:
-    """Lines for people: how many exact copies there are, under how many patients, and whether in different splits."""
-    copies = copies_in(shards)
+def about_copies(shards: ShardSet, copies: Copies | None = None) -> list[str]:
+    """Lines for people: how many exact copies there are, under how many patients, and whether in different splits.
+
+    ``copies``: those that ``write_copies`` has found.
+    """
+    copies = copies_in(shards) if copies is None else copies
     if not len(copies):
         return []
     spare = len(copies.number_R) - len(copies)
@@ -188,22 +209,24 @@ def about_copies(shards: ShardSet) -> list[str]:
     return lines
 
 
-def write_copies(shards: ShardSet, path: Path) -> bool:
-    """All of them as a table, each with the first record that it equals; whether there are any to write."""
-    copies = copies_in(shards)
+def write_copies(shards: ShardSet, folder: Path) -> Copies:
+    """All of them as ``copies.csv``, each with the first record that it equals; no table where there are none."""
+    copies, path = copies_in(shards), folder / COPIES
     if not len(copies):
-        return False
+        with naming_file(path, "cannot remove"):
+            path.unlink(missing_ok=True)
+        return copies
     split_R, group_R = shards.take("split", copies.number_R), copies.group_R
     with whole_file(path) as partial, partial.open("x", encoding="utf8", newline="") as file:
         table = csv.writer(file)
         table.writerow(("record", "equals", "dataset", "patient", "split"))
         original, of_group = "", -1
         for number, group, split in zip(copies.number_R.tolist(), group_R.tolist(), split_R.tolist(), strict=True):
-            about = shards.metadata(number)
+            about = _metadata(shards, number)
             if group != of_group:
                 original, of_group = about["name"], group
             table.writerow((about["name"], original, about["dataset"], about["patient"] or "", SPLITS[split]))
-    return True
+    return copies
 
 
 def _under_two_patients(shards: ShardSet, copies: Copies) -> Copies:
@@ -211,7 +234,7 @@ def _under_two_patients(shards: ShardSet, copies: Copies) -> Copies:
     several = copies.only(copies.differing(shards.take("patient", copies.number_R)))
     patients: list[set[tuple[str, str]]] = [set() for _ in range(len(several))]
     for number, group in zip(several.number_R.tolist(), several.group_R.tolist(), strict=True):
-        about = shards.metadata(number)
+        about = _metadata(shards, number)
         if about["patient"] is not None:
             patients[group].add((about["dataset"], about["patient"]))
     return several.only(np.array([len(known) > 1 for known in patients], bool))
@@ -222,7 +245,7 @@ def _pair(shards: ShardSet, copies: Copies, split: bool = False, patient: bool =
     shown: dict[str, str] = {}
     first = int(np.argmin(copies.one_of_each))
     for number in copies.number_R[copies.first_G[first] : copies.first_G[first + 1]].tolist():
-        about = shards.metadata(number)
+        about = _metadata(shards, number)
         differs, detail = str(number), ""
         if split:
             differs = detail = SPLITS[int(shards.take("split", np.array([number]))[0])]

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from ecgscale.data.cells import NOBODY
 from ecgscale.data.copies import Copies, content_keys, is_flat
 from ecgscale.data.foreign import Rules, common_order
-from ecgscale.data.ingest.mark import NO_LOCKS
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, split_value, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Bytes
@@ -45,6 +44,7 @@ from ecgscale.data.shards import (
 )
 from ecgscale.data.sources.listing import is_junk
 from ecgscale.errors import InputError, naming_file
+from ecgscale.files import NO_LOCKS
 
 WRONG_SCALE = "no ECG by their scale; is mv_per_count or gain right?"
 NO_ECG = "no ECG: nothing moves, codes for missing samples, or shorter than a beat"

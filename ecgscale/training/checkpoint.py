@@ -22,12 +22,14 @@ from ecgscale.files import file_sha256, put_in_place, sync
 from ecgscale.training.engine import MOMENTS, Engine
 from ecgscale.training.ranks import Ranks, all_succeed, first_rank, log
 from ecgscale.training.state import (
+    PARTIAL,
     STATE,
     check_resumable,
     checkpoint_name,
     checkpoints,
     read_state,
     step_of,
+    unfinished_checkpoints,
     write_state,
 )
 from ecgscale.weights import open_tensors, save_tensors
@@ -151,7 +153,7 @@ def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path
 
 def _write(final: Path, ranks: Ranks, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """One attempt to write a checkpoint."""
-    partial = final.with_suffix(".partial")
+    partial = final.with_suffix(PARTIAL)
     first_rank(ranks, lambda: _make_empty(partial))
     name = f"tensors-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
     outcome = _write_tensors(partial / name, tensors)
@@ -225,7 +227,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any] | I
 
 def prune(folder: Path, keep_last: int, keep_every: int, proven: int = 0) -> None:
     """Remove all but the last ``keep_last`` checkpoints, those at multiples of ``keep_every`` steps (0: none), and the
-    newest that is known to be good: at a step up to ``proven``, whose weights have given a finite gradient since."""
+    newest that is known to be good: at a step up to ``proven``, whose weights have given a finite gradient since.
+
+    What killed saves of steps before the newest left goes too: those steps may never come again.
+    """
     saved = checkpoints(folder)
     good = [path for path in saved if step_of(path) <= proven]
     kept = {*saved[-keep_last:], *good[-1:]}
@@ -233,5 +238,8 @@ def prune(folder: Path, keep_last: int, keep_every: int, proven: int = 0) -> Non
     with naming_file(folder, "cannot remove old checkpoints"):
         for left in folder.glob(f"{_REMOVED}step-*"):  # by a kill, or by a reader on another machine
             shutil.rmtree(left, ignore_errors=True)
+        for left in unfinished_checkpoints(folder):
+            if saved and step_of(left) < step_of(saved[-1]):
+                shutil.rmtree(left, ignore_errors=True)
         for path in doomed:  # under another name, so that a kill meanwhile leaves no half of one under its own
             shutil.rmtree(path.rename(folder / f"{_REMOVED}{path.name}"))

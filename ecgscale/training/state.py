@@ -14,6 +14,7 @@ from ecgscale.files import read_json, seal_holds, sealed, write_json
 
 FORMAT = "ecgscale-checkpoint/1"
 STATE = "state.json"
+PARTIAL = ".partial"  # behind the name of a checkpoint that is being written
 
 _OF_ALL: dict[str, type] = {"step": int, "files": dict, "about": dict}
 # What a run needs to go on, beside them.
@@ -35,15 +36,26 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first. What has not exactly the name that ``save`` gives is not ours."""
-    numbers = {path: re.fullmatch("step-([0-9]{8,19})", path.name) for path in folder.glob("step-*")}
+    return _folders(folder, "")
+
+
+def unfinished_checkpoints(folder: Path) -> list[Path]:
+    """What saves that were killed have left, in order of steps."""
+    return _folders(folder, PARTIAL)
+
+
+def _folders(folder: Path, ending: str) -> list[Path]:
+    numbers = {
+        path: re.fullmatch(f"step-([0-9]{{8,19}}){re.escape(ending)}", path.name) for path in folder.glob("step-*")
+    }
     steps = {path: int(match[1]) for path, match in numbers.items() if match}
-    ours = [path for path, step in steps.items() if path.name == checkpoint_name(step) and path.is_dir()]
+    ours = [path for path, step in steps.items() if path.name == checkpoint_name(step) + ending and path.is_dir()]
     return sorted(ours, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint folder is named after."""
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(checkpoint.name.removeprefix("step-").removesuffix(PARTIAL))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, one_line
+from ecgscale.files import standing
 from ecgscale.json_lines import read_json_lines
 from ecgscale_launch.folder import JobFolder, read_json
 
@@ -78,7 +79,7 @@ def figures(run: Path) -> dict[str, float]:
         if report.get("challenge_score"):
             found["challenge score"] = report["challenge_score"]["value"]
         return {name: value for name, value in found.items() if value is not None}
-    if not (run / "export").is_dir():
+    if not standing(run / "export").is_dir():
         return {}
     last: dict[str, Any] = {}
     for event in read_json_lines(run / "events.jsonl"):

@@ -244,6 +244,29 @@ def test_copies_in_another_split_of_a_second_set_are_named(make_record, ingest_r
     assert apart in jobs.run(1, run)
 
 
+@pytest.mark.parametrize("what", ["payload", "json"])
+def test_a_damaged_copy_ends_no_run_that_skips_it(make_record, ingest_records, tmp_path, jobs, what) -> None:
+    """What is told of copies is a hint; the stream decides what becomes of damaged recordings."""
+    records = [make_record(f"{i:02}", 1000, patient=None) for i in range(24)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ingest_records(one, records, validation_fraction=0.0)
+    again = [replace(record, name=f"{record.name} again") for record in records[:2]]
+    ingest(Records(again, "other"), two, IngestOptions(RATE_HZ, validation_fraction=0, test_fraction=1))
+    shards = ShardSet.open([one, two])
+    at = int(shards.take("json_offset" if what == "json" else "offset", np.array([0]))[0])
+    with (one / "shard-000000.tar").open("r+b") as tar:
+        tar.seek(at + 4)
+        byte = tar.read(1)
+        tar.seek(at + 4)
+        tar.write(bytes([byte[0] ^ 1]))
+    named = "record 0 (unreadable) (train)" if what == "json" else "00 (train)"
+    line = copies_apart(ShardSet.open([one, two]))
+    assert line is not None
+    assert f"2 recordings have exact copies in another split of one, two, such as {named} and 00 again (test)" in line
+    run = ["pretrain", *SMALL, f"--data.shards={one},{two}", f"--run.dir={tmp_path / 'run'}", "--train.steps=1"]
+    assert line in jobs.run(2, [*run, "--data.unreadable=skip"])
+
+
 def test_tars_of_others_with_copies(originals, ingest_records, tmp_path, capsys) -> None:
     made = ingest_records(tmp_path / "made", by_name(*originals, *copied(originals)), payload="npy")
     for path in [*made.glob("index-*"), made / "manifest.json"]:

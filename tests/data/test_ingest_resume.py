@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,9 +408,10 @@ def test_no_two_processes_write_the_same_shards(tmp_path) -> None:
     ingest(FIRST, out, OPTIONS)
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_obstacle(number, tmp_path, monkeypatch) -> None:
     def unsupported(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     assert ingest(FIRST, tmp_path, OPTIONS).records == 6
@@ -526,6 +529,74 @@ def test_patients_stay_in_their_split_when_records_are_added(tmp_path) -> None:
     ingest(more, out, IngestOptions(**vars(OPTIONS) | {"records_per_shard": 9}), append=True, restart=True)
     assert len(ShardSet.open(out)) == 6 + 7
     assert contents(out).items() >= {name: old for name, old in before.items() if name.endswith(".tar")}.items()
+
+
+# --- copies ---
+
+
+class Twice(Tiny):
+    """Names that begin with the same letter have the same samples."""
+
+    def read(self, item: str) -> Record:
+        return replace(super().read(item), signal_LT=super().read(item[0]).signal_LT)
+
+
+COPIED = Twice(("a", "aa", "b", "bbb", "c"))
+MORE = Twice(("aaa", "d", "dd"), "other")
+
+
+def test_copies_are_listed_wherever_an_ingest_is_killed(tmp_path) -> None:
+    ingest(COPIED, tmp_path / "undisturbed", OPTIONS)
+    first = contents(tmp_path / "undisturbed")
+    assert sorted(first["copies.csv"].decode().split("\r\n")[1:-1]) == [
+        f"{name},{name[0]},tiny,{name},{split}"
+        for name, split in (("a", "validation"), ("aa", "train"), ("b", "validation"), ("bbb", "validation"))
+    ]
+    ingest(MORE, tmp_path / "undisturbed", OPTIONS, append=True)
+    both = contents(tmp_path / "undisturbed")
+    assert [row.split(",")[0] for row in both["copies.csv"].decode().split("\r\n")[1:-1]].count("aaa") == 1
+    for out in killed_everywhere(lambda out: ingest(COPIED, out, OPTIONS), tmp_path / "new", lambda out: None):
+        ended = (out / "manifest.json").exists()
+        if ended:  # all but the tidying up, which what follows does
+            other = shutil.copytree(out, tmp_path / "appended" / out.name)
+            ingest(MORE, other, OPTIONS, append=True)
+            assert contents(other) == both
+        assert len(ingest(COPIED, out, OPTIONS).copies) == 3
+        assert contents(out) == first
+    assert ended
+
+    def add(out: Path) -> None:
+        assert len(ingest(MORE, out, OPTIONS, append=True).copies) == 3
+
+    for out in killed_everywhere(add, tmp_path / "old", lambda out: ingest(COPIED, out, OPTIONS)):
+        add(out)
+        assert contents(out) == both
+
+
+def test_where_there_are_no_copies_any_more_no_table_says_so(tmp_path) -> None:
+    ingest(COPIED, tmp_path, OPTIONS)
+    for path in tmp_path.iterdir():
+        if path.name != "copies.csv":
+            path.unlink()
+    assert ingest(FIRST, tmp_path, OPTIONS).copies == []
+    assert not (tmp_path / "copies.csv").exists()
+
+
+def test_half_a_table_of_a_finished_set_does_not_block(tmp_path) -> None:
+    """As versions left it that wrote copies.csv behind everything else."""
+    left = f"copies.csv.{32 * '0'}.partial"
+    appended(tmp_path / "undisturbed")
+    ingest(FIRST, tmp_path / "out", OPTIONS)
+    (tmp_path / "out" / left).touch()
+    append(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    for name, begin in (("notes.partial", lambda out: ingest(FIRST, out, OPTIONS)), (left, Path.mkdir)):
+        out = tmp_path / name.split(".")[0]
+        begin(out)
+        (out / name).touch()
+        with pytest.raises(InputError, match=f"{name}: not made by an interrupted ingest"):
+            ingest(SECOND, out, OPTIONS, append=(out / "manifest.json").exists())
+        assert (out / name).exists()
 
 
 # --- resources ---

@@ -44,6 +44,11 @@ def test_a_run(command, make_export, tmp_path):
     assert f"in {tmp_path / 'run' / 'export'}\n" in command("inspect", tmp_path / "run")
 
 
+def test_an_export_whose_writer_died_while_it_replaced_it(command, make_export, tmp_path):
+    make_export(tmp_path / "export").rename(tmp_path / "export.before")
+    assert f"in {tmp_path / 'export.before'}\n" in command("inspect", tmp_path / "export")
+
+
 @pytest.mark.parametrize("kind", ["absent", "empty", "a file", "a run that has saved nothing", "damaged"])
 def test_what_is_neither(refusal, make_export, tmp_path, kind):
     path = tmp_path / "it"

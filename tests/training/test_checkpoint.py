@@ -327,6 +327,18 @@ def test_checkpoints_are_in_order_of_steps(tmp_path) -> None:
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
 
 
+def test_what_killed_saves_left_is_removed_once_a_later_one_is_whole(tmp_path) -> None:
+    """Saves by the clock come at other steps in each start, so that nobody else would."""
+    others = ["step-00000009.partial", "step-5.partial", "step-000000005.partial", "step-00000005.partial.bak"]
+    others += ["step-00000005-backup.partial", "step-0000000x.partial"]
+    for name in ("step-00000008", "step-00000005.partial", "step-00000007.partial", *others):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000005.partial" / TENSORS).touch()
+    (tmp_path / "step-00000006.partial").touch()  # no folder
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "step-00000008", "step-00000006.partial"}
+
+
 def test_a_removal_that_was_killed_is_finished(tmp_path) -> None:
     for name in ("step-00000002", ".removed-step-00000001"):
         (tmp_path / name).mkdir()

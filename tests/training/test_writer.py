@@ -36,7 +36,7 @@ def test_a_second_writer_is_refused_by_name_until_the_first_has_gone(tmp_path, m
     module.leave_run(tmp_path)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_left_unguarded(number, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
     module.lock_run(tmp_path)

@@ -1,4 +1,5 @@
-"""The end of an ingest: finished slices -> rejected.csv, remarks.csv, index, manifest, which makes a data set.
+"""The end of an ingest: finished slices -> rejected.csv, remarks.csv, index, manifest, which makes a data set,
+and copies.csv.
 
 Part files are read one after the other, so that memory does not grow with the number of records.
 """
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.copies import Copies, content_keys, is_flat
+from ecgscale.data.copies import Copies, about_copies, content_keys, is_flat, write_copies
 from ecgscale.data.ingest.job import Job
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
@@ -26,6 +27,7 @@ from ecgscale.data.ingest.slice import PATIENT_ELSEWHERE, PATIENT_KNOWN, SPLIT_V
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
 from ecgscale.data.remarked import NONE, Remarked
+from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import (
     Columns,
     map_index,
@@ -59,19 +61,22 @@ class Ingested:
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
 
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
+    copies: list[str] = field(
+        default_factory=list
+    )  # lines for people, of all that the set holds; copies.csv lists them
 
     @staticmethod
-    def of(described: dict[str, Any]) -> Ingested:
+    def of(described: dict[str, Any], copies: list[str]) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
         remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
         later = {"held": described.get("held", 0), "shared_ids": described.get("shared_ids", {})}
         later |= {"notes": described.get("notes", {})}
-        return Ingested(**always, remarked=remarked, **later)
+        return Ingested(**always, remarked=remarked, copies=copies, **later)
 
 
 def finish(job: Job, mark: Mark) -> Ingested:
-    """Join the parts, which must all be there, write the manifest and tidy up.
+    """Join the parts, which must all be there, write the manifest and copies.csv, and tidy up.
 
     Raises InputError when no record could be read, when the splits are wrong and when the disk is full.
     """
@@ -111,9 +116,11 @@ def finish(job: Job, mark: Mark) -> Ingested:
         "shared_ids": _shared_ids(job, found),
     }
     write_manifest(job.out, job.options.rate_hz, index, base["shards"] + found.entries, [*base["sources"], described])
+    shards = ShardSet.open(job.out)
+    copies = write_copies(shards, job.out)
     sweep(job.out)
     mark.remove()
-    return Ingested.of(described)
+    return Ingested.of(described, about_copies(shards, copies))
 
 
 def check_all_there(job: Job, mark: Mark) -> None:

@@ -15,17 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ecgscale.data.copies import write_copies
+from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, read_manifest
 from ecgscale.errors import InputError, file_error, naming_file
-from ecgscale.files import JSON_LIMIT_BYTES, json_bytes, parse_json, seal_holds, sealed
+from ecgscale.files import JSON_LIMIT_BYTES, NO_LOCKS, is_partial, json_bytes, parse_json, seal_holds, sealed
 
 if TYPE_CHECKING:
     from ecgscale.data.ingest.job import Job
 
 UNFINISHED = "ingest.unfinished"
 NAMES = "the sha256 of their names"
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that know none
 
 Asked = dict[str, dict[str, str]]
 
@@ -105,6 +105,8 @@ def _begin(job: Job, parts: int) -> None:
     try:
         job.out.mkdir(parents=True, exist_ok=True)
         leftovers = {path for path in _leftovers(job.out) if not path.name.startswith(UNFINISHED)}
+        if (job.out / MANIFEST).exists():  # a finished set, beside which another writer of ours may have been killed
+            leftovers = {path for path in leftovers if not is_partial(path)}
         if mark.exists():
             return
         if leftovers:
@@ -171,11 +173,12 @@ def _just_finished(out: Path) -> InputError:
 
 
 def tidied(out: Path) -> Asked | None:
-    """Where the manifest is newer than the mark, remove what the mark's ingest left; returns what it was asked for."""
+    """Where the manifest is newer than the mark, finish the mark's ingest; returns what it was asked for."""
     said = _read_mark_of(out)
     if said is not None and said["base"] == version(read_base(out)):
         return None  # an --append that goes on
     with _locked(out, None):
+        write_copies(ShardSet.open(out), out)
         sweep(out)
         (out / UNFINISHED).unlink()
     return said["asked"] if said else None

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ecgscale.data.copies import about_copies
 from ecgscale.data.ingest.job import Job, open_job
 from ecgscale.data.ingest.join import Ingested, check_all_there, finish
 from ecgscale.data.ingest.mark import Mark, claimed, sweep
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import Part, Slice, convert, read_part
+from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,14 +52,13 @@ def ingest(
 
     ``arguments`` is what else the records depend on, by the names that the user knows: an interrupted ingest goes on
     only with the same. ``restart`` throws away what it has done. What cannot be read is listed with its reason in
-    ``rejected.csv``. Raises InputError for a folder that holds a data set, or none to append to; for one in which
-    another ingest works or was begun; when no record can be read, when a patient falls into two splits, when no record
-    has the key ``split_by``, and when the disk is full.
+    ``rejected.csv``, exact copies in ``copies.csv``. Raises InputError for a folder that holds a data set, or none to
+    append to; for one in which another ingest works or was begun; when no record can be read, when a patient falls into
+    two splits, when no record has the key ``split_by``, and when the disk is full.
     """
     job = _open(source, out, options, arguments, append, workers)
     if job.finished:
-        assert job.base is not None
-        return Ingested.of(job.base["sources"][-1])
+        return _finished(job)
     with claimed(job, restart=restart) as mark:
         try:
             _convert(job, range(len(job)), workers)
@@ -104,8 +105,7 @@ def merge_parts(
     """Finish the data set whose parts are all there; raises InputError that names the first that is missing."""
     job = _open(source, out, options, arguments, append, 1)
     if job.finished:
-        assert job.base is not None
-        return Ingested.of(job.base["sources"][-1])
+        return _finished(job)
     with claimed(job) as mark:
         check_all_there(job, mark)
         return finish(job, mark)
@@ -117,6 +117,11 @@ def _open(
     if workers < 1:
         raise InputError(f"workers {workers}: give 1 or more processes")
     return open_job(source, out, options, arguments, append)
+
+
+def _finished(job: Job) -> Ingested:
+    assert job.base is not None
+    return Ingested.of(job.base["sources"][-1], about_copies(ShardSet.open(job.out)))
 
 
 def _abandon(job: Job, mark: Mark) -> None:
