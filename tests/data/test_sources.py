@@ -271,6 +271,37 @@ def test_an_electrode_offset_is_taken_off_and_kept_apart(tmp_path: Path, format_
     np.testing.assert_array_equal(record.scale_L, np.float32([5e-5, 5e-5]))
 
 
+@pytest.mark.parametrize(
+    ("format_", "level", "baseline", "written"),
+    [
+        ("32", 40_000, 0, -9999),  # an offset is taken off before counts fit into int16
+        ("32", 40_000, 100, -9999),
+        ("32", 40_000, 100, -9899),  # -9999 without the baseline
+        ("24", 6_000_000, 0, -99_999),  # so loud that counts are rounded
+        ("16", 8192, 8192, -999),
+    ],
+)
+def test_codes_for_missing_samples_are_found_in_counts_as_written(
+    tmp_path: Path, format_: str, level: int, baseline: int, written: int
+) -> None:
+    counts_TL = random_counts(bits=10, n_leads=2) + level
+    options: dict[str, object] = {"fmt": [format_] * 2, "adc_gain": [1000.0] * 2, "baseline": [baseline] * 2}
+    assert read_wfdb(write_wfdb(tmp_path / "whole", counts_TL, **options)).leads == ("I", "II")
+    counts_TL[40:50, 1] = written
+    write_wfdb(tmp_path / "codes", counts_TL, **options)
+    write_wfdb(tmp_path / "codes", counts_TL, name="again", **options)
+    header = f"both/2 2 {RATE_HZ} {2 * len(counts_TL)}\nr {len(counts_TL)}\nagain {len(counts_TL)}\n"
+    (tmp_path / "codes" / "both.hea").write_text(header)
+    for name, n in (("r", 10), ("both", 20)):
+        with pytest.raises(InputError, match=rf"{name}.hea: lead II: {n} samples are -9+, far from all others"):
+            WfdbFolder(tmp_path / "codes", "set").read(name)
+
+
+def test_a_count_that_happens_to_be_a_code_is_kept(tmp_path: Path) -> None:
+    counts_TL = np.linspace(-9999, 40_000, 600, dtype=int)[:, None]
+    assert read_wfdb(write_wfdb(tmp_path, counts_TL, fmt=["32"])).n_samples == 600
+
+
 def test_differences_begin_at_the_initial_value(tmp_path: Path) -> None:
     """Format 8, which wfdb does not write."""
     steps_TL = random_counts(bits=8, n_leads=2, n_samples=1000)
