@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.plausibility import checked
+from ecgscale.data.plausibility import check_geometry, checked
 from ecgscale.data.selection import Selection, zscore_gain
 from ecgscale.data.shard_set import lead_positions
 from ecgscale.data.units import mv_per_value, parse_unit
@@ -164,8 +164,8 @@ class ECGModel:
             unit: of floats: V, mV or uV, with a factor where need be, such as 0.5mV.
             mv_per_count: of integers, which say no unit.
 
-        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, numbers
-        that are no ECG's, and recordings below one token.
+        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, a rate
+        or a duration that no ECG has, numbers that are no ECG's, and recordings below one token.
         """
         signal_RLT = np.asarray(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:
@@ -181,9 +181,8 @@ class ECGModel:
             )
         if not signal_RLT.size:
             raise InputError(f"signal of shape {signal_RLT.shape} is empty; give at least one lead and one sample")
-        if not 1 <= rate_hz <= 100_000:
-            raise InputError(f"rate_hz {rate_hz}: give the sample rate in Hz, from 1 to 100000")
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
+        check_geometry(signal_RLT.shape[2], rate_hz)
         rows_R, remarks = _judged(signal_RLT, mv_per_1, names)
         log_remarks(remarks)
 

@@ -225,7 +225,7 @@ def test_embed_an_npy(command, small_export, ecg_LT, tmp_path):
     ("array", "options", "said"),
     [
         (np.zeros((12, 500)), [], "says no sample rate; give --rate-hz"),
-        (np.zeros((12, 500)), ["--rate-hz", "0"], "rate_hz 0"),
+        (np.zeros((12, 500)), ["--rate-hz", "0"], "sampling rate 0 Hz"),
         (np.zeros((12, 500)), ["--rate-hz", "fast"], "--rate-hz: invalid float value: 'fast'"),
         (np.zeros((3, 500)), ["--rate-hz", "500"], "of shape (3, 500); give --leads"),
         (np.zeros(500), ["--rate-hz", "500"], "of shape (500,); give --leads"),

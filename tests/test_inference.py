@@ -205,7 +205,7 @@ def test_a_tail_below_a_second_is_left_out_and_a_longer_one_is_not(model, ecg_12
 
 @pytest.mark.parametrize(("samples", "tokens"), [(16, 1), (31, 1), (250, 15), (2499, 156), (2500, 156)])
 def test_all_that_there_is_is_kept_however_short(model, ecg_12_s, samples, tokens):
-    embedding = model.embed(ecg_12_s[:, :samples], 500, LEADS, tokens=True)
+    embedding = model.embed_recordings([Recording.of(record_of(ecg_12_s[:, :samples]))], tokens=True)
     assert embedding.tokens.shape == (1, tokens, 32)
     assert np.isfinite(embedding.tokens).all()
     np.testing.assert_allclose(embedding.tokens.mean(axis=1), embedding.record_embedding, **CLOSE)
@@ -272,13 +272,16 @@ WITH_NAN = np.where(np.arange(500) == 7, np.nan, OKAY)
         (OKAY[None, None], 500, LEADS, "shape (1, 1, 12, 500)"),
         (WITH_NAN, 500, LEADS, "NaN or infinity"),
         (np.where(OKAY == 0, -np.inf, 0), 500, LEADS, "NaN or infinity"),
-        (OKAY, 0, LEADS, "rate_hz 0"),
-        (OKAY, -500, LEADS, "rate_hz -500"),
-        (OKAY, np.nan, LEADS, "rate_hz nan"),
-        (OKAY, np.inf, LEADS, "rate_hz inf"),
-        (OKAY, 1e-6, LEADS, "rate_hz 1e-06"),
-        (OKAY[:, :15], 500, LEADS, "15 samples at 500 Hz"),
-        (OKAY[:, :7], 250, LEADS, "14 samples at 500 Hz"),
+        (OKAY, 0, LEADS, "sampling rate 0 Hz; an ECG has 20 to 100000 Hz"),
+        (OKAY, -500, LEADS, "sampling rate -500 Hz"),
+        (OKAY, np.nan, LEADS, "sampling rate nan Hz"),
+        (OKAY, np.inf, LEADS, "sampling rate inf Hz"),
+        (OKAY, 1e-6, LEADS, "sampling rate 1e-06 Hz"),
+        (OKAY, 10, LEADS, "sampling rate 10 Hz"),
+        (OKAY, np.float32(2**-8), LEADS, "a period in seconds? Then it is 256 Hz"),
+        (OKAY[:, :15], 500, LEADS, "15 samples at 500 Hz are 30 ms; an ECG has at least 200 ms"),
+        (OKAY[:, :99], 500, LEADS, "99 samples at 500 Hz"),
+        (OKAY[:, :7], 250, LEADS, "7 samples at 250 Hz"),
         (OKAY[:, :0], 250, LEADS, "shape (1, 12, 0) is empty"),
         (OKAY[:0], 500, (), "shape (1, 0, 500) is empty"),
         (np.zeros((0, 12, 500)), 500, LEADS, "shape (0, 12, 500) is empty"),
