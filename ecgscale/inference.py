@@ -27,7 +27,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, Remark, canonical_leads, electrode_offset, resample_millivolts
+from ecgscale.record import LEADS, Record, Remark, canonical_leads, electrode_offset, pieces, resample_millivolts
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
@@ -189,10 +189,8 @@ class ECGModel:
         def recordings() -> Iterator[Recording]:
             bar = tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
             for signal_LT, rows in zip(bar, rows_R, strict=True):
-                offset_mv_L1 = np.array([[electrode_offset(signal_LT[row], mv_per_1)] for row in rows])
-                # As when records are read: an offset that int16 could not hold is taken off.
-                kept_mv_LT = np.asarray(signal_LT[rows] * np.float64(mv_per_1) - offset_mv_L1, np.float32)
-                resampled_LT = resample_millivolts(kept_mv_LT, rate_hz, self.profile.rate_hz)
+                mv_LT = _millivolts(signal_LT, rows, mv_per_1)
+                resampled_LT = resample_millivolts(mv_LT, rate_hz, self.profile.rate_hz)
                 positions = [LEADS.index(names[row]) for row in rows]
                 yield Recording(resampled_LT, np.ones(len(rows), np.float32), positions)
 
@@ -250,6 +248,16 @@ class ECGModel:
         )
         while rows := list(islice(windows, _WINDOWS_AT_ONCE)):
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
+
+
+def _millivolts(signal_LT: npt.NDArray[Any], rows: Sequence[int], mv_per_1: float) -> Floats:
+    """Some rows in mV. As when records are read, an offset that int16 could not hold is taken off."""
+    mv_LT = np.empty((len(rows), signal_LT.shape[1]), np.float32)
+    for mv_T, row in zip(mv_LT, rows, strict=True):
+        offset_mv = electrode_offset(signal_LT[row], mv_per_1)
+        for piece in pieces(len(mv_T)):
+            mv_T[piece] = signal_LT[row, piece] * np.float64(mv_per_1) - offset_mv
+    return mv_LT
 
 
 def _judged(

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ecgscale import inference
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
@@ -126,6 +128,24 @@ def test_integers_lists_and_counts_are_the_same_ecg(model, ecg_12_s):
     np.testing.assert_allclose(volts, expected, **CLOSE)
     tenths = model.embed(counts_LT * 0.05, 500, LEADS, unit="0.1mV").record_embedding
     np.testing.assert_allclose(tenths, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", ["i2", "i4", "f4", "f8"])
+def test_millivolts_take_little_beyond_themselves(dtype):
+    """Where leads are longer than a piece; one has an offset that is taken off."""
+    time_T = np.arange(3 << 18)
+    signal_LT = np.stack([lead + 500 * np.sin(time_T / 40 + lead) for lead in range(12)]).astype(dtype)
+    signal_LT[1] += 32_000 if dtype == "i2" else 33_000
+    rows = [0, 1, *range(3, 12)]
+    signal_mv_LT = signal_LT[rows] * np.float64(1e-3)
+    signal_mv_LT[1] -= 0.0 if dtype == "i2" else float(np.median(signal_LT[1])) * 1e-3
+    tracemalloc.start()
+    mv_LT = inference._millivolts(signal_LT, rows, 1e-3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mv_LT.dtype == np.float32
+    np.testing.assert_array_equal(mv_LT, signal_mv_LT.astype(np.float32))
+    assert peak < 1.5 * mv_LT.nbytes
 
 
 @pytest.mark.parametrize(
