@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.plausibility import check_geometry, checked
+from ecgscale.data.remarked import NONE, Remarked, lines
 from ecgscale.data.selection import Selection, zscore_gain
 from ecgscale.data.shard_set import lead_positions
 from ecgscale.data.units import mv_per_value, parse_unit
@@ -33,7 +34,6 @@ from ecgscale.training.ranks import exact_fp32
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
 _WINDOWS_AT_ONCE = 64
 _NAMED_CLASSES = 6  # in a line
-_NAMED = 3  # recordings with a remark that are named
 
 _LOG = logging.getLogger(__name__)
 
@@ -278,12 +278,12 @@ def _judged(
 
 def log_remarks(odd: Sequence[tuple[str, Remark]]) -> None:
     """One warning for each kind of remark on recordings, which come with their names."""
-    by_kind: dict[str, list[str]] = {}
+    remarked: dict[str, Remarked] = {}
     for name, remark in odd:
-        by_kind.setdefault(remark.kind, []).append(f"{name} ({remark.detail})" if remark.detail else name)
-    for kind, named in by_kind.items():
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        _LOG.warning("%s: %s%s", kind, ", ".join(named[:_NAMED]), more)
+        named = f"{name} ({remark.detail})" if remark.detail else name
+        remarked[remark.kind] = remarked.get(remark.kind, NONE).plus(named)
+    for line in lines(remarked, None):  # the questions name options of ingest
+        _LOG.warning("%s", line)
 
 
 class _Window(NamedTuple):

@@ -22,7 +22,7 @@ from ecgscale import inference
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
-from ecgscale.record import LEADS, Record, quantise
+from ecgscale.record import LEADS, Record, Remark, quantise
 from ecgscale.training.state import write_state
 
 WINDOW = 2500  # samples of 5 s at 500 Hz
@@ -179,10 +179,8 @@ def test_what_is_odd_is_logged_and_flat_leads_are_masked(model, ecg_12_s, caplog
     alone = model.embed(np.delete(ecg_12_s, 7, axis=0), 500, without).record_embedding
     np.testing.assert_allclose(embedding[3], alone[0], **CLOSE)
     assert distance(embedding[0], alone[0]) > 0.01
-    flat = (
-        "leads without a signal are left out as absent: recording 1 (V2), recording 2 (V2), recording 3 (V2) and 1 more"
-    )
-    assert flat in caplog.messages
+    named = "recording 1 (V2), recording 2 (V2), recording 3 (V2) and 1 more"
+    assert f"4 records: leads without a signal are left out as absent; {named}" in caplog.messages
     assert any("I + III = II" in message for message in caplog.messages), "its leads are drawn independently"
 
 
@@ -198,6 +196,11 @@ def test_a_stored_record_embeds_as_its_millivolts_do(make_model, ecg_12_s, norma
     stored = model.embed_recordings([Recording.of(record)]).record_embedding
     given = model.embed(record.millivolts(), 500, LEADS[:6]).record_embedding
     np.testing.assert_allclose(stored, given, rtol=0, atol=1e-4)
+
+
+def test_remarks_are_logged_in_one_line_whatever_records_are_called(caplog):
+    inference.log_remarks([("a\nb", Remark("odd", "V1")), ("c", Remark("odd"))])
+    assert caplog.messages == ["2 records: odd; a b (V1), c"]
 
 
 # --- windows and tokens ---
