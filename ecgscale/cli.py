@@ -516,7 +516,9 @@ def embed(argv: list[str]) -> None:
     parser.add_argument("--rate-hz", type=float, help="sample rate of an .npy")
     parser.add_argument("--leads", metavar="I,II,...", help="leads of an .npy, in its order")
     parser.add_argument("--ignore-leads", default="", metavar="A,B", help="signals of WFDB records to leave out")
-    parser.add_argument("--rename-leads", default="", metavar="A=I,B=II", help="leads that WFDB records call otherwise")
+    parser.add_argument(
+        "--rename-leads", default="", metavar="A=I,B=II", help="leads that WFDB records or --leads call otherwise"
+    )
     parser.add_argument("--unit", help="of floats in an .npy: V, mV (default) or uV, or a multiple such as 0.5mV")
     parser.add_argument("--mv-per-count", type=float, help="millivolts per count of integers in an .npy")
     options = parser.parse_args(argv)

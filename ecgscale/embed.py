@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from ecgscale.data.sources import WfdbFolder, read_wfdb
 from ecgscale.errors import InputError, unreadable
 from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Embedding, Recording, load, log_remarks
-from ecgscale.record import LEADS, Record, Remark
+from ecgscale.record import LEADS, Record, Remark, source_leads
+
+# Kind of input -> the options that say something about it; any other is refused rather than ignored.
+_OPTIONS = {
+    "an .npy": ("--rate-hz", "--leads", "--rename-leads", "--unit", "--mv-per-count"),
+    "WFDB records": ("--ignore-leads", "--rename-leads"),
+    "a data set": (),
+}
 
 
 def embed_files(
@@ -35,21 +42,33 @@ def embed_files(
     """Embed a WFDB record, a folder of them, a data set or an .npy; writes ``out`` and returns the line to print.
 
     What is odd about recordings is logged, as by ``ECGModel.embed``; those of a data set were judged at its ingest.
+    Raises InputError for an option that says nothing about that kind of input.
     """
     if out.suffix != ".npz":
         raise InputError(f"{out}: the output is an .npz file")
-    if source.suffix != ".npy" and (rate_hz is not None or leads is not None):
-        raise InputError(f"{source}: --rate-hz and --leads are for an .npy; a WFDB record says both itself")
-    if source.suffix != ".npy" and (unit is not None or mv_per_count is not None):
-        raise InputError(f"{source}: --unit and --mv-per-count are for an .npy; a WFDB record says its gain itself")
+    is_data_set = (source / MANIFEST).is_file()
+    kind = "an .npy" if source.suffix == ".npy" else "a data set" if is_data_set else "WFDB records"
+    given = {
+        "--rate-hz": rate_hz,
+        "--leads": leads,
+        "--ignore-leads": ignore_leads or None,
+        "--rename-leads": rename_leads or None,
+        "--unit": unit,
+        "--mv-per-count": mv_per_count,
+    }
+    for option, value in given.items():
+        if value is not None and option not in _OPTIONS[kind]:
+            fitting = " or ".join(name for name, options in _OPTIONS.items() if option in options)
+            raise InputError(f"{source}: {option} goes with {fitting}, not with {kind}; leave it out")
     model = load(model_path)
     names: list[str] = []
     rejected: list[str] = []
     odd: list[tuple[str, Remark]] = []
     splits: list[str] = []  # of a data set's recordings
-    if source.suffix == ".npy":
-        names, embedding = _embed_npy(model, source, rate_hz, leads, tokens, unit or "mV", mv_per_count)
-    elif (source / MANIFEST).is_file():
+    if kind == "an .npy":
+        renames = dict(rename_leads)
+        names, embedding = _embed_npy(model, source, rate_hz, leads, renames, tokens, unit or "mV", mv_per_count)
+    elif kind == "a data set":
         shards = ShardSet.open(source)
         embedding = model.embed_recordings(_of_data_set(model, shards, names, splits, rejected), tokens)
     else:
@@ -73,6 +92,7 @@ def _embed_npy(
     source: Path,
     rate_hz: float | None,
     leads: tuple[str, ...] | None,
+    renames: Mapping[str, str],
     tokens: bool,
     unit: str,
     mv_per_count: float | None,
@@ -84,12 +104,15 @@ def _embed_npy(
         signal = np.lib.format.open_memmap(source, mode="r")
     except (ValueError, OSError, EOFError) as error:
         raise unreadable(source, "not a readable .npy of numbers", error) from error
+    if leads is None and renames:
+        raise InputError(f"{source}: --rename-leads is about names in --leads; give both, or leave it out")
     if leads is None and signal.ndim in (2, 3) and signal.shape[-2] == len(LEADS):
         leads = LEADS
     if leads is None:
         raise InputError(f"{source}: of shape {signal.shape}; give --leads with the name of each lead in order")
     try:
-        embedding = model.embed(signal, rate_hz, leads, tokens, progress=True, unit=unit, mv_per_count=mv_per_count)
+        names = source_leads(leads, renames, can_ignore=False)
+        embedding = model.embed(signal, rate_hz, names, tokens, progress=True, unit=unit, mv_per_count=mv_per_count)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return [f"{source.stem}[{i}]" for i in range(len(embedding.record_embedding))], embedding

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.plausibility import checked
+from ecgscale.data.plausibility import check_geometry, checked
+from ecgscale.data.remarked import NONE, Remarked, lines
 from ecgscale.data.selection import Selection, zscore_gain
 from ecgscale.data.shard_set import lead_positions
 from ecgscale.data.units import mv_per_value, parse_unit
@@ -27,13 +28,12 @@ from ecgscale.errors import InputError
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, Remark, canonical_leads, electrode_offset, resample_millivolts
+from ecgscale.record import LEADS, Record, Remark, canonical_leads, electrode_offset, pieces, resample_millivolts
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
 _WINDOWS_AT_ONCE = 64
 _NAMED_CLASSES = 6  # in a line
-_NAMED = 3  # recordings with a remark that are named
 
 _LOG = logging.getLogger(__name__)
 
@@ -164,8 +164,8 @@ class ECGModel:
             unit: of floats: V, mV or uV, with a factor where need be, such as 0.5mV.
             mv_per_count: of integers, which say no unit.
 
-        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, numbers
-        that are no ECG's, and recordings below one token.
+        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, a rate
+        or a duration that no ECG has, numbers that are no ECG's, and recordings below one token.
         """
         signal_RLT = np.asarray(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:
@@ -181,19 +181,16 @@ class ECGModel:
             )
         if not signal_RLT.size:
             raise InputError(f"signal of shape {signal_RLT.shape} is empty; give at least one lead and one sample")
-        if not 1 <= rate_hz <= 100_000:
-            raise InputError(f"rate_hz {rate_hz}: give the sample rate in Hz, from 1 to 100000")
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
+        check_geometry(signal_RLT.shape[2], rate_hz)
         rows_R, remarks = _judged(signal_RLT, mv_per_1, names)
         log_remarks(remarks)
 
         def recordings() -> Iterator[Recording]:
             bar = tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
             for signal_LT, rows in zip(bar, rows_R, strict=True):
-                offset_mv_L1 = np.array([[electrode_offset(signal_LT[row], mv_per_1)] for row in rows])
-                # As when records are read: an offset that int16 could not hold is taken off.
-                kept_mv_LT = np.asarray(signal_LT[rows] * np.float64(mv_per_1) - offset_mv_L1, np.float32)
-                resampled_LT = resample_millivolts(kept_mv_LT, rate_hz, self.profile.rate_hz)
+                mv_LT = _millivolts(signal_LT, rows, mv_per_1)
+                resampled_LT = resample_millivolts(mv_LT, rate_hz, self.profile.rate_hz)
                 positions = [LEADS.index(names[row]) for row in rows]
                 yield Recording(resampled_LT, np.ones(len(rows), np.float32), positions)
 
@@ -253,6 +250,16 @@ class ECGModel:
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
 
 
+def _millivolts(signal_LT: npt.NDArray[Any], rows: Sequence[int], mv_per_1: float) -> Floats:
+    """Some rows in mV. As when records are read, an offset that int16 could not hold is taken off."""
+    mv_LT = np.empty((len(rows), signal_LT.shape[1]), np.float32)
+    for mv_T, row in zip(mv_LT, rows, strict=True):
+        offset_mv = electrode_offset(signal_LT[row], mv_per_1)
+        for piece in pieces(len(mv_T)):
+            mv_T[piece] = signal_LT[row, piece] * np.float64(mv_per_1) - offset_mv
+    return mv_LT
+
+
 def _judged(
     signal_RLT: npt.NDArray[Any], mv_per_1: float, leads: Sequence[str]
 ) -> tuple[list[list[int]], list[tuple[str, Remark]]]:
@@ -271,12 +278,12 @@ def _judged(
 
 def log_remarks(odd: Sequence[tuple[str, Remark]]) -> None:
     """One warning for each kind of remark on recordings, which come with their names."""
-    by_kind: dict[str, list[str]] = {}
+    remarked: dict[str, Remarked] = {}
     for name, remark in odd:
-        by_kind.setdefault(remark.kind, []).append(f"{name} ({remark.detail})" if remark.detail else name)
-    for kind, named in by_kind.items():
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        _LOG.warning("%s: %s%s", kind, ", ".join(named[:_NAMED]), more)
+        named = f"{name} ({remark.detail})" if remark.detail else name
+        remarked[remark.kind] = remarked.get(remark.kind, NONE).plus(named)
+    for line in lines(remarked, None):  # the questions name options of ingest
+        _LOG.warning("%s", line)
 
 
 class _Window(NamedTuple):

@@ -190,12 +190,13 @@ class Fitted(NamedTuple):
         return tuple(Remark(kind, detail) for kind, detail in kinds if detail)
 
 
-def check_rate(rate_hz: float) -> None:
-    """Raises InputError for a sample rate that no ECG has."""
+def check_rate(rate_hz: float, name: str = "sampling rate") -> None:
+    """Raises InputError, which begins with ``name``, for a sample rate that no ECG has."""
     if MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         return
-    period = f" (a period in seconds? Then it is {1 / rate_hz:g} Hz)" if MIN_RATE_HZ <= 1 / rate_hz <= 10_000 else ""
-    raise InputError(f"sampling rate {rate_hz:g} Hz{period}; an ECG has {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} Hz")
+    is_period = rate_hz > 0 and MIN_RATE_HZ <= 1 / rate_hz <= 10_000
+    period = f" (a period in seconds? Then it is {1 / rate_hz:g} Hz)" if is_period else ""
+    raise InputError(f"{name} {rate_hz:g} Hz{period}; an ECG has {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} Hz")
 
 
 def pieces(n_samples: int) -> Iterator[slice]:

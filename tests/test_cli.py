@@ -137,8 +137,18 @@ def test_help_of_every_subcommand(command, name):
         (["inspect", "nowhere"], "nowhere is no data set (manifest.json), no export (config.json) and no run folder"),
         (["export", "nowhere", "out"], "nowhere: neither an export"),
         (["embed", "nowhere", "x.npy", "out.npz"], "nowhere: neither an export"),
-        (["embed", "nowhere", "x.hea", "out.npz", "--leads", "I"], "x.hea: --rate-hz and --leads are for an .npy"),
-        (["embed", "nowhere", "x.hea", "out.npz", "--unit", "V"], "x.hea: --unit and --mv-per-count are for an .npy"),
+        (
+            ["embed", "nowhere", "x.hea", "out.npz", "--leads", "I"],
+            "--leads goes with an .npy, not with WFDB records",
+        ),
+        (
+            ["embed", "nowhere", "x.hea", "out.npz", "--unit", "V"],
+            "x.hea: --unit goes with an .npy, not with WFDB",
+        ),
+        (
+            ["embed", "nowhere", "x.npy", "out.npz", "--ignore-leads", "I"],
+            "x.npy: --ignore-leads goes with WFDB",
+        ),
         (["evaluate", "m", "--data.shards", "a", "--leads", "12,6"], "m: neither an export"),
     ],
 )
@@ -211,6 +221,9 @@ def test_embed_an_npy(command, small_export, ecg_LT, tmp_path):
     assert command(*given)[0] == 0
     found = np.load(out, allow_pickle=False)
     assert found["name"].tolist() == ["three[0]", "three[1]"]
+    renamed = (*given[:-1], "D2,I", "--rename-leads", "d2=II")
+    assert command(*renamed)[0] == 0
+    np.testing.assert_array_equal(np.load(out, allow_pickle=False)["record_embedding"], found["record_embedding"])
     np.save(tmp_path / "counts.npy", np.rint(200 * ecg_LT).astype(np.int16))
     assert (
         command("embed", small_export, tmp_path / "counts.npy", out, "--rate-hz", 500, "--mv-per-count", 0.005)[0] == 0
@@ -225,12 +238,14 @@ def test_embed_an_npy(command, small_export, ecg_LT, tmp_path):
     ("array", "options", "said"),
     [
         (np.zeros((12, 500)), [], "says no sample rate; give --rate-hz"),
-        (np.zeros((12, 500)), ["--rate-hz", "0"], "rate_hz 0"),
+        (np.zeros((12, 500)), ["--rate-hz", "0"], "sampling rate 0 Hz"),
         (np.zeros((12, 500)), ["--rate-hz", "fast"], "--rate-hz: invalid float value: 'fast'"),
         (np.zeros((3, 500)), ["--rate-hz", "500"], "of shape (3, 500); give --leads"),
         (np.zeros(500), ["--rate-hz", "500"], "of shape (500,); give --leads"),
         (np.zeros((3, 500)), ["--rate-hz", "500", "--leads", "I,II"], "shape (1, 3, 500)"),
         (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,X"], "unknown lead 'X'"),
+        (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,D2"], "--rename-leads 'D2=II' reads it as a lead"),
+        (np.zeros((12, 500)), ["--rate-hz", "500", "--rename-leads", "D2=II"], "is about names in --leads; give both"),
         (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,I"], "lead I stands 2 times"),
         (np.full((12, 500), np.nan), ["--rate-hz", "500"], "NaN"),
         (np.eye(12, 5), ["--rate-hz", "500"], "5 samples"),

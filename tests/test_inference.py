@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ecgscale import inference
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
-from ecgscale.record import LEADS, Record, quantise
+from ecgscale.record import LEADS, Record, Remark, quantise
 from ecgscale.training.state import write_state
 
 WINDOW = 2500  # samples of 5 s at 500 Hz
@@ -128,6 +130,24 @@ def test_integers_lists_and_counts_are_the_same_ecg(model, ecg_12_s):
     np.testing.assert_allclose(tenths, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", ["i2", "i4", "f4", "f8"])
+def test_millivolts_take_little_beyond_themselves(dtype):
+    """Where leads are longer than a piece; one has an offset that is taken off."""
+    time_T = np.arange(3 << 18)
+    signal_LT = np.stack([lead + 500 * np.sin(time_T / 40 + lead) for lead in range(12)]).astype(dtype)
+    signal_LT[1] += 32_000 if dtype == "i2" else 33_000
+    rows = [0, 1, *range(3, 12)]
+    signal_mv_LT = signal_LT[rows] * np.float64(1e-3)
+    signal_mv_LT[1] -= 0.0 if dtype == "i2" else float(np.median(signal_LT[1])) * 1e-3
+    tracemalloc.start()
+    mv_LT = inference._millivolts(signal_LT, rows, 1e-3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mv_LT.dtype == np.float32
+    np.testing.assert_array_equal(mv_LT, signal_mv_LT.astype(np.float32))
+    assert peak < 1.5 * mv_LT.nbytes
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -159,10 +179,8 @@ def test_what_is_odd_is_logged_and_flat_leads_are_masked(model, ecg_12_s, caplog
     alone = model.embed(np.delete(ecg_12_s, 7, axis=0), 500, without).record_embedding
     np.testing.assert_allclose(embedding[3], alone[0], **CLOSE)
     assert distance(embedding[0], alone[0]) > 0.01
-    flat = (
-        "leads without a signal are left out as absent: recording 1 (V2), recording 2 (V2), recording 3 (V2) and 1 more"
-    )
-    assert flat in caplog.messages
+    named = "recording 1 (V2), recording 2 (V2), recording 3 (V2) and 1 more"
+    assert f"4 records: leads without a signal are left out as absent; {named}" in caplog.messages
     assert any("I + III = II" in message for message in caplog.messages), "its leads are drawn independently"
 
 
@@ -178,6 +196,11 @@ def test_a_stored_record_embeds_as_its_millivolts_do(make_model, ecg_12_s, norma
     stored = model.embed_recordings([Recording.of(record)]).record_embedding
     given = model.embed(record.millivolts(), 500, LEADS[:6]).record_embedding
     np.testing.assert_allclose(stored, given, rtol=0, atol=1e-4)
+
+
+def test_remarks_are_logged_in_one_line_whatever_records_are_called(caplog):
+    inference.log_remarks([("a\nb", Remark("odd", "V1")), ("c", Remark("odd"))])
+    assert caplog.messages == ["2 records: odd; a b (V1), c"]
 
 
 # --- windows and tokens ---
@@ -205,7 +228,7 @@ def test_a_tail_below_a_second_is_left_out_and_a_longer_one_is_not(model, ecg_12
 
 @pytest.mark.parametrize(("samples", "tokens"), [(16, 1), (31, 1), (250, 15), (2499, 156), (2500, 156)])
 def test_all_that_there_is_is_kept_however_short(model, ecg_12_s, samples, tokens):
-    embedding = model.embed(ecg_12_s[:, :samples], 500, LEADS, tokens=True)
+    embedding = model.embed_recordings([Recording.of(record_of(ecg_12_s[:, :samples]))], tokens=True)
     assert embedding.tokens.shape == (1, tokens, 32)
     assert np.isfinite(embedding.tokens).all()
     np.testing.assert_allclose(embedding.tokens.mean(axis=1), embedding.record_embedding, **CLOSE)
@@ -272,13 +295,16 @@ WITH_NAN = np.where(np.arange(500) == 7, np.nan, OKAY)
         (OKAY[None, None], 500, LEADS, "shape (1, 1, 12, 500)"),
         (WITH_NAN, 500, LEADS, "NaN or infinity"),
         (np.where(OKAY == 0, -np.inf, 0), 500, LEADS, "NaN or infinity"),
-        (OKAY, 0, LEADS, "rate_hz 0"),
-        (OKAY, -500, LEADS, "rate_hz -500"),
-        (OKAY, np.nan, LEADS, "rate_hz nan"),
-        (OKAY, np.inf, LEADS, "rate_hz inf"),
-        (OKAY, 1e-6, LEADS, "rate_hz 1e-06"),
-        (OKAY[:, :15], 500, LEADS, "15 samples at 500 Hz"),
-        (OKAY[:, :7], 250, LEADS, "14 samples at 500 Hz"),
+        (OKAY, 0, LEADS, "sampling rate 0 Hz; an ECG has 20 to 100000 Hz"),
+        (OKAY, -500, LEADS, "sampling rate -500 Hz"),
+        (OKAY, np.nan, LEADS, "sampling rate nan Hz"),
+        (OKAY, np.inf, LEADS, "sampling rate inf Hz"),
+        (OKAY, 1e-6, LEADS, "sampling rate 1e-06 Hz"),
+        (OKAY, 10, LEADS, "sampling rate 10 Hz"),
+        (OKAY, np.float32(2**-8), LEADS, "a period in seconds? Then it is 256 Hz"),
+        (OKAY[:, :15], 500, LEADS, "15 samples at 500 Hz are 30 ms; an ECG has at least 200 ms"),
+        (OKAY[:, :99], 500, LEADS, "99 samples at 500 Hz"),
+        (OKAY[:, :7], 250, LEADS, "7 samples at 250 Hz"),
         (OKAY[:, :0], 250, LEADS, "shape (1, 12, 0) is empty"),
         (OKAY[:0], 500, (), "shape (1, 0, 500) is empty"),
         (np.zeros((0, 12, 500)), 500, LEADS, "shape (0, 12, 500) is empty"),

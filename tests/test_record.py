@@ -190,7 +190,7 @@ def test_what_would_not_fit_at_the_new_rate_is_refused() -> None:
         long.resampled(20_000)
 
 
-@pytest.mark.parametrize("rate_hz", [0.5, 19.9, 1e5 + 1, 1e-300])
+@pytest.mark.parametrize("rate_hz", [0, -1.0, 0.5, 19.9, 1e5 + 1, 1e-300, float("nan")])
 def test_rates_of_no_ecg_are_refused(rate_hz: float) -> None:
     with pytest.raises(InputError, match=r"an ECG has 20 to 100000 Hz"):
         check_rate(rate_hz)

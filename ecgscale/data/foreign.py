@@ -22,7 +22,7 @@ from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS, canonical_leads, in_canonical_order, parse_renames, source_leads
-from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ
+from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ, check_rate
 
 RATE_KEYS = ("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency")
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
@@ -55,8 +55,8 @@ class Rules:
     """NAME=LEAD of rows that the JSON calls otherwise."""
 
     def __post_init__(self) -> None:
-        if self.rate_hz is not None and not MIN_RATE_HZ <= self.rate_hz <= MAX_RATE_HZ:
-            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between {MIN_RATE_HZ:g} and 100000 Hz")
+        if self.rate_hz is not None:
+            check_rate(self.rate_hz, "rate-hz")
         parse_renames(self.rename_leads)
         if self.mv_per_count is not None and not 0 < self.mv_per_count < math.inf:
             raise InputError(f"mv-per-count {self.mv_per_count:g}: give a finite number above 0")
@@ -218,8 +218,8 @@ def _rate(fields: Fields, has_option: bool) -> float | None:
         return float(said)
     if not has_option:
         raise InputError(
-            f"its sample rate is {str(said)[:40]!r}; write rate_hz, {MIN_RATE_HZ:g} to 100000 Hz, into the JSON "
-            "or give --rate-hz"
+            f"its sample rate is {str(said)[:40]!r}; write rate_hz, {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g} Hz, into the "
+            "JSON or give --rate-hz"
         )
     return None
 

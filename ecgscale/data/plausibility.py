@@ -120,8 +120,9 @@ def checked(
 def plausible(record: Record, shown: Path | str) -> Record:
     """The record without leads that hold no signal, and with remarks on what else is odd.
 
-    For records whose counts are as the recorder wrote them; floats are judged before they are rounded. Raises
-    InputError, which begins with ``shown``, for what is no ECG.
+    For records whose counts are the recorder's but for offsets, and were searched for codes before those were taken
+    off (see check_codes); floats are judged before they are rounded. Raises InputError, which begins with ``shown``,
+    for what is no ECG.
     """
     try:
         check_geometry(record.n_samples, record.rate_hz)
@@ -135,6 +136,31 @@ def plausible(record: Record, shown: Path | str) -> Record:
     offset_mv = {lead: mv for lead, mv in record.offset_mv.items() if lead in leads}
     signal_LT, scale_L = record.signal_LT[kept], record.scale_L[kept]
     return replace(record, signal_LT=signal_LT, scale_L=scale_L, leads=leads, offset_mv=offset_mv)
+
+
+def check_codes(count_T: npt.NDArray[np.integer], baseline: int, lead: str) -> None:
+    """Raises InputError where counts of any width hold a code for missing samples, with the baseline or without it.
+
+    Asked before an offset is taken off and counts are rounded, which would make any number of a code.
+    """
+    extremes = float(count_T.min()), float(count_T.max())
+    for offset in {0, baseline}:
+        if code := code_in(count_T, extremes, offset):
+            raise InputError(f"lead {lead}: {code}")
+
+
+def code_in(values_T: npt.NDArray[Any], extremes: tuple[float, float], offset: int = 0) -> str | None:
+    """What is to be said of an extreme that, plus ``offset``, is a code for missing samples, far from all others."""
+    for extreme in extremes:
+        if extreme + offset not in _CODES:
+            continue
+        others = values_T[values_T != values_T.dtype.type(extreme)].astype(np.float64)
+        if len(others) and np.abs(others - extreme).min() > np.ptp(others):
+            return (
+                f"{len(values_T) - len(others)} samples are {extreme + offset:g}, far from all others and most likely "
+                "a code for missing ones; interpolate them or leave the record out"
+            )
+    return None
 
 
 def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Sequence[str]) -> Verdict:
@@ -238,19 +264,10 @@ class _Numbers:
 
     def code(self) -> InputError | None:
         """Whether a number far from all others stands for missing samples."""
-        for extreme_L in (self.low_L, self.high_L):
-            for row, code in enumerate(extreme_L.tolist()):
-                if code not in _CODES or self.flat_L[row]:
-                    continue
-                values_T = self.values_LT[row]
-                others = values_T[values_T != values_T.dtype.type(code)].astype(np.float64)
-                gap = np.abs(others - code).min()
-                if gap > np.ptp(others):
-                    n = len(values_T) - len(others)
-                    return InputError(
-                        f"lead {self.leads[row]}: {n} samples are {code:g}, far from all others and most likely a "
-                        "code for missing ones; interpolate them or leave the record out"
-                    )
+        for row in np.flatnonzero(~self.flat_L).tolist():
+            code = code_in(self.values_LT[row], (self.low_L[row], self.high_L[row]))
+            if code is not None:
+                return InputError(f"lead {self.leads[row]}: {code}")
         return None
 
     def flat(self) -> Remark | None:

@@ -31,12 +31,14 @@ class Remarked:
 NONE = Remarked(0, [])
 
 
-def lines(remarked: Mapping[str, Remarked], records: int, listed_in: str = "") -> list[str]:
-    """A line for each kind, and what to ask where it is that of most of all records."""
+def lines(remarked: Mapping[str, Remarked], records: int | None, listed_in: str = "") -> list[str]:
+    """A line for each kind, and what to ask where it is that of most of all records; None: nothing is asked."""
     told = []
     for kind, one in remarked.items():
         more = one.records - len(one.first)
         names = ", ".join(one.first) + (f" and {more} more" if more else "")
         told.append(f"{one.records} records: {kind}; {one_line(names)}{listed_in}")
+    if records is None:
+        return told
     counts = {kind: one.records for kind, one in remarked.items()}
     return told + [f"most records: {question}" for question in questions(counts, records)]

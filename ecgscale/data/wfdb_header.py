@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 from ecgscale.errors import InputError
-from ecgscale.record import MAX_RATE_HZ, mv_per_unit
+from ecgscale.record import mv_per_unit
 
 DEFAULT_GAIN = 200.0  # header(5): counts per physical unit where the header leaves the gain out
 MV_PER_COUNT_RANGE = (1e-9, 100.0)  # beyond it a count is no ECG: less than 1 pV, or more than the whole QRS
@@ -115,8 +115,8 @@ def _record_line(line: str) -> tuple[int | None, int, float, int | None]:
     if rate is None:
         raise InputError(f"sampling rate {_short(rest[1])} is not a number in Hz")
     rate_hz = _number(rate[1], "sampling rate")
-    if not 0 < rate_hz <= MAX_RATE_HZ:
-        raise InputError(f"sampling rate {rest[1]} Hz; it must be above 0 and at most {MAX_RATE_HZ:g} Hz")
+    if not 0 < rate_hz < math.inf:  # of frames, which may hold several samples: check_rate is for those of a signal
+        raise InputError(f"sampling rate {rest[1]} Hz; it must be finite and above 0")
     n_frames = _whole(rest[2], "number of samples", low=0) if len(rest) > 2 else 0
     return n_segments, n_signals, rate_hz, n_frames or None
 

@@ -28,6 +28,7 @@ class Signals:
     counts_L: list[Integers]  # of each lead (T,), baseline subtracted, in the narrowest of int16, int32 and int64
     valid_L: list[npt.NDArray[np.bool_] | None]  # of each lead (T,); None: all samples are valid
     mv_per_count_L: npt.NDArray[np.float64]
+    baseline_L: list[int]  # that was subtracted; of segments the first one's
     rate_hz: float
 
 
@@ -70,7 +71,8 @@ def to_signals(
             valid_T[-lag:] = False  # the file ends before the lagging signal does
         counts_L.append(count_T)
         valid_L.append(valid_T)
-    return Signals(leads, counts_L, valid_L, mv_per_count_L, rate_hz)
+    baseline_L = [line.baseline for line in lines]
+    return Signals(leads, counts_L, valid_L, mv_per_count_L, baseline_L, rate_hz)
 
 
 def _valid(sample_T: Integers, bits: int | None) -> npt.NDArray[np.bool_] | None:
@@ -128,12 +130,14 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
     if len(rates_hz) > 1:
         raise InputError(f"segments of {rates_hz[0]:g} Hz and {rates_hz[1]:g} Hz; one rate is needed")
     scales: dict[str, float] = {}
+    baselines: dict[str, int] = {}
     dtypes: dict[str, np.dtype[np.integer]] = {}
     for signals in present:
         for lead, scale, count_T in zip(signals.leads, signals.mv_per_count_L.tolist(), signals.counts_L, strict=True):
             if scales.setdefault(lead, scale) != scale:
                 raise InputError(f"lead {lead} has {scales[lead]:g} and {scale:g} mV per count; one gain is needed")
             dtypes[lead] = np.promote_types(dtypes.get(lead, np.dtype(np.int16)), count_T.dtype)
+        baselines = dict(zip(signals.leads, signals.baseline_L, strict=True)) | baselines
     per_frame = round(rates_hz[0] / frame_rate_hz)
     n_samples = per_frame * sum(n_frames for n_frames, _ in segments)
     counts = {lead: np.zeros(n_samples, dtypes[lead]) for lead in scales}
@@ -149,7 +153,14 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
                 counts[lead][start:stop] = count_T
                 valid[lead][start:stop] = True if valid_T is None else valid_T
         start = stop
-    return Signals(tuple(scales), [*counts.values()], [*valid.values()], np.array([*scales.values()]), rates_hz[0])
+    return Signals(
+        tuple(scales),
+        [*counts.values()],
+        [*valid.values()],
+        np.array([*scales.values()]),
+        [baselines[lead] for lead in scales],
+        rates_hz[0],
+    )
 
 
 def fill_invalid(signals: Signals, max_fraction: float) -> int:

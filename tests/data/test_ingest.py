@@ -231,6 +231,8 @@ def test_a_patient_in_two_splits_is_refused(ingest_records, patients, tmp_path) 
         ({"validation_values": ("1",)}, "split-by"),
         ({"rate_hz": 0.0}, "rate-hz 0"),
         ({"rate_hz": float("nan")}, "rate-hz nan"),
+        ({"rate_hz": 5.0}, "rate-hz 5 Hz; an ECG has 20 to 100000 Hz"),
+        ({"rate_hz": 0.002}, r"a period in seconds\? Then it is 500 Hz"),
         ({"records_per_shard": 0}, "records-per-shard 0"),
         ({"validation_fraction": -0.1}, "-0.1"),
         ({"validation_fraction": 0.5, "test_fraction": 0.51}, "0.5, 0.51.*at most 1"),

@@ -236,11 +236,14 @@ def test_ignored_leads_are_left_out_whatever_they_are(tmp_path: Path) -> None:
         read_wfdb(path, ignore_leads=["resp", "pleth", "i", "ii"])
 
 
-def test_several_samples_per_frame_keep_their_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_frame", [2, 50])
+def test_several_samples_per_frame_keep_their_rate(tmp_path: Path, per_frame: int) -> None:
+    """Frames may be fewer than an ECG's samples can be."""
     counts_TL = random_counts(n_samples=500, n_leads=2, bits=16)
-    frames = counts_TL.reshape(250, 2, 2).transpose(0, 2, 1)  # frame, signal, sample
-    line = "r.dat 16x2 1000(0)/mV 16 0 0"
-    header = f"r 2 250 250\n{line} {counts_TL[:, 0].sum()} 0 I\n{line} {counts_TL[:, 1].sum()} 0 II\n"
+    n_frames = 500 // per_frame
+    frames = counts_TL.reshape(n_frames, per_frame, 2).transpose(0, 2, 1)  # frame, signal, sample
+    line = f"r.dat 16x{per_frame} 1000(0)/mV 16 0 0"
+    header = f"r 2 {n_frames} {n_frames}\n{line} {counts_TL[:, 0].sum()} 0 I\n{line} {counts_TL[:, 1].sum()} 0 II\n"
     record = read_wfdb(write_raw(tmp_path, header, frames.astype("<i2").tobytes()))
     assert record.rate_hz == 500
     np.testing.assert_array_equal(record.signal_LT, counts_TL.T)
@@ -269,6 +272,37 @@ def test_an_electrode_offset_is_taken_off_and_kept_apart(tmp_path: Path, format_
     assert (set(record.offset_mv), record.invalid_samples) == ({"I"}, 1)
     assert [remark.kind for remark in record.remarks] == [OFFSET]
     np.testing.assert_array_equal(record.scale_L, np.float32([5e-5, 5e-5]))
+
+
+@pytest.mark.parametrize(
+    ("format_", "level", "baseline", "written"),
+    [
+        ("32", 40_000, 0, -9999),  # an offset is taken off before counts fit into int16
+        ("32", 40_000, 100, -9999),
+        ("32", 40_000, 100, -9899),  # -9999 without the baseline
+        ("24", 6_000_000, 0, -99_999),  # so loud that counts are rounded
+        ("16", 8192, 8192, -999),
+    ],
+)
+def test_codes_for_missing_samples_are_found_in_counts_as_written(
+    tmp_path: Path, format_: str, level: int, baseline: int, written: int
+) -> None:
+    counts_TL = random_counts(bits=10, n_leads=2) + level
+    options: dict[str, object] = {"fmt": [format_] * 2, "adc_gain": [1000.0] * 2, "baseline": [baseline] * 2}
+    assert read_wfdb(write_wfdb(tmp_path / "whole", counts_TL, **options)).leads == ("I", "II")
+    counts_TL[40:50, 1] = written
+    write_wfdb(tmp_path / "codes", counts_TL, **options)
+    write_wfdb(tmp_path / "codes", counts_TL, name="again", **options)
+    header = f"both/2 2 {RATE_HZ} {2 * len(counts_TL)}\nr {len(counts_TL)}\nagain {len(counts_TL)}\n"
+    (tmp_path / "codes" / "both.hea").write_text(header)
+    for name, n in (("r", 10), ("both", 20)):
+        with pytest.raises(InputError, match=rf"{name}.hea: lead II: {n} samples are -9+, far from all others"):
+            WfdbFolder(tmp_path / "codes", "set").read(name)
+
+
+def test_a_count_that_happens_to_be_a_code_is_kept(tmp_path: Path) -> None:
+    counts_TL = np.linspace(-9999, 40_000, 600, dtype=int)[:, None]
+    assert read_wfdb(write_wfdb(tmp_path, counts_TL, fmt=["32"])).n_samples == 600
 
 
 def test_differences_begin_at_the_initial_value(tmp_path: Path) -> None:
@@ -456,7 +490,7 @@ def test_broken_segments(tmp_path: Path, header: str, reason: str) -> None:
         ("r one 500 1000\n" + LINE + " 0 0 I\n", "'one' is not a whole number"),
         ("r 1 0 1000\n" + LINE + " 0 0 I\n", "sampling rate 0 Hz"),
         ("r 1 -500 1000\n" + LINE + " 0 0 I\n", "sampling rate -500 Hz"),
-        ("r 1 1e9 1000\n" + LINE + " 0 0 I\n", "sampling rate 1e9 Hz"),
+        ("r 1 1e9 1000\n" + LINE + " 0 0 I\n", r"sampling rate 1e\+09 Hz; an ECG has 20 to"),
         ("r 1 nan 1000\n" + LINE + " 0 0 I\n", "sampling rate nan Hz"),
         ("r 1 fast 1000\n" + LINE + " 0 0 I\n", "sampling rate 'fast'"),
         ("r 1 60000 500\nr.dat 16x2 1000(0)/mV 16 0 0 0 0 I\n", "120000 Hz"),

@@ -241,6 +241,10 @@ def test_a_data_set_is_embedded_with_names_and_splits(rate_hz, small_export, tmp
         record = shards.record(names.index(name))
         expected = model.embed(record.millivolts(), record.rate_hz, record.leads).record_embedding[0]
         np.testing.assert_allclose(embedding_RD[name_R.index(name)], expected, atol=1e-3)
+    for given in (("--rate-hz", 500), ("--leads", "I"), ("--ignore-leads", "V1"), ("--rename-leads", "D1=I")):
+        said = refusal("embed", small_export, tmp_path / "set", tmp_path / "o.npz", *given)
+        assert f"{given[0]} goes with " in said
+        assert "not with a data set; leave it out" in said
     write([Row(split, {}, 10) for split in ("train", "test")], tmp_path / "short")
     assert "none of the 2 records can be embedded" in refusal(
         "embed", small_export, tmp_path / "short", tmp_path / "o.npz"

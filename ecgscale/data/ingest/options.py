@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ecgscale.data.payload import Payload
 from ecgscale.errors import InputError
+from ecgscale.record import check_rate
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class IngestOptions:
     test_values: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rate_hz <= 100_000:
-            raise InputError(f"rate-hz {self.rate_hz:g}: give a sample rate between 1 and 100000 Hz")
+        check_rate(self.rate_hz, "rate-hz")
         if self.records_per_shard < 1:
             raise InputError(f"records-per-shard {self.records_per_shard}: give 1 or more")
         fractions = (self.validation_fraction, self.test_fraction)

@@ -53,7 +53,7 @@ def open_source(path: Path, options: SourceOptions) -> OpenedSource:
 def implausible_unit(source: OpenedSource) -> str | None:
     """What to ask before a whole set is converted, by a few records from all over it; ``ingest`` checks each.
 
-    None where most of them are as ECGs are. Recordings of a day are looked at for a few seconds only.
+    None where most of them are as ECGs are. The first is read whole, however long; others are not begun after 5 s.
     """
     items = source.items()
     probed = items[:: -(-len(items) // _LOOKED_AT)]

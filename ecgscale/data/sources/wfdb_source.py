@@ -19,7 +19,7 @@ import numpy as np
 
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table, paths_of
-from ecgscale.data.plausibility import plausible
+from ecgscale.data.plausibility import check_codes, plausible
 from ecgscale.data.sources.listing import contents_below, header_names, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
@@ -148,7 +148,8 @@ def read_wfdb(
 
     Raises InputError that names the header and the reason: unreadable or implausible header, missing or
     truncated data, leads that are unknown, repeated or sampled at unequal rates, unknown units, a checksum
-    that does not match, or more than ``max_invalid_fraction`` invalid samples in a lead.
+    that does not match, a code for missing samples (see check_codes), or more than ``max_invalid_fraction`` invalid
+    samples in a lead.
     """
     if not path.name:
         raise InputError(f"{path}: not the path of a record")
@@ -160,6 +161,8 @@ def read_wfdb(
         header = reader.header(header_path)
         signals = reader.signals(header, header_path)
         n_invalid = fill_invalid(signals, max_invalid_fraction)
+        for lead, count_T, baseline in zip(signals.leads, signals.counts_L, signals.baseline_L, strict=True):
+            check_codes(count_T, baseline, lead)
         order = in_canonical_order(signals.leads)
         fitted = fit_counts([signals.counts_L[i] for i in order], signals.mv_per_count_L[order])
         known = describe(header.comments, labels, record_name, patient_key, _folder_name(header_path, root))
