@@ -39,6 +39,8 @@ UNKNOWN_WORDS = frozenset(
 _TRUE, _FALSE = frozenset(("true", "t", "yes", "y", "1")), frozenset(("false", "f", "no", "n", "0"))
 _BOOLEANS = {"true": "1", "false": "0"}  # T and F are no class names for them: F is a fusion beat
 
+PATIENT_KEYS = ("patient_id", "patientid", "subject_id", "patient")
+"""Names, in any case, under which tables, headers and JSON say whose a recording is; the first that is known counts."""
 NOBODY = "a record without a known patient, taken as a person of its own"  # a note of records, not of cells
 
 _STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
@@ -67,6 +69,12 @@ _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # from escapes; it could neither be stored nor printed
 _LEADING_ZERO = re.compile("-?0[0-9]")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
+
+
+def find_key(keys: Iterable[str], wanted: str) -> str | None:
+    """The key that equals ``wanted``, exactly if one does, otherwise upper or lower case alike."""
+    alike = [key for key in keys if key.strip().casefold() == wanted.strip().casefold()]
+    return wanted if wanted in alike else next(iter(alike), None)
 
 
 def is_known(value: str) -> bool:

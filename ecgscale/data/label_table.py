@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ecgscale.data.cells import Cells, has_likelihoods, is_known
+from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods, is_known
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.errors import InputError, MachineError, file_error
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ecgscale.data.sources.scratch import Scratch
 
 RECORD_COLUMNS = ("record", "filename", "filename_hr", "ecg_id", "name")
-PATIENT_KEYS = ("patient_id", "patientid", "subject_id", "patient")
 METADATA_KEYS = ("age", "sex")
 _DATA_SUFFIXES = (".hea", ".dat", ".mat", ".npy", ".npz", ".flac", ".edf", ".xml", ".dcm", ".csv", ".h5", ".hdf5")
 _WITHOUT_NAME = re.compile(r"(unnamed: \d+(_level_\d+)?)?", re.IGNORECASE)  # the index column that pandas writes
@@ -298,11 +297,6 @@ def _record_of(file: CsvFile, line: int, cell: str, matcher: Matcher) -> str | N
             "give the path below the folder"
         )
     return records[0] if records else None
-
-
-def find_key(keys: Iterable[str], wanted: str) -> str | None:
-    """The key that equals ``wanted``, upper or lower case alike."""
-    return next((key for key in keys if key.strip().casefold() == wanted.strip().casefold()), None)
 
 
 # -- which record a row names ----------------------------------------------------------------------------------------
