@@ -13,11 +13,11 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods, is_known
 from ecgscale.data.label_columns import LabelColumns
@@ -81,13 +81,30 @@ class LabelTable:
 
     def _rows(self, item: str) -> list[tuple[int, int, str]]:
         query = "SELECT file, line, cells FROM rows WHERE item = ? ORDER BY file"
-        try:
-            return _open(self.rows).execute(query, (item,)).fetchall()
-        except sqlite3.Error as error:
-            raise MachineError(f"{self.rows}: the table of labels cannot be read: {error}") from error
+        return list(rows_of(self.rows, query, item))
 
 
-@functools.lru_cache(maxsize=4)
+@contextmanager
+def being_filled(path: Path) -> Iterator[sqlite3.Connection]:
+    """A table on disk, which whoever made it throws away if it is not finished. What SQLite cannot do, MachineError."""
+    try:
+        with closing(sqlite3.connect(path)) as tables:
+            tables.execute("PRAGMA journal_mode=OFF")
+            tables.execute("PRAGMA synchronous=OFF")
+            yield tables
+    except sqlite3.Error as error:
+        raise MachineError(f"{path.parent}: {error}; set TMPDIR to a folder with more room") from error
+
+
+def rows_of(path: Path, query: str, *given: object) -> Iterator[tuple[Any, ...]]:
+    """What a query of a filled table comes to. Raises MachineError that names the table where it cannot be read."""
+    try:
+        yield from _open(path).execute(query, given)
+    except sqlite3.Error as error:
+        raise MachineError(f"{path}: cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
 def _open(path: Path) -> sqlite3.Connection:
     # Once per process, and never while the table is being filled by another connection.
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)
@@ -134,9 +151,7 @@ def load_label_table(
     likelihoods: set[str] = set()
     with_patients: set[str] = set()
     rows_of_none, row_of_none = 0, ""
-    with closing(sqlite3.connect(path)) as table:
-        table.execute("PRAGMA journal_mode=OFF")  # a table that is not finished is thrown away
-        table.execute("PRAGMA synchronous=OFF")
+    with being_filled(path) as table:
         table.execute(_SCHEMA)
         for csv_path in csv_paths:
             columns = _columns(csv_path)
@@ -146,27 +161,24 @@ def load_label_table(
             places = ((key, find_key(columns, key)) for key in PATIENT_KEYS)
             patient_keys = [(key, columns.index(column)) for key, column in places if column is not None]
             matched, first_cell = 0, ""
-            try:
-                for line, cells in _lines(csv_path):
-                    first_cell = first_cell or cells[at]
-                    item = _record_of(file, line, cells[at], matcher)
-                    if item is None:
-                        rows_of_none += 1
-                        row_of_none = row_of_none or f"{csv_path}: line {line}: {cells[at]!r}"
-                        continue
-                    matched += 1
-                    likelihoods |= {
-                        column
-                        for column, cell in zip(columns, cells, strict=True)
-                        if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
-                    }
-                    with_patients |= {
-                        key for key, place in patient_keys if key not in with_patients and is_known(cells[place])
-                    }
-                    _insert(table, files, item, line, cells)
-                table.commit()
-            except sqlite3.Error as error:
-                raise MachineError(f"{scratch.path}: {error}; TMPDIR may name a folder with more room") from error
+            for line, cells in _lines(csv_path):
+                first_cell = first_cell or cells[at]
+                item = _record_of(file, line, cells[at], matcher)
+                if item is None:
+                    rows_of_none += 1
+                    row_of_none = row_of_none or f"{csv_path}: line {line}: {cells[at]!r}"
+                    continue
+                matched += 1
+                likelihoods |= {
+                    column
+                    for column, cell in zip(columns, cells, strict=True)
+                    if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
+                }
+                with_patients |= {
+                    key for key, place in patient_keys if key not in with_patients and is_known(cells[place])
+                }
+                _insert(table, files, item, line, cells)
+            table.commit()
             if not matched:
                 candidates = " or ".join(matcher.columns(columns, record_column, csv_path))
                 raise InputError(
