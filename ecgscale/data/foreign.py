@@ -121,7 +121,7 @@ class Described:
     patient: str | None
     labels: dict[str, list[str]]
     metadata: dict[str, str]
-    notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids (see ``Cells``) -> how often
+    notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
     likelihoods: frozenset[str] = frozenset()  # labels that say likelihoods in percent
     patient_key: str = ""  # that names the patient
 
@@ -152,7 +152,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
     labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
     taken = {*values, *(key for group in flags.values() for key in group)}
     rest = {key: value for key, value in fields.items() if key not in taken and _folded(key) not in usual}
-    metadata = {key: _metadata(value) for key, value in rest.items() if _is_scalar(value)}
+    metadata = {key: cells.text(value, key) for key, value in rest.items() if _is_scalar(value)}
     return Described(
         rate_hz,
         leads_L,
@@ -300,10 +300,6 @@ def _label_values(fields: Fields, given: Any, rules: Rules) -> tuple[Fields, dic
         values = {"labels": given}
     flags = {name: {key: fields.get(key, within.get(key)) for key in keys} for name, keys in groups}
     return values | {key: fields[key] for key in rules.label_keys if key in fields}, flags
-
-
-def _metadata(value: Any) -> str | None:
-    return Cells().text(value, "")
 
 
 def _is_scalar(value: Any) -> bool:

@@ -456,8 +456,7 @@ def describe(
         if known and key.casefold() not in taken | {"dx"}:
             metadata[key] = " | ".join(dict.fromkeys(known))
     labels: dict[str, list[str]] = {}
-    codes = [code for value in _values(values_of_comment, "Dx") for code in _codes(value)]
-    if codes and (diagnoses := cells.classes(codes, "Dx")) is not None:
+    if (diagnoses := cells.listed(_values(values_of_comment, "Dx"), "Dx")) is not None:
         labels["Dx"] = diagnoses
     if table is not None and row:
         try:
@@ -513,13 +512,6 @@ def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
         if colon and key.strip():
             values.setdefault(find_key(values, key) or key.strip(), []).append(value.strip())
     return values
-
-
-def _codes(diagnoses: str) -> Iterator[str]:
-    """The codes of a ``Dx`` comment: commas keep them apart, or semicolons, or, where they are numbers, spaces."""
-    for part in re.split("[,;|]", diagnoses):
-        words = part.split()
-        yield from words if all(re.fullmatch(r"[0-9]+(\.0)?", word) for word in words) else [part]
 
 
 def _values(place: Mapping[str, list[str]], wanted: str) -> list[str]:

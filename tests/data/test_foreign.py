@@ -289,11 +289,15 @@ def test_likelihoods_are_told_by_the_whole_set(tmp_path, capsys) -> None:
 
 
 def test_what_was_done_to_ids_and_labels_is_counted(tmp_path, capsys) -> None:
-    samples = [{"npy": counts(i), "json": ABOUT | {"patient": 17.0, "dx": "NULL"}} for i in range(2)]
+    samples = [
+        {"npy": counts(i), "json": ABOUT | {"patient": 17.0, "dx": "NULL", "sex": "NA", "age": 61.0}} for i in range(2)
+    ]
     folder = write_tars(tmp_path / "set", samples)
     assert cli.main(["index", str(folder), "--label-keys=dx", "--workers=1"]) == 0
     said = capsys.readouterr().out
     assert "2 x dx 'NULL' taken as unknown" in said
+    assert "2 x sex 'NA' taken as unknown" in said
+    assert "2 x age written as a float (17.0, 1e+05), read as a whole number" in said
     assert "2 x patient written as a float (17.0, 1e+05), read as a whole number" in said
 
 
