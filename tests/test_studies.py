@@ -1,34 +1,40 @@
-"""Results of studies: what is written is JSON, and what earlier versions wrote is read."""
+"""Are results of studies read as they were written, or not at all?"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ecgscale.errors import InputError
 from ecgscale.files import parse_json, sealed
 from ecgscale.studies import read_result, write_result
 
-FOUND = {"12": {"auroc": {"value": float("nan"), "low": [0.5, float("inf")]}}}
-FINITE = {"12": {"auroc": {"value": None, "low": [0.5, None]}}}
+FOUND = {"12": {"auroc": {"value": 0.93125, "low": 0.9}}, "2": {"auroc": {"value": 0.5, "low": [float("nan"), 1]}}}
+AS_JSON = FOUND | {"2": {"auroc": {"value": 0.5, "low": [None, 1]}}}  # which knows no NaN
 
 
-def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
+def test_what_was_written_comes_back(tmp_path):
     write_result(tmp_path / "result.json", FOUND)
-    assert parse_json((tmp_path / "result.json").read_bytes()).items() >= FINITE.items()
-    assert read_result(tmp_path / "result.json") == FINITE
+    assert parse_json((tmp_path / "result.json").read_bytes()).items() >= AS_JSON.items()
+    assert read_result(tmp_path / "result.json") == AS_JSON
+    assert read_result(tmp_path / "none.json") == {}
 
 
-def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
+def test_results_of_earlier_versions_have_no_hash(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"data": "0" * 64}))
+    assert read_result(tmp_path / "result.json") == {"data": "0" * 64}
+
+
+def test_results_of_earlier_versions_may_hold_nan(tmp_path):
     for tree in (sealed(FOUND | {"format": "ecgscale-result/1"}), FOUND):
         (tmp_path / "result.json").write_text(json.dumps(tree, indent=1))
-        assert read_result(tmp_path / "result.json") == FINITE
+        assert read_result(tmp_path / "result.json") == AS_JSON
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"a": 1, "a": 2}', b"[" * 100_000])
-def test_damaged_results_are_named(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_result_is_named_with_the_way_out(tmp_path, content):
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(InputError) as refused:
         read_result(tmp_path / "result.json")
@@ -36,5 +42,14 @@ def test_damaged_results_are_named(tmp_path: Path, content: bytes) -> None:
     assert str(refused.value).endswith(f"; remove {tmp_path}")
 
 
-def test_no_result_is_nothing(tmp_path: Path) -> None:
-    assert read_result(tmp_path / "result.json") == {}
+def test_no_flipped_bit_is_believed(tmp_path):
+    path = tmp_path / "result.json"
+    write_result(path, {"12": {"auroc": 0.93}})
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << rng.integers(8)
+        if not whole[at : at + 1].isspace():  # of which one is as good as another
+            path.write_bytes(flipped)
+            with pytest.raises(InputError, match=r"result\.json: damaged"):
+                read_result(path)
