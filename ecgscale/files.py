@@ -209,6 +209,15 @@ def json_bytes(tree: Any) -> bytes:
     return json.dumps(tree, indent=1, allow_nan=False).encode() + b"\n"
 
 
+def finite(tree: Any) -> Any:
+    """The same with None for each float that JSON does not know: NaN and infinity."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def write_json(path: Path, tree: Any) -> None:
     """``json_bytes`` in a file that is complete or absent. Raises InputError or MachineError that names it."""
     write_whole(path, json_bytes(tree))
@@ -226,15 +235,24 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]
         raise InputError(f"{path}: damaged, {error}") from error
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
-    """One JSON object. Raises InputError for anything else: NaN, infinity, keys that stand twice, deep nesting.
+def parse_json(content: bytes, allow_nan: bool = False) -> dict[str, Any]:
+    """One JSON object. Raises InputError for anything else, and as ``parse_json_value`` does."""
+    tree = parse_json_value(content, allow_nan)
+    if not isinstance(tree, dict):
+        raise InputError(f"not a JSON object but {type(tree).__name__}")
+    return tree
 
-    The message has no subject: who knows where the bytes are from puts it before.
+
+def parse_json_value(content: bytes, allow_nan: bool = False) -> Any:
+    """Any JSON. Raises InputError for NaN, infinity, keys that stand twice, deep nesting.
+
+    The message has no subject: who knows where the bytes are from puts it before. ``allow_nan``: earlier versions wrote
+    NaN and infinity into such files.
     """
     try:
         tree = json.loads(
             content.decode(),
-            parse_constant=_refuse_constant,
+            parse_constant=float if allow_nan else _refuse_constant,
             parse_float=_finite,
             object_pairs_hook=_without_repeats,
         )
@@ -242,8 +260,6 @@ def parse_json(content: bytes) -> dict[str, Any]:
         raise InputError("not JSON of ours: nested too deeply") from error
     except ValueError as error:
         raise InputError(f"not JSON: {str(error)[:120]}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"not a JSON object but {type(tree).__name__}")
     if _deeper(tree, _DEPTH):
         raise InputError(f"not JSON of ours: nested more than {_DEPTH} deep")
     return tree

@@ -6,7 +6,6 @@ Shape suffixes: R recordings, B rows (windows), L leads, T samples, N tokens, D 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -55,26 +54,17 @@ class Recording(NamedTuple):
 def recordings_of(selection: Selection) -> Iterator[Recording]:
     """Recordings of a data set with the leads that its config keeps, in their order on disk; a progress bar.
 
-    Where one has none of them, since its only one was flat for example, all leads are masked; how many they were is
-    said at the end. Raises InputError where that holds for all.
+    One that has none of them comes without any lead: ``Selection.with_kept_leads`` leaves such out.
     """
     kept, number_R, shards = frozenset(selection.config.lead_positions), selection.numbers, selection.shards
     signals = shards.windows(number_R, [0] * len(number_R), shards.take("samples", number_R).tolist())
     described = zip(signals, shards.take("leads", number_R).tolist(), shards.take("scale", number_R), strict=True)
     said = f"embed {selection.split}"
-    blank = 0
     for signal_LT, bits, scale_L in tqdm(described, said, len(number_R), unit="rec", disable=None, leave=False):
         there = lead_positions(bits)
         rows = [row for row, lead in enumerate(there) if lead in kept]
         at = [there[row] for row in rows]
-        blank += not at
         yield Recording(signal_LT if at == there else signal_LT[rows], scale_L[at], at)
-    if blank:
-        names = ",".join(LEADS[lead] for lead in sorted(kept))
-        told = f"{selection.split} split: {blank} of {len(number_R)} recordings have none of the leads {names}"
-        if blank == len(number_R):
-            raise InputError(f"{told}; give others")
-        print(f"{told}; all of theirs are masked", file=sys.stderr)
 
 
 class Embedding(NamedTuple):

@@ -106,7 +106,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig) -> None:
     """Embeddings of held-out recordings, named by patient and labels, for TensorBoard's projector."""
-    shown = held_out.some(train_config.projected_recordings, train_config.seed)
+    shown = held_out.with_kept_leads().some(train_config.projected_recordings, train_config.seed)
     if not len(shown):
         return
     names = []

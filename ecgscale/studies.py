@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ecgscale.config import PretrainConfig
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.errors import InputError, unreadable
+from ecgscale.errors import InputError, file_error
 from ecgscale.export import is_export
-from ecgscale.files import SEAL, seal_holds, sealed, write_whole
+from ecgscale.files import SEAL, finite, parse_json, seal_holds, sealed, write_json
 from ecgscale.objectives import objective_named
 from ecgscale.run import MAY_CHANGE, refuse_other_run
 from ecgscale.training import checkpoint
@@ -71,24 +70,24 @@ def is_pretrained(config: PretrainConfig) -> bool:
 
 
 def write_result(path: Path, tree: dict[str, Any]) -> None:
-    """Write what a study relies on later, with its own hash. A figure may be NaN."""
-    write_whole(path, json.dumps(sealed(tree | _FORMAT), indent=1).encode())
+    """Write what a study relies on later, with its own hash. A figure that is not finite becomes None."""
+    write_json(path, sealed(finite(tree) | _FORMAT))
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """What ``write_result`` wrote; nothing where there is none. Raises InputError for a damaged one.
 
-    Those of earlier versions have no hash.
+    Those of earlier versions have no hash, or NaN, which comes as None too.
     """
     try:
-        tree = json.loads(path.read_bytes())
+        tree = parse_json(path.read_bytes(), allow_nan=True)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise unreadable(path, f"damaged; remove {path.parent}", error) from error
+    except OSError as error:
+        raise file_error(path, "cannot read", error) from error
+    except InputError as error:
+        raise InputError(f"{path}: damaged, {error}; remove {path.parent}") from error
     marks = {SEAL, *_FORMAT}  # two, so that one flipped bit does not make it one of an earlier version
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: damaged; remove {path.parent}")
     if marks & tree.keys() and not (tree.items() >= _FORMAT.items() and seal_holds(tree)):
         raise InputError(f"{path}: damaged; remove {path.parent}")
-    return {key: value for key, value in tree.items() if key not in marks}
+    return {key: finite(value) for key, value in tree.items() if key not in marks}

@@ -7,7 +7,6 @@ cache, CPU time is what a quiet machine would take, so their ratios are given by
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from ecgscale.errors import InputError, naming_file
-from ecgscale.files import write_whole
+from ecgscale.files import write_json, write_whole
 from ecgscale.provenance import package_version
 from ecgscale.training.monitor import board_of
 
@@ -253,7 +252,7 @@ class Report:
         write_whole(folder / f"{self.file_name}.md", self.markdown().encode())
         content: dict[str, Any] = {"name": self.name, "title": self.title, "machine": self.machine}
         content |= {"sections": [_plain(section) for section in self.sections]}
-        write_whole(folder / f"{self.file_name}.json", json.dumps(content, indent=1, allow_nan=False).encode())
+        write_json(folder / f"{self.file_name}.json", content)
         with board_of(folder / "tensorboard") as board:
             for section in self.sections:
                 for name, value in section.scalars.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ecgscale.bench.measure import Check
-from ecgscale.errors import InputError, unreadable
+from ecgscale.errors import InputError, file_error
+from ecgscale.files import parse_json_value
 
 # By the end of a scalar's name: which way is better. What has neither is shown and not compared: how well an order
 # shuffles, since beyond what a permutation does neither way is better, and shares of one part in another.
@@ -160,9 +160,11 @@ def read_runs(places: Iterable[Path]) -> list[Run]:
 def _read(path: Path) -> Run | None:
     """None for JSON of something else."""
     try:
-        content = json.loads(path.read_text(), parse_constant=_refuse)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, "cannot be read as JSON; remove it, or measure again", error) from error
+        content = parse_json_value(path.read_bytes())
+    except OSError as error:
+        raise file_error(path, "cannot read", error) from error
+    except InputError as error:
+        raise InputError(f"{path}: damaged, {error}; remove it, or measure again") from error
     if not isinstance(content, dict) or not {"machine", "sections"} <= content.keys():
         return None
     try:
@@ -173,10 +175,6 @@ def _read(path: Path) -> Run | None:
         said = f"{type(error).__name__} {error}"
         raise InputError(f"{path}: a damaged result of a bench ({said}); remove it, or measure again") from error
     return run
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
 
 
 def by_machine(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -8,6 +8,7 @@
 | ``True``, ``false`` | as a class ``1`` and ``0``, so that 1, 1.0 and True are one class |
 | ``A|B``, ``A;B``, one per line, ``['A', 'B']``, ``["A"]``, ``['A' 'B']``, ``{A,B}`` | the classes A and B |
 | ``426783006,59931005`` and with spaces | two SNOMED CT codes (6 to 18 digits); other commas and spaces are text |
+| ``# Dx: AF, 12`` and ``# Dx: 12 13`` in headers | a list whatever the codes are: AF and 12, 12 and 13 |
 | ``{'A': true, 'B': false}``, also 1 and 0 | flags: the class A |
 | ``{'A': 100.0, 'B': 0.0}`` | likelihoods in percent, as PTB-XL writes them, 0 where none was said: A and B |
 | ``[]``, ``{}``, flags that are all false | none of the classes, which is known: ``[]``, a negative of every class |
@@ -41,6 +42,8 @@ UNKNOWN_WORDS = frozenset(
 _TRUE, _FALSE = frozenset(("true", "t", "yes", "y", "1")), frozenset(("false", "f", "no", "n", "0"))
 _BOOLEANS = {"true": "1", "false": "0"}  # T and F are no class names for them: F is a fusion beat
 
+PATIENT_KEYS = ("patient_id", "patientid", "subject_id", "patient")
+"""Names, in any case, under which tables, headers and JSON say whose a recording is; the first that is known counts."""
 NOBODY = "a record without a known patient, taken as a person of its own"  # a note of records, not of cells
 
 _STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
@@ -52,6 +55,8 @@ _AS_SHOWN = re.compile(r"-?[1-9](?:[.,][0-9]+)?E\+[0-9]{2,3}")  # spreadsheets: 
 _LARGEST_EXACT = 2**53
 _LONGEST_NUMBER = 40  # characters; float64 has 17 digits
 _SNOMED = re.compile(r"[1-9][0-9]{5,17}")
+_LISTED_CODE = re.compile(r"[0-9]+(\.0)?")
+_LIST_SEPARATORS = re.compile("[,;|]")
 _SEPARATORS = re.compile(r"[|;\r\n]")
 _PERCENT_STEP = 5  # PTB-XL's likelihoods are 0, 15, 35, 50, 80 and 100
 
@@ -71,6 +76,12 @@ _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # from escapes; it could neither be stored nor printed
 _LEADING_ZERO = re.compile("-?0[0-9]")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
+
+
+def find_key(keys: Iterable[str], wanted: str) -> str | None:
+    """The key that equals ``wanted``, exactly if one does, otherwise upper or lower case alike."""
+    alike = [key for key in keys if key.strip().casefold() == wanted.strip().casefold()]
+    return wanted if wanted in alike else next(iter(alike), None)
 
 
 def is_known(value: str) -> bool:
@@ -128,6 +139,17 @@ class Cells:
             if set(flags) <= {"0", "1"} and len(set(flags)) < len(flags):
                 raise _flags_without_names(text, field)
             self.notes[f"{field} with several classes, split"] += 1
+        return self._names(parts, field)
+
+    def listed(self, texts: Iterable[str], field: str) -> list[str] | None:
+        """The classes that the lines of a header list, which ``# Dx:`` does whatever its codes are; None: unknown.
+
+        Commas, semicolons and bars keep them apart, and spaces where all are numbers.
+        """
+        parts: list[str] = []
+        for part in (part for text in texts for part in _LIST_SEPARATORS.split(text)):
+            words = part.split()
+            parts += words if all(_LISTED_CODE.fullmatch(word) for word in words) else [part]
         return self._names(parts, field)
 
     def flag(self, value: object, field: str) -> bool | None:

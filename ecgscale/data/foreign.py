@@ -1,7 +1,7 @@
 """Tars that others wrote with the webdataset library: what their JSON means, by rules that the manifest keeps.
 
 A sample is an ``.npy`` of int16 counts (leads, samples) and a ``.json``. The JSON says rate, leads, scale and patient
-under one of the usual names, or an option says it for the whole set. Where both speak they must agree.
+under one of the usual names, in any case, or an option says it for the whole set. Where both speak they must agree.
 
 Shape suffixes: L the leads of a record, in the order of its rows.
 """
@@ -9,7 +9,7 @@ Shape suffixes: L the leads of a record, in the order of its rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from ecgscale.data.cells import Cells, has_likelihoods
+from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
 from ecgscale.errors import InputError
@@ -28,7 +28,7 @@ RATE_KEYS = ("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequenc
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
 SCALE_KEYS = ("scale_mv", "mv_per_count")
 GAIN_KEYS = ("gain",)  # counts per mV
-PATIENT_KEYS = ("patient", "patient_id", "subject_id")
+_OLDER_PATIENT_KEYS = ["patient", "patient_id", "subject_id"]  # of manifests that do not say theirs
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -53,6 +53,8 @@ class Rules:
     """The order of rows in all arrays; a record that lacks leads has the others in this order."""
     rename_leads: tuple[str, ...] = ()
     """NAME=LEAD of rows that the JSON calls otherwise."""
+    patient_keys: tuple[str, ...] = PATIENT_KEYS
+    """Where the patient is looked for without a ``patient_key``; the first that is known counts."""
 
     def __post_init__(self) -> None:
         if self.rate_hz is not None:
@@ -78,9 +80,10 @@ class Rules:
     def from_manifest(fields: Any, place: str) -> Rules:
         """Raises InputError that names ``place`` for anything but what ``to_manifest`` gives."""
         types: dict[str, type | tuple[type, ...]] = {"rate_hz": (int, float), "mv_per_count": (int, float)}
-        lists = ("leads", "label_keys", "label_columns", "likelihoods", "lead_order", "rename_leads")
+        lists = ("leads", "label_keys", "label_columns", "likelihoods", "lead_order", "rename_leads", "patient_keys")
         if isinstance(fields, dict):  # older manifests know no such rules
-            fields = {"label_columns": [], "likelihoods": [], "rename_leads": []} | fields
+            older = {"label_columns": [], "likelihoods": [], "rename_leads": [], "patient_keys": _OLDER_PATIENT_KEYS}
+            fields = older | fields
         if not isinstance(fields, dict) or fields.keys() != asdict(Rules()).keys():
             raise InputError(f"{place}: its rules for foreign tars are not those of this version; index the tars again")
         for name, value in fields.items():
@@ -118,27 +121,38 @@ class Described:
     patient: str | None
     labels: dict[str, list[str]]
     metadata: dict[str, str]
-    notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids (see ``Cells``) -> how often
+    notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
     likelihoods: frozenset[str] = frozenset()  # labels that say likelihoods in percent
+    patient_key: str = ""  # that names the patient
 
 
 def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Described:
     """What a sample's JSON says under the rules. Raises InputError for what is missing, unusable or contradictory."""
-    leads_L = _leads(fields, rules, n_leads)
-    rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(fields, rules.rate_hz is not None))
-    scale_L = _scale(fields, rules, len(leads_L))
-    patient_keys = (rules.patient_key,) if rules.patient_key else PATIENT_KEYS
-    if rules.patient_key and rules.patient_key not in fields:
-        raise InputError(f"it has no key {rules.patient_key!r}, the --patient-key; it has {', '.join(fields)[:200]}")
+    usual = {*RATE_KEYS, *LEAD_KEYS, *SCALE_KEYS, *GAIN_KEYS, "labels"}
+    patient_keys = rules.patient_keys
+    if rules.patient_key:
+        key = find_key(fields, rules.patient_key)
+        if key is None:
+            raise InputError(
+                f"it has no key {rules.patient_key!r}, the --patient-key; it has {', '.join(fields)[:200]}"
+            )
+        patient_keys, told = (rules.patient_key,), _under_names(fields, usual) | {rules.patient_key: fields[key]}
+        usual |= {_folded(key)}
+    else:
+        usual |= {*patient_keys}
+        told = _under_names(fields, usual)
+    leads_L = _leads(told, rules, n_leads)
+    rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
+    scale_L = _scale(told, rules, len(leads_L))
     cells = Cells()
-    patients = (cells.identifier(fields[key], key) for key in patient_keys if fields.get(key) is not None)
-    patient = next((one for one in patients if one is not None), None)
-    values, flags = _label_values(fields, rules)
+    patients = ((cells.identifier(told.get(key), key), key) for key in patient_keys)
+    patient, patient_key = next((one for one in patients if one[0] is not None), (None, ""))
+    values, flags = _label_values(fields, told.get("labels"), rules)
     labels = {key: cells.classes(value, key, key in rules.likelihoods) for key, value in values.items()}
     labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
-    of_labels = {*values, *(key for group in flags.values() for key in group), "labels"}
-    taken = {*RATE_KEYS, *LEAD_KEYS, *SCALE_KEYS, *GAIN_KEYS, *patient_keys, *of_labels}
-    metadata = {key: _metadata(value) for key, value in fields.items() if key not in taken and _is_scalar(value)}
+    taken = {*values, *(key for group in flags.values() for key in group)}
+    rest = {key: value for key, value in fields.items() if key not in taken and _folded(key) not in usual}
+    metadata = {key: cells.text(value, key) for key, value in rest.items() if _is_scalar(value)}
     return Described(
         rate_hz,
         leads_L,
@@ -148,6 +162,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         {key: text for key, text in metadata.items() if text is not None},
         dict(cells.notes),
         frozenset(key for key, value in values.items() if has_likelihoods(value)),
+        patient_key,
     )
 
 
@@ -186,6 +201,19 @@ def common_order(kinds: Iterable[tuple[str, ...]]) -> tuple[str, ...] | None:
         return tuple(behind.static_order())
     except CycleError:
         return None
+
+
+def _under_names(fields: Fields, names: Set[str]) -> Fields:
+    """What stands under the names, in any case. Raises InputError where two spellings of one name contradict."""
+    told: Fields = {}
+    for key, value in fields.items():
+        if value is not None and (name := _folded(key)) in names and told.setdefault(name, value) != value:
+            raise InputError(f"it says {name} twice, {str(told[name])[:40]!r} and {str(value)[:40]!r}; leave one out")
+    return told
+
+
+def _folded(key: str) -> str:
+    return key.strip().casefold()
 
 
 def _leads(fields: Fields, rules: Rules, n_leads: int | None) -> tuple[str, ...]:
@@ -255,12 +283,11 @@ def _agreed(name: str, option: T | None, said: T | None) -> T:
     return agreed
 
 
-def _label_values(fields: Fields, rules: Rules) -> tuple[Fields, dict[str, Fields]]:
+def _label_values(fields: Fields, given: Any, rules: Rules) -> tuple[Fields, dict[str, Fields]]:
     """(label -> what the JSON says, label of --label-columns -> key of a flag -> what the JSON says).
 
-    Labels are the keys of ``labels``, unless they are flags alone, which are the classes of one, and the listed keys.
+    Labels are the keys of ``given``, unless they are flags alone, which are the classes of one, and the listed keys.
     """
-    given = fields.get("labels")
     within: Fields = given if isinstance(given, dict) else {}
     groups = parse_label_columns(rules.label_columns)
     grouped = {key for _, keys in groups for key in keys}
@@ -273,10 +300,6 @@ def _label_values(fields: Fields, rules: Rules) -> tuple[Fields, dict[str, Field
         values = {"labels": given}
     flags = {name: {key: fields.get(key, within.get(key)) for key in keys} for name, keys in groups}
     return values | {key: fields[key] for key in rules.label_keys if key in fields}, flags
-
-
-def _metadata(value: Any) -> str | None:
-    return Cells().text(value, "")
 
 
 def _is_scalar(value: Any) -> bool:

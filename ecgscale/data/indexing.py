@@ -74,6 +74,7 @@ class _Tar:
     split_values: list[str]
     leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
     rates: dict[float, str] = field(default_factory=dict)  # likewise
+    patient_keys: dict[str, str] = field(default_factory=dict)  # likewise, of records with a known patient
     patient_known: list[bool] = field(default_factory=list)
     remarked: dict[str, Remarked] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
@@ -93,6 +94,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         dataset = dataset or folder.resolve().name
         found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
         rate_hz = _only_rate(found)
+        _check_patient_keys(found)
         likelihoods = sorted({label for one in found for label in one.likelihoods})
         rules = replace(rules, lead_order=_lead_order(found), likelihoods=tuple(likelihoods))
         splits = _splits(found, options)
@@ -194,6 +196,8 @@ def _index_tar(
         about = record.described
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
+        if about.patient_key:
+            done.patient_keys.setdefault(about.patient_key, record.name)
         done.patient_known.append(about.patient is not None)
         for kind in _oddities(tar, record):
             done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
@@ -242,6 +246,20 @@ def _only_rate(found: Sequence[_Tar]) -> float:
             "tars of each rate into a folder of their own"
         )
     return rate_hz
+
+
+def _check_patient_keys(found: Sequence[_Tar]) -> None:
+    """Raises InputError where records name their patients by different keys: ids of two may be of two kinds."""
+    keys: dict[str, str] = {}
+    for one in found:
+        for key, name in one.patient_keys.items():
+            keys.setdefault(key, f"{one.path}: {name!r} names its patient by {key!r}")
+    if len(keys) > 1:
+        first, second, *_ = keys.values()
+        raise InputError(
+            f"{second}, {first}; ids under two keys may be of two kinds: give all records one --patient-key, null "
+            "where it is unknown"
+        )
 
 
 def _lead_order(found: Sequence[_Tar]) -> tuple[str, ...]:

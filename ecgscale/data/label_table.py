@@ -13,13 +13,13 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ecgscale.data.cells import Cells, has_likelihoods, is_known
+from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods, is_known
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.errors import InputError, MachineError, file_error
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ecgscale.data.sources.scratch import Scratch
 
 RECORD_COLUMNS = ("record", "filename", "filename_hr", "ecg_id", "name")
-PATIENT_KEYS = ("patient_id", "patientid", "subject_id", "patient")
 METADATA_KEYS = ("age", "sex")
 _DATA_SUFFIXES = (".hea", ".dat", ".mat", ".npy", ".npz", ".flac", ".edf", ".xml", ".dcm", ".csv", ".h5", ".hdf5")
 _WITHOUT_NAME = re.compile(r"(unnamed: \d+(_level_\d+)?)?", re.IGNORECASE)  # the index column that pandas writes
@@ -84,13 +83,30 @@ class LabelTable:
 
     def _rows(self, item: str) -> list[tuple[int, int, str]]:
         query = "SELECT file, line, cells FROM rows WHERE item = ? ORDER BY file"
-        try:
-            return _open(self.rows).execute(query, (item,)).fetchall()
-        except sqlite3.Error as error:
-            raise MachineError(f"{self.rows}: the table of labels cannot be read: {error}") from error
+        return list(rows_of(self.rows, query, item))
 
 
-@functools.lru_cache(maxsize=4)
+@contextmanager
+def being_filled(path: Path) -> Iterator[sqlite3.Connection]:
+    """A table on disk, which whoever made it throws away if it is not finished. What SQLite cannot do, MachineError."""
+    try:
+        with closing(sqlite3.connect(path)) as tables:
+            tables.execute("PRAGMA journal_mode=OFF")
+            tables.execute("PRAGMA synchronous=OFF")
+            yield tables
+    except sqlite3.Error as error:
+        raise MachineError(f"{path.parent}: {error}; set TMPDIR to a folder with more room") from error
+
+
+def rows_of(path: Path, query: str, *given: object) -> Iterator[tuple[Any, ...]]:
+    """What a query of a filled table comes to. Raises MachineError that names the table where it cannot be read."""
+    try:
+        yield from _open(path).execute(query, given)
+    except sqlite3.Error as error:
+        raise MachineError(f"{path}: cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
 def _open(path: Path) -> sqlite3.Connection:
     # Once per process, and never while the table is being filled by another connection.
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)
@@ -137,9 +153,7 @@ def load_label_table(
     likelihoods: set[str] = set()
     with_patients: dict[Path, set[str]] = {}
     rows_of_none, row_of_none = 0, ""
-    with closing(sqlite3.connect(path)) as table:
-        table.execute("PRAGMA journal_mode=OFF")  # a table that is not finished is thrown away
-        table.execute("PRAGMA synchronous=OFF")
+    with being_filled(path) as table:
         table.execute(_SCHEMA)
         for csv_path in csv_paths:
             columns = _columns(csv_path)
@@ -150,25 +164,22 @@ def load_label_table(
             patient_keys = [(key, columns.index(column)) for key, column in places if column is not None]
             matched, first_cell = 0, ""
             named = with_patients.setdefault(csv_path, set())
-            try:
-                for line, cells in _lines(csv_path):
-                    first_cell = first_cell or cells[at]
-                    item = _record_of(file, line, cells[at], matcher)
-                    if item is None:
-                        rows_of_none += 1
-                        row_of_none = row_of_none or f"{csv_path}: line {line}: {cells[at]!r}"
-                        continue
-                    matched += 1
-                    likelihoods |= {
-                        column
-                        for column, cell in zip(columns, cells, strict=True)
-                        if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
-                    }
-                    named |= {key for key, place in patient_keys if key not in named and is_known(cells[place])}
-                    _insert(table, files, item, line, cells)
-                table.commit()
-            except sqlite3.Error as error:
-                raise MachineError(f"{scratch.path}: {error}; TMPDIR may name a folder with more room") from error
+            for line, cells in _lines(csv_path):
+                first_cell = first_cell or cells[at]
+                item = _record_of(file, line, cells[at], matcher)
+                if item is None:
+                    rows_of_none += 1
+                    row_of_none = row_of_none or f"{csv_path}: line {line}: {cells[at]!r}"
+                    continue
+                matched += 1
+                likelihoods |= {
+                    column
+                    for column, cell in zip(columns, cells, strict=True)
+                    if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
+                }
+                named |= {key for key, place in patient_keys if key not in named and is_known(cells[place])}
+                _insert(table, files, item, line, cells)
+            table.commit()
             if not matched:
                 candidates = " or ".join(matcher.columns(columns, record_column, csv_path))
                 raise InputError(
@@ -312,11 +323,6 @@ def _record_of(file: CsvFile, line: int, cell: str, matcher: Matcher) -> str | N
             "give the path below the folder"
         )
     return records[0] if records else None
-
-
-def find_key(keys: Iterable[str], wanted: str) -> str | None:
-    """The key that equals ``wanted``, upper or lower case alike."""
-    return next((key for key in keys if key.strip().casefold() == wanted.strip().casefold()), None)
 
 
 # -- which record a row names ----------------------------------------------------------------------------------------
@@ -464,8 +470,7 @@ def describe(
         if known and key.casefold() not in taken | {"dx"}:
             metadata[key] = " | ".join(dict.fromkeys(known))
     labels: dict[str, list[str]] = {}
-    codes = [code for value in _values(values_of_comment, "Dx") for code in _codes(value)]
-    if codes and (diagnoses := cells.classes(codes, "Dx")) is not None:
+    if (diagnoses := cells.listed(_values(values_of_comment, "Dx"), "Dx")) is not None:
         labels["Dx"] = diagnoses
     if table is not None and row:
         try:
@@ -523,13 +528,6 @@ def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
         if colon and key.strip():
             values.setdefault(find_key(values, key) or key.strip(), []).append(value.strip())
     return values
-
-
-def _codes(diagnoses: str) -> Iterator[str]:
-    """The codes of a ``Dx`` comment: commas keep them apart, or semicolons, or, where they are numbers, spaces."""
-    for part in re.split("[,;|]", diagnoses):
-        words = part.split()
-        yield from words if all(re.fullmatch(r"[0-9]+(\.0)?", word) for word in words) else [part]
 
 
 def _values(place: Mapping[str, list[str]], wanted: str) -> list[str]:

@@ -131,6 +131,13 @@ class Selection:
         keep[np.flatnonzero(keep)[recordings:]] = False
         return Selection(self.shards, self.config, self.split, keep)
 
+    def with_kept_leads(self) -> Selection:
+        """Those of these records that have any of the leads that the config keeps."""
+        kept_bits = np.uint16(sum(1 << position for position in self.config.lead_positions))
+        keep = np.zeros(len(self.shards), bool)
+        keep[self.numbers] = self.shards.take("leads", self.numbers) & kept_bits > 0
+        return Selection(self.shards, self.config, self.split, keep)
+
     def none(self) -> Selection:
         """No record of these."""
         return Selection(self.shards, self.config, self.split, np.zeros(len(self.shards), bool))

@@ -5,7 +5,6 @@ Shape suffixes: R recordings, C classes, D width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -27,7 +26,7 @@ from ecgscale.downstream.report import Report
 from ecgscale.downstream.report import evaluate as evaluate_scores
 from ecgscale.downstream.tasks import LEFT_OUT_FOR, Task, TaskConfig, TrainedTask, leave_out, load_task
 from ecgscale.errors import InputError
-from ecgscale.files import write_whole
+from ecgscale.files import write_json
 from ecgscale.inference import ECGModel, Recording, load, recordings_of
 from ecgscale.record import LEADS, chosen_leads, lead_set_name
 
@@ -203,7 +202,7 @@ def evaluate(
         about: dict[str, Any] = {"model": str(model_path), "shards": shards, "split": split}
         about["fine_tuned_on"] = model.about.get("coverage")
         each = [_to_dict(one) for one in scored]
-        write_whole(out, json.dumps(about | (each[0] if len(each) == 1 else {"lead_sets": each}), indent=1).encode())
+        write_json(out, about | (each[0] if len(each) == 1 else {"lead_sets": each}))
     return scored
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ecgscale.files import write_whole
+from ecgscale.files import finite, write_json, write_whole
 from ecgscale.scaling import rates
 from ecgscale.scaling.ladder import ScalingConfig, cells
 from ecgscale.scaling.law import Law, interval
@@ -31,7 +30,7 @@ def merge(config: ScalingConfig) -> str:
     findings = find(config, ladder)
     folder, text = Path(config.run.dir), markdown(config, ladder, findings)
     write_whole(folder / "cells.csv", as_csv(ladder).encode())
-    write_whole(folder / "fit.json", json.dumps(as_json(config, findings), indent=1).encode())
+    write_json(folder / "fit.json", finite(as_json(config, findings)))
     write_whole(folder / "table.md", (text + "\n").encode())
     buffer = io.BytesIO()
     plot(config, ladder, findings).savefig(buffer, dpi=100)

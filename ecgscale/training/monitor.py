@@ -5,7 +5,6 @@ Only rank 0 writes; every rank takes part in what is gathered for it.
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError, MachineError, naming_file
+from ecgscale.files import finite
 from ecgscale.json_lines import JsonLines
 from ecgscale.training.clock import PARTS, StepClock
 from ecgscale.training.metrics import Straggler, Work, gather_over_ranks, memory, shares, straggler, throughput
@@ -124,8 +124,7 @@ class Monitor:
     def event(self, kind: str, **values: Any) -> None:
         """Something that happened: a step, a save, a skipped step. JSON knows no NaN: what is not finite is null."""
         if self.ranks.first:
-            known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._events.write({"event": kind, "time": time.time()} | known)
+            self._events.write({"event": kind, "time": time.time()} | finite(values))
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal, above the progress bar."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError, file_error
 from ecgscale.files import free_name, put_in_place
 
 
@@ -115,7 +115,10 @@ def write_json_or_say(path: Path, tree: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None where there is no such file; raises InputError where it is damaged."""
+    """A JSON object, None where there is no such file.
+
+    Raises InputError where it is damaged, MachineError where the disk fails.
+    """
     try:
         try:
             content = path.read_bytes()
@@ -127,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}") from error
+        raise file_error(path, "cannot read", error) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged, not JSON: {error}") from error
     if not isinstance(tree, dict):
@@ -139,7 +142,7 @@ def read_json_now(path: Path) -> dict[str, Any] | None:
     """A JSON object, None where none can be read at the moment."""
     try:
         return read_json(path)
-    except InputError:
+    except (InputError, MachineError):
         return None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ecgscale.config import FinetuneConfig, PretrainConfig
 from ecgscale.config import dump as dump_config
 from ecgscale.data.shards import MANIFEST
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S, MEETING_TIMEOUT_S, SAVE_S, SUPERVISOR
 from ecgscale_launch import slurm
@@ -212,7 +212,7 @@ def submit_all(wanted: Wanted, cluster: ClusterConfig) -> list[tuple[Stage, list
     for stage, request, folders in zip(planned, requests, folders_of, strict=True):
         try:
             numbers = _submit(replace(request, after=tuple(depends)), [read_job(one.run) for one in folders])
-        except InputError:
+        except (InputError, MachineError, OSError):
             if done:  # no half of a chain stays in the queue
                 slurm.cancel(*(numbers[0].partition("_")[0] for _, numbers in done))
             raise

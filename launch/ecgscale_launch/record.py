@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ecgscale import provenance
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, build, dump, load
 from ecgscale.data.shards import MANIFEST
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, file_error
 from ecgscale.files import write_whole
 from ecgscale.run import refuse_other_run
 from ecgscale_launch.folder import JobFolder, read_json, write_json
@@ -173,7 +173,7 @@ def refuse_shared(folder: JobFolder) -> None:
     try:
         found = folder.path.lstat()
     except OSError as error:
-        raise InputError(f"{folder.path}: cannot read: {error.strerror}") from error
+        raise file_error(folder.path, "cannot read", error) from error
     if not stat.S_ISDIR(found.st_mode):
         raise InputError(f"{folder.path}: not a folder; remove it or give another run folder")
     if found.st_uid != os.geteuid():
@@ -192,7 +192,7 @@ def make_private(folder: JobFolder) -> None:
     except FileExistsError as error:
         raise InputError(f"{error.filename}: not a folder; remove it or give another run folder") from error
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot make the folder: {error.strerror}") from error
+        raise file_error(error.filename, "cannot make the folder", error) from error
     refuse_shared(folder)
 
 
@@ -243,7 +243,7 @@ def snapshot(sources: Mapping[str, Path], target: Path) -> None:
         fresh.rename(target)
         shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot copy the code: {error.strerror}") from error
+        raise file_error(error.filename or target, "cannot copy the code", error) from error
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.cli import OneLineParser
-from ecgscale.errors import InputError, one_line
+from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import standing
 from ecgscale.json_lines import read_json_lines
 from ecgscale_launch.folder import JobFolder, read_json
@@ -66,7 +66,7 @@ def collect_above(run: Path) -> None:
     if (run.parent / "launch" / SWEEP).exists():
         try:
             collect(run.parent)
-        except (InputError, OSError) as error:
+        except (InputError, MachineError, OSError) as error:
             print(f"ecgscale-launch: no table of the sweep: {error}", file=sys.stderr)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale_launch import slurm
 from ecgscale_launch.folder import JobFolder, read_json, read_json_now
 from ecgscale_launch.runs import checkpoints, estimated_end, steps_to_do, tail_events
@@ -167,8 +167,8 @@ def _read(run: Path) -> tuple[Standing, JobFolder, str | None]:
     try:
         job, submitted, state = (read_json(path) or {} for path in (folder.job, folder.submitted, folder.state))
         one.where = {"slurm": "slurm", "local": "local"}[job["where"]]
-    except (InputError, KeyError) as error:
-        one.reason = str(error) if isinstance(error, InputError) else f"{folder.job}: damaged"
+    except (InputError, MachineError, KeyError) as error:
+        one.reason = f"{folder.job}: damaged" if isinstance(error, KeyError) else str(error)
         return one, folder, None
     one.name, one.command = job.get("name"), job.get("command", [])
     one.submitted = job["time"]

@@ -248,9 +248,11 @@ def test_what_cannot_be_reported_is_one_line(write, tmp_path, refusal):
     (path,) = folder.glob("*.json")
     whole = json.loads(path.read_text())
     path.write_text(path.read_text()[:-40])
-    assert "cannot be read as JSON" in refusal("bench", "report", folder)
+    assert "damaged, not JSON" in refusal("bench", "report", folder)
+    path.write_text('{"minutes": 1,' + json.dumps(whole)[1:-1] + ', "minutes": 2}')
+    assert "the key 'minutes' stands twice; remove it" in refusal("bench", "report", folder)
     path.write_text(json.dumps(whole | {"minutes": float("nan")}))
-    assert "NaN is no number" in refusal("bench", "report", folder)
+    assert "damaged, not JSON: NaN is no number of JSON; remove it" in refusal("bench", "report", folder)
     without_versions = {name: value for name, value in whole["machine"].items() if name != "versions"}
     wrong_check = [whole["sections"][0] | {"checks": [{"what": "times as fast"}]}]
     wrong_scalar, wrong_spread = (

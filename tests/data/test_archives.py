@@ -30,6 +30,7 @@ import pytest
 
 from ecgscale import cli
 from ecgscale.data.sources import Source, SourceOptions, WfdbFolder, archive, open_source, scratch
+from ecgscale.data.sources.catalogue import Catalogue, Member
 from ecgscale.errors import InputError, MachineError
 from ecgscale.record import Record
 
@@ -284,6 +285,27 @@ def test_a_disk_that_fails_is_no_fault_of_the_archive(raw, tmp_path, kind, monke
     monkeypatch.setattr(archive, "_read", fails)
     with pytest.raises(MachineError, match=f"^{path}: cannot read: Input/output error"):
         source.read(source.items()[0])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        *(lambda one: one.file("a"), lambda one: one.headers(""), lambda one: one.children(""), Catalogue.items),
+        *(Catalogue.n_records, lambda one: one.describe("r"), lambda one: one.note(1)),
+    ],
+)
+def test_a_catalogue_that_the_disk_has_lost(tmp_path, read) -> None:
+    catalogue = Catalogue.make(tmp_path / "x.sqlite")
+    catalogue.add_files([("a.hea", Member(0, 1, 1, 0, 0))])
+    size = catalogue.path.stat().st_size
+    catalogue.path.write_bytes(catalogue.path.read_bytes()[:100] + bytes(size - 100))
+    with pytest.raises(MachineError, match=f"^{catalogue.path}: cannot be read: "):
+        read(catalogue)
+
+
+def test_a_catalogue_that_cannot_be_made(tmp_path) -> None:
+    with pytest.raises(MachineError, match=f"^{tmp_path / 'gone'}: .*TMPDIR"):
+        Catalogue.make(tmp_path / "gone" / "x.sqlite")
 
 
 def test_a_zip_whose_members_overlap(tmp_path, place) -> None:

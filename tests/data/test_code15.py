@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import random
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 from ecgscale import cli
 from ecgscale.data.sources import SourceOptions, implausible_unit, open_source
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale.record import LEADS, Record
 from ecgscale.simulate import Simulation
 
@@ -102,6 +103,20 @@ def test_records_labels_and_patients(root: Path, ecgs: list[Record]) -> None:
         "sex": "male",
     }
     assert records[2].metadata == {"age": "67", "nn_predicted_age": "79.62", "sex": "female"}
+
+
+def test_a_disk_that_fails_is_named_with_the_exam(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(root, SourceOptions())
+    items = source.items()
+
+    def fails(dataset: h5py.Dataset, row: int) -> np.ndarray:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", fails)
+    with pytest.raises(MachineError) as failed:
+        source.read(items[1])
+    part = root / "exams_part0.hdf5"
+    assert str(failed.value) == f"{part}: row 1, exam 7: cannot be read: Input/output error"
 
 
 def test_many_rows_sort_as_they_stand_in_the_file(root: Path, ecgs: list[Record]) -> None:

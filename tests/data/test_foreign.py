@@ -209,6 +209,8 @@ def test_a_common_order_is_found_exactly_where_there_is_one(kinds) -> None:
         {"sampling_rate": 100, "sig_name": LEADS, "gain": 200, "subject_id": "a"},
         {"sample_rate": 100, "gain": [200.0] * 12, "subject_id": "a"},
         {"sampling_frequency": 100, "mv_per_count": 0.005, "patient": None, "patient_id": "a"},
+        {"FS": 100, "Lead_Names": LEADS, "Gain": 200, "PatientID": "a"},
+        {"fs": 100, "gain": 200, "patientid": "a", "Patient": "Jo"},
     ],
 )
 def test_the_usual_names_are_known(tmp_path, json_keys) -> None:
@@ -287,19 +289,43 @@ def test_likelihoods_are_told_by_the_whole_set(tmp_path, capsys) -> None:
 
 
 def test_what_was_done_to_ids_and_labels_is_counted(tmp_path, capsys) -> None:
-    samples = [{"npy": counts(i), "json": ABOUT | {"patient": 17.0, "dx": "NULL"}} for i in range(2)]
+    samples = [
+        {"npy": counts(i), "json": ABOUT | {"patient": 17.0, "dx": "NULL", "sex": "NA", "age": 61.0}} for i in range(2)
+    ]
     folder = write_tars(tmp_path / "set", samples)
     assert cli.main(["index", str(folder), "--label-keys=dx", "--workers=1"]) == 0
     said = capsys.readouterr().out
     assert "2 x dx 'NULL' taken as unknown" in said
+    assert "2 x sex 'NA' taken as unknown" in said
+    assert "2 x age written as a float (17.0, 1e+05), read as a whole number" in said
     assert "2 x patient written as a float (17.0, 1e+05), read as a whole number" in said
 
 
 def test_manifests_of_older_versions_know_fewer_rules() -> None:
     fields = json.loads(json.dumps(Rules(rate_hz=100).to_manifest()))
-    for name in ("label_columns", "likelihoods"):
+    for name in ("label_columns", "likelihoods", "patient_keys"):
         del fields[name]
-    assert Rules.from_manifest(fields, "manifest.json") == Rules(rate_hz=100)
+    patient_keys = ("patient", "patient_id", "subject_id")
+    assert Rules.from_manifest(fields, "manifest.json") == Rules(rate_hz=100, patient_keys=patient_keys)
+
+
+@pytest.mark.parametrize("per_tar", [1, 4])
+def test_patients_under_different_keys_are_refused(tmp_path, per_tar) -> None:
+    """7 of one key and 7 of another would be one person; the option says which one counts."""
+    about = {name: value for name, value in ABOUT.items() if name != "patient"}
+    each = [{"patient": "NA", "patient_id": 7}, {"PatientID": None, "Patient": 7, "patient_id": None}]
+    samples = [{"npy": counts(i), "json": about | one} for i, one in enumerate(each)]
+    folder = write_tars(tmp_path / "set", samples, per_tar)
+    refused(folder, "s000", "s001", "'patient_id'", "'patient'", "--patient-key")
+    shards = index(folder, patient_key="Patient_ID")
+    assert [shards.record(i).patient for i in (0, 1)] == ["7", None]
+    verify_dataset(folder)
+
+
+def test_leads_under_another_spelling_are_not_taken_for_the_usual_order(tmp_path) -> None:
+    about = {"rate_hz": 100, "Leads": MIMIC, "mv_per_count": 0.001}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about}])
+    np.testing.assert_array_equal(index(folder).record(0).signal_LT, in_canonical_order(counts(0), MIMIC))
 
 
 def test_splits_by_a_key(tmp_path) -> None:
@@ -433,6 +459,7 @@ def test_arrays_that_are_not_counts_are_refused(tmp_path, array, why) -> None:
         *(({"mv_per_count": [0.1] * 11}, "or 12"), ({"mv_per_count": float("nan")}, "nan")),
         *(({"leads": LEADS[:11]}, "11 leads"), ({"leads": [*LEADS[:11], "X"]}, "'X'"), ({"leads": 12}, "--leads")),
         *(({"leads": [*LEADS[:11], "I"]}, "lead I stands"), ({"patient": ["a"]}, "'patient'")),
+        *(({"Patient": "q"}, "patient twice"), ({"FS": 250, "fs": 100}, "fs twice")),
         *(
             ({"labels": {"Dx": [["1"]]}}, "'Dx'"),
             ({"labels": {"Dx": [0, 1]}}, "without names"),

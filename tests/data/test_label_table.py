@@ -161,6 +161,8 @@ def test_the_ids_of_two_columns_are_not_mixed(tmp_path: Path) -> None:
     assert [describe((), table, item).patient for item in ("a/x", "a/y")] == ["5", "6"]
     table = load(tmp_path, "record,patient_id,subject_id\na/x,NA,5\na/y,5,6\n")
     assert [describe((), table, item).patient for item in ("a/x", "a/y")] == [None, "5"]
+    table = load(tmp_path, "record,id,ID\na/x,1,7\na/y,2,8\n")
+    assert [describe((), table, item, patient_key="ID").patient for item in ("a/x", "a/y")] == ["7", "8"]
 
 
 # --- headers ---

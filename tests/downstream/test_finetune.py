@@ -19,9 +19,11 @@ from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.downstream.finetune import _logistic, _supervised
 from ecgscale.downstream.tasks import TaskConfig
-from ecgscale.inference import Neighbours, load, recordings_of
+from ecgscale.inference import Neighbours, load
+from ecgscale.pretrain import _project
 from ecgscale.record import LEAD_SETS, LEADS, Record
 from ecgscale.simulate import Simulation
+from ecgscale.training.loop import TrainConfig
 
 SHORT = ["--train.steps=6", "--train.global_batch=16", "--task.min_positives=2", "--engine.learning_rate=1e-3"]
 SPLIT = IngestOptions(rate_hz=500, validation_fraction=0.2, test_fraction=0.3)
@@ -112,8 +114,8 @@ def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp
     assert "leads I,II,III,aVR,aVL,aVF: no test recording has III,aVR,aVL,aVF" in capsys.readouterr().err
 
 
-def test_a_recording_without_the_kept_leads_is_masked_and_counted(small_export, tmp_path, capsys) -> None:
-    """Its only lead was flat, say. It costs itself, not the whole evaluation."""
+def test_a_recording_without_the_kept_leads_is_left_out(small_export, tmp_path) -> None:
+    """Its only lead was flat, say. TensorBoard's projector shows the others, named as what they are."""
 
     @dataclass(frozen=True)
     class OneWithoutI(Simulation):
@@ -124,21 +126,20 @@ def test_a_recording_without_the_kept_leads_is_masked_and_counted(small_export, 
             rows = [*range(1, 12)]
             return replace(record, signal_LT=record.signal_LT[rows], scale_L=record.scale_L[rows], leads=LEADS[1:])
 
-    def embedded(source: Simulation, name: str, leads: list[str]) -> np.ndarray:
+    def selected(source: Simulation, name: str) -> Selection:
         out = tmp_path / name
         ingest(source, out, IngestOptions(validation_fraction=0))
-        selection = Selection(ShardSet.open(out), DataConfig(leads=leads), "train")
-        return load(small_export).embed_recordings(recordings_of(selection)).record_embedding
+        return Selection(ShardSet.open(out), DataConfig(leads=["I"]), "train")
 
-    whole_RD = embedded(Simulation(patients=4), "whole", ["I"])
-    capsys.readouterr()
-    blank_RD = embedded(OneWithoutI(patients=4), "blank", ["I"])
-    assert (
-        "train split: 1 of 8 recordings have none of the leads I; all of theirs are masked" in capsys.readouterr().err
-    )
-    same_R = np.isclose(whole_RD, blank_RD, rtol=0, atol=1e-6).all(axis=1)
-    assert np.flatnonzero(~same_R).tolist() == [3]
-    assert np.isfinite(blank_RD).all()
+    whole, lacking = selected(Simulation(patients=4), "whole"), selected(OneWithoutI(patients=4), "lacking")
+    assert len(whole.with_kept_leads()) == 8
+    assert lacking.with_kept_leads().numbers.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    shown = []
+    for selection, name in ((whole, "all"), (lacking, "some")):
+        _project(tmp_path / name, small_export, selection, TrainConfig(projected_recordings=0))
+        [named] = (tmp_path / name).rglob("metadata.tsv")
+        shown.append(named.read_text().splitlines())
+    assert shown[1] == shown[0][:3] + shown[0][4:]
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "probe"])

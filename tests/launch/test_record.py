@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -14,12 +15,13 @@ import pytest
 import yaml
 
 from ecgscale.config import PretrainConfig, load
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale_launch import record
-from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
+from ecgscale_launch.folder import JobFolder, code_environment, read_json, read_json_now, write_json
 from ecgscale_launch.record import (
     describe_clone,
     make_job_folder,
+    make_private,
     package_folders,
     read_job,
     refuse_shared,
@@ -27,6 +29,7 @@ from ecgscale_launch.record import (
     versions,
 )
 from ecgscale_launch.resources import ClusterConfig, load_cluster
+from ecgscale_launch.standing import standings
 
 CLUSTER = ClusterConfig(nodes=2, environment={"A": "it's $(x)"})
 
@@ -219,6 +222,33 @@ def test_files_that_are_no_json_are_named(tmp_path, content):
     (tmp_path / "state.json").write_bytes(content)
     with pytest.raises(InputError, match=r"state\.json: damaged, not"):
         read_json(tmp_path / "state.json")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_no_fault_of_the_user(tmp_path, monkeypatch, number):
+    """Exit code 1, after which a job is started again; a status line goes without what cannot be read."""
+    folder = JobFolder(make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local"))
+
+    def fails(*given: object, **named: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder.path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fails)
+        with pytest.raises(MachineError, match=f"^{folder.job}: cannot read: {os.strerror(number)}"):
+            read_job(tmp_path / "run")
+        assert read_json_now(folder.state) is None
+        (job,), complaint = standings([tmp_path / "run"])
+        assert (job.state, complaint) == ("damaged", None)
+        assert os.strerror(number) in (job.reason or "")
+    for name, doing, what in (("lstat", "cannot read", refuse_shared), ("mkdir", "cannot make", make_private)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, fails)
+            with pytest.raises(MachineError, match=f"^{folder.path}: {doing}.*: {os.strerror(number)}"):
+                what(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "_copy", fails)
+        with pytest.raises(MachineError, match=f"^{folder.path}: cannot copy the code: {os.strerror(number)}"):
+            snapshot({"ecgscale": tmp_path}, folder.code)
 
 
 def test_json_is_written_whole(tmp_path):

@@ -6,17 +6,15 @@ with the number of records or of processes.
 
 from __future__ import annotations
 
-import functools
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ecgscale.data.label_table import Description
-from ecgscale.errors import InputError, MachineError
+from ecgscale.data.label_table import Description, being_filled, rows_of
+from ecgscale.errors import InputError
 
 _SCHEMA = """
 CREATE TABLE files (name TEXT PRIMARY KEY, offset INT, packed INT, size INT, method INT, crc INT) WITHOUT ROWID;
@@ -42,14 +40,17 @@ TAR = -1
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The tables. ``Catalogue.make`` fills them once; afterwards they are only read."""
+    """The tables. ``Catalogue.make`` fills them once; afterwards they are only read.
+
+    All methods raise MachineError that names the folder or file where the disk fails.
+    """
 
     path: Path
 
     @classmethod
     def make(cls, path: Path) -> Catalogue:
         """Empty tables in a new file."""
-        with closing(sqlite3.connect(path)) as tables:
+        with being_filled(path) as tables:
             tables.executescript(_SCHEMA)
         return cls(path)
 
@@ -69,9 +70,7 @@ class Catalogue:
         self._insert("INSERT OR IGNORE INTO notes VALUES (?, ?)", rows, "")
 
     def _insert(self, statement: str, rows: Iterable[tuple[object, ...]], conflict: str) -> None:
-        with closing(sqlite3.connect(self.path)) as tables:
-            tables.execute("PRAGMA journal_mode=OFF")  # a table that is not finished is thrown away
-            tables.execute("PRAGMA synchronous=OFF")
+        with being_filled(self.path) as tables:
             latest = ""
 
             def remembered() -> Iterator[tuple[object, ...]]:
@@ -85,24 +84,21 @@ class Catalogue:
                     tables.executemany(statement, remembered())
             except sqlite3.IntegrityError as error:
                 raise InputError(f"{conflict}: {latest!r}") from error
-            except sqlite3.OperationalError as error:
-                raise MachineError(f"{self.path.parent}: {error}; set TMPDIR to a folder with more room") from error
 
     def file(self, name: str) -> Member | None:
-        row = _open(self.path).execute("SELECT * FROM files WHERE name = ?", (name,)).fetchone()
+        row = next(rows_of(self.path, "SELECT * FROM files WHERE name = ?", name), None)
         return None if row is None else Member(*row[1:])
 
     def headers(self, prefix: str) -> list[str]:
         """Names of the WFDB headers that start so, sorted, without the prefix."""
-        bounds = (prefix, prefix + _LAST)
-        found = _open(self.path).execute("SELECT name FROM files WHERE name >= ? AND name < ? ORDER BY name", bounds)
-        return [name[len(prefix) :] for (name,) in found if name.endswith(".hea") and not name.endswith("/.hea")]
+        return [
+            name for name in self.names(prefix) if name.endswith(".hea") and not f"{prefix}{name}".endswith("/.hea")
+        ]
 
     def names(self, prefix: str) -> Iterator[str]:
         """Of all files that start so, sorted, without the prefix."""
-        bounds = (prefix, prefix + _LAST)
         query = "SELECT name FROM files WHERE name >= ? AND name < ? ORDER BY name"
-        for (name,) in _open(self.path).execute(query, bounds):
+        for (name,) in rows_of(self.path, query, prefix, prefix + _LAST):
             yield name[len(prefix) :]
 
     def children(self, folder: str) -> frozenset[str]:
@@ -116,31 +112,25 @@ class Catalogue:
     def _children(self, folder: str) -> Iterator[tuple[str, bool]]:
         after = folder
         query = "SELECT name FROM files WHERE name > ? ORDER BY name LIMIT 1"
-        while (row := _open(self.path).execute(query, (after,)).fetchone()) and row[0].startswith(folder):
+        while (row := next(rows_of(self.path, query, after), None)) and row[0].startswith(folder):
             child, slash, _ = row[0][len(folder) :].partition("/")
             yield child, bool(slash)
             after = f"{folder}{child}/{_LAST}" if slash else row[0]  # past all that the child holds
 
     def items(self) -> list[str]:
         """The records, sorted."""
-        return [item for (item,) in _open(self.path).execute("SELECT item FROM records ORDER BY item")]
+        return [item for (item,) in rows_of(self.path, "SELECT item FROM records ORDER BY item")]
 
     def n_records(self) -> int:
-        (count,) = _open(self.path).execute("SELECT count(*) FROM records").fetchone()
+        ((count,),) = rows_of(self.path, "SELECT count(*) FROM records")
         return int(count)
 
     def describe(self, item: str) -> Description:
         """What is known of a record; nothing for one that is not there."""
-        row = _open(self.path).execute("SELECT said FROM records WHERE item = ?", (item,)).fetchone()
+        row = next(rows_of(self.path, "SELECT said FROM records WHERE item = ?", item), None)
         return Description(*json.loads(row[0])) if row is not None and row[0] else _NOTHING
 
     def note(self, key: int) -> list[str]:
-        row = _open(self.path).execute("SELECT said FROM notes WHERE key = ?", (key,)).fetchone()
+        row = next(rows_of(self.path, "SELECT said FROM notes WHERE key = ?", key), None)
         lines: list[str] = json.loads(row[0]) if row else []
         return lines
-
-
-@functools.lru_cache(maxsize=4)
-def _open(path: Path) -> sqlite3.Connection:
-    # Once per process. Read only, and never while the tables are being filled by another connection.
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)

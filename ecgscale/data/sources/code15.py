@@ -34,7 +34,7 @@ from ecgscale.data.sources.tables import Table
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_source import stays_inside
 from ecgscale.data.units import parse_unit, to_signal
-from ecgscale.errors import InputError, disk_failed, unreadable
+from ecgscale.errors import InputError, disk_failed, file_error, unreadable
 from ecgscale.record import LEADS, Record
 
 EXAMS = "exams.csv"
@@ -94,7 +94,7 @@ class Code15:
         """One exam without its padding.
 
         Raises InputError, which names the part and the row, where it cannot be read, is zero throughout, holds NaN or
-        has no row in exams.csv: its patient would be unknown.
+        has no row in exams.csv: its patient would be unknown. Raises MachineError where the disk fails.
         """
         stem, _, place = item.rpartition("/")
         part_name, row, exam_id = f"{stem}.hdf5", *map(int, place.split("_"))
@@ -109,6 +109,8 @@ class Code15:
             signal = to_signal(values_TL.T, LEADS, self.mv_per_value, RATE_HZ)
         except InputError as error:
             raise type(error)(f"{shown}: {error}") from error
+        except OSError as error:
+            raise file_error(shown, "cannot be read", error) from error
         known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
         known["notes"] = said.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
