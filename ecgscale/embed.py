@@ -67,7 +67,7 @@ def embed_files(
     splits: list[str] = []  # of a data set's recordings
     if kind == "an .npy":
         renames = dict(rename_leads)
-        names, embedding = _embed_npy(model, source, rate_hz, leads, renames, tokens, unit or "mV", mv_per_count)
+        names, embedding = _embed_npy(model, source, rate_hz, leads, renames, tokens, unit, mv_per_count)
     elif kind == "a data set":
         shards = ShardSet.open(source)
         embedding = model.embed_recordings(_of_data_set(model, shards, names, splits, rejected), tokens)
@@ -94,7 +94,7 @@ def _embed_npy(
     leads: tuple[str, ...] | None,
     renames: Mapping[str, str],
     tokens: bool,
-    unit: str,
+    unit: str | None,
     mv_per_count: float | None,
 ) -> tuple[list[str], Embedding]:
     if rate_hz is None:

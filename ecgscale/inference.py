@@ -22,7 +22,7 @@ from ecgscale.data.plausibility import check_geometry, checked
 from ecgscale.data.remarked import NONE, Remarked, lines
 from ecgscale.data.selection import Selection, zscore_gain
 from ecgscale.data.shard_set import lead_positions
-from ecgscale.data.units import mv_per_value, parse_unit
+from ecgscale.data.units import mv_per_value
 from ecgscale.errors import InputError
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
@@ -137,7 +137,7 @@ class ECGModel:
         leads: Sequence[str],
         tokens: bool = False,
         progress: bool = False,
-        unit: str = "mV",
+        unit: str | None = None,
         mv_per_count: float | None = None,
     ) -> Embedding:
         """Embeddings of ECGs, in millivolts unless ``unit`` or ``mv_per_count`` says otherwise.
@@ -151,7 +151,7 @@ class ECGModel:
             leads: names of the leads, any subset of the twelve in any order; the others are masked.
             tokens: also return one vector per 16 samples.
             progress: show a bar, in a terminal.
-            unit: of floats: V, mV or uV, with a factor where need be, such as 0.5mV.
+            unit: of floats: V, mV (also where nothing is said) or uV, with a factor where need be, such as 0.5mV.
             mv_per_count: of integers, which say no unit.
 
         Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, a rate
@@ -160,7 +160,7 @@ class ECGModel:
         signal_RLT = np.asarray(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:
             raise InputError(f"mv_per_count {mv_per_count:g}: give a finite number above 0")
-        mv_per_1 = mv_per_value(signal_RLT.dtype, parse_unit(unit), mv_per_count)
+        mv_per_1 = mv_per_value(signal_RLT.dtype, unit, mv_per_count)
         if signal_RLT.ndim == 2:
             signal_RLT = signal_RLT[None]
         names = canonical_leads(leads)

@@ -217,7 +217,7 @@ def _folded(key: str) -> str:
 
 
 def _leads(fields: Fields, rules: Rules, n_leads: int | None) -> tuple[str, ...]:
-    said = _first(fields, LEAD_KEYS)
+    said = _only(fields, LEAD_KEYS)
     if isinstance(said, list) and said and all(isinstance(name, str) for name in said):
         leads = source_leads(said, _renames(rules.rename_leads), can_ignore=False)
         if rules.leads and leads != rules.leads:
@@ -241,7 +241,7 @@ def _hint(said: Any) -> str:
 
 
 def _rate(fields: Fields, has_option: bool) -> float | None:
-    said = _first(fields, RATE_KEYS)
+    said = _only(fields, RATE_KEYS)
     if _is_number(said) and MIN_RATE_HZ <= said <= MAX_RATE_HZ:
         return float(said)
     if not has_option:
@@ -255,8 +255,17 @@ def _rate(fields: Fields, has_option: bool) -> float | None:
 def _scale(fields: Fields, rules: Rules, n_leads: int) -> tuple[float, ...]:
     """mV per count of each row."""
     option = None if rules.mv_per_count is None else (rules.mv_per_count,) * n_leads
-    said, gain = _first(fields, SCALE_KEYS), _first(fields, GAIN_KEYS)
+    said, gain = _only(fields, SCALE_KEYS), _only(fields, GAIN_KEYS)
     values = _numbers(said if said is not None else gain, n_leads)
+    if said is not None and gain is not None:
+        gains = _numbers(gain, n_leads)
+        if not (
+            values and gains and all(abs(one * other - 1) < 1e-3 for one, other in zip(values, gains, strict=True))
+        ):
+            raise InputError(
+                f"it says a scale of {str(said)[:40]} mV per count and a gain of {str(gain)[:40]} counts per mV, which "
+                "is another; leave one out"
+            )
     if values is None:
         if option is None:
             raise InputError(
@@ -310,5 +319,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _first(fields: Fields, keys: Sequence[str]) -> Any:
-    return next((fields[key] for key in keys if fields.get(key) is not None), None)
+def _only(fields: Fields, keys: Sequence[str]) -> Any:
+    """What stands under the keys. Raises InputError where two of them say different things."""
+    told = {key: fields[key] for key in keys if fields.get(key) is not None}
+    for key, value in told.items():
+        first = next(iter(told))
+        if _comparable(value) != _comparable(told[first]):
+            raise InputError(f"it says {first} {str(told[first])[:40]!r} and {key} {str(value)[:40]!r}; leave one out")
+    return next(iter(told.values()), None)
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_comparable(one) for one in value]
+    return _folded(value) if isinstance(value, str) else value

@@ -68,9 +68,10 @@ UNEQUAL = "I + III = II, aVR = -(I + II)/2 or their like do not hold: leads out 
 
 # Of a whole set: what to ask, where it is the kind of most of its records.
 _QUESTIONS = {
-    LOUD: "are they microvolts or counts? Then give --unit uV or --mv-per-count, or mend the gain in the headers",
+    LOUD: "are they microvolts or counts? Then give --unit uV, or --mv-per-count of integers; with WFDB, mend the gain",
     SCALED: "are they z-scores? Then no unit makes them millivolts: train with data.normalisation=zscore",
-    UNEQUAL: "is the order of the leads another? Then give --source-leads, or mend the names in the headers",
+    UNEQUAL: "is the order of the leads another? Then name them by --source-leads (.npy), --leads (index) or "
+    "--rename-leads (WFDB)",
 }
 
 
@@ -206,7 +207,7 @@ def _nothing(
     if swing_mv_L.any():
         return UnlikelyUnitError(
             f"no lead swings by more than {swing_mv_L.max():.2g} mV from top to bottom, an ECG by about 1 mV: "
-            "are they volts? Then give --unit V (or mend the gain in the header)"
+            "are they volts? Then give --unit V (with WFDB, mend the gain in the header)"
         )
     if not low_L.any():
         return InputError("all samples are zero")
@@ -254,7 +255,7 @@ class _Numbers:
         )
         if self.deviation_mv_L[row] > _LOUD_MV:
             return UnlikelyUnitError(
-                f"{said}: are they microvolts? Then give --unit uV (or --mv-per-count, or mend the gain in the header)"
+                f"{said}: are they microvolts? Then give --unit uV (integers: --mv-per-count; WFDB: mend the gain)"
             )
         n = np.count_nonzero(self.values_LT[row] == self.values_LT.dtype.type(extreme))
         return InputError(

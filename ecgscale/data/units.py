@@ -27,10 +27,18 @@ def parse_unit(text: str) -> float:
     return float(matched[1] or 1) * mv_per_unit(matched[2])
 
 
-def mv_per_value(dtype: np.dtype[Any], mv_per_float: float, mv_per_count: float | None) -> float:
-    """Millivolts per 1 of an array of that type; raises InputError for what is no number, and integers of no unit."""
+def mv_per_value(dtype: np.dtype[Any], unit: str | None, mv_per_count: float | None) -> float:
+    """Millivolts per 1 of an array of that type; ``unit`` is that of floats, mV where nothing is said.
+
+    Raises InputError for what is no number, for integers of no unit, and for floats of which only counts are said.
+    """
     if dtype.kind == "f":
-        return mv_per_float
+        if unit is None and mv_per_count is not None:
+            raise InputError(
+                f"floats ({dtype}) take --unit, such as {mv_per_count:g}mV; --mv-per-count is for integers "
+                "(in Python, unit and mv_per_count)"
+            )
+        return parse_unit(unit or "mV")
     if dtype.kind not in "iu":
         raise InputError(f"of type {dtype}; floats or integers are needed")
     if mv_per_count is None:

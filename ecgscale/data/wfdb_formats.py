@@ -68,8 +68,16 @@ def frames_in(path: Path, lines: Sequence[SignalLine]) -> int:
     size = path.stat().st_size
     if first.format in FLAC_FORMATS:
         return max(0, _flac_samples(path, size) - first.byte_offset) // first.samples_per_frame
-    bytes_per_frame = FORMATS[first.format].bytes_per_sample * _width(lines)
-    return max(0, math.floor((size - first.byte_offset) / bytes_per_frame))
+    width = _width(lines)
+    n_frames = max(0, math.floor((size - first.byte_offset) / (FORMATS[first.format].bytes_per_sample * width)))
+    while n_frames and _n_bytes(first.format, n_frames * width) > size - first.byte_offset:
+        n_frames -= 1
+    return n_frames
+
+
+def _n_bytes(format_: str, n_values: int) -> int:
+    """Bytes that so many samples take. The second one of a triplet of 310 reaches into its fourth byte."""
+    return math.ceil(n_values * FORMATS[format_].bytes_per_sample) + (format_ == "310" and n_values % 3 == 2)
 
 
 def _width(lines: Sequence[SignalLine]) -> int:
@@ -106,13 +114,13 @@ def read_file(path: Path, lines: Sequence[SignalLine], n_frames: int) -> Iterato
     Raises InputError where it ends before.
     """
     format_ = lines[0].format
-    bytes_per_sample, width = FORMATS[format_].bytes_per_sample, _width(lines)
+    width = _width(lines)
     with path.open("rb") as file:
         file.seek(lines[0].byte_offset)
         decode = _Differences(lines) if format_ == "8" else _DECODERS[format_]
         for first, stop in frame_blocks(n_frames, lines):
             n_values = (stop - first) * width
-            packed = _bytes(file, math.ceil(n_values * bytes_per_sample))
+            packed = _bytes(file, _n_bytes(format_, n_values))
             yield first, stop, decode(packed)[:n_values].reshape(-1, width)
 
 

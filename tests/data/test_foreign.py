@@ -173,7 +173,10 @@ def test_any_order_of_rows_is_read_exactly(tmp_path, order, shapes) -> None:
     leads = [tuple(lead for lead in order if lead in some) for some, _ in shapes]
     scales = [list(range(1, len(leads_L) + 1)) for leads_L in leads]
     samples = [
-        {"npy": counts(i, len(leads[i]), n), "json": ABOUT | {"leads": leads[i], "scale_mv": scales[i]}}
+        {
+            "npy": counts(i, len(leads[i]), n),
+            "json": ABOUT | {"leads": leads[i], "scale_mv": scales[i], "mv_per_count": None},
+        }
         for i, (_, n) in enumerate(shapes)
     ]
     shards = index(write_tars(folder, samples))
@@ -449,6 +452,22 @@ def test_arrays_that_are_not_counts_are_refused(tmp_path, array, why) -> None:
     samples = [{"npy": counts(i), "json": ABOUT} for i in range(6)]
     samples[5]["npy"] = array if isinstance(array, bytes) else npy(array)
     assert why in refused(write_tars(tmp_path / "set", samples), "part-001.tar", "member 's005.")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"fs": 250}, "it says rate_hz '100' and fs '250'"),
+        ({"gain": 200}, "a scale of 0.001 mV per count and a gain of 200 counts per mV"),
+        ({"sig_name": LEADS[::-1]}, "it says leads "),
+    ],
+)
+def test_json_that_says_two_things_is_refused(tmp_path, change, why) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | (change if i == 4 else {})} for i in range(6)]
+    assert why in refused(write_tars(tmp_path / "set", samples), "part-001.tar", "'s004.json'")
+    same = {"fs": 100.0, "gain": 1000, "sig_name": [lead.upper() for lead in LEADS]}
+    samples = [{"npy": counts(i), "json": ABOUT | same} for i in range(6)]
+    assert cli.main(["index", str(write_tars(tmp_path / "same", samples))]) == 0
 
 
 @pytest.mark.parametrize(

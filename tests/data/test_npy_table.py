@@ -143,6 +143,13 @@ def test_a_table_may_name_the_files(folder: Path, tmp_path) -> None:
     assert [source.read(item).labels for item in ("a", "b/c", "b/d")] == [{"kind": [f"k{i}"]} for i in range(3)]
 
 
+def test_floats_do_not_take_the_unit_of_integers(tmp_path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(1, 2, 500)))
+    says = "floats (float64) take --unit, such as 0.2mV; --mv-per-count is for integers"
+    assert says in refusal(tmp_path / "x.npy", source_leads=("V1", "II"), mv_per_count=0.2)
+    opened(tmp_path / "x.npy", source_leads=("V1", "II"), mv_per_count=0.2, unit="0.2mV").read("0")
+
+
 def test_integers_are_kept_as_they_are(tmp_path) -> None:
     counts_LT = np.random.default_rng(0).integers(-3000, 3000, (2, 500), dtype=np.int16)
     np.save(tmp_path / "x.npy", counts_LT[None])
@@ -202,7 +209,7 @@ def test_leads_in_another_order_are_asked_about(tmp_path, mv_NLT, capsys) -> Non
     said = capsys.readouterr().out
     assert "4 records: I + III = II, aVR = -(I + II)/2 or their like do not hold" in said
     assert "; 0, 1, 2 and 1 more (see" in said
-    assert said.count("is the order of the leads another? Then give --source-leads") == 2, "before and after"
+    assert said.count("is the order of the leads another? Then name them by --source-leads") == 2, "before and after"
     assert cli.main([*command, str(tmp_path / "b"), f"--source-leads={','.join(order)}"]) == 0
     assert "do not hold" not in capsys.readouterr().out
 

@@ -395,6 +395,17 @@ def test_skewed_signals_are_aligned(tmp_path: Path) -> None:
     assert record.invalid_samples == 4
 
 
+@pytest.mark.parametrize("n_samples", [399, 400, 401])
+def test_format_310_ends_within_a_triplet(tmp_path: Path, n_samples: int) -> None:
+    """The second sample of a triplet reaches into its fourth byte; what lies behind the last sample is left out."""
+    count_T = random_counts(n_samples, 1, bits=10)[:, 0]
+    packed = pack(np.append(count_T, np.zeros(-n_samples % 3, count_T.dtype)), "310")
+    packed = packed[: len(packed) - (2 if n_samples % 3 == 1 else 0)]
+    header = f"r 1 {RATE_HZ} {n_samples}\nr.dat 310 1000/mV 16 0 0 {count_T.sum() % 65536} 0 II"
+    record = read_wfdb(write_raw(tmp_path, header, packed))
+    np.testing.assert_array_equal(record.signal_LT[0], count_T)
+
+
 # --- invalid samples ---
 
 

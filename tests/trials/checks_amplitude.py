@@ -102,7 +102,7 @@ def flat_leads(folder: Path, scratch: Path) -> str:
 @case("lead-order")
 def lead_order(folder: Path, scratch: Path) -> str:
     said = ingest(folder / "npy", scratch / "npy", "--source-rate-hz", 500)
-    assert "is the order of the leads another? Then give --source-leads" in said.out, said.out
+    assert "is the order of the leads another? Then name them by --source-leads" in said.out, said.out
     order = "I,II,V1,V2,V3,V4,V5,V6,III,aVR,aVL,aVF"
     right = ingest(folder / "npy", scratch / "right", "--source-rate-hz", 500, "--source-leads", order)
     assert "do not hold" not in right.out, right.out

@@ -39,7 +39,8 @@ class NpyTable:
     dataset: str
     rate_hz: float
     leads: tuple[str, ...]  # canonical names, in the order of the arrays
-    mv_per_float: float = 1.0
+    unit: str | None = None
+    """Of floats; None: not said, so mV."""
     mv_per_count: float | None = None
     labels_csv: Path | tuple[Path, ...] | None = None
     """As in load_label_table; of one array, a column ``row`` (or the record column) has the numbers of its rows."""
@@ -58,12 +59,13 @@ class NpyTable:
             check_rate(rate_hz)
         except InputError as error:
             raise InputError(f"--source-rate-hz: {error}") from error
+        parse_unit(options.unit or "mV")
         source = cls(
             path,
             options.dataset or "",
             rate_hz,
             canonical_leads(options.source_leads or LEADS),
-            parse_unit(options.unit or "mV"),
+            options.unit,
             options.mv_per_count,
             options.labels_csv,
             options.record_column,
@@ -132,7 +134,7 @@ class NpyTable:
     def _mv_per_value(self, array: npt.NDArray[np.generic]) -> float:
         if array.dtype.kind != "f" and (array.dtype.kind not in "iu" or array.dtype.itemsize > 4):
             raise InputError(f"of type {array.dtype}; floats, or integers of at most 32 bits, are needed")
-        return mv_per_value(array.dtype, self.mv_per_float, self.mv_per_count)
+        return mv_per_value(array.dtype, self.unit, self.mv_per_count)
 
     @functools.cached_property
     def labels(self) -> LabelTable | None:
