@@ -255,10 +255,13 @@ def ingest(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     source = source_from(options)
     from ecgscale.data.sources import implausible_unit
+    from ecgscale.data.sources.listing import shared_names
 
     about = [source.description]
     if not options.part:  # --merge says it once for all
         about += [f"{options.source}: {line}" for line in source.left_out()]
+        if options.patient_key == "@folder" and (line := shared_names(source.items())):
+            about.append(f"{options.source}: {line}")
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding

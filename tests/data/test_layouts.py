@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 
 from ecgscale import cli
 from ecgscale.data.sources import OpenedSource, SourceOptions, WfdbFolder, open_source
+from ecgscale.data.sources.listing import shared_names
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Record
 from ecgscale.simulate import Simulation
@@ -115,6 +117,19 @@ def refusal(path: Path, **options: object) -> str:
 
 
 # --- PTB-XL ---
+
+
+@pytest.mark.parametrize(
+    ("items", "says"),
+    [
+        (["p1/day1/a", "p1/day2/a", "p2/day1/a"], "1 folder names stand .* such as 'day1' below 'p1' and 'p2'"),
+        (["p/a", "q/p/a"], "such as 'p' below 'the root' and 'q'"),
+        (["ward1/p1/a", "ward1/p1/b", "ward2/p2/a", "c"], None),
+    ],
+)
+def test_folders_of_sessions_are_no_patients(items, says) -> None:
+    line = shared_names(items)
+    assert line is None if says is None else re.search(says, line)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,6 +82,24 @@ def _leads_out(link: Path, real_root: Path) -> bool:
     return link.is_dir() or not Path(os.path.realpath(link)).is_relative_to(real_root)
 
 
+def shared_names(items: Iterable[str]) -> str | None:
+    """A line where folders of one name stand below several, as those of sessions do: no name of a patient then."""
+    parents: dict[str, set[str]] = {}
+    for folder in {item.rpartition("/")[0] for item in items}:
+        above, _, name = folder.rpartition("/")
+        parents.setdefault(name, set()).add(above)
+    shared = {name: sorted(above) for name, above in parents.items() if len(above) > 1}
+    if not shared:
+        return None
+    name = min(shared)
+    one, other = (folder or "the root" for folder in shared[name][:2])
+    return (
+        f"--patient-key @folder: {len(shared)} folder names stand below several folders, each taken for one patient, "
+        f"such as {name!r} below {one!r} and {other!r}; if these are sessions, the patients are "
+        "mixed: move each patient's records into one folder, or name them in a table"
+    )
+
+
 def left_out(folders: Iterable[Contents], suffix: str) -> list[str]:
     """Lines on the files that are not read where those with ``suffix`` (.hea or .npy) are: how many, and why."""
     counts: Counter[str] = Counter()
