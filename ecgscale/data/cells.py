@@ -6,7 +6,7 @@
 | ``17.0``, ``1e+05``, ``1.5709E4`` | ``17``, ``100000``, ``15709``: whole numbers that a float column made so |
 | ``007``, ``1e5``, ``17.5``, ``P17`` | as it is: ids with leading zeros are others, and ``1e5`` may be hexadecimal |
 | ``True``, ``false`` | as a class ``1`` and ``0``, so that 1, 1.0 and True are one class |
-| ``A|B``, ``A;B``, one per line, ``['A', 'B']``, ``["A"]``, ``['A' 'B']``, ``{A,B}`` | the classes A and B |
+| ``A|B``, ``A;B``, one per line, ``['A', 'B']``, ``['A' 'B']``, ``{A,B}``, ``c("A", "B")`` | the classes A and B |
 | ``426783006,59931005`` and with spaces | two SNOMED CT codes (6 to 18 digits); other commas and spaces are text |
 | ``# Dx: AF, 12`` and ``# Dx: 12 13`` in headers | a list whatever the codes are: AF and 12, 12 and 13 |
 | ``{'A': true, 'B': false}``, also 1 and 0 | flags: the class A |
@@ -62,6 +62,7 @@ _PERCENT_STEP = 5  # PTB-XL's likelihoods are 0, 15, 35, 50, 80 and 100
 
 _LONGEST_LIST = 1 << 16
 _BRACKETS = ("[]", "{}", "()")
+_CALL = re.compile(r"""(?:c|list|set|frozenset|tuple)\((\s*[\[{("'].*[\]})"']\s*)\)""", re.DOTALL)  # c is R's
 _NUMPY = re.compile(r"\bnp\.\w+\(([^()]*)\)")
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -330,6 +331,9 @@ def _literal(text: str, field: str) -> list[Any] | dict[str, Any] | None:
         return []
     if text.startswith("array(["):
         text = text[len("array(") : text.rfind("]") + 1]
+    if called := _CALL.fullmatch(text):
+        inner = called[1].strip()
+        text = inner if inner[0] + inner[-1] in _BRACKETS else f"[{inner}]"
     if text[:1] + text[-1:] not in _BRACKETS or len(text) > _LONGEST_LIST:
         return None
     try:

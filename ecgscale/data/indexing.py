@@ -206,7 +206,10 @@ def _index_tar(
             done.notes[NOBODY] += 1
         done.likelihoods |= about.likelihoods
         if split_by:
-            done.split_values.append(split_value(about.labels, about.metadata, split_by))
+            try:
+                done.split_values.append(split_value(about.labels, about.metadata, split_by))
+            except InputError as error:
+                raise InputError(f"{path}: {record.name!r}: {error}") from error
     if not rows:
         raise InputError(f"{path}: no sample in it; remove it")
     digest.update(tar[hashed:].data)

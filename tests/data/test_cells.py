@@ -134,6 +134,10 @@ def test_different_numbers_and_leading_zeros_stay_apart(one: int, other: int, fr
             (cell, ["NORM", "MI"])
             for cell in ("NORM|MI", "NORM;MI", "NORM | MI|", "NORM\nMI", "NORM\r\nMI", "NORM|NORM|MI")
         ),
+        *(
+            (cell, ["NORM", "MI"])
+            for cell in ('c("NORM", "MI")', "frozenset({'NORM', 'MI'})", "list(['NORM', 'MI'])", "c( 'NORM','MI' )")
+        ),
         *((cell, ["NORM", "MI"]) for cell in ("['NORM', 'MI']", '["NORM", "MI"]', "['NORM' 'MI']", "['NORM'\n 'MI']")),
         *((cell, ["NORM", "MI"]) for cell in ("[NORM, MI]", "{NORM,MI}", "('NORM', 'MI')", "{'NORM', 'MI'}")),
         *(
