@@ -59,20 +59,16 @@ class Ingested:
     remarked: Mapping[str, Remarked]  # by kind; remarks.csv lists them
     held: int = 0  # that the set had already, under the same names with the same samples; they are left out
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
-
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
-    copies: list[str] = field(
-        default_factory=list
-    )  # lines for people, of all that the set holds; copies.csv lists them
+    copies: list[str] = field(default_factory=list)  # lines on all that the set holds; copies.csv lists them
 
     @staticmethod
     def of(described: dict[str, Any], copies: list[str]) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
+        later = {name: described[name] for name in ("held", "shared_ids", "notes") if name in described}
         remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
-        later = {"held": described.get("held", 0), "shared_ids": described.get("shared_ids", {})}
-        later |= {"notes": described.get("notes", {})}
-        return Ingested(**always, remarked=remarked, copies=copies, **later)
+        return Ingested(**always, **later, remarked=remarked, copies=copies)
 
 
 def finish(job: Job, mark: Mark) -> Ingested:

@@ -142,10 +142,10 @@ def _read(tar: Path) -> tuple[Part, Columns]:
         raise _DamagedError from error
     if digest != _digest(said, columns):
         raise _DamagedError
-    fields = json.loads(said)
-    if fields.keys() != _PART_FIELDS:
+    told = json.loads(said)
+    if told.keys() != _PART_FIELDS:
         raise _DamagedError  # another version's
-    return Part(**fields), columns
+    return Part(**told), columns
 
 
 def _digest(said: str, columns: Columns) -> str:
@@ -167,7 +167,6 @@ def convert(task: Slice) -> Part:
     held = 0
     elsewhere: list[list[int]] = []
     notes = Counter[str]()
-
     split_by = task.options.split_by
 
     def records() -> Iterator[tuple[str, Record]]:
