@@ -22,10 +22,11 @@ from typing import Any
 
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, one_line
+from ecgscale.files import write_json
 from ecgscale_launch import slurm
 from ecgscale_launch.checkup import Report
 from ecgscale_launch.diagnosis import Check, Found, judge, node_of, some
-from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
+from ecgscale_launch.folder import JobFolder, code_environment, read_json
 from ecgscale_launch.job import Request, shown_id, submit, test
 from ecgscale_launch.launching import Piece, Stage, rank_command, request_for, srun_command, with_processes
 from ecgscale_launch.listing import duration, screen, short_path

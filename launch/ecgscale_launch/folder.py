@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError, file_error
-from ecgscale.files import free_name, put_in_place
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,6 @@ class JobFolder:
         """The folder of the newest attempt."""
         numbers = [int(path.name) for path in self.attempts.glob("[0-9]*") if path.name.isdecimal()]
         return self.attempt(max(numbers)) if numbers else None
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Write JSON that readers find whole, old or new, also after a power cut. Raises OSError."""
-    partial = free_name(path)
-    try:
-        partial.write_text(json.dumps(tree, indent=1) + "\n")
-        put_in_place(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json_or_say(path: Path, tree: Any) -> None:

@@ -15,10 +15,11 @@ from ecgscale.config import FinetuneConfig, PretrainConfig
 from ecgscale.config import dump as dump_config
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, MachineError
+from ecgscale.files import write_json
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S, MEETING_TIMEOUT_S, SAVE_S, SUPERVISOR
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder, code_environment, read_json, write_json
+from ecgscale_launch.folder import JobFolder, code_environment, read_json
 from ecgscale_launch.job import Batch, Request, script, submit, test
 from ecgscale_launch.local import LocalRanks, rank_environment
 from ecgscale_launch.place import check_place

@@ -21,9 +21,9 @@ from ecgscale import provenance
 from ecgscale.config import FinetuneConfig, PretrainConfig, RunConfig, build, dump, load
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, file_error
-from ecgscale.files import write_whole
+from ecgscale.files import write_json, write_whole
 from ecgscale.run import refuse_other_run
-from ecgscale_launch.folder import JobFolder, read_json, write_json
+from ecgscale_launch.folder import JobFolder, read_json
 from ecgscale_launch.resources import ClusterConfig, host_python, job_name, refuse_control_characters
 
 FORMAT = "ecgscale-job/1"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
-import socket
 import statistics
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, MachineError, one_line
-from ecgscale.files import standing
+from ecgscale.files import standing, write_whole
 from ecgscale.json_lines import read_json_lines
 from ecgscale_launch.folder import JobFolder, read_json
 
@@ -50,14 +48,14 @@ def collect(run: Path) -> str:
     rows = [[*swept.values(), *(values.get(name, "") for name in names)] for swept, values in found]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([["run", *keys, *names], *_named(runs, rows)])
-    _write(run / "results.csv", text.getvalue())
+    write_whole(run / "results.csv", text.getvalue().encode())
     missing = [one["run"] for one, (_, values) in zip(runs, found, strict=True) if not values]
     table = _markdown(keys, names, found)
     if missing:
         table += f"\n\n{len(missing)} of {len(runs)} runs have no result yet: {', '.join(missing[:3])}" + (
             " …" if len(missing) > 3 else ""
         )
-    _write(run / "results.md", table + "\n")
+    write_whole(run / "results.md", f"{table}\n".encode())
     return table
 
 
@@ -111,9 +109,3 @@ def _estimate(values: list[float]) -> str:
         return "–"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from ecgscale.errors import InputError, one_line
+from ecgscale.errors import InputError, MachineError, one_line
+from ecgscale.files import write_json
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S
-from ecgscale_launch.folder import JobFolder, read_json, read_json_now, write_json
+from ecgscale_launch.folder import JobFolder, read_json, read_json_now
 from ecgscale_launch.rendezvous import meeting_environment
 from ecgscale_launch.runs import newest_step
 
@@ -265,7 +266,7 @@ class Supervisor:
         """A disk that is full or gone must not end ranks that still work; the next change is written again."""
         if attempt is not None:
             self._attempts[-1] = asdict(attempt)
-        with suppress(OSError):
+        with suppress(InputError, MachineError):
             write_json(self._folder.state, self._state(phase))
 
     def _state(self, phase: str) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import yaml
 
 from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError, MachineError
+from ecgscale.files import write_json
 from ecgscale_launch import record
-from ecgscale_launch.folder import JobFolder, code_environment, read_json, read_json_now, write_json
+from ecgscale_launch.folder import JobFolder, code_environment, read_json, read_json_now
 from ecgscale_launch.record import (
     describe_clone,
     make_job_folder,

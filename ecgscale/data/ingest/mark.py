@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from ecgscale.data.copies import write_copies
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, read_manifest
 from ecgscale.errors import InputError, file_error, naming_file
-from ecgscale.files import JSON_LIMIT_BYTES, NO_LOCKS, is_partial, json_bytes, parse_json, seal_holds, sealed
+from ecgscale.files import JSON_LIMIT_BYTES, NO_LOCKS, free_name, is_partial, json_bytes, parse_json, seal_holds, sealed
 
 if TYPE_CHECKING:
     from ecgscale.data.ingest.job import Job
@@ -111,7 +110,7 @@ def _begin(job: Job, parts: int) -> None:
             return
         if leftovers:
             raise InputError(f"{min(leftovers)}: not made by an interrupted ingest; give an empty or a new folder")
-        whole = mark.with_name(f"{mark.name}.{uuid.uuid4().hex}.partial")
+        whole = free_name(mark, sweep=False)
         whole.write_bytes(_mark_content(job, job.asked, parts))
         try:
             os.link(whole, mark)  # complete or absent, and never over that of another process
