@@ -297,7 +297,8 @@ def _index_with_untracked(root: Path, index: Path) -> list[str]:
     if used is None:
         return ["git shows no index, the diff may lack files"]
     try:
-        shutil.copyfile(root / os.fsdecode(used.removesuffix(b"\n")), index)
+        # With its time, by which git knows which files may have been changed since without another size or time.
+        shutil.copy2(root / os.fsdecode(used.removesuffix(b"\n")), index)
     except FileNotFoundError:
         pass  # nothing was ever added
     except OSError as error:
