@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -54,10 +54,15 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not path.exists():
             return
         with path.open("rb") as file:
-            for line in file:
-                try:
-                    parsed = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(parsed, dict):
-                    yield parsed
+            yield from objects_in(file)
+
+
+def objects_in(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among lines; what is none was cut off and is left out."""
+    for line in lines:
+        try:
+            parsed = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(parsed, dict):
+            yield parsed

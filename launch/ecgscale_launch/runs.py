@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError
+from ecgscale.json_lines import objects_in
 from ecgscale.training.state import checkpoints as checkpoint_folders
 from ecgscale.training.state import step_of
 from ecgscale_launch.folder import JobFolder
@@ -42,15 +42,7 @@ def tail_events(path: Path) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and event.keys() >= {"event", "time", "step"}:
-            found.append(event)
-    return found
+    return [event for event in objects_in(lines) if event.keys() >= {"event", "time", "step"}]
 
 
 def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -> float | None:
