@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from ecgscale import cli
+from ecgscale.data.description import describe
 from ecgscale.data.label_columns import parse_label_columns
-from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table
+from ecgscale.data.label_table import LabelTable, load_label_table
+from ecgscale.data.matching import NameMatcher
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
 from ecgscale.data.sources.scratch import Scratch

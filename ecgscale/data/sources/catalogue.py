@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ecgscale.data.label_table import Description, being_filled, rows_of
+from ecgscale.data.description import Description
+from ecgscale.data.disk_tables import being_filled, rows_of
 from ecgscale.errors import InputError
 
 _SCHEMA = """

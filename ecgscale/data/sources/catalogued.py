@@ -10,8 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ecgscale.data.description import Description
 from ecgscale.data.label_columns import LabelColumns
-from ecgscale.data.label_table import Description, LabelTable, NameMatcher, load_label_table, paths_of
+from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
+from ecgscale.data.matching import NameMatcher
 from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive

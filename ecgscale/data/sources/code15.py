@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.cells import Cells
-from ecgscale.data.label_table import Description, LabelTable
+from ecgscale.data.description import Description
+from ecgscale.data.label_table import LabelTable
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.listing import is_junk

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ecgscale.data.cells import Cells, is_known
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
 from ecgscale.data.sources.listing import header_names

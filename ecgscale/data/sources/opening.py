@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.data.plausibility import UnlikelyUnitError, questions
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources import archive, cinc2021, code15, mimic_iv_ecg, ptbxl

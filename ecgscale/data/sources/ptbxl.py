@@ -11,7 +11,7 @@ import ast
 from collections.abc import Mapping
 
 from ecgscale.data.cells import Cells
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
 from ecgscale.data.sources.listing import header_names
 from ecgscale.data.sources.tables import Table, unreadable_row, whole_number

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.errors import InputError, unreadable
 
 
