@@ -262,6 +262,8 @@ def ingest(argv: list[str]) -> None:
         about += [f"{options.source}: {line}" for line in source.left_out()]
         if options.patient_key == "@folder" and (line := shared_names(source.items())):
             about.append(f"{options.source}: {line}")
+        if source.labels is not None:
+            about += source.labels.remarks
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding

@@ -16,7 +16,8 @@
 A class that is really called None or Unknown is unknown here, and counted as that: give it another name. What could
 mean two things is an InputError: a row of flags without names (``[0, 1, 0]``), shares of 1, numbers of which some are 0
 and that are no likelihoods, lists in lists, ids whose last digits a float has lost (beyond 2^53, or as spreadsheets
-show them: ``4.27E+08``), ids that may have separators of thousands (``1.000``, ``1,101``).
+show them: ``4.27E+08``), ids that may have separators of thousands (``1.000``, ``1,101``) or
+decimal commas (``17,0``).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ NOBODY = "a record without a known patient, taken as a person of its own"  # a n
 _STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
 _WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.(?:0|00|0{4,})")  # 1.000 is a thousand to many
 _WITH_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:\.000|(?:,[0-9]{3})+)")
+_WITH_COMMA = re.compile(r"-?[0-9]+,[0-9]+")
 _AS_TEXT = re.compile('="([^"]*)"')  # what spreadsheets are given so that they keep leading zeros
 _EXACT = re.compile(r"-?[0-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R, Python and numpy, Java
 _AS_SHOWN = re.compile(r"-?[1-9](?:[.,][0-9]+)?E\+[0-9]{2,3}")  # spreadsheets: as many digits as the column is wide
@@ -108,6 +110,8 @@ class Cells:
             raise InputError(f"{field} is {value}; write the id, as text or as a whole number")
         if _WITH_THOUSANDS.fullmatch(text):
             raise InputError(f"{field} {text!r} may have a separator of thousands; write whole numbers without")
+        if _WITH_COMMA.fullmatch(text):
+            raise InputError(f"{field} {text!r} has a comma in its number; write whole numbers without")
         if _lost_digits(text):
             raise InputError(f"{field} {text!r} is a number that has lost its last digits; write ids as text")
         return self._whole(text, field)

@@ -5,22 +5,22 @@ The tables are read once, into a table on disk that all worker processes share: 
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods, is_known
+from ecgscale.data.csv_rows import CsvText, Row, split_line, swallowed
 from ecgscale.data.disk_tables import being_filled, rows_of
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.matching import Matcher
-from ecgscale.errors import InputError, file_error
+from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
     from ecgscale.data.sources.scratch import Scratch
@@ -33,9 +33,16 @@ _SCHEMA = "CREATE TABLE rows (item TEXT, file INT, line INT, cells TEXT, PRIMARY
 class CsvFile:
     """A CSV of a table, and which of its columns names the records."""
 
-    path: Path
-    columns: tuple[str, ...]
+    text: CsvText
     record_column: str
+
+    @property
+    def path(self) -> Path:
+        return self.text.path
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.text.columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,11 @@ class LabelTable:
     def columns(self) -> list[str]:
         """All columns, those of later files behind."""
         return list(dict.fromkeys(column for file in self.files for column in file.columns))
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines on files that are not written the usual way, and how they were read."""
+        return [file.text.remark for file in self.files if file.text.remark]
 
     def row(self, item: str) -> dict[str, str]:
         """The record's row: column -> cell; empty where the tables have none."""
@@ -94,7 +106,7 @@ def load_label_table(
     record_column: str | None = None,
     label_columns: LabelColumns = (),
 ) -> LabelTable:
-    """Match the rows of CSVs (UTF-8, first line = column names) with records; several CSVs are one table.
+    """Match the rows of CSVs (see ``csv_rows``; first line = column names) with records; several CSVs are one table.
 
     The column that names the record is ``record_column`` or, of those that the matcher knows, the one that names the
     most records. Rows of records that are not there are counted. ``scratch`` takes the table.
@@ -110,15 +122,19 @@ def load_label_table(
     with being_filled(path) as table:
         table.execute(_SCHEMA)
         for csv_path in csv_paths:
-            columns = _columns(csv_path)
-            file = CsvFile(csv_path, tuple(columns), _record_column(csv_path, columns, matcher, record_column))
+            text = CsvText.open(csv_path)
+            _check_columns(text)
+            columns = text.columns
+            file = CsvFile(text, _record_column(text, matcher, record_column))
             files.append(file)
             at = columns.index(file.record_column)
             places = ((key, find_key(columns, key)) for key in PATIENT_KEYS)
             patient_keys = [(key, columns.index(column)) for key, column in places if column is not None]
             matched, first_cell = 0, ""
             named = with_patients.setdefault(csv_path, set())
-            for line, cells in _lines(csv_path):
+            for row in text.rows():
+                _check_nothing_swallowed(file, row, at, matcher)
+                line, cells, _ = row
                 first_cell = first_cell or cells[at]
                 item = _record_of(file, line, cells[at], matcher)
                 if item is None:
@@ -209,48 +225,36 @@ def _check_label_columns(table: LabelTable) -> None:
             raise InputError(f"--label-columns: {name!r} is a column already; name the label otherwise: NAME=A,B,C")
 
 
-def _columns(path: Path) -> list[str]:
-    columns = [column.strip() for column in next((cells for _, cells in _read(path)), [])]
-    named = [column for column in columns if not WITHOUT_NAME.fullmatch(column)]
+def _check_columns(text: CsvText) -> None:
+    named = [column for column in text.columns if not WITHOUT_NAME.fullmatch(column)]
     if repeated := sorted({column for column in named if named.count(column) > 1}):
-        raise InputError(f"{path}: column {repeated[0]!r} stands {columns.count(repeated[0])} times")
-    return columns
+        raise InputError(f"{text.path}: column {repeated[0]!r} stands {named.count(repeated[0])} times")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each row."""
-    rows = _read(path)
-    _, columns = next(rows)
-    for line, cells in rows:
-        if len(cells) != len(columns):
-            raise InputError(
-                f"{path}: line {line} has {len(cells)} fields, the first line names {len(columns)} columns"
-            )
-        yield line, cells
+def _check_nothing_swallowed(file: CsvFile, row: Row, at: int, matcher: Matcher) -> None:
+    """Raises InputError where a line inside of a row is the row of another record: a quote was not closed."""
+    for number, line in enumerate(row.inner_lines, row.line + 1):
+        cells = split_line(line, file.text.delimiter)
+        if len(cells) == len(file.columns) and _names_any(matcher, cells[at], file.path.parent):
+            raise swallowed(str(file.path), row.line, number)
 
 
-def _read(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of the first line and each row."""
+def _names_any(matcher: Matcher, cell: str, csv_folder: Path) -> bool:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True, skipinitialspace=True)
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, cells
-    except OSError as error:
-        raise file_error(path, "not a readable CSV of labels", error) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable CSV of labels ({error})") from error
+        return bool(matcher.records(cell, csv_folder))
+    except InputError:
+        return False
 
 
-def _record_column(path: Path, columns: list[str], matcher: Matcher, record_column: str | None) -> str:
+def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -> str:
     """The column that names the most records. Raises InputError where two name as many, and others."""
+    path, columns = text.path, text.columns
     candidates = matcher.columns(columns, record_column, path)
     if len(candidates) == 1:
         return candidates[0]
     matched = Counter[str]()
     contradictions: dict[str, str] = {}
-    for line, cells in _lines(path):
+    for line, cells, _ in text.rows():
         records = {column: matcher.records(cells[columns.index(column)], path.parent) for column in candidates}
         named = {column: items[0] for column, items in records.items() if len(items) == 1}
         matched.update(named.keys())
