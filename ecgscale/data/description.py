@@ -21,6 +21,7 @@ class Description:
     metadata: dict[str, str]
     notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
     fault: str = ""  # why the record cannot be used, by the data set's own tables
+    place: str = ""  # the data set's own table and line that say it
 
 
 def describe(

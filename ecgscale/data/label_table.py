@@ -188,7 +188,11 @@ def _insert(table: sqlite3.Connection, files: Sequence[CsvFile], item: str, line
         row = (item, len(files) - 1, line, json.dumps(cells, ensure_ascii=False))
         table.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", row)
     except sqlite3.IntegrityError as error:
-        raise InputError(f"{file.path}: line {line}: record {item} stands twice; each may have one row") from error
+        ((earlier,),) = table.execute("SELECT line FROM rows WHERE item = ? AND file = ?", (item, len(files) - 1))
+        raise InputError(
+            f"{file.path}: line {line}: record {item} stands twice, first in line {earlier}; each may have one row, "
+            "with several classes in a cell as A|B"
+        ) from error
 
 
 def _check_agree(

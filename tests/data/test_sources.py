@@ -810,7 +810,10 @@ def test_paths_below_the_folder_of_the_table(tmp_path: Path) -> None:
         ("file,n\na/x,1\n", "the columns are file, n"),
         ("record,n\n", "names no record"),
         ("record,n\nc/x,1\n", "names no record .* it says 'c/x', a record is called 'a/x'"),
-        ("record,n\na/x,1\na/y,1\na/x.hea,2\n", "line 4: record a/x stands twice"),
+        (
+            "record,n\na/x,1\na/y,1\na/x.hea,2\n",
+            "line 4: record a/x stands twice, first in line 2; each may have one row",
+        ),
         ("record,n\na/x,1,2\n", "line 2 has 3 fields"),
         ("record,n,n\na/x,1,2\n", "column 'n' stands 2 times"),
         ('record,n\n"a/x,1\n', "not a readable CSV"),

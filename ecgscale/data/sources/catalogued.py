@@ -100,10 +100,11 @@ def all_headers(tree: Tree) -> list[str]:
 
 
 class Absent:
-    """Records that a table names and that are not there."""
+    """Records that a table names and that are not there; ``remarks`` takes other lines on the tables."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, ""
+        self.remarks: list[str] = []
 
     def add(self, item: str) -> None:
         self.count += 1
@@ -111,7 +112,7 @@ class Absent:
 
     def lines(self) -> list[str]:
         said = f"left out: {self.count} records that the tables name and that are not there; the first is {self.first}"
-        return [said] if self.count else []
+        return [said, *self.remarks] if self.count else self.remarks
 
 
 def lies_in(item: str, within: str) -> bool:
@@ -135,7 +136,7 @@ def catalogued(
     """
     catalogue = Catalogue.make(scratch.path / "records.sqlite")
     try:
-        catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
+        repeated = catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
     except InputError as error:
         raise error if str(error).startswith(str(tree.where)) else InputError(f"{tree.where}: {error}") from error
     if not (n := catalogue.n_records()):
@@ -150,7 +151,7 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        (*remarks, *(absent.lines() if absent else ())),
+        (*remarks, *repeated, *(absent.lines() if absent else ())),
         others,
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,

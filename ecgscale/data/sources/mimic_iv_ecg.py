@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ecgscale.data.cells import Cells, is_known
@@ -91,8 +92,11 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
     Raises InputError for tables that are not MIMIC-IV-ECG's.
     """
     reports = Catalogue.make(scratch / "reports.sqlite")
-    if MEASUREMENTS in tree.children(""):
-        reports.add_notes(_reports(tree))
+    if MEASUREMENTS in tree.children("") and (contradicted := reports.add_notes(_reports(tree))):
+        absent.remarks.append(
+            f"{len(contradicted)} rows of {MEASUREMENTS} say other reports than an earlier row, which counts; the "
+            f"first is of study {contradicted[0]}"
+        )
     if RECORDS not in tree.children(""):
         yield from _by_folders(tree, reports, within)
         return
@@ -110,7 +114,8 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
             elif "/".join(parts[:-2]) not in there:
                 absent.add(item)
             else:
-                yield item, _description(row[subject], row[study], row[time], reports, table.where())
+                said = _description(row[subject], row[study], row[time], reports, table.where())
+                yield item, replace(said, place=table.place())
 
 
 def _description(subject: str, study: str, time: str, reports: Catalogue, where: str) -> Description:

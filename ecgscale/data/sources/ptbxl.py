@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ecgscale.data.cells import Cells
 from ecgscale.data.description import Description
@@ -62,7 +63,8 @@ def described(tree: Tree, within: str, absent: Absent) -> Described:
             elif f"{item}.hea" not in there:
                 absent.add(item)
             else:
-                yield item, _description({name: row[at[name]] for name in _COLUMNS}, statements, table.where())
+                said = _description({name: row[at[name]] for name in _COLUMNS}, statements, table.where())
+                yield item, replace(said, place=table.place())
 
 
 def left_out(tree: Tree) -> list[str]:
@@ -129,5 +131,7 @@ def _statements(tree: Tree) -> dict[str, dict[str, str]]:
             if is_a["diagnostic"]:
                 labels["superclass"] = row[at["diagnostic_class"]].strip()
                 labels["subclass"] = row[at["diagnostic_subclass"]].strip()
+            if code in statements:
+                raise InputError(f"{table.where()}: the code {code!r} stands twice; each may have one row")
             statements[code] = {label: value for label, value in labels.items() if value}
     return statements

@@ -41,10 +41,14 @@ class Table:
         """The file and the line on which the row begins that was read last."""
         return f"{self._shown}: line {self._line}"
 
+    def place(self) -> str:
+        """The same by the file's name alone."""
+        return Path(self.where()).name
+
 
 def unreadable_row(table: Table, reason: str) -> tuple[str, Description]:
     """A row that names no record, as a record that cannot be read: it is rejected with that reason."""
-    return Path(table.where()).name, Description(None, {}, {}, fault=f"{table.where()}: {reason}")
+    return table.place(), Description(None, {}, {}, fault=f"{table.where()}: {reason}", place=table.place())
 
 
 def whole_number(text: str, where: str) -> int:
