@@ -297,6 +297,19 @@ def test_mimic(mimic: Path, ecgs: list[Record], kind: str) -> None:
         np.testing.assert_array_equal(record.signal_LT, made.signal_LT)
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_records_that_the_list_of_mimic_does_not_name_are_counted(mimic: Path, kind: str) -> None:
+    items = opened(mimic).items()
+    lines = RECORD_LIST.splitlines(keepends=True)
+    (mimic / "record_list.csv").write_text("".join([lines[0], lines[2]]))
+    source = opened(as_kind(mimic, kind))
+    assert source.items() == [items[1]]
+    assert source.left_out() == [f"left out: 2 records that record_list.csv does not name; the first is {items[0]}"]
+    if kind == "folder":
+        part = opened(mimic / "files")
+        assert part.left_out()[-1] == source.left_out()[0]
+
+
 def test_mimic_without_measurements(mimic: Path) -> None:
     (mimic / "machine_measurements.csv").unlink()
     source = opened(mimic)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
 from ecgscale.data.sources.catalogue import Catalogue
-from ecgscale.data.sources.listing import left_out
+from ecgscale.data.sources.listing import header_names, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError
@@ -113,6 +113,14 @@ class Absent:
     def lines(self) -> list[str]:
         said = f"left out: {self.count} records that the tables name and that are not there; the first is {self.first}"
         return [said, *self.remarks] if self.count else self.remarks
+
+
+def not_named(tree: Tree, within: str, table: str, named: Set[str]) -> list[str]:
+    """A line on the WFDB headers of a folder ("" is the root) that a table does not name."""
+    prefix = f"{within}/" if within else ""
+    items = (f"{prefix}{name}" for name in header_names(tree.below(within).contents()))
+    others = [item for item in items if item not in named]
+    return [f"left out: {len(others)} records that {table} does not name; the first is {min(others)}"] if others else []
 
 
 def lies_in(item: str, within: str) -> bool:

@@ -13,8 +13,7 @@ from dataclasses import replace
 
 from ecgscale.data.cells import Cells
 from ecgscale.data.description import Description
-from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
-from ecgscale.data.sources.listing import header_names
+from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in, not_named
 from ecgscale.data.sources.tables import Table, unreadable_row, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -67,16 +66,13 @@ def described(tree: Tree, within: str, absent: Absent) -> Described:
                 yield item, replace(said, place=table.place())
 
 
-def left_out(tree: Tree) -> list[str]:
-    """A line on records that the table does not name."""
+def left_out(tree: Tree, within: str) -> list[str]:
+    """A line on records, or those of a folder, that the table does not name."""
     with tree.table(DATABASE) as stream:
         table = Table(stream, str(tree.where / DATABASE), ())
         at = [table.columns[name] for name in _FOLDERS if name in table.columns]
         named = {row[i].strip() for row in table for i in at}
-    others = sorted(item for item in header_names(tree.contents()) if item not in named)
-    return (
-        [f"left out: {len(others)} records that {DATABASE} does not name; the first is {others[0]}"] if others else []
-    )
+    return not_named(tree, within, DATABASE, named)
 
 
 def _description(row: Mapping[str, str], statements: Mapping[str, Mapping[str, str]], where: str) -> Description:
