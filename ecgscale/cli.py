@@ -200,8 +200,7 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
     if done.held:
         print(
-            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples; "
-            "their labels stay as they are"
+            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples"
         )
     for dataset, n in done.shared_ids.items():
         print(
