@@ -305,7 +305,7 @@ def index(argv: list[str]) -> None:
     """Tars that others wrote with the webdataset library become a data set, by an index beside them.
 
     A sample is KEY.npy, int16 counts (leads, samples), and KEY.json with the rate (rate_hz, fs, sampling_rate ...), the
-    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV), patient and labels.
+    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV or per its units), patient and labels.
     """
     parser = _parser("index", index.__doc__)
     parser.add_argument("folder", type=Path, help="folder of the *.tar files, which are not changed")
