@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 # By default threads that wait for each other keep their cores busy for milliseconds: nothing where each has a core to
-# itself, but beside other programs a step then takes up to twenty times as long (ecgscale/training/README.md).
+# itself, but beside other programs a step then takes up to twenty times as long (docs/steps.md).
 _SPINS = "1000"
 
 
@@ -305,7 +305,7 @@ def index(argv: list[str]) -> None:
     """Tars that others wrote with the webdataset library become a data set, by an index beside them.
 
     A sample is KEY.npy, int16 counts (leads, samples), and KEY.json with the rate (rate_hz, fs, sampling_rate ...), the
-    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV or per its units), patient and labels.
+    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV or units), patient and labels.
     """
     parser = _parser("index", index.__doc__)
     parser.add_argument("folder", type=Path, help="folder of the *.tar files, which are not changed")
