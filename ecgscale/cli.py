@@ -271,6 +271,8 @@ def ingest(argv: list[str]) -> None:
         names = " and ".join(map(str, options.labels))
         if without := source.unlabelled():
             print(f"{len(without)} records have no row in {names}, such as {without[0]}")
+        for line in source.labels.coverage(source.items()):
+            print(line)
         if source.labels.rows_of_none:
             print(f"{source.labels.rows_of_none} rows of {names} name no record, such as {source.labels.row_of_none}")
 

@@ -116,10 +116,10 @@ class CsvText:
     @property
     def remark(self) -> str:
         """How it was read where that is not the usual way, for people."""
-        parts = [_NAMES[self.encoding]] if self.encoding in _NAMES else []
+        parts = [f"as {_NAMES[self.encoding]}"] if self.encoding in _NAMES else []
         if self.delimiter in _NAMES:
-            parts.append(f"{_NAMES[self.delimiter]} between the cells, 72,5 as 72.5")
-        return f"{self.path}: read as {', with '.join(parts)}" if parts else ""
+            parts.append(f"with {_NAMES[self.delimiter]} between the cells, 72,5 as 72.5")
+        return f"{self.path}: read {', '.join(parts)}" if parts else ""
 
     @cached_property
     def columns(self) -> tuple[str, ...]:

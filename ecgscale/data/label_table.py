@@ -86,6 +86,16 @@ class LabelTable:
         """The file and line of the record's row, for errors."""
         return " and ".join(f"{self.files[number].path}: line {line}" for number, line, _ in self._rows(item))
 
+    def coverage(self, items: Sequence[str]) -> list[str]:
+        """A line for each of several files: of how many of the records it has a row."""
+        if len(self.files) == 1:
+            return []
+        counts = Counter(number for item in items for number, _, _ in self._rows(item))
+        return [
+            f"{counts[number]} of {len(items)} records have a row in {file.path}"
+            for number, file in enumerate(self.files)
+        ]
+
     def __contains__(self, item: str) -> bool:
         return bool(self._rows(item))
 

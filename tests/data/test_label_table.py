@@ -135,9 +135,9 @@ GERMAN = "record;patient_id;Rhythmus;Größe\r\na/x;17,0;Überleitung;1,80\r\na/
 @pytest.mark.parametrize(
     ("encoding", "delimiter", "remark"),
     [
-        ("cp1252", ";", "Windows-1252 text, with semicolons between the cells, 72,5 as 72.5"),
-        ("utf-8-sig", ";", "semicolons between the cells, 72,5 as 72.5"),
-        ("utf-16", "\t", "UTF-16, with tabs between the cells, 72,5 as 72.5"),
+        ("cp1252", ";", "as Windows-1252 text, with semicolons between the cells, 72,5 as 72.5"),
+        ("utf-8-sig", ";", "with semicolons between the cells, 72,5 as 72.5"),
+        ("utf-16", "\t", "as UTF-16, with tabs between the cells, 72,5 as 72.5"),
     ],
 )
 def test_what_spreadsheets_write(tmp_path: Path, encoding: str, delimiter: str, remark: str) -> None:
@@ -145,7 +145,7 @@ def test_what_spreadsheets_write(tmp_path: Path, encoding: str, delimiter: str, 
     known = describe((), table, "a/x")
     assert known.patient == "17"
     assert known.labels == {"Rhythmus": ["Überleitung"], "Größe": ["1.80"]}
-    assert table.remarks == [f"{tmp_path / 'labels.csv'}: read as {remark}"]
+    assert table.remarks == [f"{tmp_path / 'labels.csv'}: read {remark}"]
     assert describe((), pickle.loads(pickle.dumps(table)), "a/y").patient == "18"
 
 
@@ -320,6 +320,15 @@ def test_a_patient_is_one_person_however_a_batch_writes_the_id(tmp_path: Path, b
     assert splits[:5] == splits[6:11]
 
 
+def test_how_a_table_is_written_is_said(tmp_path: Path, batch, capsys) -> None:
+    folder = batch("in", "record;patient_id\n" + "".join(f"in{i};{i},0\n" for i in range(6)))
+    assert ingest(folder, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert f"{folder / 'labels.csv'}: read with semicolons between the cells, 72,5 as 72.5\n" in said
+    assert "records have a row in" not in said
+    assert ShardSet.open(tmp_path / "out").metadata(3)["patient"] == "3"
+
+
 def test_ids_of_older_versions_are_pointed_out(tmp_path: Path, batch, capsys) -> None:
     one, two = (batch(name, f"record,patient_id\n{name}0,17\n") for name in ("one", "two"))
     out = tmp_path / "out"
@@ -350,6 +359,8 @@ def test_unknown_patients_are_persons_of_their_own_and_everything_is_counted(tmp
         "1 records have no row in",
         "1 rows of",
         "labels.csv: line 7: 'nobody'",
+        f"5 of 6 records have a row in {folder / 'labels.csv'}",
+        f"1 of 6 records have a row in {more}",
     ):
         assert line in said, line
     shards = ShardSet.open(out)
