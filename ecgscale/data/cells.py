@@ -4,6 +4,8 @@
 |---|---|
 | one of UNKNOWN_WORDS, in any case: ``NA``, ``None``, ``NULL``, ``nan`` ... and an empty cell | unknown |
 | ``17.0``, ``1e+05``, ``1.5709E4`` | ``17``, ``100000``, ``15709``: whole numbers that a float column made so |
+| ``ü`` in one character or two, blanks that do not break, characters of no width | one character, a blank, nothing |
+| ``'AF'``, ``="007"`` | ``AF``, ``007`` |
 | ``007``, ``1e5``, ``17.5``, ``P17`` | as it is: ids with leading zeros are others, and ``1e5`` may be hexadecimal |
 | ``True``, ``false`` | as a class ``1`` and ``0``, so that 1, 1.0 and True are one class |
 | ``A|B``, ``A;B``, one per line, ``['A', 'B']``, ``['A' 'B']``, ``{A,B}``, ``c("A", "B")`` | the classes A and B |
@@ -26,6 +28,7 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -51,7 +54,8 @@ _STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
 _WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.(?:0|00|0{4,})")  # 1.000 is a thousand to many
 _WITH_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:\.000|(?:,[0-9]{3})+)")
 _WITH_COMMA = re.compile(r"-?[0-9]+,[0-9]+")
-_AS_TEXT = re.compile('="([^"]*)"')  # what spreadsheets are given so that they keep leading zeros
+_AS_TEXT = re.compile(r"""="(?P<kept>[^"]*)"|'(?P<quoted>[^']*)'""")  # ="007" keeps its zeros in spreadsheets
+_INVISIBLE = {ord(one): None for one in "\u200b\u2060\ufeff\u00ad"} | {0xA0: " "}
 _EXACT = re.compile(r"-?[0-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R, Python and numpy, Java
 _AS_SHOWN = re.compile(r"-?[1-9](?:[.,][0-9]+)?E\+[0-9]{2,3}")  # spreadsheets: as many digits as the column is wide
 _LARGEST_EXACT = 2**53
@@ -185,8 +189,10 @@ class Cells:
         if not isinstance(value, str | int | float):
             raise InputError(f"{field[:40]!r} is {_short(str(value))}; write text, a number, or a list of these")
         text = (value if isinstance(value, str) else json.dumps(value)).strip(_STRIPPED)
+        if not text.isascii():
+            text = unicodedata.normalize("NFC", text).translate(_INVISIBLE).strip(_STRIPPED)
         if as_text := _AS_TEXT.fullmatch(text):
-            text = as_text[1].strip(_STRIPPED)
+            text = (as_text["kept"] or as_text["quoted"] or "").strip(_STRIPPED)
         if text.casefold() not in UNKNOWN_WORDS:
             if _HALF_PAIR.search(text):
                 raise InputError(f"{field[:40]!r} is {_short(text)}, with half of a UTF-16 pair; write it again")

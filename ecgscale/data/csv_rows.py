@@ -5,7 +5,7 @@
 | UTF-8, and UTF-16 with its mark | as it is |
 | bytes that are no UTF-8 | as Western letters where Windows-1252, Latin-1, Latin-9 and Windows-1250 agree (ä, ß, é) |
 | commas, semicolons or tabs between cells | as the first line has them |
-| ``72,5`` where semicolons or tabs part the cells | ``72.5``; ``1,101`` may be a thousand and stays as it is |
+| ``72,5`` where semicolons or tabs part the cells | ``72.5`` in columns of such numbers, if not all are as ``1,101`` |
 | a cell with line breaks | as it is, unless whole rows lie in it: its quote is not closed then |
 """
 
@@ -14,19 +14,21 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from ecgscale.data.cells import is_known
 from ecgscale.errors import InputError, file_error, unreadable
 
 _WESTERN = ("cp1252", "latin-1", "iso8859-15", "cp1250")
 _NAMES = {"utf-16": "UTF-16", "cp1252": "Windows-1252 text", ";": "semicolons", "\t": "tabs"}
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, .xls
-_DECIMAL_COMMA = re.compile(r"(-?(?:0|[1-9][0-9]*)),([0-9]+)")
-_OTHER_COMMA = re.compile(r"-?[1-9][0-9]{0,2},[0-9]{3}|[0-9]{6,18},[0-9]{6,18}")  # thousands, two codes
+_NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]+)?")
+_THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2},[0-9]{3}")
+_TWO_CODES = re.compile(r"[0-9]{6,18},[0-9]{6,18}")
 _SAVE = "save it as CSV UTF-8"
 
 
@@ -101,13 +103,16 @@ class CsvText:
     path: Path
     encoding: str
     delimiter: str
+    decimal_commas: frozenset[int] = frozenset()
+    """Numbers of the columns that have them."""
 
     @classmethod
     def open(cls, path: Path) -> CsvText:
         """Find out how it is written. Raises InputError where that is not sure, MachineError where the disk fails."""
         try:
             encoding = _encoding(path)
-            return cls(path, encoding, _delimiter(path, encoding))
+            text = cls(path, encoding, _delimiter(path, encoding))
+            return text if text.delimiter == "," else replace(text, decimal_commas=_decimal_commas(text.rows()))
         except OSError as error:
             raise file_error(path, "not a readable CSV of labels", error) from error
         except UnicodeError as error:
@@ -118,7 +123,10 @@ class CsvText:
         """How it was read where that is not the usual way, for people."""
         parts = [f"as {_NAMES[self.encoding]}"] if self.encoding in _NAMES else []
         if self.delimiter in _NAMES:
-            parts.append(f"with {_NAMES[self.delimiter]} between the cells, 72,5 as 72.5")
+            parts.append(f"with {_NAMES[self.delimiter]} between the cells")
+        if self.decimal_commas:
+            columns = ", ".join(self.columns[number] for number in sorted(self.decimal_commas))
+            parts.append(f"with decimal commas (72,5 is 72.5) in {columns}")
         return f"{self.path}: read {', '.join(parts)}" if parts else ""
 
     @cached_property
@@ -131,27 +139,38 @@ class CsvText:
         rows = self._all_rows()
         next(rows, None)
         for row in rows:
-            if len(row.cells) != len(self.columns):
+            cells = row.cells
+            if len(cells) != len(self.columns):
                 raise InputError(
-                    f"{self.path}: line {row.line} has {len(row.cells)} fields, the first line names "
+                    f"{self.path}: line {row.line} has {len(cells)} fields, the first line names "
                     f"{len(self.columns)} columns"
                 )
+            for number in self.decimal_commas:
+                cells[number] = cells[number].replace(",", ".")
             yield row
 
     def _all_rows(self) -> Iterator[Row]:
         try:
             with self.path.open(encoding=self.encoding, newline="") as file:
-                for row in rows_in(file, str(self.path), self.delimiter):
-                    yield row if self.delimiter == "," else row._replace(cells=[*map(_with_point, row.cells)])
+                yield from rows_in(file, str(self.path), self.delimiter)
         except OSError as error:
             raise file_error(self.path, "not a readable CSV of labels", error) from error
 
 
-def _with_point(cell: str) -> str:
-    matched = _DECIMAL_COMMA.fullmatch(cell.strip())
-    if matched is None or _OTHER_COMMA.fullmatch(cell.strip()):
-        return cell
-    return f"{matched[1]}.{matched[2]}"
+def _decimal_commas(rows: Iterable[Row]) -> frozenset[int]:
+    """The columns in which all that is known is a number, and some have a comma that is none of thousands."""
+    with_comma: set[int] = set()
+    others: set[int] = set()
+    for row in rows:
+        for number, cell in enumerate(row.cells):
+            if number in others or not is_known(cell):
+                continue
+            text = cell.strip()
+            if not _NUMBER.fullmatch(text) or _TWO_CODES.fullmatch(text):
+                others.add(number)
+            elif "," in text and not _THOUSANDS.fullmatch(text):
+                with_comma.add(number)
+    return frozenset(with_comma - others)
 
 
 def _encoding(path: Path) -> str:

@@ -191,7 +191,7 @@ def check_zero(fields: Fields, n_leads: int) -> None:
 
 def keys_of(fields: Fields) -> frozenset[str]:
     """The keys under which --label-keys and --label-columns find something."""
-    within = fields.get("labels")
+    within = _under_names(fields, {"labels"}).get("labels")
     return frozenset((*fields, *(within if isinstance(within, dict) else ())))
 
 

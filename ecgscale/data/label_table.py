@@ -135,6 +135,7 @@ def load_label_table(
             text = CsvText.open(csv_path)
             _check_columns(text)
             columns = text.columns
+            _check_spelling(text, files)
             file = CsvFile(text, _record_column(text, matcher, record_column))
             files.append(file)
             at = columns.index(file.record_column)
@@ -243,6 +244,15 @@ def _check_columns(text: CsvText) -> None:
     named = [column for column in text.columns if not WITHOUT_NAME.fullmatch(column)]
     if repeated := sorted({column for column in named if named.count(column) > 1}):
         raise InputError(f"{text.path}: column {repeated[0]!r} stands {named.count(repeated[0])} times")
+
+
+def _check_spelling(text: CsvText, others: Sequence[CsvFile]) -> None:
+    """Raises InputError for a column that another file has in other capitals: they would be two labels."""
+    for other in others:
+        for column in text.columns:
+            alike = find_key(other.columns, column)
+            if alike not in (None, column) and column.strip() and column.casefold() not in PATIENT_KEYS:
+                raise InputError(f"{text.path}: column {column!r} is {alike!r} in {other.path}; write it alike in both")
 
 
 def _check_nothing_swallowed(file: CsvFile, row: Row, at: int, matcher: Matcher) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
+from unicodedata import normalize
 
 from ecgscale.data.cells import Cells, find_key
 from ecgscale.errors import InputError
@@ -49,7 +50,14 @@ class NameMatcher:
         return present
 
     def records(self, cell: str, csv_folder: Path) -> Sequence[str]:
-        value = cell.strip()
+        records = self._named(cell, csv_folder)
+        if records or cell.isascii():
+            return records
+        composed = self._composed._named(normalize("NFC", cell), csv_folder)
+        return [item for name in composed for item in self._spellings[name]]
+
+    def _named(self, cell: str, csv_folder: Path) -> Sequence[str]:
+        value = cell.replace("\ufeff", "").strip()  # where files were joined, a mark stands within
         if value in self._items:
             return (value,)
         beside_csv = csv_folder.absolute()
@@ -65,6 +73,18 @@ class NameMatcher:
 
     def example(self) -> str:
         return f"a record is called {self._first!r}"
+
+    @functools.cached_property
+    def _spellings(self) -> dict[str, list[str]]:
+        """Records by their names with ü as one character: file systems may write u and its dots."""
+        spellings: dict[str, list[str]] = {}
+        for item in sorted(self._items):
+            spellings.setdefault(normalize("NFC", item), []).append(item)
+        return spellings
+
+    @functools.cached_property
+    def _composed(self) -> NameMatcher:
+        return NameMatcher(self.source, list(self._spellings))
 
     @functools.cached_property
     def _by_basename(self) -> dict[str, tuple[str, ...]]:

@@ -180,7 +180,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, inner: str, key: str) -> N
 
 
 def test_label_keys_that_no_record_has_are_refused(tmp_path) -> None:
-    about = {"rate_hz": 100, "gain": 200, "rhythm": None, "AF": 1, "labels": {"inner": 0}}
+    about = {"rate_hz": 100, "gain": 200, "rhythm": None, "AF": 1, "Labels": {"inner": 0}}
     folder = write_tars(tmp_path / "set", [{"npy": counts(i), "json": about | {"patient": i}} for i in range(6)])
     assert "--label-keys 'rythm': no record has that key; did you mean 'rhythm'?" in refused(
         folder, label_keys=("rythm",)
@@ -188,7 +188,7 @@ def test_label_keys_that_no_record_has_are_refused(tmp_path) -> None:
     assert "--label-columns 'af': no record has that key; did you mean 'AF'?" in refused(
         folder, label_columns=("x=inner,af",)
     )
-    assert "the first have AF, gain, inner, labels, patient" in refused(folder, label_keys=("diagnosis",))
+    assert "the first have AF, Labels, gain, inner, patient" in refused(folder, label_keys=("diagnosis",))
     shards = index(folder, label_keys=("rhythm",), label_columns=("x=inner,AF",))  # all unknown, which is another thing
     assert shards.metadata(0)["labels"] == {"x": ["AF"]}
 

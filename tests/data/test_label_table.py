@@ -71,6 +71,20 @@ def test_patients_in_columns_of_two_names_are_refused(tmp_path: Path) -> None:
     assert describe((), one_of_them, "a/x").patient == "1"
 
 
+def test_one_letter_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    composed, apart = "Müller", "Mu\u0308ller"
+    (tmp_path / "labels.csv").write_text(
+        f"record,patient_id,dx\n{composed}.npy,{apart},{composed}\na/x,{composed},{apart}"
+    )
+    matcher = NameMatcher(tmp_path, ["a/x", f"b/{apart}", "b/y"])
+    table = load_label_table([tmp_path / "labels.csv"], matcher, Scratch.make())
+    known = [describe((), table, item) for item in ("a/x", f"b/{apart}")]
+    assert [one.patient for one in known] == [composed, composed]
+    assert [one.labels["dx"] for one in known] == [[composed], [composed]]
+    both = NameMatcher(tmp_path, [composed, apart])
+    assert [list(both.records(name, tmp_path)) for name in (composed, apart)] == [[composed], [apart]]
+
+
 def test_a_base_name_that_several_share_is_refused(tmp_path: Path) -> None:
     assert "line 2: record 'x' could be a/x or b/x; give the path" in refusal(tmp_path, "record,n\nx,1\n")
 
@@ -135,9 +149,9 @@ GERMAN = "record;patient_id;Rhythmus;Größe\r\na/x;17,0;Überleitung;1,80\r\na/
 @pytest.mark.parametrize(
     ("encoding", "delimiter", "remark"),
     [
-        ("cp1252", ";", "as Windows-1252 text, with semicolons between the cells, 72,5 as 72.5"),
-        ("utf-8-sig", ";", "with semicolons between the cells, 72,5 as 72.5"),
-        ("utf-16", "\t", "as UTF-16, with tabs between the cells, 72,5 as 72.5"),
+        ("cp1252", ";", "as Windows-1252 text, with semicolons between the cells, with decimal"),
+        ("utf-8-sig", ";", "with semicolons between the cells, with decimal"),
+        ("utf-16", "\t", "as UTF-16, with tabs between the cells, with decimal"),
     ],
 )
 def test_what_spreadsheets_write(tmp_path: Path, encoding: str, delimiter: str, remark: str) -> None:
@@ -145,13 +159,18 @@ def test_what_spreadsheets_write(tmp_path: Path, encoding: str, delimiter: str, 
     known = describe((), table, "a/x")
     assert known.patient == "17"
     assert known.labels == {"Rhythmus": ["Überleitung"], "Größe": ["1.80"]}
-    assert table.remarks == [f"{tmp_path / 'labels.csv'}: read {remark}"]
+    assert table.remarks == [f"{tmp_path / 'labels.csv'}: read {remark} commas (72,5 is 72.5) in patient_id, Größe"]
     assert describe((), pickle.loads(pickle.dumps(table)), "a/y").patient == "18"
 
 
 def test_commas_that_are_no_decimal_ones_stay(tmp_path: Path) -> None:
-    table = load_bytes(tmp_path, b"record;patient_id;dx;n\na/x;1,101;426783006,59931005;-0,250\n")
-    assert table.row("a/x") == {"record": "a/x", "patient_id": "1,101", "dx": "426783006,59931005", "n": "-0.250"}
+    table = load_bytes(
+        tmp_path,
+        b"record;patient_id;dx;n;m;codes\na/x;1,101;426783006,59931005;-0,250;12,500;1,2\na/y;2;12,5;NA;7,5;1,2,3\n",
+    )
+    row = {"record": "a/x", "patient_id": "1,101", "dx": "426783006,59931005", "n": "-0.250", "m": "12.500"}
+    assert table.row("a/x") == row | {"codes": "1,2"}
+    assert table.remarks[0].endswith("with decimal commas (72,5 is 72.5) in n, m")
     with pytest.raises(InputError, match="may have a separator of thousands"):
         describe((), table, "a/x")
     assert load(tmp_path, 'record,n\na/x,"1,5"\n').row("a/x")["n"] == "1,5"
@@ -190,6 +209,17 @@ def test_several_files_are_one_table(tmp_path: Path) -> None:
     }
     assert [describe((), table, item).patient for item in ("a/x", "a/y", "r1", "17")] == ["1", "2", "3", None]
     assert table.columns == ["record", "patient_id", "n", "name", "m"]
+
+
+def test_files_may_not_spell_a_column_in_two_ways(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "record,Rhythm\na/x,AF\n", "record,rhythm\na/x,SR\n")
+    assert "labels1.csv: column 'rhythm' is 'Rhythm' in" in said
+    table = load(tmp_path, "record,Patient_ID\na/x,1\n", "record,patient_id\na/x,1\n")
+    assert describe((), table, "a/x").patient == "1"
+
+
+def test_a_mark_where_files_were_joined_is_no_part_of_a_name(tmp_path: Path) -> None:
+    assert load(tmp_path, "record,n\na/x,1\n\ufeffa/y,2\n").row("a/y")["n"] == "2"
 
 
 def test_files_may_not_contradict_each_other(tmp_path: Path) -> None:
@@ -324,7 +354,10 @@ def test_how_a_table_is_written_is_said(tmp_path: Path, batch, capsys) -> None:
     folder = batch("in", "record;patient_id\n" + "".join(f"in{i};{i},0\n" for i in range(6)))
     assert ingest(folder, tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert f"{folder / 'labels.csv'}: read with semicolons between the cells, 72,5 as 72.5\n" in said
+    assert (
+        f"{folder / 'labels.csv'}: read with semicolons between the cells, with decimal commas (72,5 is 72.5) in "
+        in said
+    )
     assert "records have a row in" not in said
     assert ShardSet.open(tmp_path / "out").metadata(3)["patient"] == "3"
 
