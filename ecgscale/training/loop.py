@@ -29,6 +29,7 @@ from ecgscale.training.monitor import Monitor, RecordingsLog
 from ecgscale.training.profile import StepProfiler, steps_to_profile
 from ecgscale.training.ranks import Ranks, log
 from ecgscale.training.schedule import Schedule, learning_rate_factor
+from ecgscale.training.state import empty_checkpoints
 from ecgscale.training.validation import Validation
 
 _VERSIONS_OF = ("ecgscale", "torch", "deepspeed")
@@ -165,6 +166,8 @@ def train(job: Job, ranks: Ranks) -> Engine:
 
 
 def _train(job: Job, ranks: Ranks) -> Engine:
+    for empty in empty_checkpoints(job.run / "checkpoints"):
+        log(ranks, f"{empty}: empty, so it is passed over; remove it")
     resumed = checkpoint.latest(job.run / "checkpoints")
     engine, step, skipped = _start(job, ranks, resumed)
     if resumed:
