@@ -541,6 +541,36 @@ def test_versions_that_have_changed_are_told(run, shards, capsys) -> None:
     assert line in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps", "becomes"),
+    [
+        ("linear", 8, "the learning rate of step 5 was 0.0005, now it is 0.0006667 and falls until step 8 (linear)"),
+        ("linear", 5, "the learning rate of step 5 was 0.0005, now it is 0.0003333 and falls until step 5 (linear)"),
+        ("linear", 4, None),
+        ("constant", 8, None),
+    ],
+)
+def test_what_another_number_of_steps_does_to_the_rate_is_told(
+    schedule, steps, becomes, shards, tmp_path, capsys
+) -> None:
+    """The expected rates are those of a line from step 2 to the end, from 0.001 to 0."""
+    run = tmp_path / "run"
+    of_rate = [f"--train.schedule={schedule}", "--train.warmup_steps=2", "--train.final_lr_ratio=0"]
+    again = [*job(shards, run), *of_rate]
+    assert main([*again, "--train.steps=6"]) == 0
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    leave_run(run)
+    assert main([*again, "--train.steps=6"]) == 0
+    assert "train.steps was" not in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    assert main([*again, f"--train.steps={steps}"]) == 0
+    told_of = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.steps was")]
+    assert told_of == ([f"train.steps was 6, now it is {steps}: {becomes}"] if becomes else [])
+    if becomes:
+        trained_at = [event for event in events(run) if event.get("step") == 5 and "train/learning_rate" in event]
+        assert f"now it is {trained_at[-1]['train/learning_rate']:.4g} " in becomes
+
+
 def test_a_config_that_is_nested_for_long_is_told_in_a_line(run, shards, capsys) -> None:
     nested: dict[str, object] = {}
     for _ in range(900):
