@@ -11,7 +11,7 @@ import pytest
 
 from ecgscale.errors import InputError
 from ecgscale_launch import supervisor as module
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json_if_there
 from ecgscale_launch.runs import newest_step
 from ecgscale_launch.step import codes_in
 from ecgscale_launch.supervisor import Limits, Supervisor, first_error
@@ -97,7 +97,7 @@ class Trial:
 
     @property
     def state(self) -> dict:
-        return read_json(self.folder.state) or {}
+        return read_json_if_there(self.folder.state) or {}
 
     @property
     def outcomes(self) -> list[str]:
