@@ -101,6 +101,14 @@ def test_a_task_that_is_not_whole_is_refused(small_export, shards, without_check
         assert f"{export}: does not describe a task of this version" in capsys.readouterr().err
 
 
+def test_the_preprocessing_is_the_models_which_is_said(small_export, shards, tmp_path, capsys) -> None:
+    profile = load(small_export).profile
+    asked = ["--task.protocol=probe", "--data.segment_s=1.5", "--data.normalisation=zscore"]
+    finetune(small_export, shards, tmp_path / "run", *asked)
+    line = f"read as the model takes it: 500 Hz, segments of {profile.segment_s:g} s, {profile.normalisation}"
+    assert line in capsys.readouterr().err.splitlines()
+
+
 @pytest.mark.parametrize("protocol", ["finetune", "probe"])
 def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp_path, capsys) -> None:
     """The report is that of recordings which lack them; `evaluate` masks what was masked in training."""
