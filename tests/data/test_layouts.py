@@ -186,6 +186,16 @@ def test_ptbxl_with_labels_of_ones_own(ptbxl: Path, tmp_path) -> None:
     assert source.unlabelled() == source.items()[1:]
 
 
+def test_patients_of_ones_own_for_ptbxl_are_passed_over_and_counted(ptbxl: Path, tmp_path) -> None:
+    names = [f"records500/00000/0000{i}_hr" for i in (1, 2, 3)]
+    (tmp_path / "mine.csv").write_text(f"record,patient_id\n{names[0]},A\n{names[1]},13243\n")
+    source = opened(ptbxl, labels_csv=tmp_path / "mine.csv")
+    records = [source.read(name) for name in names]
+    assert [record.patient for record in records] == ["15709", "13243", "15709"]
+    told = [any("passed over, since the data set's own table" in note for note in record.notes) for record in records]
+    assert told == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "reason"),
     [

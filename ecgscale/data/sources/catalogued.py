@@ -22,6 +22,8 @@ from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError
 from ecgscale.record import Record
 
+_PASSED_OVER = "a patient id of the header or of --labels passed over, since the data set's own table names another"
+
 Described = Iterator[tuple[str, Description]]
 
 
@@ -30,7 +32,7 @@ class CataloguedWfdb:
     """WFDB records that were listed when the source was opened.
 
     Where several speak of a record, the user's own table wins over the header, and both over the data set's tables;
-    of the patient the data set's tables know best.
+    of the patient the data set's tables know best, and a note counts where another was named.
     """
 
     tree: Folder | Archive
@@ -66,12 +68,15 @@ class CataloguedWfdb:
             ignore_leads=self.ignore_leads,
             rename_leads=self.rename_leads,
         )
+        notes = Counter(said.notes) + Counter(record.notes)
+        if said.patient is not None and record.patient not in (None, said.patient):
+            notes[_PASSED_OVER] += 1
         return replace(
             plausible(record, self.tree.where / f"{item}.hea"),
             patient=said.patient or record.patient,
             labels=said.labels | record.labels,
             metadata=said.metadata | record.metadata,
-            notes=dict(Counter(said.notes) + Counter(record.notes)),
+            notes=dict(notes),
         )
 
     def unlabelled(self) -> list[str]:
