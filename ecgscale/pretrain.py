@@ -13,7 +13,7 @@ from ecgscale import progress
 from ecgscale.config import PretrainConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.copies import copies_apart
+from ecgscale.data.persons import apart
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
@@ -60,8 +60,8 @@ def pretrain(config: PretrainConfig) -> Path:
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
     log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
-    if ranks.first and (copies := copies_apart(shards)):
-        log(ranks, copies)
+    for line in apart(shards) if ranks.first else ():
+        log(ranks, line)
     log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")

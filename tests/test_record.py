@@ -15,6 +15,7 @@ from ecgscale.record import (
     Record,
     check_rate,
     fit_counts,
+    id_hash,
     mv_per_unit,
     patient_code,
     quantise,
@@ -211,3 +212,20 @@ def test_patients_are_told_apart() -> None:
     assert len(set(codes)) == len(codes)
     assert patient_code("a", "1", "y") == codes[0]
     assert all(0 <= code < 2**63 for code in codes)
+
+
+def test_ids_that_differ_in_case_or_leading_zeros_alone_have_one_hash() -> None:
+    groups = [
+        ["7", "007", "\uff17"],
+        ["P-7", "p-007"],
+        ["70"],
+        ["0", "00"],
+        ["1.07", "1.7"],
+        ["P7"],
+        ["\xe9", "E\u0301"],
+    ]
+    hashes = [{id_hash(one) for one in group} for group in groups]
+    assert all(len(one) == 1 for one in hashes)
+    assert len(set.union(*hashes)) == len(groups)
+    assert id_hash(None) == 0
+    assert all(0 < code < 2**64 for one in hashes for code in one)

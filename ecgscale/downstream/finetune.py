@@ -20,7 +20,7 @@ from ecgscale import progress
 from ecgscale.config import FinetuneConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.copies import copies_apart
+from ecgscale.data.persons import apart
 from ecgscale.data.stream import TrainStream
 from ecgscale.downstream.board import show
 from ecgscale.downstream.evaluate import LabelledSet, Scored, evaluate, tuned_thresholds
@@ -97,8 +97,8 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
     log(ranks, labelled.coverage("train").text("used"))
     log(ranks, labelled.coverage("validation").text("used"))
-    if ranks.first and (copies := copies_apart(labelled.shards)):
-        log(ranks, copies)
+    for line in apart(labelled.shards) if ranks.first else ():
+        log(ranks, line)
     if config.init.random:
         torch.manual_seed(config.train.seed)
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)

@@ -55,15 +55,9 @@ class Job:
         return self.out / f"shard-{self.first_shard + number:06d}.tar"
 
     def slice(self, number: int) -> Slice:
-        items, others = self.items_of(number), self.other_datasets
+        items = self.items_of(number)
         held = self._held([item for item in items if item in self.held])
-        return Slice(self.source, items, self.tar(number), self.options, self.identity, held, others)
-
-    @property
-    def other_datasets(self) -> tuple[str, ...]:
-        """Names of those in the set that is appended to, but for the source's own."""
-        names = {shard["dataset"] for shard in self.base["shards"]} if self.base and not self.finished else set()
-        return tuple(sorted(names - {self.source.dataset}))
+        return Slice(self.source, items, self.tar(number), self.options, self.identity, held)
 
     def old_tars(self) -> Iterator[tuple[Path, Payload, Columns]]:
         """Each tar of the set that is appended to, with its payload and its columns."""

@@ -23,9 +23,10 @@ from ecgscale.data.copies import Copies, about_copies, content_keys, is_flat, wr
 from ecgscale.data.ingest.job import Job
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.slice import PATIENT_ELSEWHERE, PATIENT_KNOWN, SPLIT_VALUE, Part, read_columns
+from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
+from ecgscale.data.persons import near_ids
 from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import (
@@ -46,6 +47,10 @@ _OLDER_IDS = (
     "a record of an older version, whose patient's id stands as it was written (17.0, NA); where such occur, ingest "
     "all anew"
 )
+_UNTOLD_IDS = (
+    "a record of an older version, whose patient's id is not compared with others; where people may stand under two "
+    "ids, ingest all anew"
+)
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,15 @@ class Ingested:
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
     copies: list[str] = field(default_factory=list)  # lines on all that the set holds; copies.csv lists them
+    near_ids: str | None = None  # a line on ids that may be one patient's, of all that the set holds
 
     @staticmethod
-    def of(described: dict[str, Any], copies: list[str]) -> Ingested:
+    def of(described: dict[str, Any], copies: list[str], near_ids: str | None) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
         later = {name: described[name] for name in ("held", "shared_ids", "notes") if name in described}
         remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
-        return Ingested(**always, **later, remarked=remarked, copies=copies)
+        return Ingested(**always, **later, remarked=remarked, copies=copies, near_ids=near_ids)
 
 
 def finish(job: Job, mark: Mark) -> Ingested:
@@ -96,9 +102,7 @@ def finish(job: Job, mark: Mark) -> Ingested:
         mark.allow_other_splits()
         raise
     base = job.base or {"records": 0, "shards": [], "sources": []}
-    older = [one for one in base["sources"] if one.get("patients_known") and "notes" not in one]
-    if older:
-        found.notes[_OLDER_IDS] = sum(one["records"] for one in older)
+    _note_older_ids(job, found, records)
     index = write_index_in_parts(job.out, len(split_N), _columns(job, found, split_N))
     described = {
         "dataset": job.source.dataset,
@@ -111,14 +115,23 @@ def finish(job: Job, mark: Mark) -> Ingested:
         "notes": dict(found.notes),
         "items_sha256": job.items_sha256,
         "held": found.held,
-        "shared_ids": _shared_ids(job, found),
+        "shared_ids": _shared_ids(job, records),
     }
     write_manifest(job.out, job.options.rate_hz, index, base["shards"] + found.entries, [*base["sources"], described])
     shards = ShardSet.open(job.out)
     write_copies(shards, job.out, copies)
     sweep(job.out)
     mark.remove()
-    return Ingested.of(described, about_copies(shards, copies))
+    return Ingested.of(described, about_copies(shards, copies), near_ids(shards))
+
+
+def _note_older_ids(job: Job, found: _Found, records: _Records) -> None:
+    """Say of how many old records the patients' ids are not those of this version, or are not compared with others."""
+    named = [one for one in job.base["sources"] if one.get("patients_known")] if job.base else []
+    if as_written := sum(one["records"] for one in named if "notes" not in one):
+        found.notes[_OLDER_IDS] = as_written
+    if named and job.base and not records.id_N[: job.base["records"]].any():
+        found.notes[_UNTOLD_IDS] = job.base["records"]
 
 
 def check_all_there(job: Job, mark: Mark) -> None:
@@ -222,22 +235,21 @@ class _Records:
     key_N: npt.NDArray[np.uint64]
     """See ``content_keys``."""
     patient_N: npt.NDArray[np.int64]
-    known_N: npt.NDArray[np.bool_]
-    """Whether a record names its patient; an index does not say it, so those of an older set count as unknown."""
+    id_N: npt.NDArray[np.uint64]
+    """See ``record.id_hash``; 0 also for those of an index of an older version, which does not say it."""
     split_N: Splits
     """Of the old records as they stand, of the new ones as the options say."""
 
     @staticmethod
     def read(job: Job, found: _Found) -> _Records:
         """Goes through the old index and the part files once."""
-        each = [
-            (content_keys(one), one["patient"].copy(), np.zeros(len(one["patient"]), bool), one["split"].copy())
-            for _, _, one in job.old_tars()
-        ]
+        each = []
+        for _, _, old in job.old_tars():
+            id_B = old.get("id_hash", np.zeros(len(old["patient"]), np.uint64))
+            each.append((content_keys(old), old["patient"], id_B, old["split"]))
         for entry in found.entries:
-            columns, values = read_columns(job.out / entry["file"])
-            split_B = _split(columns, values, job.options)
-            each.append((content_keys(columns), columns["patient"], columns[PATIENT_KNOWN].astype(bool), split_B))
+            new, values = read_columns(job.out / entry["file"])
+            each.append((content_keys(new), new["patient"], new["id_hash"], _split(new, values, job.options)))
         return _Records(*(np.concatenate(column) for column in zip(*each, strict=True)))
 
 
@@ -289,7 +301,7 @@ def _splits(job: Job, records: _Records, copies: Copies) -> Splits:
     if job.options.split_by:
         return records.split_N
     linking = copies.only(copies.differing(records.patient_N[copies.number_R]))
-    patient_R, known_R = records.patient_N[linking.number_R], records.known_N[linking.number_R]
+    patient_R, known_R = records.patient_N[linking.number_R], records.id_N[linking.number_R] > 0
     old = job.base["records"] if job.base else 0
     stands_N = np.isin(records.patient_N[:old], patient_R)
     kept = dict(zip(records.patient_N[:old][stands_N].tolist(), records.split_N[:old][stands_N].tolist(), strict=True))
@@ -319,18 +331,19 @@ def _tars(job: Job, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:
         yield job.out / entry["file"], entry["payload"], read_columns(job.out / entry["file"])[0]
 
 
-def _shared_ids(job: Job, found: _Found) -> dict[str, int]:
+def _shared_ids(job: Job, records: _Records) -> dict[str, int]:
     """Other data set of the old set -> how many patient ids of the new records it has too."""
-    if not job.other_datasets or not found.patients_known:
+    if job.base is None:
         return {}
-    assert job.base is not None
-    old = map_index(job.out / job.base["index"]["file"], job.base["records"])["patient"]
-    parts = [read_columns(job.out / entry["file"])[0][PATIENT_ELSEWHERE] for entry in found.entries]
-    shared = {}
-    for dataset, code_B in zip(job.other_datasets, np.concatenate(parts).T, strict=True):
-        if n := len(np.intersect1d(code_B, old)):
-            shared[dataset] = n
-    return shared
+    ids_of: dict[str, list[npt.NDArray[np.uint64]]] = {}
+    first = 0
+    for shard in job.base["shards"]:
+        ids_of.setdefault(shard["dataset"], []).append(records.id_N[first : first + shard["records"]])
+        first += shard["records"]
+    ids_of.pop(job.source.dataset, None)
+    new_ids = np.setdiff1d(records.id_N[first:], [0])
+    shared = {dataset: len(np.intersect1d(np.concatenate(ids), new_ids)) for dataset, ids in sorted(ids_of.items())}
+    return {dataset: count for dataset, count in shared.items() if count}
 
 
 def _name_of(job: Job, found: _Found, code: int) -> str:

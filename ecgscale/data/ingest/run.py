@@ -27,6 +27,7 @@ from ecgscale.data.ingest.join import Ingested, check_all_there, finish
 from ecgscale.data.ingest.mark import Mark, claimed, sweep
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import Part, Slice, convert, read_part
+from ecgscale.data.persons import near_ids
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
 
@@ -121,7 +122,8 @@ def _open(
 
 def _finished(job: Job) -> Ingested:
     assert job.base is not None
-    return Ingested.of(job.base["sources"][-1], about_copies(ShardSet.open(job.out)))
+    shards = ShardSet.open(job.out)
+    return Ingested.of(job.base["sources"][-1], about_copies(shards), near_ids(shards))
 
 
 def _abandon(job: Job, mark: Mark) -> None:
