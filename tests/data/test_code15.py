@@ -135,9 +135,10 @@ def test_many_rows_sort_as_they_stand_in_the_file(root: Path, ecgs: list[Record]
 )
 def test_units(root: Path, ecgs: list[Record], unit: str, factor: float) -> None:
     def scale(file: h5py.File) -> None:
-        file["tracings"][...] *= 1000 if unit == "uV" else 1  # no ECG else
+        file["tracings"][...] *= per_mv  # no ECG else
 
-    factor *= 1000 if unit == "uV" else 1
+    per_mv = round(1 / factor) if factor < 0.5 else 1
+    factor *= per_mv
     source = open_source(change(root, scale), SourceOptions(unit=unit))
     np.testing.assert_allclose(source.read("exams_part0/0_11").millivolts(), ecgs[0].millivolts() * factor, atol=0.001)
     assert f"values taken as {unit}" in source.description

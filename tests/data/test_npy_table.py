@@ -220,6 +220,18 @@ def test_a_folder_of_arrays_and_headers_is_one_of_wfdb(folder: Path) -> None:
     assert opened(folder, layout="npy").items()[0] == "a"
 
 
+@pytest.mark.parametrize(("factor", "unit"), [(10, "0.1mV"), (0.1, "10mV")])
+def test_a_set_that_is_off_tenfold_is_asked_about(tmp_path, mv_NLT, capsys, factor: float, unit: str) -> None:
+    path, out = tmp_path / "x.npy", tmp_path / "out"
+    np.save(path, mv_NLT * factor)
+    command = ["ingest", str(path), str(out), "--source-rate-hz=250", "--workers=1"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"Then give --unit {unit}, or ") == 2, "before and after"
+    assert f"{out}: 4 records: most leads swing by " in said
+    assert implausible_unit(opened(path, unit=unit)) is None
+
+
 # --- what is refused ---
 
 
