@@ -52,6 +52,7 @@ _PROBED = 256
 _CODES = frozenset((-999.0, 999.0, -9999.0, 9999.0, -99999.0, 99999.0, -32768.0))
 
 FLAT = "leads without a signal are left out as absent"
+BLANK = "leads without any valid sample (all NaN, or all marked invalid) are left out as absent"
 LOUD = "deviates from the median as microvolts or counts do, if taken for millivolts"
 LARGE = f"most leads swing by more than {_LARGE_MV:g} mV, an ECG by about 1 mV"
 SMALL = f"most leads swing by less than {_SMALL_MV:g} mV, an ECG by about 1 mV"
@@ -87,8 +88,8 @@ class Verdict(NamedTuple):
 
     refusal: InputError | None
     """Why they are no ECG; None: they may be one."""
-    flat: tuple[int, ...]
-    """Rows without a signal."""
+    empty: tuple[int, ...]
+    """Rows without a signal, or without any valid sample."""
     remarks: tuple[Remark, ...]
 
 
@@ -117,7 +118,7 @@ def checked(
     verdict = judge(values_LT, mv_per_value_L, leads)
     if verdict.refusal:
         raise verdict.refusal
-    kept = [row for row in range(len(leads)) if row not in verdict.flat]
+    kept = [row for row in range(len(leads)) if row not in verdict.empty]
     return kept, verdict.remarks
 
 
@@ -175,10 +176,12 @@ def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Seq
         mv_per_value_L: what a 1 is worth, one number or one for each lead.
         leads: canonical names, one for each row.
 
-    Raises InputError for NaN and infinity.
+    A row of NaN alone is a lead that was not recorded. Raises InputError for other NaN and for infinity.
     """
     mv_per_value_L1 = np.full((len(leads), 1), 1.0)
     mv_per_value_L1[:, 0] *= mv_per_value_L
+    if blank := _blank_rows(values_LT):
+        return _judged_without(blank, values_LT, mv_per_value_L1[:, 0], leads)
     low_L, high_L = values_LT.min(axis=1).astype(np.float64), values_LT.max(axis=1).astype(np.float64)
     if not (np.isfinite(low_L).all() and np.isfinite(high_L).all()):
         raise InputError("the signal holds NaN or infinity; all samples must be finite millivolts")
@@ -201,6 +204,32 @@ def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Seq
     return Verdict(
         None, tuple(np.flatnonzero(flat_L).tolist()), tuple(remark for remark in remarks if remark is not None)
     )
+
+
+def _blank_rows(values_LT: npt.NDArray[Any]) -> list[int]:
+    """Rows that hold nothing but NaN."""
+    if values_LT.dtype.kind != "f":
+        return []
+    return [row for row in np.flatnonzero(np.isnan(values_LT[:, 0])).tolist() if np.isnan(values_LT[row]).all()]
+
+
+def _judged_without(
+    blank: Sequence[int], values_LT: npt.NDArray[Any], mv_per_value_L: npt.NDArray[np.float64], leads: Sequence[str]
+) -> Verdict:
+    """The verdict on the other rows, and a remark on the blank ones."""
+    rows = [row for row in range(len(leads)) if row not in blank]
+    if not rows:
+        return Verdict(InputError("all samples are NaN"), tuple(blank), ())
+    verdict = judge(values_LT[rows], mv_per_value_L[rows], [leads[row] for row in rows])
+    empty = sorted((*blank, *(rows[i] for i in verdict.empty)))
+    return verdict._replace(
+        empty=tuple(empty), remarks=(absent_remark([leads[row] for row in blank]), *verdict.remarks)
+    )
+
+
+def absent_remark(leads: Sequence[str]) -> Remark:
+    """On leads that hold no valid sample."""
+    return Remark(BLANK, ", ".join(leads))
 
 
 def _nothing(

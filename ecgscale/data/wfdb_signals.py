@@ -7,7 +7,7 @@ times its size. Shape suffixes: L leads, T samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -163,17 +163,36 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
     )
 
 
+def without_blank(signals: Signals) -> tuple[Signals, tuple[str, ...]]:
+    """Without the leads of which no sample is valid, and their names; raises InputError where that is every lead."""
+    recorded = [i for i, valid_T in enumerate(signals.valid_L) if valid_T is None or valid_T.any()]
+    if len(recorded) == len(signals.leads):
+        return signals, ()
+    if not recorded:
+        raise InputError("all samples of all leads are marked invalid")
+    kept = replace(
+        signals,
+        leads=tuple(signals.leads[i] for i in recorded),
+        counts_L=[signals.counts_L[i] for i in recorded],
+        valid_L=[signals.valid_L[i] for i in recorded],
+        mv_per_count_L=signals.mv_per_count_L[recorded],
+        baseline_L=[signals.baseline_L[i] for i in recorded],
+    )
+    return kept, tuple(lead for i, lead in enumerate(signals.leads) if i not in recorded)
+
+
 def fill_invalid(signals: Signals, max_fraction: float) -> int:
     """Interpolate invalid samples along their lead, in place; returns how many they are.
 
-    Raises InputError for a lead of which more than ``max_fraction``, or all, is invalid.
+    Raises InputError for a lead of which more than ``max_fraction`` is invalid. Each lead has a valid sample (see
+    without_blank).
     """
     n_invalid = 0
     for lead, count_T, valid_T in zip(signals.leads, signals.counts_L, signals.valid_L, strict=True):
         if valid_T is None:
             continue
         n = valid_T.size - int(np.count_nonzero(valid_T))
-        if n and (n > max_fraction * valid_T.size or n == valid_T.size):
+        if n > max_fraction * valid_T.size:
             raise InputError(
                 f"lead {lead}: {n} of {valid_T.size} samples are marked invalid; at most {max_fraction:.3%} may be"
             )

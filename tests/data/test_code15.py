@@ -210,6 +210,15 @@ def test_microvolts_are_noticed(root: Path, tmp_path, capsys) -> None:
     assert "are they microvolts?" in (tmp_path / "out" / "rejected.csv").read_text()
 
 
+def test_a_lead_of_nan_alone_keeps_no_padding(root: Path, ecgs: list[Record]) -> None:
+    def damage(file: h5py.File) -> None:
+        file["tracings"][0, :, 3] = np.nan
+
+    record = open_source(change(root, damage), SourceOptions()).read("exams_part0/0_11")
+    assert record.leads == tuple(lead for lead in LEADS if lead != "aVR")
+    np.testing.assert_allclose(record.millivolts(), np.delete(ecgs[0].millivolts(), 3, axis=0), atol=0.001)
+
+
 # --- rows that are refused ---
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ecgscale import cli
+from ecgscale.data.plausibility import BLANK
 from ecgscale.data.sources import OpenedSource, SourceOptions, implausible_unit, open_source
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
@@ -232,6 +233,18 @@ def test_a_set_that_is_off_tenfold_is_asked_about(tmp_path, mv_NLT, capsys, fact
     assert implausible_unit(opened(path, unit=unit)) is None
 
 
+def test_a_lead_of_nan_alone_is_left_out(tmp_path, mv_NLT, capsys) -> None:
+    mv_NLT = mv_NLT.copy()
+    mv_NLT[1:, 4] = np.nan
+    np.save(tmp_path / "x.npy", mv_NLT)
+    record = opened(tmp_path / "x.npy").read("2")
+    assert record.leads == tuple(lead for lead in LEADS if lead != "aVL")
+    np.testing.assert_allclose(record.millivolts(), np.delete(mv_NLT[2], 4, axis=0), atol=0.001)
+    command = ["ingest", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--source-rate-hz=250", "--workers=1"]
+    assert cli.main(command) == 0
+    assert f"3 records: {BLANK}; 1, 2, 3 (see" in capsys.readouterr().out
+
+
 # --- what is refused ---
 
 
@@ -242,7 +255,8 @@ def test_a_set_that_is_off_tenfold_is_asked_about(tmp_path, mv_NLT, capsys, fact
         (np.ones((8, 500)), "of shape (8, 500); a record is (leads, samples) or reverse, with 12 leads"),
         (np.ones(500), "of shape (500,)"),
         (np.ones((1, 12, 500)), "of shape (1, 12, 500)"),
-        (np.full((12, 500), np.nan), "NaN or infinity"),
+        (np.full((12, 500), np.nan), "all samples are NaN"),
+        (np.where(np.arange(500) < 499, np.nan, np.ones((12, 1))), "NaN or infinity"),
         (np.full((12, 500), np.inf), "NaN or infinity"),
         (np.zeros((12, 500)), "all samples are zero"),
         (np.ones((12, 500), complex), "of type complex128"),

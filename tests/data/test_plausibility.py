@@ -11,6 +11,7 @@ import pytest
 from ecgscale.data import proportions
 from ecgscale.data.plausibility import (
     APART,
+    BLANK,
     FLAT,
     LARGE,
     LOOSE,
@@ -337,6 +338,16 @@ def test_leads_whose_largest_number_is_1(mv_LT, leads, dtype) -> None:
 def test_records_whose_largest_number_is_1(mv_LT, leads) -> None:
     some_LT = mv_LT[[LEADS.index(lead) for lead in leads]]
     assert kinds(some_LT / np.abs(some_LT).max(), leads=leads) == {REACHES_1: ""}
+
+
+def test_leads_of_nan_alone_are_absent(mv_LT) -> None:
+    blank_LT = changed(changed(mv_LT, "aVF", np.nan), "V3", 4.0)
+    kept, remarks = checked(blank_LT, 1.0, LEADS)
+    assert [LEADS[row] for row in kept] == [lead for lead in LEADS if lead not in ("aVF", "V3")]
+    assert remarks == ((BLANK, "aVF"), (FLAT, "V3"))
+    assert kinds(changed(mv_LT, "V6", np.nan) * 1000, np.full(12, 1e-3)) == {BLANK: "V6"}
+    assert refusal(np.full_like(mv_LT, np.nan)) == "all samples are NaN"
+    assert "NaN or infinity" in refusal(changed(changed(mv_LT, "I", np.nan), "II", np.nan, 4))
 
 
 def test_long_records_are_judged_in_blocks(mv_LT, monkeypatch) -> None:

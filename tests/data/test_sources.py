@@ -16,6 +16,7 @@ import pytest
 from ecgscale import record as record_module
 from ecgscale.data import wfdb_formats
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.data.plausibility import BLANK
 from ecgscale.data.sources import Source, WfdbFolder, read_wfdb, wfdb
 from ecgscale.data.wfdb_formats import FLAC_FORMATS
 from ecgscale.data.wfdb_header import parse_header
@@ -421,13 +422,28 @@ def test_few_invalid_samples_are_interpolated_and_counted(tmp_path: Path, format
     assert record.invalid_samples == 4
 
 
-@pytest.mark.parametrize(("n_invalid", "limit"), [(5, 0.01), (1, 0.0), (400, 1.0)])
+@pytest.mark.parametrize(("n_invalid", "limit"), [(5, 0.01), (1, 0.0), (399, 0.99)])
 def test_many_invalid_samples_are_refused(tmp_path: Path, n_invalid: int, limit: float) -> None:
     counts_TL = np.zeros((400, 2), int)
     counts_TL[:n_invalid, 1] = -32768
     path = write_wfdb(tmp_path, counts_TL)
     with pytest.raises(InputError, match=rf"r.hea: lead II: {n_invalid} of 400 samples are marked invalid"):
         read_wfdb(path, max_invalid_fraction=limit)
+
+
+@pytest.mark.parametrize("format_", ["16", "24", "32", "61", "80", "160", "212", "310", "311", "516"])
+def test_a_lead_without_a_valid_sample_is_left_out(tmp_path: Path, format_: str) -> None:
+    counts_TL = np.random.default_rng(0).integers(-100, 100, (390, 3))
+    damaged_TL = counts_TL.copy()
+    damaged_TL[:, 1] = -(1 << (BITS[format_] - 1))
+    path = write_any(tmp_path, damaged_TL, format_, baseline=5)
+    for record in (read_wfdb(path), WfdbFolder(tmp_path, "set").read("r")):
+        assert (record.leads, record.invalid_samples) == (("I", "III"), 0)
+        np.testing.assert_array_equal(record.signal_LT, counts_TL[:, [0, 2]].T - 5)
+        assert (BLANK, "II") in record.remarks
+    path = write_any(tmp_path, np.full((390, 3), -(1 << (BITS[format_] - 1))), format_)
+    with pytest.raises(InputError, match=r"r.hea: all samples of all leads are marked invalid"):
+        read_wfdb(path)
 
 
 # --- multi-segment records ---

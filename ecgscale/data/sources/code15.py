@@ -153,7 +153,7 @@ def _items_of(root: Path, part: str) -> Iterator[str]:
 
 
 def _padding_removed(values_TL: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    used = np.flatnonzero(values_TL.any(axis=1))
+    used = np.flatnonzero(np.nan_to_num(values_TL).any(axis=1))  # a lead that is NaN throughout is so in the padding
     if not len(used):
         raise InputError("all samples are zero")
     return values_TL[used[0] : used[-1] + 1]

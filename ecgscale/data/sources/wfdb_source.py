@@ -19,12 +19,12 @@ import numpy as np
 
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table, paths_of
-from ecgscale.data.plausibility import check_codes, plausible
+from ecgscale.data.plausibility import absent_remark, check_codes, plausible
 from ecgscale.data.sources.listing import contents_below, header_names, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
 from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
-from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals
+from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals, without_blank
 from ecgscale.errors import InputError, MachineError, disk_failed, file_error, naming_file
 from ecgscale.record import LEADS, MAX_VALUES, Record, check_rate, fit_counts, in_canonical_order
 
@@ -142,14 +142,15 @@ def read_wfdb(
     ``signal_LT`` holds counts minus the baseline, exact where they fit into int16; ``scale_L`` mV per count. A lead
     that does not fit loses its median first, an electrode offset, which ``offset_mv`` keeps (see fit_counts).
     Where the header leaves the gain out it is 200 counts per mV, as header(5) defines; gain 0 is refused.
-    Samples that are marked as invalid are interpolated along the lead and counted in ``invalid_samples``. If
-    ``root`` is given, files outside of it are refused. ``name`` (default: the file's) finds the record's row
-    in ``labels``. ``shown`` is what errors call the header; None: its path.
+    Samples that are marked as invalid are interpolated along the lead and counted in ``invalid_samples``; a lead
+    without any valid one is left out as absent, and remarked. If ``root`` is given, files outside of it are refused.
+    ``name`` (default: the file's) finds the record's row in ``labels``. ``shown`` is what errors call the header; None:
+    its path.
 
     Raises InputError that names the header and the reason: unreadable or implausible header, missing or
     truncated data, leads that are unknown, repeated or sampled at unequal rates, unknown units, a checksum
     that does not match, a code for missing samples (see check_codes), or more than ``max_invalid_fraction`` invalid
-    samples in a lead.
+    samples in a lead that has valid ones.
     """
     if not path.name:
         raise InputError(f"{path}: not the path of a record")
@@ -160,6 +161,7 @@ def read_wfdb(
     with _naming(shown or header_path):
         header = reader.header(header_path)
         signals = reader.signals(header, header_path)
+        signals, blank = without_blank(signals)
         n_invalid = fill_invalid(signals, max_invalid_fraction)
         for lead, count_T, baseline in zip(signals.leads, signals.counts_L, signals.baseline_L, strict=True):
             check_codes(count_T, baseline, lead)
@@ -176,6 +178,7 @@ def read_wfdb(
             metadata=known.metadata,
             invalid_samples=n_invalid,
             notes=known.notes,
+            remarks=(absent_remark(blank),) if blank else (),
         )
 
 
