@@ -254,7 +254,7 @@ def test_a_lead_of_nan_alone_is_left_out(tmp_path, mv_NLT, capsys) -> None:
         (np.ones((12, 12)), "of shape (12, 12): leads and samples cannot be told apart"),
         (np.ones((8, 500)), "of shape (8, 500); a record is (leads, samples) or reverse, with 12 leads"),
         (np.ones(500), "of shape (500,)"),
-        (np.ones((1, 12, 500)), "of shape (1, 12, 500)"),
+        (np.ones((7, 12, 500)), "of shape (7, 12, 500), 7 records in one array; give this file by itself"),
         (np.full((12, 500), np.nan), "all samples are NaN"),
         (np.where(np.arange(500) < 499, np.nan, np.ones((12, 1))), "NaN or infinity"),
         (np.full((12, 500), np.inf), "NaN or infinity"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ecgscale import record as record_module
 from ecgscale.data import wfdb_formats
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.data.plausibility import BLANK
-from ecgscale.data.sources import Source, WfdbFolder, read_wfdb, wfdb
+from ecgscale.data.sources import Source, SourceOptions, WfdbFolder, open_source, read_wfdb, wfdb
 from ecgscale.data.wfdb_formats import FLAC_FORMATS
 from ecgscale.data.wfdb_header import parse_header
 from ecgscale.errors import InputError
@@ -215,7 +216,7 @@ def test_lead_names_are_normalised_and_sorted(tmp_path: Path) -> None:
 def test_leads_are_renamed(tmp_path: Path) -> None:
     counts_TL = random_counts(n_leads=3)
     path = write_wfdb(tmp_path, counts_TL, sig_name=["DII", "\u0406", "LEAD_V1"])
-    with pytest.raises(InputError, match=r"'DII', likely II; .* --rename-leads 'DII=II'.*--ignore-leads 'DII'"):
+    with pytest.raises(InputError, match=r"'DII', likely II; .* --rename-leads='DII=II'.*--ignore-leads='DII'"):
         read_wfdb(path)
     with pytest.raises(InputError, match=r"U\+0406, not I"):
         read_wfdb(path, rename_leads=[("dii", "II")])
@@ -549,7 +550,7 @@ def test_broken_segments(tmp_path: Path, header: str, reason: str) -> None:
         ("r 1 500 1000\nr.dat 16 200(0)/NU 16 0 0 0 0 I\n", "unknown unit 'NU'"),
         ("r 1 500 1000\nr.dat 16 200(0)/mmHg 16 0 0 0 0 I\n", "unknown unit 'mmHg'"),
         ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0 ABP\n", "unknown lead 'ABP'"),
-        ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0\n", "unknown lead ''"),
+        ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0\n", "a lead without a name"),
         ("r 2 500 500\n" + 2 * (LINE + " 0 0 V1\n"), "lead V1 stands 2 times"),
         ("r 2 500 500\n" + LINE + " 0 0 V1\n" + LINE + " 0 0 ecg v1\n", "lead V1 stands 2 times"),
         ("r 2 500 300\nr.dat 16x2 200/mV 16 0 0 0 0 I\n" + LINE + " 0 0 II\n", "'I' 1000 Hz, 'II' 500 Hz"),
@@ -703,6 +704,42 @@ def test_mutated_headers_and_data_give_a_record_or_an_input_error(tmp_path: Path
 
 
 # --- folders ---
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    """As those of timestamps and DICOM's identifiers, beside one that is the beginning of another."""
+    counts = {name: random_counts(seed=i) for i, name in enumerate(("1.2.840", "1.2", "2026-11-30.x"))}
+    for name, counts_TL in counts.items():
+        path = write_wfdb(tmp_path / "in", counts_TL)
+        text = path.read_text().replace("r.dat", f"{name}.dat").replace("r 3", f"{name} 3", 1)
+        (tmp_path / "in" / f"{name}.hea").write_text(text)
+        path.with_name("r.dat").rename(path.with_name(f"{name}.dat"))
+        path.unlink()
+    (tmp_path / "in" / "whole.1.hea").write_text("whole.1/1 3 500 301\n1.2 301\n")
+    table = tmp_path / "labels.csv"
+    table.write_text("record,rhythm\n1.2.840,a\n2026-11-30.x.dat,c\n")
+    source = WfdbFolder(tmp_path / "in", "set", labels_csv=table)
+    assert source.items() == ["1.2.840", "2026-11-30.x", "whole.1"]
+    assert [source.read(item).labels for item in source.items()] == [{"rhythm": ["a"]}, {"rhythm": ["c"]}, {}]
+    for item in (*counts, "whole.1"):
+        record = read_wfdb(tmp_path / "in" / item)
+        assert record.name == item
+        np.testing.assert_array_equal(record.signal_LT, counts.get(item, counts["1.2"]).T)
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "in")
+    packed = open_source(tmp_path / "packed.zip", SourceOptions())
+    assert packed.items() == source.items()
+    for item in source.items():
+        np.testing.assert_array_equal(packed.read(item).signal_LT, source.read(item).signal_LT)
+
+
+def test_a_baseline_that_is_written_as_a_float(tmp_path: Path) -> None:
+    path = write_wfdb(tmp_path, random_counts(), baseline=[7, 7, 7])
+    expected = read_wfdb(path).signal_LT
+    edit(path, lambda text: text.replace("(7)", "(7.0)"))
+    np.testing.assert_array_equal(read_wfdb(path).signal_LT, expected)
+    edit(path, lambda text: text.replace("(7.0)", "(7.5)"))
+    with pytest.raises(InputError, match=r"baseline '7\.5' is not a whole number"):
+        read_wfdb(path)
 
 
 def test_items_of_a_folder(tmp_path: Path) -> None:

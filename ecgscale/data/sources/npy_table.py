@@ -125,6 +125,8 @@ class NpyTable:
 
     def _leads_first(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         n = len(self.leads)
+        if array.ndim == 3 and not self.is_stacked:
+            raise InputError(f"of shape {array.shape}, {len(array)} records in one array; give this file by itself")
         if array.ndim != 2 or n not in array.shape or not array.size:
             raise InputError(f"of shape {array.shape}; a record is (leads, samples) or reverse, with {n} leads")
         if array.shape[0] == array.shape[1]:
