@@ -17,6 +17,8 @@ from ecgscale.data.wfdb_header import SignalLine
 from ecgscale.errors import InputError
 from ecgscale.record import pieces, source_leads
 
+UNSUMMED = "WFDB headers with 0 for every checksum, as of programs that leave them out: damage is not noticed"
+
 _NO_RENAMES: Mapping[str, str] = {}
 
 
@@ -30,6 +32,7 @@ class Signals:
     mv_per_count_L: npt.NDArray[np.float64]
     baseline_L: list[int]  # that was subtracted; of segments the first one's
     rate_hz: float
+    unsummed: bool = False  # the header has zeros for checksums, in a segment at least
 
 
 def by_file(lines: Sequence[SignalLine]) -> dict[str, list[SignalLine]]:
@@ -107,15 +110,22 @@ def _narrowest(low: int, high: int) -> np.dtype[np.integer]:
     return np.dtype(np.int64)
 
 
-def check_sums(lines: Sequence[SignalLine], samples: Sequence[Integers]) -> None:
-    """Raises InputError where a header's checksum is not that of the samples (in the order of their file)."""
-    for line, sample_T in zip(lines, samples, strict=True):
-        found = int(sample_T.sum(dtype=np.int64)) % 65_536
-        if line.checksum is not None and line.checksum % 65_536 != found:
+def check_sums(lines: Sequence[SignalLine], samples: Sequence[Integers]) -> bool:
+    """Whether a header's checksums say anything of the samples (in the order of their file).
+
+    They do not where all are 0 and those of the samples are not: some programs leave them out so. Raises InputError
+    where one is not that of the samples.
+    """
+    sums = [int(sample_T.sum(dtype=np.int64)) % 65_536 for sample_T in samples]
+    if any(sums) and all(line.checksum == 0 for line in lines):
+        return False
+    for line, of_samples in zip(lines, sums, strict=True):
+        if line.checksum is not None and line.checksum % 65_536 != of_samples:
             raise InputError(
                 f"checksum of signal {line.name!r}: the header says {line.checksum % 65_536}, "
-                f"the data give {found}; the data are damaged"
+                f"the data give {of_samples}; the data are damaged"
             )
+    return True
 
 
 def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Signals:
@@ -142,6 +152,7 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
     n_samples = per_frame * sum(n_frames for n_frames, _ in segments)
     counts = {lead: np.zeros(n_samples, dtypes[lead]) for lead in scales}
     valid = {lead: np.zeros(n_samples, bool) for lead in scales}
+    unsummed = any(signals.unsummed for signals in present)
     del signals, present
     segments.reverse()
     start = 0
@@ -160,6 +171,7 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
         np.array([*scales.values()]),
         [baselines[lead] for lead in scales],
         rates_hz[0],
+        unsummed,
     )
 
 

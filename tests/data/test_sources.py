@@ -21,6 +21,7 @@ from ecgscale.data.plausibility import BLANK
 from ecgscale.data.sources import Source, SourceOptions, WfdbFolder, open_source, read_wfdb, wfdb
 from ecgscale.data.wfdb_formats import FLAC_FORMATS
 from ecgscale.data.wfdb_header import parse_header
+from ecgscale.data.wfdb_signals import UNSUMMED
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, OFFSET, Record, resample_millivolts
 
@@ -597,6 +598,24 @@ def test_truncated_and_damaged_data(tmp_path: Path, format_: str) -> None:
     data_path.write_bytes(damaged)
     with pytest.raises(InputError, match=r"r.hea: "):
         read_wfdb(path)
+
+
+def test_checksums_of_0_are_none(tmp_path: Path) -> None:
+    counts_TL = random_counts()
+    path = write_wfdb(tmp_path, counts_TL)
+    sums = [int(count_T.sum()) % 65536 for count_T in counts_TL.T]
+    assert read_wfdb(path).remarks == ()
+    edit(path, lambda text: text.replace(f" {sums[0]} 0 I\n", " 0 0 I\n"))
+    with pytest.raises(InputError, match=f"checksum of signal 'I': the header says 0, the data give {sums[0]}"):
+        read_wfdb(path)
+    for value, lead in zip(sums[1:], LEADS[1:], strict=False):
+        edit(path, lambda text, old=f" {value} 0 {lead}\n", new=f" 0 0 {lead}\n": text.replace(old, new))
+    (tmp_path / "whole.hea").write_text("whole/1 3 500 301\nr 301\n")
+    for record in (read_wfdb(path), read_wfdb(tmp_path / "whole.hea")):
+        np.testing.assert_array_equal(record.signal_LT, counts_TL.T)
+        assert record.remarks == ((UNSUMMED, ""),)
+    flat = write_wfdb(tmp_path / "flat", np.zeros((301, 3), int))
+    assert read_wfdb(flat).remarks == (), "its sums are 0"
 
 
 def test_flac_that_claims_too_much(tmp_path: Path) -> None:

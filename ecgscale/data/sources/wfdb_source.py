@@ -24,9 +24,18 @@ from ecgscale.data.sources.listing import contents_below, header_names, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
 from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
-from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals, without_blank
+from ecgscale.data.wfdb_signals import (
+    UNSUMMED,
+    Signals,
+    by_file,
+    check_sums,
+    fill_invalid,
+    join,
+    to_signals,
+    without_blank,
+)
 from ecgscale.errors import InputError, MachineError, disk_failed, file_error, naming_file
-from ecgscale.record import LEADS, MAX_VALUES, Record, check_rate, fit_counts, in_canonical_order
+from ecgscale.record import LEADS, MAX_VALUES, Record, Remark, check_rate, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
     # wfdb 4.3.1 does so while it is imported; pandas 3 warns.
@@ -178,7 +187,7 @@ def read_wfdb(
             metadata=known.metadata,
             invalid_samples=n_invalid,
             notes=known.notes,
-            remarks=(absent_remark(blank),) if blank else (),
+            remarks=(*([absent_remark(blank)] if blank else ()), *([Remark(UNSUMMED)] if signals.unsummed else ())),
         )
 
 
@@ -313,9 +322,8 @@ class _Reader:
         check_rate(rate_hz)
         n_frames = self._check_data_files(header, path)
         samples = _decode(header, path, kept, n_frames)
-        if self.verify_checksums:
-            check_sums(lines, samples)
-        return to_signals(lines, samples, rate_hz, dict(self.renames))
+        unsummed = self.verify_checksums and not check_sums(lines, samples)
+        return replace(to_signals(lines, samples, rate_hz, dict(self.renames)), unsummed=unsummed)
 
     def _ignores(self, line: SignalLine) -> bool:
         return line.name.casefold() in self.ignored
