@@ -123,6 +123,9 @@ def test_an_archive_equals_its_folder(raw, tmp_path, place, assert_same, kind: s
     assert source.items() == folder.items() == ["p0/long", "p0/r4", "p1/r1", "p1/r3", "p1/r5"]
     for item in source.items():
         assert_same(source.read(item), folder.read(item))
+        assert source.fingerprint(item).endswith(folder.fingerprint(item))
+    segments = [(raw / "p0" / f"{name}.hea").read_bytes() for name in ("long", "r0", "r2")]
+    assert folder.fingerprint("p0/long") == b"\0".join(segments)
     assert "5 WFDB records" in source.description
     assert source.unlabelled() == source.items()
     del source

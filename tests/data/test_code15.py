@@ -105,6 +105,14 @@ def test_records_labels_and_patients(root: Path, ecgs: list[Record]) -> None:
     assert records[2].metadata == {"age": "67", "nn_predicted_age": "79.62", "sex": "female"}
 
 
+def test_fingerprints_tell_other_rows_of_the_table(root: Path) -> None:
+    before = open_source(root, SourceOptions())
+    (root / "exams.csv").write_text((root / "exams.csv").read_text().replace("1724173", "1724174"))
+    after = open_source(root, SourceOptions())
+    changed = [item for item in before.items() if before.fingerprint(item) != after.fingerprint(item)]
+    assert changed == ["exams_part0/1_7"]
+
+
 def test_a_disk_that_fails_is_named_with_the_exam(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(root, SourceOptions())
     items = source.items()

@@ -75,6 +75,18 @@ def test_one_array(tmp_path, mv_NLT: np.ndarray, samples_first: bool) -> None:
     assert len(pickle.dumps(source)) < 1000
 
 
+def test_fingerprints_tell_other_numbers_of_the_same_shape(tmp_path, folder: Path, mv_NLT: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", mv_NLT)
+    before = [opened(folder).fingerprint("b/c"), opened(tmp_path / "x.npy").fingerprint("2")]
+    assert before[1] == opened(tmp_path / "x.npy").fingerprint("2")
+    np.save(folder / "b/c.npy", 2 * np.load(folder / "b/c.npy"))
+    np.save(tmp_path / "x.npy", mv_NLT * np.array([1, 1, 2, 1])[:, None, None])
+    after = [opened(folder).fingerprint("b/c"), opened(tmp_path / "x.npy").fingerprint("2")]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    (folder / "b/c.npy").write_bytes(b"")
+    assert opened(folder).fingerprint("b/c") == b""
+
+
 def test_names_of_many_rows_sort(tmp_path) -> None:
     np.save(tmp_path / "x.npy", np.ones((101, 12, 20), "f4"))
     items = opened(tmp_path / "x.npy").items()

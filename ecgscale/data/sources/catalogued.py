@@ -74,6 +74,10 @@ class CataloguedWfdb:
             notes=dict(Counter(said.notes) + Counter(record.notes)),
         )
 
+    def fingerprint(self, item: str) -> bytes:
+        """Its headers, and what the data set's tables say of it."""
+        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace") + self.tree.headers_of(item)
+
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
         labels = self.labels

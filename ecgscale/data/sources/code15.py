@@ -32,7 +32,7 @@ from ecgscale.data.sources.listing import is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table
 from ecgscale.data.sources.tree import Folder, Tree
-from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.sources.wfdb_listing import stays_inside
 from ecgscale.data.units import parse_unit, to_signal
 from ecgscale.errors import InputError, disk_failed, file_error, unreadable
 from ecgscale.record import LEADS, Record
@@ -114,6 +114,13 @@ class Code15:
         known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
         known["notes"] = said.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
+
+    def fingerprint(self, item: str) -> bytes:
+        """What exams.csv says of it, and the size of its part."""
+        stem, _, place = item.rpartition("/")
+        said = self.catalogue.describe(place.rpartition("_")[2])
+        path = self.root / f"{stem}.hdf5"
+        return f"{said!r} {path.stat().st_size if path.is_file() else 0}".encode(errors="backslashreplace")
 
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""

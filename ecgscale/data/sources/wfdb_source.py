@@ -8,7 +8,6 @@ InputError that names the file. wfdb decodes FLAC; the plain formats are read by
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +19,11 @@ import numpy as np
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table, paths_of
 from ecgscale.data.plausibility import absent_remark, check_codes, plausible
-from ecgscale.data.sources.listing import contents_below, header_names, left_out
+from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch
+from ecgscale.data.sources.wfdb_listing import all_headers_of, check_place, headers_below, read_header, without_segments
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
-from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
+from ecgscale.data.wfdb_header import Header, SignalLine
 from ecgscale.data.wfdb_signals import (
     UNSUMMED,
     Signals,
@@ -34,16 +34,13 @@ from ecgscale.data.wfdb_signals import (
     to_signals,
     without_blank,
 )
-from ecgscale.errors import InputError, MachineError, disk_failed, file_error, naming_file
+from ecgscale.errors import InputError, MachineError, disk_failed, file_error
 from ecgscale.record import LEADS, MAX_VALUES, Record, Remark, check_rate, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
     # wfdb 4.3.1 does so while it is imported; pandas 3 warns.
     warnings.filterwarnings("ignore", "The inplace keyword in DataFrame.set_index", DeprecationWarning)
     import wfdb as wfdb
-
-MAX_HEADER_BYTES = 1 << 24
-PEEK_BYTES = 4096
 
 # What wfdb and the libraries below it raise for damaged files. Its own HeaderSyntaxError is a ValueError,
 # soundfile's LibsndfileError a RuntimeError, as is RecursionError.
@@ -115,6 +112,10 @@ class WfdbFolder:
         )
         return plausible(record, path)
 
+    def fingerprint(self, item: str) -> bytes:
+        """Its headers; the user's tables are known by their content."""
+        return all_headers_of(self.root, item)
+
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
         labels = self.labels
@@ -168,7 +169,7 @@ def read_wfdb(
     ignored = tuple(lead.strip().casefold() for lead in ignore_leads)
     reader = _Reader(root, ignored, verify_checksums, tuple(rename_leads))
     with _naming(shown or header_path):
-        header = reader.header(header_path)
+        header = read_header(header_path, root)
         signals = reader.signals(header, header_path)
         signals, blank = without_blank(signals)
         n_invalid = fill_invalid(signals, max_invalid_fraction)
@@ -209,60 +210,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise file_error(path, "cannot be read", error) from error
 
 
-# --- finding records ---
-
-
-def headers_below(root: Path) -> list[str]:
-    """Sorted names of all headers, segments included."""
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
-
-    return sorted(header_names(contents_below(root)))
-
-
-def stays_inside(path: Path, root: Path) -> bool:
-    # realpath, because Path.resolve raises RuntimeError for links that lead in a circle
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-
-
-def without_segments(root: Path, names: list[str]) -> list[str]:
-    """The names without those of records that are segments of another."""
-    segments = {segment for name in names for segment in _segments_of(root, name)}
-    return [name for name in names if name not in segments]
-
-
-def _segments_of(root: Path, name: str) -> list[str]:
-    """Names of the segments if the record has such, as far as they are plain records."""
-    path = root / f"{name}.hea"
-    if not path.is_file():
-        return []
-    with naming_file(path, "cannot be read"), path.open("rb") as file:
-        if not is_multi_segment(file.read(PEEK_BYTES)):
-            return []
-    try:
-        return segment_names(_Reader(root).header(path), name)
-    except InputError:
-        return []  # read() will say why
-
-
-def is_multi_segment(beginning: bytes) -> bool:
-    """Whether a header that begins so is that of a record with segments."""
-    lines = beginning.splitlines()
-    record_line = next((line for line in lines if line.strip() and not line.lstrip().startswith(b"#")), b"")
-    return b"/" in record_line.split(b" ", 1)[0]
-
-
-def segment_names(header: Header, name: str) -> list[str]:
-    """Names of the segments of the record ``name``; gaps are named "~", and a record is no segment of itself."""
-    folder = name.rpartition("/")[0]
-    names = [f"{folder}/{segment}" if folder else segment for segment, _ in header.segments]
-    return [segment for segment in names if segment != name]
-
-
 # --- samples ---
-
-# An archive needs a record's header to know which files to unpack, and then it is read from there.
-known_header = functools.lru_cache(maxsize=4)(parse_header)
 
 
 @dataclass(frozen=True)
@@ -273,14 +221,6 @@ class _Reader:
     ignored: tuple[str, ...] = ()  # casefolded names of signals
     verify_checksums: bool = True
     renames: tuple[tuple[str, str], ...] = ()
-
-    def header(self, path: Path) -> Header:
-        self._check_place(path)
-        if not path.is_file():
-            raise InputError("no such header")
-        if (size := path.stat().st_size) > MAX_HEADER_BYTES:
-            raise InputError(f"{size} bytes; a header has at most {MAX_HEADER_BYTES}")
-        return known_header(path.read_bytes())
 
     def signals(self, header: Header, path: Path) -> Signals:
         if not header.segments:
@@ -300,7 +240,7 @@ class _Reader:
 
     def _segment(self, path: Path, length: int, rate_hz: float) -> Signals:
         with _naming(Path(path.name)):
-            header = self.header(path)
+            header = read_header(path, self.root)
             if header.segments:
                 raise InputError("a segment that has segments itself; segments must be plain records")
             if header.n_frames not in (None, length):
@@ -335,7 +275,7 @@ class _Reader:
             if all(map(self._ignores, lines)):
                 continue
             with _naming(Path(file_name)):
-                self._check_place(path.with_name(file_name))
+                check_place(path.with_name(file_name), self.root)
                 available = frames_in(path.with_name(file_name), lines)
                 if n_frames is None:
                     n_frames, given_by = available, f"the header says no number and {file_name} holds"
@@ -347,10 +287,6 @@ class _Reader:
         if n_frames * sum(line.samples_per_frame for line in header.signals) > MAX_VALUES:
             raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {MAX_VALUES} in all")
         return n_frames
-
-    def _check_place(self, path: Path) -> None:
-        if self.root is not None and not stays_inside(path, self.root):
-            raise InputError(f"lies outside of {self.root}; links may not lead out")
 
 
 def _decode(header: Header, path: Path, channels: Sequence[int], n_frames: int) -> list[Integers]:
