@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.record import moments
+
 Floats = npt.NDArray[np.float64]
 
 _EQUATION_MISSED = 0.25  # of the largest lead of the equation
 _SAME_SCALE = 2e-3  # equal standard deviations of all samples
 _PROBED_ALIKE = 2.5  # what a few samples make of equal ones
 _EXACT = 1e-6  # what float32 makes of a 1
-_BLOCK = 1 << 18
 
 _EQUATIONS: tuple[dict[str, float], ...] = (
     {"I": 1, "III": 1, "II": -1},
@@ -55,7 +56,7 @@ def scaled_by_deviation(values_LT: npt.NDArray[Any], mv_per_value_L: Floats, cen
     near_1 = probed_mv_L.max() < _PROBED_ALIKE and probed_mv_L.min() > 1 / _PROBED_ALIKE
     if not (alike or near_1):
         return ""
-    mean_L, deviation_L = _moments(values_LT)
+    mean_L, deviation_L = moments(values_LT)
     mean_mv_L, deviation_mv_L = ((of_L * mv_per_value_L)[kept_L] for of_L in (mean_L, deviation_L))
     same = np.ptp(deviation_mv_L) < _SAME_SCALE * deviation_mv_L.max()
     is_1 = np.abs(deviation_mv_L - 1).max() < _SAME_SCALE and np.abs(mean_mv_L).max() < _SAME_SCALE
@@ -81,15 +82,6 @@ def deviation(values_LP: Floats) -> Floats:
     variance_L = np.einsum("lp,lp->l", values_LP, values_LP) / values_LP.shape[1] - mean_L * mean_L
     deviation_L: Floats = np.sqrt(np.maximum(variance_L, 0.0))
     return deviation_L
-
-
-def _moments(values_LT: npt.NDArray[Any]) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of each lead, without a copy of all of it."""
-    n = values_LT.shape[1]
-    blocks = [values_LT[:, start : start + _BLOCK] for start in range(0, n, _BLOCK)]
-    mean_L1 = sum(block.sum(axis=1, dtype=np.float64) for block in blocks)[:, None] / n
-    squares_L = sum(np.square(block - mean_L1).sum(axis=1) for block in blocks)
-    return mean_L1[:, 0], np.sqrt(squares_L / n)
 
 
 @lru_cache(maxsize=64)

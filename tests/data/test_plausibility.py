@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ecgscale.data import proportions
+from ecgscale import record as record_module
 from ecgscale.data.plausibility import (
     APART,
     BLANK,
@@ -353,5 +353,5 @@ def test_leads_of_nan_alone_are_absent(mv_LT) -> None:
 def test_long_records_are_judged_in_blocks(mv_LT, monkeypatch) -> None:
     z_LT = (mv_LT - mv_LT.mean(axis=1, keepdims=True)) / mv_LT.std(axis=1, keepdims=True)
     whole = judge(z_LT, 1.0, LEADS)
-    monkeypatch.setattr(proportions, "_BLOCK", 777)
+    monkeypatch.setattr(record_module, "_PIECE", 777)
     assert judge(z_LT, 1.0, LEADS) == whole
