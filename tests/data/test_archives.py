@@ -294,7 +294,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_archive(raw, tmp_path, kind, monke
     "read",
     [
         *(lambda one: one.file("a"), lambda one: one.headers(""), lambda one: one.children(""), Catalogue.items),
-        *(Catalogue.n_records, lambda one: one.describe("r"), lambda one: one.note(1)),
+        *(Catalogue.n_records, lambda one: one.describe("r"), lambda one: one.text(1)),
     ],
 )
 def test_a_catalogue_that_the_disk_has_lost(tmp_path, read) -> None:

@@ -42,7 +42,7 @@ class CataloguedWfdb:
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     """What was thought of the tree when it was opened, one line each."""
     others: Callable[[Tree], list[str]] | None = None
     """Lines on what lies in the tree and is not read."""
@@ -85,7 +85,7 @@ class CataloguedWfdb:
 
     def left_out(self) -> list[str]:
         """Lines on what is not read, and why."""
-        return [*self.remarks, *(self.others(self.tree) if self.others else ())]
+        return [*self.hints, *(self.others(self.tree) if self.others else ())]
 
     @functools.cached_property
     def labels(self) -> LabelTable | None:
@@ -127,7 +127,7 @@ def catalogued(
     described: Described,
     description: str,
     options: SourceOptions,
-    remarks: Sequence[str] = (),
+    hints: Sequence[str] = (),
     others: Callable[[Tree], list[str]] | None = None,
     absent: Absent | None = None,
 ) -> CataloguedWfdb:
@@ -152,7 +152,7 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        (*remarks, *(absent.lines() if absent else ())),
+        (*hints, *(absent.lines() if absent else ())),
         others,
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,

@@ -71,7 +71,7 @@ class WfdbFolder:
     """Of a lead, that may be interpolated. 1 % of 10 s is 100 ms, too short to swallow a heartbeat."""
     verify_checksums: bool = True
     """Refuse data that miss the header's checksums; of 2,843 real records 9 do, all truly damaged."""
-    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     """What was thought of the folder when it was opened, one line each."""
     label_columns: LabelColumns = ()
     """Columns of flags that are classes of one label."""
@@ -123,7 +123,7 @@ class WfdbFolder:
 
     def left_out(self) -> list[str]:
         """Lines on what below the folder is not read, and why."""
-        return [*self.remarks, *left_out(contents_below(self.root), ".hea")]
+        return [*self.hints, *left_out(contents_below(self.root), ".hea")]
 
     @functools.cached_property
     def labels(self) -> LabelTable | None:
