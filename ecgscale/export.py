@@ -35,7 +35,16 @@ _WEIGHTS_SHA256 = "weights_sha256"  # key of the config
 PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds
 
 # What a config says beside model and profile, by the type that its readers rely on.
-_TYPES: dict[str, type] = {"step": int, "classes": list, "task": dict, "codes": dict, "source": dict, "neighbours": int}
+_TYPES: dict[str, type] = {
+    "step": int,
+    "classes": list,
+    "thresholds": list,
+    "leads": list,
+    "task": dict,
+    "codes": dict,
+    "source": dict,
+    "neighbours": int,
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     if (place / CONFIG).is_file():
         return place, _read_weights(place, about), about
     weights = Checkpoint.open(place).tensors("weight")
-    refuse_nonfinite(weights, place)
+    _check_numbers(weights, place)
     return place, weights, about
 
 
@@ -240,8 +249,16 @@ def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
         if not name.startswith(PREFIXES):
             known = ", ".join(f"{prefix}*" for prefix in PREFIXES)
             raise InputError(f"{path}: left over {name}; an export holds {known} alone")
-    refuse_nonfinite(weights, path)
+    _check_numbers(weights, path)
     return weights
+
+
+def _check_numbers(weights: dict[str, Tensor], path: Path) -> None:
+    """Raises InputError for weights that are not finite, or of another type than all that ecgscale writes."""
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32:
+            raise InputError(f"{path}: {name} is {tensor.dtype}; ecgscale writes torch.float32 alone")
+    refuse_nonfinite(weights, path)
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

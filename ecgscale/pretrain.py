@@ -19,7 +19,7 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, described, export_engine, read_model
-from ecgscale.inference import load, recordings_of
+from ecgscale.inference import check_weights, load, recordings_of
 from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import CODES, Objective, build_objective, objective_named
 from ecgscale.record import LEADS
@@ -121,7 +121,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
 def _begin_with(objective: Objective, init: Path, rate_hz: float, ranks: Ranks) -> None:
     """Take over a model's weights: those of the encoder, and of each head that has the same tensors of the same shapes.
 
-    Raises InputError for a model of another rate, and for one whose encoder does not fit.
+    Raises InputError for a model of another rate, and for one whose encoder does not fit or holds more.
     """
     place, weights, about = read_model(init)
     _, profile = described(place, about)
@@ -130,14 +130,14 @@ def _begin_with(objective: Objective, init: Path, rate_hz: float, ranks: Ranks) 
             f"data.shards have {rate_hz:g} Hz, the model of init.model {init} takes {profile.rate_hz:g} Hz; "
             "ingest at its rate"
         )
+    below = {name.partition(".")[2]: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    check_weights(objective.encoder, below, place)
     ours = objective.state_dict()
     new = list((about.get("source") or {}).get("absent", []))  # what the file that it was imported from had not
     taken: list[str] = []
     for part in dict.fromkeys(name.split(".")[0] for name in ours):
-        names = [name for name in ours if name.startswith(f"{part}.")]
-        fits = all(name in weights and weights[name].shape == ours[name].shape for name in names)
-        if part == "encoder" and not fits:
-            raise InputError(f"{place}: its encoder does not fit the model that it describes")
+        names, theirs = ({name for name in named if name.startswith(f"{part}.")} for named in (ours, weights))
+        fits = names == theirs and all(weights[name].shape == ours[name].shape for name in names)
         (taken if fits else new).append(part)
         ours |= {name: weights[name] for name in names if fits and name not in new}
     objective.load_state_dict(ours)

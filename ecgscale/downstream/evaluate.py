@@ -180,7 +180,11 @@ def evaluate(
     if "task" not in model.about:
         what = "was fine-tuned by another system, for a task that is not known" if model.head else "was not fine-tuned"
         raise InputError(f"{model_path}: {what}; give a run of `ecgscale finetune`")
-    config = replace(TaskConfig(**model.about["task"]), label_fraction=1.0)  # which is for training alone
+    try:
+        config, usual_s = TaskConfig(**model.about["task"]), float(model.about["min_record_s"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{model_path}: does not describe a task of this version ({error})") from error
+    config = replace(config, label_fraction=1.0)  # which is for training alone
     if min_scored_s is not None:
         config = replace(config, min_scored_s=min_scored_s)
     if config.kind == "multilabel" and "thresholds" not in model.about:
@@ -193,7 +197,7 @@ def evaluate(
                 f"leads {','.join(leads)}: {model_path} was fine-tuned without {','.join(unseen)}; "
                 f"give some of {','.join(trained)}"
             )
-    data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
+    data = DataConfig(shards=shards, min_record_s=usual_s)
     labelled = LabelledSet.open(model, data, config, _trained(model), [split])
     if lead_sets:
         _refuse_absent(labelled, split, chosen)

@@ -95,6 +95,8 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     run = claim_run(config.run.dir, config, ranks)
     patients = labelled.patients("train")
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
+    log(ranks, f"read as the model takes it: {model.profile.rate_hz:g} Hz, segments of {labelled.data.segment_s:g} s, "
+               f"{labelled.data.normalisation}")  # fmt: skip
     log(ranks, labelled.coverage("train").text("used"))
     log(ranks, labelled.coverage("validation").text("used"))
     if ranks.first and (copies := copies_apart(labelled.shards)):

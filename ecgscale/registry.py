@@ -1,0 +1,89 @@
+"""Named choices that a user can add to: a name of ours, or ``package.module:Class`` from the user's own path.
+
+A registry says what a config key such as ``objective.name`` may be. A name of ours is looked up and imported when it is
+first used; a name with a colon is the user's own code, imported from the Python path. Such a name is code: it is
+imported where the user wrote it (command line, config file), never where it was read from data (an export, a
+checkpoint, somebody's run folder), unless the user names it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, Generic, TypeVar
+
+from ecgscale.errors import InputError
+
+Kind = TypeVar("Kind")
+
+
+class Registry(Generic[Kind]):
+    """The classes that one config key can name."""
+
+    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str]) -> None:
+        """``ours`` maps each name to ``module:Class``; ``base`` gives the class that all of them derive from.
+
+        Both are looked up late, so that a registry can stand below the rooms that it names.
+        """
+        self.key, self._base, self._ours = key, base, dict(ours)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ours)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ours
+
+    def find(self, name: str) -> type[Kind]:
+        """The class of that name, which the user has written.
+
+        Raises InputError for a name that is unknown, cannot be imported or is no class of this kind.
+        """
+        if name in self._ours:
+            return self._imported(self._ours[name])
+        if is_code(name):
+            return self._imported(name)
+        near = get_close_matches(str(name), self._ours, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self._ours)}"
+        raise InputError(f"{self.key} {name!r} is unknown; {hint} (or package.module:Class for a class of your own)")
+
+    def find_read(self, name: str, where: object, named: Collection[str] = ()) -> type[Kind]:
+        """The class of a name that was read from ``where``, which is data: code only if it is among the ``named``.
+
+        ``named`` are those that the user has written for this command.
+        """
+        if is_code(name) and name not in self._ours and name not in named:
+            raise InputError(
+                f"{where}: {self.key} {name!r} is code that is not ours; name it in your command to have it imported"
+            )
+        return self.find(name)
+
+    def _imported(self, place: str) -> type[Kind]:
+        module_name, _, class_name = place.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # whatever somebody's module does while it is imported
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.key} {place!r}: cannot import {module_name} ({reason})") from error
+        kind: Any = getattr(module, class_name, None)
+        base = self._base()
+        if not inspect.isclass(kind):
+            classes = [n for n, one in vars(module).items() if inspect.isclass(one) and issubclass(one, base)]
+            near = get_close_matches(class_name, classes, 1) or classes[:1]
+            hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+            raise InputError(f"{self.key} {place!r}: {module.__name__} has no class {class_name}{hint}")
+        if not issubclass(kind, base):
+            raise InputError(f"{self.key} {place!r}: is no {base.__name__}; derive it from {_path_of(base)}")
+        if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+            raise InputError(f"{self.key} {place!r}: does not define {', '.join(missing)} of {_path_of(base)}")
+        return kind
+
+
+def is_code(name: object) -> bool:
+    """Whether a name stands for a class outside this package: ``package.module:Class``."""
+    return isinstance(name, str) and ":" in name
+
+
+def _path_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
