@@ -207,6 +207,17 @@ def pieces(n_samples: int) -> Iterator[slice]:
     return (slice(first, min(first + _PIECE, n_samples)) for first in range(0, n_samples, _PIECE))
 
 
+def moments(values_LT: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and standard deviation of each lead, without a copy of all of it."""
+    n = values_LT.shape[1]
+    mean_L1 = sum(values_LT[:, piece].sum(axis=1, dtype=np.float64) for piece in pieces(n))[:, None] / n
+    squares_L = np.zeros(len(values_LT))
+    for piece in pieces(n):
+        centred_LT = values_LT[:, piece] - mean_L1
+        squares_L += np.square(centred_LT, out=centred_LT).sum(axis=1)
+    return mean_L1[:, 0], np.sqrt(squares_L / n)
+
+
 # --- int16 ---
 
 

@@ -162,6 +162,15 @@ def test_ptbxl(ptbxl: Path, ecgs: list[Record], kind: str) -> None:
     assert one.rate_hz == 500
 
 
+def test_fingerprints_of_ptbxl_tell_other_rows_of_its_table(ptbxl: Path) -> None:
+    before = opened(ptbxl)
+    (ptbxl / "ptbxl_database.csv").write_text(PTBXL.replace("3,15709.0", "3,15710.0"))
+    after = opened(ptbxl)
+    changed = [item for item in before.items() if before.fingerprint(item) != after.fingerprint(item)]
+    assert changed == [item for item in before.items() if before.read(item).patient != after.read(item).patient]
+    assert 0 < len(changed) < len(before.items())
+
+
 def test_ptbxl_at_100_hz_where_500_is_absent(ptbxl: Path) -> None:
     (ptbxl / "records500").rename(ptbxl.parent / "elsewhere")
     source = opened(ptbxl)

@@ -135,15 +135,23 @@ def _note_older_ids(job: Job, found: _Found, records: _Records) -> None:
 
 
 def check_all_there(job: Job, mark: Mark) -> None:
-    """Raises InputError that names the part of the first slice that is missing."""
+    """Raises InputError that names the part of the first slice that is missing, or whose records changed since."""
     missing = [number for number, (_, part) in enumerate(job.parts()) if part is None]
     if missing:
-        n = mark.parts()
-        i = next(i for i in range(1, n + 1) if missing[0] in job.numbers_of_part(i, n))
-        raise InputError(
-            f"{job.out}: {len(missing)} of {len(job)} shards are not there yet, the first is "
-            f"{job.tar(missing[0]).name} of --part {i}/{n}; run what is missing, or leave --merge out to do it here"
-        )
+        raise _not_there(job, mark, missing, "are not there yet", "run what is missing")
+    older = [number for number in range(len(job)) if not job.is_done(number)]
+    if older:
+        why = "were made before their records' headers or tables changed"
+        raise _not_there(job, mark, older, why, "run its part again")
+
+
+def _not_there(job: Job, mark: Mark, numbers: Sequence[int], why: str, what_to_do: str) -> InputError:
+    n = mark.parts()
+    i = next(i for i in range(1, n + 1) if numbers[0] in job.numbers_of_part(i, n))
+    return InputError(
+        f"{job.out}: {len(numbers)} of {len(job)} shards {why}, the first is {job.tar(numbers[0]).name} of "
+        f"--part {i}/{n}; {what_to_do}, or leave --merge out to do it here"
+    )
 
 
 # -- what the parts say ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,8 @@ class Part:
     """Records that are in the set already, under the same name and with the same samples."""
     notes: dict[str, int] = field(default_factory=dict)
     """What was done to labels and ids (see ``Cells``) -> how often."""
+    inputs: str = ""
+    """What the records were made from: see ``inputs_sha256``."""
 
 
 _PART_FIELDS = {one.name for one in fields(Part)}
@@ -154,8 +156,30 @@ def _digest(said: str, columns: Columns) -> str:
     return digest.hexdigest()
 
 
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source of files, which may change while they are ingested."""
+
+    def fingerprint(self, item: str) -> bytes:
+        """What is quickly read of a record and decides how its samples and labels are taken, such as its header.
+
+        The same wherever the files are copied to. Empty where they cannot be read: ``read`` says why.
+        """
+
+
+def inputs_sha256(source: Source, items: Sequence[str]) -> str:
+    """Changes with the headers and the like of these records; "" for a source that is not made of files."""
+    if not isinstance(source, Fingerprinted):
+        return ""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(hashlib.sha256(source.fingerprint(item)).digest())
+    return digest.hexdigest()
+
+
 def convert(task: Slice) -> Part:
     """Write the tar and the part file; raises InputError where the disk does not take them."""
+    inputs = inputs_sha256(task.source, task.items)
     rejected: list[tuple[str, str]] = []
     place_of_value: dict[str, int] = {}
     places: list[int] = []
@@ -208,7 +232,7 @@ def convert(task: Slice) -> Part:
         task.tar.unlink()
     values = list(place_of_value)
     counted = (len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
-    part = Part(task.identity, *counted, dict(notes))
+    part = Part(task.identity, *counted, dict(notes), inputs)
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
     columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
     path = part_file(task.tar)

@@ -44,7 +44,7 @@ class CataloguedWfdb:
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     """What was thought of the tree when it was opened, one line each."""
     others: Callable[[Tree], list[str]] | None = None
     """Lines on what lies in the tree and is not read."""
@@ -79,6 +79,10 @@ class CataloguedWfdb:
             notes=dict(notes),
         )
 
+    def fingerprint(self, item: str) -> bytes:
+        """Its headers, and what the data set's tables say of it."""
+        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace") + self.tree.headers_of(item)
+
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
         labels = self.labels
@@ -86,7 +90,7 @@ class CataloguedWfdb:
 
     def left_out(self) -> list[str]:
         """Lines on what is not read, and why."""
-        return [*self.remarks, *(self.others(self.tree) if self.others else ())]
+        return [*self.hints, *(self.others(self.tree) if self.others else ())]
 
     @functools.cached_property
     def labels(self) -> LabelTable | None:
@@ -128,7 +132,7 @@ def catalogued(
     described: Described,
     description: str,
     options: SourceOptions,
-    remarks: Sequence[str] = (),
+    hints: Sequence[str] = (),
     others: Callable[[Tree], list[str]] | None = None,
     absent: Absent | None = None,
 ) -> CataloguedWfdb:
@@ -153,7 +157,7 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        (*remarks, *(absent.lines() if absent else ())),
+        (*hints, *(absent.lines() if absent else ())),
         others,
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,
