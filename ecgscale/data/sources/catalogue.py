@@ -20,7 +20,7 @@ from ecgscale.errors import InputError
 _SCHEMA = """
 CREATE TABLE files (name TEXT PRIMARY KEY, offset INT, packed INT, size INT, method INT, crc INT) WITHOUT ROWID;
 CREATE TABLE records (item TEXT PRIMARY KEY, said TEXT) WITHOUT ROWID;
-CREATE TABLE notes (key INTEGER PRIMARY KEY, said TEXT);
+CREATE TABLE texts (key INTEGER PRIMARY KEY, said TEXT);
 """
 _NOTHING = Description(None, {}, {})
 _LAST = "\U0010ffff"  # sorts behind every other character
@@ -94,17 +94,17 @@ class Catalogue:
                 tables.execute("UPDATE records SET said = ? WHERE item = ?", (kept, item))
         return [f"{repeated} rows repeat others and count once; the first is {first}"] if repeated else []
 
-    def add_notes(self, notes: Iterable[tuple[int, list[str]]]) -> list[int]:
+    def add_texts(self, texts: Iterable[tuple[int, list[str]]]) -> list[int]:
         """Lines of text by number, for tables whose rows have to find each other; of a repeated number the first.
 
         Returns the numbers of which others were said later.
         """
         contradicted = []
         with being_filled(self.path) as tables, tables:
-            for key, lines in notes:
+            for key, lines in texts:
                 packed = json.dumps(lines)
-                if not tables.execute("INSERT OR IGNORE INTO notes VALUES (?, ?)", (key, packed)).rowcount:
-                    ((earlier,),) = tables.execute("SELECT said FROM notes WHERE key = ?", (key,))
+                if not tables.execute("INSERT OR IGNORE INTO texts VALUES (?, ?)", (key, packed)).rowcount:
+                    ((earlier,),) = tables.execute("SELECT said FROM texts WHERE key = ?", (key,))
                     contradicted += [key] if earlier != packed else []
         return contradicted
 
@@ -153,8 +153,8 @@ class Catalogue:
         row = next(rows_of(self.path, "SELECT said FROM records WHERE item = ?", item), None)
         return _NOTHING if row is None else _unpacked(row[0])
 
-    def note(self, key: int) -> list[str]:
-        row = next(rows_of(self.path, "SELECT said FROM notes WHERE key = ?", key), None)
+    def text(self, key: int) -> list[str]:
+        row = next(rows_of(self.path, "SELECT said FROM texts WHERE key = ?", key), None)
         lines: list[str] = json.loads(row[0]) if row else []
         return lines
 
