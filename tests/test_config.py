@@ -121,7 +121,7 @@ def test_unknown_keys_are_named_with_the_nearest_right_one(write, key, hint):
     assert hint in said
     group, _, name = key.rpartition(".")
     arguments = write(f"{group}: {{{name}: 3}}" if group else f"{name}: 3")
-    assert refusal(arguments) == f"{arguments[1]}: {said}"
+    assert refusal(arguments) == f"{arguments[1]}, line 1: {said}"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,8 @@ def test_wrong_types_are_named(write, key, value, right):
     assert value.casefold() in said.casefold()
     assert right in said
     group, name = key.split(".")
-    assert refusal(write(f"{group}: {{{name}: {value}}}")) == said
+    arguments = write(f"{group}:\n  {name}: {value}")
+    assert refusal(arguments) == f"{arguments[1]}, line 2: {said.removeprefix('--')}"
 
 
 @pytest.mark.parametrize(
@@ -271,14 +272,15 @@ def test_slips_on_the_command_line(arguments, said):
 )
 def test_files_that_are_no_config_are_named(write, text, said):
     arguments = write(text)
-    assert refusal(arguments).startswith(f"{arguments[1]}: {said}")
+    assert refusal(arguments).startswith((f"{arguments[1]}: {said}", f"{arguments[1]}, line 1: {said}"))
 
 
 @pytest.mark.parametrize(
     ("text", "key"), [("train:", "train"), ("model:", "model"), ("model: {width: }", "model.width")]
 )
 def test_keys_without_a_value_are_named(write, text, key):
-    assert refusal(write(text)).startswith(f"{key}: a value is missing")
+    arguments = write(text)
+    assert refusal(arguments).startswith(f"{arguments[1]}, line 1: {key}: a value is missing")
 
 
 def test_unreadable_files_are_named(tmp_path):

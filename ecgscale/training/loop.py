@@ -20,6 +20,7 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.stream import Batches, TrainStream
 from ecgscale.errors import Diverged, InputError, MachineError
 from ecgscale.provenance import versions
+from ecgscale.settings import option
 from ecgscale.stopping import Stopped, listening
 from ecgscale.training import checkpoint
 from ecgscale.training.boundary import Boundary, Wish
@@ -76,7 +77,7 @@ class TrainConfig:
     """Recordings of the validation split whose embeddings TensorBoard's projector shows after pretraining; 0: none."""
     log_recordings: bool = False
     """Write the numbers of the recordings that each rank has seen in each step to recordings/rank-N.jsonl."""
-    profile_steps: int = 0
+    profile_steps: int = option(0, without_value="3")
     """Steps of this start whose trace is written to profile/, with the ten costliest operations; 0: none. `--profile`
     is `--train.profile_steps 3`."""
     profile_step: int = 0
