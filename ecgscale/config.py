@@ -17,13 +17,24 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from ecgscale import yaml_text
+from ecgscale.choices import (
+    Choice,
+    belonging_elsewhere,
+    choices_of,
+    current,
+    dotted,
+    fitting,
+    is_saved_before,
+    named,
+    resolved,
+)
 from ecgscale.data.selection import DataConfig
 from ecgscale.downstream.tasks import InitConfig, TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import described, read_about
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS, SHAPE_FIELDS
-from ecgscale.objectives import CODES, ObjectiveConfig
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
 
@@ -54,7 +65,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     init: StartConfig = field(default_factory=StartConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=objective_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -75,13 +86,40 @@ class FinetuneConfig:
 def load(config_type: type[Config], arguments: list[str]) -> Config:
     """``--config FILE`` and ``--any.key value`` -> a checked config; later ones win, ``--init`` is ``--init.model``.
 
+    Where an argument names another objective than a file before it, the file's keys of its own objective are left out.
+
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range.
     """
+    pairs = _pairs(arguments)
+    files = {value: _mapping(Path(value)) for key, value in pairs if key == "config"}
+    names_after = _names_given(config_type, pairs, files)
+    names = names_after[-1] if names_after else {}
     tree: dict[str, Any] = {}
-    for key, value in _pairs(arguments):
-        given = read_yaml(Path(value), config_type) if key == "config" else _nested(key, value, config_type)
+    for (key, value), then in zip(pairs, names_after, strict=True):
+        if key != "config":
+            given = _nested(key, value, resolved(config_type, names))
+        else:
+            given = current(config_type, files[value]) if is_saved_before(files[value]) else files[value]
+            _check_keys(given, resolved(config_type, then), f"{value}: ")
+            given = fitting(config_type, given, names)
         _merge(tree, given)
     return build(config_type, tree)
+
+
+def _names_given(
+    config_type: type, pairs: list[tuple[str, str]], files: dict[str, dict[str, Any]]
+) -> list[dict[str, str]]:
+    """Which classes are named, by group: after each of the arguments."""
+    names: dict[str, str] = {}
+    names_after = []
+    groups = dotted(config_type)
+    for key, value in pairs:
+        if key == "config":
+            names = names | named(config_type, files[value])
+        elif key in groups:
+            names = names | {groups[key]: value}
+        names_after.append(names)
+    return names_after
 
 
 def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
@@ -96,8 +134,7 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
         tree = tree | {"model": asdict(PRESETS[preset]) | tree["model"]}
     if config_type is PretrainConfig and isinstance(tree.get("init", {}).get("model", None), str):
         tree = _begun_with(tree)
-    tree_type: type = config_type  # of which mypy knows that it is hashable
-    parser = _checker(tree_type)
+    parser = _checker(resolved(config_type, named(config_type, tree)))
     try:
         built = parser.instantiate(parser.parse_object(tree))
     except ArgumentError as error:
@@ -115,7 +152,7 @@ def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
     if not init:
         return tree
     saved = Path(str(tree.get("run", {}).get("dir") or "")) / "config.yaml"
-    before = read_yaml(saved, PretrainConfig) if saved.is_file() else {}
+    before = current(PretrainConfig, _mapping(saved)) if saved.is_file() else {}
     if before.get("init", {}).get("model") == init:
         shape, prepared = before.get("model", {}), before.get("data", {})
         codes = before.get("objective", {})
@@ -134,20 +171,39 @@ def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
                     + (" and model.preset too" if group == "model" and "preset" in given else "")
                 )
     prepared = {key: prepared[key] for key in ("segment_s", "normalisation") if key in prepared}
-    codes = {key: codes[key] for key in CODES if key in codes}
+    kind = OBJECTIVES.find(named(PretrainConfig, tree).get("objective", DEFAULT))
+    codes = {key: codes[key] for key in kind.shape_keys if key in codes}
     objective = codes | tree.get("objective", {})
     return tree | {"model": shape | model, "data": prepared | data, "objective": objective}
 
 
 def help_text(config_type: type, command: str) -> str:
-    """Every key with its type, default and meaning."""
-    parser = _parser(config_type, prog=f"ecgscale {command}")
+    """Every key with its type, default and meaning; a key of some of the classes that can be named says of which."""
+    parser = _parser(resolved(config_type, {}), prog=f"ecgscale {command}")
     parser.usage = f"ecgscale {command} [--config FILE] [--any.key VALUE ...]"
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these keys; later arguments win")
+    for group, choice in choices_of(config_type).items():
+        _show_all_classes(parser, config_type, group, choice)
     # jsonargparse offers every group as a file of its own and --list+ to append; ``load`` does not.
     text = re.sub(r"\n +--[\w.]+\.help +Show the help .*", "", parser.format_help())
     text = re.sub(r"\n +--[\w.]+ CONFIG\s+Path\s+to\s+a\s+configuration\s+file\.", "", text)
     return re.sub(r", --\S+\+ \[ITEM,\.\.\.\]", "", text).replace("[ITEM,...]", "A,B")
+
+
+def _show_all_classes(parser: Any, config_type: type, group: str, choice: Choice) -> None:
+    """Add the keys of the other classes that can be named to the help of a group, and say whose they are."""
+    sections = {one: {action.dest: action for action in one._group_actions} for one in parser._action_groups}
+    section, shown = next((one, shown) for one, shown in sections.items() if f"{group}.{choice.key}" in shown)
+    for name in choice.registry:
+        for action in _parser(resolved(config_type, {group: name}))._actions:
+            if action.dest.startswith(f"{group}.") and action.dest not in shown:
+                shown[action.dest] = action
+                section._group_actions.append(action)
+    section.title = choice.base.__doc__
+    for dest, action in shown.items():
+        owners = choice.owners(dest.removeprefix(f"{group}."))
+        if owners and len(owners) < len(choice.registry):
+            action.help = f"[{', '.join(owners)}] {action.help}"
 
 
 def _tidied(message: str) -> str:
@@ -180,10 +236,15 @@ def dump(config: Any) -> str:
 
 def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
     """A YAML config as a dict of known keys."""
+    tree = _mapping(path)
+    _check_keys(tree, resolved(config_type, named(config_type, tree)), f"{path}: ")
+    return tree
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     tree = yaml_text.read(path)
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, this is {type(tree).__name__}")
-    _check_keys(tree, config_type, f"{path}: ")
     return tree
 
 
@@ -242,6 +303,8 @@ def _check_keys(tree: dict[str, Any], config_type: Any, where: str, prefix: str 
     hints = get_type_hints(config_type)
     for key, value in tree.items():
         if key not in hints:
+            if elsewhere := belonging_elsewhere(config_type, str(key), prefix):
+                raise InputError(f"{where}{elsewhere}")
             near = get_close_matches(str(key), hints, 1) or [
                 name for name in _all_keys(config_type) if name.endswith(f".{key}")
             ]

@@ -21,7 +21,7 @@ from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, described, export_engine, read_model
 from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
-from ecgscale.objectives import CODES, Objective, build_objective, objective_named
+from ecgscale.objectives import OBJECTIVES, Objective, build_objective
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, TrainConfig, train
@@ -47,8 +47,9 @@ def pretrain(config: PretrainConfig) -> Path:
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
     profile = Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)
-    about = about_model(config.model, profile, codes={key: getattr(config.objective, key) for key in CODES})
-    objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
+    kind = OBJECTIVES.find(config.objective.name)
+    about = about_model(config.model, profile, codes={key: getattr(config.objective, key) for key in kind.shape_keys})
+    kind.check(config.model, config.objective, config.data, shards.rate_hz)
     torch.manual_seed(config.train.seed)
     objective = build_objective(
         config.model, config.objective, config.train.seed, shards.rate_hz, config.engine.activation_checkpointing

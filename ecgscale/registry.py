@@ -32,15 +32,18 @@ class Registry(Generic[Kind]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._ours)
 
+    def __len__(self) -> int:
+        return len(self._ours)
+
     def __contains__(self, name: object) -> bool:
-        return name in self._ours
+        return isinstance(name, str) and name in self._ours
 
     def find(self, name: str) -> type[Kind]:
         """The class of that name, which the user has written.
 
         Raises InputError for a name that is unknown, cannot be imported or is no class of this kind.
         """
-        if name in self._ours:
+        if name in self:
             return self._imported(self._ours[name])
         if is_code(name):
             return self._imported(name)
@@ -53,7 +56,7 @@ class Registry(Generic[Kind]):
 
         ``named`` are those that the user has written for this command.
         """
-        if is_code(name) and name not in self._ours and name not in named:
+        if is_code(name) and name not in self and name not in named:
             raise InputError(
                 f"{where}: {self.key} {name!r} is code that is not ours; name it in your command to have it imported"
             )

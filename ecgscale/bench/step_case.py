@@ -17,7 +17,7 @@ from ecgscale.cost import step_flops
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig, build_objective, objective_named
+from ecgscale.objectives import DEFAULT, ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.objective import Objective
 from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
@@ -34,7 +34,7 @@ class StepConfig:
     """The keys of `ecgscale pretrain` that a step depends on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=objective_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -58,7 +58,6 @@ class Case:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
-        objective_named(self.config.objective.name)
         recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
@@ -104,7 +103,7 @@ class Case:
         own = self.settings()
         rest = [f"{name}_{own[name]}" for name in ("activation_checkpointing", "compile") if own[name]]
         rest += [f"samples_{self.samples}"] if self.samples != Case.samples else []
-        rest += [str(own["objective"])] if own["objective"] != ObjectiveConfig.name else []
+        rest += [str(own["objective"])] if own["objective"] != DEFAULT else []
         rest += [self._overrides_in_short] if self.overrides else []
         batch = self.found or f"b{self.batch}"
         first = [str(own["preset"]), str(own["stem"]), batch, str(own["precision"])]

@@ -31,7 +31,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, train
@@ -189,7 +189,7 @@ def _train(
 
 def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
     """Model FLOPs of a micro-step of so many rows, forward and backward, without the head: a thousandth of them."""
-    parts = step_flops(encoder.config, ObjectiveConfig(), rows, samples)
+    parts = step_flops(encoder.config, objective_config(), rows, samples)
     learned = all(parameter.requires_grad for parameter in encoder.stem.parameters())
     stem = parts["stem"].total if learned else parts["stem"].forward
     return stem + sum(parts[part].total for part in ("feature_projection", "position", "attention", "ffn"))

@@ -38,7 +38,6 @@ from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
 from ecgscale.files import write_whole
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
-from ecgscale.objectives import objective_named
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
 from ecgscale.run import first_difference, leave_run, lock_run
@@ -114,7 +113,6 @@ class Unit:
             config = load(
                 PretrainConfig, [*given, "--train.seed", str(self.pretrain_seed), "--run.dir", str(self.model)]
             )
-            objective_named(config.objective.name)
         except InputError as error:
             raise InputError(f"methods, {self.like.name}: {error}") from error
         return config

@@ -25,7 +25,7 @@ from ecgscale.interop.fairseq_config import PROFILES, cfg_for, contents_of, note
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import CODES
+from ecgscale.objectives.wav2vec2 import CODES
 from ecgscale.weights import refuse_nonfinite
 
 SYSTEM = "fairseq-signals"

@@ -6,6 +6,7 @@ V codes of a group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,9 +19,21 @@ from ecgscale.model.dropout import dropout
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.quantizer import ProductQuantizer, Quantized, one_hot, perplexity
 from ecgscale.objectives.gather import sum_over_ranks, world_size
+from ecgscale.objectives.keys import (
+    LeadMasking,
+    Noise,
+    ObjectiveConfig,
+    Quantizing,
+    TimeMasking,
+    refuse_below_one,
+    refuse_negative,
+    refuse_nonpositive,
+)
 from ecgscale.objectives.masking import TimeMask, gumbel_noise, negatives, reference_time_mask, time_mask
-from ecgscale.objectives.objective import Draws, Encoded, Objective, ObjectiveConfig
+from ecgscale.objectives.objective import Draws, Encoded, Objective
 from ecgscale_kernels import info_nce_logits
+
+CODES = ("code_groups", "codes", "code_width")  # keys that the quantizer's shape depends on
 
 
 class LocalLosses(NamedTuple):
@@ -96,12 +109,32 @@ class LocalHead(nn.Module):
 class Wav2Vec2(Objective):
     """The local objective: what stands at masked places, told from what stands at others of the same segment."""
 
+    @dataclass(frozen=True)
+    class Config(Quantizing, TimeMasking, Noise, LeadMasking):
+        """wav2vec2: what stands at masked places, told from what stands at others of the same segment."""
+
+        name: str = "wav2vec2"
+        negatives: int = 100
+        """Negatives of each masked place."""
+        local_temperature: float = 0.1
+        """Temperature of the local contrast."""
+        feature_weight: float = 10.0
+        """Weight of the mean square of the stem's output."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            refuse_below_one(self, "negatives")
+            refuse_nonpositive(self, "local_temperature")
+            refuse_negative(self, "feature_weight")
+
     named_losses: ClassVar[tuple[str, ...]] = ("local",)
+    shape_keys = CODES
+    config: Config
 
     def __init__(
         self,
         model: ModelConfig,
-        config: ObjectiveConfig,
+        config: Config,
         seed: int,
         rate_hz: float,
         activation_checkpointing: bool | int = False,
@@ -115,6 +148,7 @@ class Wav2Vec2(Objective):
     def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError where a segment has too few masked tokens to tell one from another."""
         super().check(model, config, data, rate_hz)
+        assert isinstance(config, TimeMasking)
         tokens = round(data.segment_s * rate_hz) // model.patch_samples
         if round(config.time_mask_share * tokens) < 2:
             raise InputError(

@@ -19,7 +19,7 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import Diverged, InputError
 from ecgscale.json_lines import read_json_lines
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import objective_named
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.pretrain import SEGMENTS, pretrain
 from ecgscale.run import leave_run
 from ecgscale.studies import (
@@ -206,7 +206,7 @@ def cells(config: ScalingConfig) -> list[Cell]:
     for size in config.sizes:
         base = config.resolved(size)
         objective = base.objective.name
-        if config.loss not in (losses := ("loss", *objective_named(objective).named_losses)):
+        if config.loss not in (losses := ("loss", *OBJECTIVES.find(objective).named_losses)):
             raise InputError(f"loss {config.loss!r}: {objective} has {', '.join(losses)}")
         try:
             recomputed_layers(base.engine.activation_checkpointing, base.model.depth)
