@@ -7,6 +7,7 @@ its task.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -32,10 +33,19 @@ WEIGHTS = "model.safetensors"
 _FORMAT_WITHOUT_CHECKSUMS = "ecgscale-export/1"  # as earlier versions wrote it
 _LONGEST_SAMPLES = 1 << 20  # of a segment: attention over its tokens has long gone beyond any memory
 _WEIGHTS_SHA256 = "weights_sha256"  # key of the config
-PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds
+_PARTS = "parts"  # key of the config: the modules whose weights it holds, such as encoder
+_PARTS_BEFORE = ["encoder", "head", "local_head", "arcface"]  # which an export without that key may hold
 
 # What a config says beside model and profile, by the type that its readers rely on.
-_TYPES: dict[str, type] = {"step": int, "classes": list, "task": dict, "codes": dict, "source": dict, "neighbours": int}
+_TYPES: dict[str, type] = {
+    "step": int,
+    "classes": list,
+    "task": dict,
+    "codes": dict,
+    "source": dict,
+    "neighbours": int,
+    _PARTS: list,
+}
 
 
 @dataclass(frozen=True)
@@ -62,17 +72,31 @@ class Profile:
 
 
 def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
-    """Write the weights of PREFIXES with what is to be known about them; complete or absent.
+    """Write weights with what is to be known about them; complete or absent.
+
+    All of them, or those of the ``parts`` alone that ``about`` names.
 
     Raises InputError for weights that are not finite and where the path is wrong, MachineError where the disk fails;
     an export that stood there then still stands.
     """
-    used = {name: tensor.float().contiguous().cpu() for name, tensor in weights.items() if name.startswith(PREFIXES)}
+    parts = about.get(_PARTS) or parts_of(weights)
+    used = {name: tensor.float().contiguous().cpu() for name, tensor in weights.items() if part_of(name) in parts}
     refuse_nonfinite(used, f"{folder}: not exported")
     with whole_folder(folder) as partial:
         save_tensors(partial / WEIGHTS, used)
-        write_json(partial / CONFIG, _sealed(about | {_WEIGHTS_SHA256: file_sha256(partial / WEIGHTS)}))
+        more = {_PARTS: parts, _WEIGHTS_SHA256: file_sha256(partial / WEIGHTS)}
+        write_json(partial / CONFIG, _sealed(about | more))
     return folder
+
+
+def part_of(name: str) -> str:
+    """The module that a weight belongs to: encoder.norm.bias -> encoder."""
+    return name.partition(".")[0]
+
+
+def parts_of(names: Iterable[str]) -> list[str]:
+    """The modules that weights belong to, each once."""
+    return list(dict.fromkeys(map(part_of, names)))
 
 
 def _sealed(about: dict[str, Any]) -> dict[str, Any]:
@@ -236,9 +260,10 @@ def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
         raise InputError(f"{path}: damaged, its sha256 differs from {CONFIG}; copy it or export the model again")
     tensors = open_tensors(path)
     weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    parts = about.get(_PARTS, _PARTS_BEFORE)
     for name in weights:
-        if not name.startswith(PREFIXES):
-            known = ", ".join(f"{prefix}*" for prefix in PREFIXES)
+        if part_of(name) not in parts:
+            known = ", ".join(f"{part}.*" for part in parts)
             raise InputError(f"{path}: left over {name}; an export holds {known} alone")
     refuse_nonfinite(weights, path)
     return weights

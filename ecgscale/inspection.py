@@ -14,7 +14,7 @@ from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.errors import InputError
-from ecgscale.export import PREFIXES, described, is_model, read_model
+from ecgscale.export import described, is_model, part_of, read_model
 from ecgscale.plot import plot_record
 from ecgscale.record import LEADS
 
@@ -51,8 +51,9 @@ def summarise_model(path: Path) -> str:
     """Parameters, shape, preprocessing, heads and origin of a model."""
     place, weights, about = read_model(path)
     model, profile = described(place, about)
-    parts = {prefix.rstrip("."): [t for name, t in weights.items() if name.startswith(prefix)] for prefix in PREFIXES}
-    counts = {name: sum(tensor.numel() for tensor in tensors) for name, tensors in parts.items() if tensors}
+    counts: Counter[str] = Counter()
+    for name, tensor in weights.items():
+        counts[part_of(name)] += tensor.numel()
     stem = f"{model.stem} stem of {model.stem_channels} channels, {model.patch_samples} samples a token"
     lines = [
         f"model       {about.get('format', 'checkpoint')} in {place}",

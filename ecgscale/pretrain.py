@@ -18,7 +18,7 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError, MachineError
-from ecgscale.export import Profile, about_model, described, export_engine, read_model
+from ecgscale.export import Profile, about_model, described, export_engine, parts_of, read_model
 from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import OBJECTIVES, Objective, build_objective
@@ -33,8 +33,6 @@ from ecgscale_kernels import LONGEST_PATCH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -54,6 +52,7 @@ def pretrain(config: PretrainConfig) -> Path:
     objective = build_objective(
         config.model, config.objective, config.train.seed, shards.rate_hz, config.engine.activation_checkpointing
     )
+    about["parts"] = [part for part in parts_of(objective.state_dict()) if part not in kind.training_only]
     if config.init.model and not checkpoints(Path(config.run.dir) / "checkpoints"):
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
@@ -66,10 +65,12 @@ def pretrain(config: PretrainConfig) -> Path:
     log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
-    if config.data.min_record_s < SEGMENTS * config.data.segment_s:
-        log(ranks, f"recordings shorter than {SEGMENTS * config.data.segment_s:g} s give shorter segments, padded")
-    stream = TrainStream(selection, order, ranks.rank, ranks.world_size, SEGMENTS)
-    contrast_rows = SEGMENTS * config.train.contrast
+    if config.data.min_record_s < kind.segments * config.data.segment_s:
+        log(ranks, f"recordings shorter than {kind.segments * config.data.segment_s:g} s give shorter segments, padded")
+    if kind.training_only:
+        log(ranks, f"an export leaves out {', '.join(kind.training_only)}")
+    stream = TrainStream(selection, order, ranks.rank, ranks.world_size, kind.segments)
+    contrast_rows = kind.segments * config.train.contrast
     flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
     job = Job(
         name="pretrain",
@@ -85,7 +86,7 @@ def pretrain(config: PretrainConfig) -> Path:
         validate=Validation(
             held_out.some(config.train.validation_recordings, config.train.seed),
             config.train.contrast,
-            SEGMENTS,
+            kind.segments,
             config.train.seed,
         ),
         flops=sum(part.total for part in flops.values()),

@@ -173,7 +173,7 @@ def without_checksums() -> Callable[[Path], Path]:
     def rewrite(folder: Path) -> Path:
         path = folder / "config.json"
         about = json.loads(path.read_text())
-        del about["sha256"], about["weights_sha256"]
+        del about["sha256"], about["weights_sha256"], about["parts"]
         path.write_text(json.dumps(about | {"format": "ecgscale-export/1"}))
         return folder
 

@@ -17,9 +17,8 @@ from ecgscale.cost import step_flops
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import DEFAULT, ObjectiveConfig, build_objective, objective_config
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.objective import Objective
-from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
 
 SEED = 0
@@ -67,7 +66,7 @@ class Case:
     @property
     def rows(self) -> int:
         """Segments of a rank."""
-        return SEGMENTS * self.batch
+        return OBJECTIVES.find(self.config.objective.name).segments * self.batch
 
     def settings(self) -> Settings:
         """What tells cases apart, by stable names."""

@@ -52,6 +52,10 @@ class Objective(nn.Module):
     """What an empty ``objective.augmentations`` stands for."""
     named_losses: ClassVar[tuple[str, ...]] = ()
     """Those of the parts that `loss` gives which are losses of their own."""
+    segments: ClassVar[int] = 2
+    """Adjacent segments of a recording that are read at each position, one row of the batch for each."""
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Parts, the first words of their weights' names, that an export leaves out: it holds all others."""
     shape_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of ``Config`` that the shapes of its heads depend on."""
 
@@ -85,6 +89,9 @@ class Objective(nn.Module):
         """Loss and named parts. ``share``: the rows are a part of a contrast batch that is spread over the ranks."""
         batch = self.view(batch)
         return self.losses(batch, self.draw(batch, share), step, share)
+
+    def after_step(self, step: int) -> None:
+        """What is to be done after the update of a step, such as that of an average of the weights."""
 
     def losses(self, batch: ECGBatch, draws: Draws, step: int, share: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, with it among its parts, of a batch as ``view`` gives it and for given draws."""

@@ -20,7 +20,7 @@ from ecgscale.errors import Diverged, InputError
 from ecgscale.json_lines import read_json_lines
 from ecgscale.model.encoder import ModelConfig, recomputed_layers
 from ecgscale.objectives import OBJECTIVES
-from ecgscale.pretrain import SEGMENTS, pretrain
+from ecgscale.pretrain import pretrain
 from ecgscale.run import leave_run
 from ecgscale.studies import (
     STUDY_MAY_CHANGE,
@@ -195,7 +195,7 @@ def encoder_parameters(model: ModelConfig) -> int:
 
 def step_cost(config: PretrainConfig, samples: int) -> int:
     """FLOPs of one step over all ranks."""
-    rows = config.train.contrast * SEGMENTS
+    rows = config.train.contrast * OBJECTIVES.find(config.objective.name).segments
     parts = step_flops(config.model, config.objective, rows, samples)
     return config.train.accumulation * sum(part.total for part in parts.values())
 
@@ -239,7 +239,8 @@ def _steps(tokens: float, per_step: int) -> int:
 def _step_of(config: PretrainConfig) -> tuple[int, int]:
     """Samples of a segment, and tokens of a step."""
     samples = round(config.data.segment_s * ShardSet.open(config.data.shards, config.data.cache).rate_hz)
-    return samples, config.train.global_batch * SEGMENTS * (samples // config.model.patch_samples)
+    segments = config.train.global_batch * OBJECTIVES.find(config.objective.name).segments
+    return samples, segments * (samples // config.model.patch_samples)
 
 
 def next_sizes(config: ScalingConfig) -> list[tuple[str, int, float]]:
