@@ -11,8 +11,10 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from functools import cache
 from typing import Any, get_type_hints
 
+from ecgscale import model, objectives
 from ecgscale.errors import InputError
-from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig
+from ecgscale.model import ENCODERS, EncoderConfig
+from ecgscale.objectives import OBJECTIVES, ObjectiveConfig
 from ecgscale.objectives.keys import WRITTEN_BEFORE
 from ecgscale.registry import Registry
 
@@ -45,13 +47,22 @@ class Choice:
         return [name for name in self.registry if key in _names(self.keys(name))]
 
 
-CHOICES = (Choice(ObjectiveConfig, "name", OBJECTIVES, DEFAULT),)
+CHOICES = (
+    Choice(ObjectiveConfig, "name", OBJECTIVES, objectives.DEFAULT),
+    Choice(EncoderConfig, "encoder", ENCODERS, model.DEFAULT),
+)
+
+
+def field_types(config_type: Any) -> dict[str, Any]:
+    """The keys of a config, with the type of each."""
+    hints = get_type_hints(config_type)
+    return {one.name: hints[one.name] for one in fields(config_type)}
 
 
 def choices_of(config_type: type) -> dict[str, Choice]:
     """The groups of a config that are chosen by name."""
     found = {}
-    for name, hint in get_type_hints(config_type).items():
+    for name, hint in field_types(config_type).items():
         choice = next((one for one in CHOICES if isinstance(hint, type) and issubclass(hint, one.base)), None)
         if choice is not None:
             found[name] = choice
@@ -86,7 +97,7 @@ def resolved(config_type: type, names: Mapping[str, str]) -> type:
 @cache
 def _with_kinds(config_type: type, kinds: tuple[tuple[str, type], ...]) -> type:
     kind_of = dict(kinds)
-    hints = get_type_hints(config_type)
+    hints = field_types(config_type)
     members: list[tuple[str, Any, Any]] = []
     for member in fields(config_type):
         default = field(default_factory=member.default_factory) if member.default is MISSING else member.default

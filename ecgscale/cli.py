@@ -165,6 +165,15 @@ def _validation_fraction(options: argparse.Namespace) -> float:
     return 0.0 if options.test_fraction == 1 else 0.1
 
 
+def _add_encoder_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder",
+        default="",
+        metavar="PACKAGE.MODULE:CLASS",
+        help="class of the model's encoder, where that is not one of ours; a model's own word imports nothing",
+    )
+
+
 def _part(text: str) -> tuple[int, int]:
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
@@ -387,13 +396,14 @@ def inspect(argv: list[str]) -> None:
         metavar=("N", "OUT.png"),
         help="draw recording number N: 12 leads, 25 mm/s, 10 mm/mV",
     )
+    _add_encoder_option(parser)
     options = parser.parse_args(argv)
     from ecgscale import inspection
 
     print(
         inspection.plot_recording(options.folder, *options.plot)
         if options.plot
-        else inspection.summarise(options.folder)
+        else inspection.summarise(options.folder, options.encoder)
     )
 
 
@@ -453,13 +463,15 @@ def evaluate(argv: list[str]) -> None:
         help="leave out shorter recordings, and count them (default: task.min_scored_s, usually 0: none)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report as JSON too")
+    _add_encoder_option(parser)
     options = parser.parse_args(argv)
     from ecgscale.downstream.evaluate import evaluate as score
     from ecgscale.downstream.evaluate import table
 
     lead_sets = [listed(leads) for leads in options.leads]
     shards = list(listed(options.shards))
-    print(table(score(options.model, shards, options.split, lead_sets, options.out, options.min_record_s)))
+    min_record_s, encoder = options.min_record_s, options.encoder
+    print(table(score(options.model, shards, options.split, lead_sets, options.out, min_record_s, encoder)))
 
 
 def export(argv: list[str]) -> None:
@@ -476,9 +488,10 @@ def export(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder or export folder")
     parser.add_argument("out", type=Path, help="folder, .pt or .onnx file to write")
     parser.add_argument("--format", choices=FORMATS, help="default: by the ending of OUT, else safetensors")
+    _add_encoder_option(parser)
     options = parser.parse_args(argv)
     by_ending = {".pt": "fairseq", ".onnx": "onnx"}.get(options.out.suffix, "safetensors")
-    print(export_as(options.run, options.out, options.format or by_ending))
+    print(export_as(options.run, options.out, options.format or by_ending, options.encoder))
 
 
 def import_fairseq(argv: list[str]) -> None:
@@ -524,6 +537,7 @@ def embed(argv: list[str]) -> None:
     )
     parser.add_argument("--unit", help="of floats in an .npy: V, mV (default) or uV, or a multiple such as 0.5mV")
     parser.add_argument("--mv-per-count", type=float, help="millivolts per count of integers in an .npy")
+    _add_encoder_option(parser)
     options = parser.parse_args(argv)
     from ecgscale.embed import embed_files
     from ecgscale.lead_names import parse_renames
@@ -541,6 +555,7 @@ def embed(argv: list[str]) -> None:
             parse_renames(listed(options.rename_leads)),
             options.unit,
             options.mv_per_count,
+            options.encoder,
         )
     )
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
@@ -23,6 +23,7 @@ from ecgscale.choices import (
     choices_of,
     current,
     dotted,
+    field_types,
     fitting,
     is_saved_before,
     named,
@@ -32,8 +33,9 @@ from ecgscale.data.selection import DataConfig
 from ecgscale.downstream.tasks import InitConfig, TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import described, read_about
+from ecgscale.model import DEFAULT as USUAL_ENCODER
+from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.model.presets import PRESETS, SHAPE_FIELDS
 from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
@@ -64,7 +66,7 @@ class PretrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     init: StartConfig = field(default_factory=StartConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: EncoderConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=objective_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -127,11 +129,9 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     from jsonargparse import ArgumentError
 
     _check_values(tree)
-    preset = tree.get("model", {}).get("preset")
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise InputError(f"model.preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
-        tree = tree | {"model": asdict(PRESETS[preset]) | tree["model"]}
+    if isinstance(tree.get("model"), dict) and (choice := choices_of(config_type).get("model")):
+        kind: Any = choice.keys(named(config_type, tree).get("model", choice.usual))
+        tree = tree | {"model": kind.filled_in(tree["model"])}
     if config_type is PretrainConfig and isinstance(tree.get("init", {}).get("model", None), str):
         tree = _begun_with(tree)
     parser = _checker(resolved(config_type, named(config_type, tree)))
@@ -154,14 +154,15 @@ def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
     saved = Path(str(tree.get("run", {}).get("dir") or "")) / "config.yaml"
     before = current(PretrainConfig, _mapping(saved)) if saved.is_file() else {}
     if before.get("init", {}).get("model") == init:
-        shape, prepared = before.get("model", {}), before.get("data", {})
+        shape, prepared = {"encoder": USUAL_ENCODER} | before.get("model", {}), before.get("data", {})
+        ENCODERS.find_read(shape["encoder"], saved, [model.get("encoder", "")])
         codes = before.get("objective", {})
     else:
         place, about = read_about(Path(init))
-        config, profile = described(place, about)
+        config, profile = described(place, about, model.get("encoder", ""))
         shape, prepared, codes = asdict(config), asdict(profile), about.get("codes", {})
     for group, given, own, keys in (
-        ("model", model, shape, SHAPE_FIELDS),
+        ("model", model, shape, ENCODERS.find(shape["encoder"]).Config.shape_keys()),
         ("data", data, prepared, ("segment_s", "normalisation")),
     ):
         for key in keys:
@@ -171,8 +172,8 @@ def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
                     + (" and model.preset too" if group == "model" and "preset" in given else "")
                 )
     prepared = {key: prepared[key] for key in ("segment_s", "normalisation") if key in prepared}
-    kind = OBJECTIVES.find(named(PretrainConfig, tree).get("objective", DEFAULT))
-    codes = {key: codes[key] for key in kind.shape_keys if key in codes}
+    objective_kind = OBJECTIVES.find(named(PretrainConfig, tree).get("objective", DEFAULT))
+    codes = {key: codes[key] for key in objective_kind.shape_keys if key in codes}
     objective = codes | tree.get("objective", {})
     return tree | {"model": shape | model, "data": prepared | data, "objective": objective}
 
@@ -275,7 +276,7 @@ def _nested(key: str, text: str, config_type: type) -> dict[str, Any]:
     value: Any = {}
     _check_keys(_unflatten(key, None), config_type, "")
     for part in key.split("."):
-        kind = get_type_hints(kind)[part]
+        kind = field_types(kind)[part]
     if is_dataclass(kind):
         raise InputError(
             f"--{key}: a group of keys; give one of {', '.join(f'--{key}.{f.name}' for f in fields(kind))}"
@@ -300,7 +301,7 @@ def _unflatten(key: str, value: Any) -> dict[str, Any]:
 
 
 def _check_keys(tree: dict[str, Any], config_type: Any, where: str, prefix: str = "") -> None:
-    hints = get_type_hints(config_type)
+    hints = field_types(config_type)
     for key, value in tree.items():
         if key not in hints:
             if elsewhere := belonging_elsewhere(config_type, str(key), prefix):
@@ -343,7 +344,7 @@ def _check_values(tree: dict[str, Any], prefix: str = "") -> None:
 
 def _all_keys(config_type: Any) -> list[str]:
     keys = []
-    for name, hint in get_type_hints(config_type).items():
+    for name, hint in field_types(config_type).items():
         keys += [f"{name}.{key}" for key in _all_keys(hint)] if is_dataclass(hint) else [name]
     return keys
 

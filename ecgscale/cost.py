@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from ecgscale.model import EncoderConfig
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import BLOCKS
 from ecgscale.objectives import ObjectiveConfig, build_objective
@@ -35,7 +36,7 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
-def parameters(model: ModelConfig, objective: ObjectiveConfig | None = None) -> dict[str, int]:
+def parameters(model: EncoderConfig, objective: ObjectiveConfig | None = None) -> dict[str, int]:
     """Trained numbers by module: those of the encoder, and of the heads of an objective. Nothing is allocated."""
     with torch.device("meta"):
         module = build_objective(model, objective or CMSC.Config(), seed=0, rate_hz=500.0)
@@ -56,15 +57,17 @@ def _part(name: str) -> str:
 
 
 def step_flops(
-    model: ModelConfig, objective: ObjectiveConfig, rows: int, samples: int, contrast_rows: int | None = None
+    model: EncoderConfig, objective: ObjectiveConfig, rows: int, samples: int, contrast_rows: int | None = None
 ) -> dict[str, Flops]:
-    """Forward and backward pass of one rank's micro-step, by module.
+    """Forward and backward pass of one rank's micro-step, by module; nothing of encoders that are not ours.
 
     Args:
         rows: segments that the rank works through.
         samples: of a segment.
         contrast_rows: segments of all ranks, among which the global objective contrasts; the rank's own by default.
     """
+    if not isinstance(model, ModelConfig):
+        return {}
     tokens = samples // model.patch_samples
     forward = encoder_flops(model, samples)
     backward = {part: 2 * count for part, count in forward.items()}

@@ -19,7 +19,7 @@ from torch import Tensor
 from ecgscale.data.selection import Normalisation
 from ecgscale.errors import InputError
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
-from ecgscale.model.encoder import SIZES, ECGEncoder, ModelConfig
+from ecgscale.model import DEFAULT, ENCODERS, Encoder, EncoderConfig, build_encoder
 from ecgscale.record import LEADS
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import Engine
@@ -103,7 +103,7 @@ def _sealed(about: dict[str, Any]) -> dict[str, Any]:
     return sealed(about | {"format": FORMAT})
 
 
-def check_token(model: ModelConfig, profile: Profile) -> None:
+def check_token(model: EncoderConfig, profile: Profile) -> None:
     """Raises InputError where the profile's segments are shorter than one token of the model."""
     if profile.segment_s * profile.rate_hz < model.patch_samples:
         raise InputError(
@@ -112,7 +112,7 @@ def check_token(model: ModelConfig, profile: Profile) -> None:
         )
 
 
-def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, Any]:
+def about_model(model: EncoderConfig, profile: Profile, **task: Any) -> dict[str, Any]:
     """What an export's config.json says. Raises InputError where the profile's segments hold no token."""
     check_token(model, profile)
     return {"model": asdict(model), "profile": asdict(profile)} | task
@@ -175,14 +175,18 @@ def is_model(path: Path) -> bool:
     return any((place / name).exists() for name in ("config.json", "config.yaml", "checkpoints"))
 
 
-def described(place: Path, about: dict[str, Any]) -> tuple[ModelConfig, Profile]:
+def described(place: Path, about: dict[str, Any], encoder: str = "") -> tuple[EncoderConfig, Profile]:
     """Shape and preprocessing of a model.
 
+    ``encoder`` is what the user has named, which may be code that is not ours: a model's own word imports nothing.
     Raises InputError where this version does not know them, and where the weights in ``place`` are those of another
     shape: a shape may be anybody's, and is believed before memory is taken for it.
     """
+    kind = _encoder_kind(place, about, encoder)
     try:
-        model = ModelConfig(**_typed(about["model"], ModelConfig()))
+        name = about["model"].get("encoder", DEFAULT)
+        config: Any = kind.Config
+        model = config(**{"encoder": name} | _typed(about["model"], config(encoder=name)))
         profile = Profile(**_typed(about["profile"], Profile(1.0, 1.0, "mv")))
         check_token(model, profile)
         _check_shape(model, _shapes(place))
@@ -191,7 +195,15 @@ def described(place: Path, about: dict[str, Any]) -> tuple[ModelConfig, Profile]
     return model, profile
 
 
-def _typed(given: Any, example: ModelConfig | Profile) -> dict[str, Any]:
+def _encoder_kind(place: Path, about: dict[str, Any], encoder: str) -> type[Encoder]:
+    model = about.get("model")
+    name = model.get("encoder", DEFAULT) if isinstance(model, dict) else DEFAULT
+    if encoder and encoder != name:
+        raise InputError(f"{place}: its encoder is {str(name)[:80]!r}, not {encoder!r}")
+    return ENCODERS.find_read(name, place, [encoder])
+
+
+def _typed(given: Any, example: EncoderConfig | Profile) -> dict[str, Any]:
     """The fields of a dataclass out of JSON. Raises InputError for one whose type is not that of the example's."""
     if not isinstance(given, dict):
         raise InputError(f"{str(given)[:40]!r} where fields should be")
@@ -218,17 +230,12 @@ def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_shape(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_shape(model: EncoderConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises InputError unless an encoder of this shape has these weights; takes no memory for them."""
-    if model.depth > len(shapes):
-        raise InputError(f"depth {str(model.depth)[:20]}, but there are {len(shapes)} weights")
-    numbers = sum(map(math.prod, shapes.values()))
-    for field in SIZES:
-        if (size := getattr(model, field)) > numbers:
-            raise InputError(f"{field} {str(size)[:20]}, but all weights together are {numbers} numbers")
+    model.refuse_size(len(shapes), sum(map(math.prod, shapes.values())))
     try:
         with torch.device("meta"):
-            expected = ECGEncoder(model).state_dict()
+            expected = build_encoder(model).state_dict()
     except RuntimeError as error:  # sizes whose products overflow
         raise InputError("its shape has more weights than any memory") from error
     for name, tensor in expected.items():

@@ -20,16 +20,16 @@ from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, described, export_engine, parts_of, read_model
 from ecgscale.inference import load, recordings_of
-from ecgscale.model.stem import check_kernels
+from ecgscale.model import ENCODERS
 from ecgscale.objectives import OBJECTIVES, Objective, build_objective
 from ecgscale.record import LEADS
+from ecgscale.registry import is_code
 from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.state import checkpoints, step_of
 from ecgscale.training.validation import Validation
-from ecgscale_kernels import LONGEST_PATCH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 def pretrain(config: PretrainConfig) -> Path:
     """Train to the end, resuming where the run folder holds a checkpoint; returns the folder of the export."""
     ranks = start_ranks()
-    kernels = check_kernels(ranks.device)
-    if config.model.stem == "patch" and config.model.patch_samples > LONGEST_PATCH:
-        kernels = "reference"
+    kernels = config.model.kernels(ranks.device)
     shards = ShardSet.open(config.data.shards, config.data.cache)
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
@@ -62,7 +60,10 @@ def pretrain(config: PretrainConfig) -> Path:
     log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
     if ranks.first and (copies := copies_apart(shards)):
         log(ranks, copies)
-    log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
+    log(ranks, kernels)
+    for registry, name in ((OBJECTIVES, config.objective.name), (ENCODERS, config.model.encoder)):
+        if is_code(name):
+            log(ranks, f"{registry.key} {registry.place(name)}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
     if config.data.min_record_s < kind.segments * config.data.segment_s:
@@ -99,14 +100,14 @@ def pretrain(config: PretrainConfig) -> Path:
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:
-            _project(run, export, held_out, config.train)
+            _project(run, export, held_out, config.train, config.model.encoder)
         except (InputError, MachineError) as error:  # a picture is no reason to fail
             log(ranks, f"no embeddings for the projector: {error}")
     leave_run(run)
     return export
 
 
-def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig) -> None:
+def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig, encoder: str) -> None:
     """Embeddings of held-out recordings, named by patient and labels, for TensorBoard's projector."""
     shown = held_out.with_kept_leads().some(train_config.projected_recordings, train_config.seed)
     if not len(shown):
@@ -115,7 +116,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
     for about in map(held_out.shards.metadata, shown.numbers.tolist()):
         labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
         names.append(", ".join([f"patient {about['patient']}", *labels]))
-    embedding_RD = load(export).embed_recordings(recordings_of(shown)).record_embedding
+    embedding_RD = load(export, encoder).embed_recordings(recordings_of(shown)).record_embedding
     with board_of(run / "tensorboard") as board:
         project(board, "validation", embedding_RD, names, train_config.steps)
 
@@ -126,7 +127,7 @@ def _begin_with(objective: Objective, init: Path, rate_hz: float, ranks: Ranks) 
     Raises InputError for a model of another rate, and for one whose encoder does not fit.
     """
     place, weights, about = read_model(init)
-    _, profile = described(place, about)
+    _, profile = described(place, about, objective.encoder.config.encoder)
     if profile.rate_hz != rate_hz:
         raise InputError(
             f"data.shards have {rate_hz:g} Hz, the model of init.model {init} takes {profile.rate_hz:g} Hz; "

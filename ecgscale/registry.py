@@ -22,12 +22,13 @@ Kind = TypeVar("Kind")
 class Registry(Generic[Kind]):
     """The classes that one config key can name."""
 
-    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str]) -> None:
+    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str], by: str = "") -> None:
         """``ours`` maps each name to ``module:Class``; ``base`` gives the class that all of them derive from.
 
-        Both are looked up late, so that a registry can stand below the rooms that it names.
+        Both are looked up late, so that a registry can stand below the rooms that it names. ``by`` says how a command
+        names code that stands in what it reads.
         """
-        self.key, self._base, self._ours = key, base, dict(ours)
+        self.key, self._base, self._ours, self._by = key, base, dict(ours), by
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ours)
@@ -59,8 +60,13 @@ class Registry(Generic[Kind]):
         if is_code(name) and name not in self and name not in named:
             raise InputError(
                 f"{where}: {self.key} {name!r} is code that is not ours; name it in your command to have it imported"
+                + (f" ({self._by})" if self._by else "")
             )
         return self.find(name)
+
+    def place(self, name: str) -> str:
+        """``name from FILE`` for a class of the user's own; ``name`` for one of ours."""
+        return name if name in self else f"{name} from {inspect.getfile(self.find(name))}"
 
     def _imported(self, place: str) -> type[Kind]:
         module_name, _, class_name = place.partition(":")

@@ -61,6 +61,7 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+TOYS = Path(__file__).parent / "toys"  # a user's own packages
 SHARED = Path(os.environ.get("ECGSCALE_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -223,7 +224,8 @@ def interpreted_kernels() -> None:
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory) -> Iterator[Jobs]:
     command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py")]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
+    path = os.pathsep.join([str(TOYS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
         yield Jobs(server, tmp_path_factory.mktemp("errors"))
         server.stdin.close()

@@ -16,7 +16,8 @@ from ecgscale.config import load
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig, recomputed_layers
+from ecgscale.model.base import recomputed_layers
+from ecgscale.model.encoder import ModelConfig, refuse_others
 from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.objective import Objective
 from ecgscale.training.engine import EngineConfig
@@ -55,6 +56,7 @@ class Case:
         for name in ("batch", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
+        refuse_others(self.config.model, "a bench of steps")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
         recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many

@@ -228,6 +228,8 @@ def export_checkpoint(run: Path, out: Path) -> str:
     place, weights, about = read_model(run)
     model, profile = described(place, about)
     source = about.get("source") or {}
+    if not isinstance(model, ModelConfig):
+        raise InputError(f"{place}: model.encoder {model.encoder}: the reference knows the transformer alone")
     if model.stem != "conv":
         raise InputError(f"{place}: model.stem {model.stem}: the reference knows the conv stem alone")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.model import EncoderConfig
 from ecgscale.objectives.keys import ObjectiveConfig
 from ecgscale.objectives.objective import Objective
 from ecgscale.registry import Registry
@@ -35,7 +35,11 @@ def objective_config(name: str = DEFAULT, **keys: Any) -> ObjectiveConfig:
 
 
 def build_objective(
-    model: ModelConfig, config: ObjectiveConfig, seed: int, rate_hz: float, activation_checkpointing: bool | int = False
+    model: EncoderConfig,
+    config: ObjectiveConfig,
+    seed: int,
+    rate_hz: float,
+    activation_checkpointing: bool | int = False,
 ) -> Objective:
     """The objective that ``config.name`` names, for signals of ``rate_hz``; raises InputError for an unknown one."""
     return OBJECTIVES.find(config.name)(model, config, seed, rate_hz, activation_checkpointing)

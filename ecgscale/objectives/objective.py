@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
-from ecgscale.model.encoder import ECGEncoder, Features, ModelConfig, mean_over_time
+from ecgscale.errors import InputError
+from ecgscale.model import ENCODERS, Encoder, EncoderConfig, build_encoder
+from ecgscale.model.base import Features, mean_over_time
 from ecgscale.objectives.augmentation import NO_NOISE, add_noise, check_rate
 from ecgscale.objectives.keys import LeadMasking, Noise, ObjectiveConfig
 from ecgscale.objectives.masking import TimeMask, draw_leads
@@ -63,7 +65,7 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: EncoderConfig,
         config: ObjectiveConfig,
         seed: int,
         rate_hz: float,
@@ -71,12 +73,19 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.seed, self.rate_hz = config, seed, rate_hz
-        self.encoder = ECGEncoder(model, activation_checkpointing)
+        self.encoder = build_encoder(model, activation_checkpointing)
 
     @classmethod
-    def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
+    def check(cls, model: EncoderConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError, naming the key, where nothing can be learnt from segments such as these."""
+        if why := cls.misfit(ENCODERS.find(model.encoder)):
+            raise InputError(f"model.encoder {model.encoder}: does not go with objective.name {config.name}, {why}")
         check_rate(cls.noise(config), rate_hz)
+
+    @classmethod
+    def misfit(cls, encoder: type[Encoder]) -> str:
+        """Why an encoder does not fit; nothing where it does."""
+        return ""
 
     @classmethod
     def noise(cls, config: ObjectiveConfig) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.model import EncoderConfig
 from ecgscale.objectives.augmentation import EIGHT, EIGHT_LEADS, as_values, twelve_leads, uniform, with_values
 from ecgscale.objectives.gather import gather_rows
 from ecgscale.objectives.keys import GlobalContrast, LeadMasking, Noise, ObjectiveConfig
@@ -50,7 +50,7 @@ class ThreeKG(Objective):
     config: Config
 
     @classmethod
-    def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
+    def check(cls, model: EncoderConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError where no vectorcardiogram can be made of the leads."""
         super().check(model, config, data, rate_hz)
         missing = [LEADS[i] for i in EIGHT if i not in data.lead_positions]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
+from ecgscale.model import Encoder, EncoderConfig
 from ecgscale.model.dropout import dropout
-from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.quantizer import ProductQuantizer, Quantized, one_hot, perplexity
 from ecgscale.objectives.gather import sum_over_ranks, world_size
 from ecgscale.objectives.keys import (
@@ -133,7 +133,7 @@ class Wav2Vec2(Objective):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: EncoderConfig,
         config: Config,
         seed: int,
         rate_hz: float,
@@ -141,11 +141,11 @@ class Wav2Vec2(Objective):
     ) -> None:
         super().__init__(model, config, seed, rate_hz, activation_checkpointing)
         self.local_head = LocalHead(
-            model.stem_channels, model.width, config.code_width, config.code_groups, config.codes
+            self.encoder.feature_width, model.width, config.code_width, config.code_groups, config.codes
         )
 
     @classmethod
-    def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
+    def check(cls, model: EncoderConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError where a segment has too few masked tokens to tell one from another."""
         super().check(model, config, data, rate_hz)
         assert isinstance(config, TimeMasking)
@@ -156,6 +156,11 @@ class Wav2Vec2(Objective):
                 "but the local objective needs two masked ones; lower model.patch_samples, give a longer "
                 "data.segment_s or choose objective.name cmsc"
             )
+
+    @classmethod
+    def misfit(cls, encoder: type[Encoder]) -> str:
+        """Why an encoder does not fit."""
+        return "" if encoder.masks_tokens else "which needs one that masks tokens"
 
     def draw(self, batch: ECGBatch, share: bool) -> Draws:
         """Lead masks, and with them time masks, negatives and the quantizer's noise."""
@@ -183,7 +188,7 @@ class Wav2Vec2(Objective):
         mask, config = draws.time_mask, self.config
         assert mask is not None
         assert draws.negative_BMK is not None
-        target_BNC = dropout(encoded.features.normed_BNC, self.encoder.config.feature_dropout, self.training)
+        target_BNC = dropout(encoded.features.normed_BNC, self.encoder.feature_dropout, self.training)
         local = self.local_head(
             _at(encoded.context_BND, mask.place_BM),
             _at(target_BNC, mask.place_BM),

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ecgscale import progress
 from ecgscale.config import PretrainConfig, RunConfig, load
 from ecgscale.cost import parameters, step_flops
@@ -18,7 +20,7 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import Diverged, InputError
 from ecgscale.json_lines import read_json_lines
-from ecgscale.model.encoder import ModelConfig, recomputed_layers
+from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.objectives import OBJECTIVES
 from ecgscale.pretrain import pretrain
 from ecgscale.run import leave_run
@@ -188,7 +190,7 @@ def validation_at(run: Path, step: int) -> dict[str, float | None]:
 
 
 @cache
-def encoder_parameters(model: ModelConfig) -> int:
+def encoder_parameters(model: EncoderConfig) -> int:
     """Parameters of an encoder, without allocating any."""
     return sum(parameters(model).values())
 
@@ -209,7 +211,8 @@ def cells(config: ScalingConfig) -> list[Cell]:
         if config.loss not in (losses := ("loss", *OBJECTIVES.find(objective).named_losses)):
             raise InputError(f"loss {config.loss!r}: {objective} has {', '.join(losses)}")
         try:
-            recomputed_layers(base.engine.activation_checkpointing, base.model.depth)
+            with torch.device("meta"):
+                build_encoder(base.model, base.engine.activation_checkpointing)
         except InputError as error:
             raise InputError(f"sizes, {size.name}: {error}") from error
         samples, per_step = _step_of(base)

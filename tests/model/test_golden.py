@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours
-from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
+from ecgscale.model.base import mean_over_time
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.objectives import build_objective, objective_config
 from ecgscale.objectives.masking import TimeMask
 from ecgscale.objectives.objective import Draws
