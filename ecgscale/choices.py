@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, get_type_hints
 
 from ecgscale import model, objectives
@@ -40,6 +40,9 @@ class Choice:
                 f"{self.registry.key} {name!r}: its Config is no dataclass that derives from "
                 f"{self.base.__module__}.{self.base.__qualname__}"
             )
+        for one in fields(config):
+            if one.name != self.key and one.default is MISSING and one.default_factory is MISSING:
+                raise InputError(f"{self.registry.key} {name!r}: its Config gives {one.name} no default")
         return config
 
     def owners(self, key: str) -> list[str]:
@@ -89,28 +92,26 @@ def resolved(config_type: type, names: Mapping[str, str]) -> type:
 
     Raises InputError for a name that is unknown, cannot be imported or does not fit.
     """
-    choices = choices_of(config_type)
-    kinds = {group: choice.keys(names.get(group, choice.usual)) for group, choice in choices.items()}
-    return _with_kinds(config_type, tuple(kinds.items())) if kinds else config_type
+    chosen = {group: names.get(group, choice.usual) for group, choice in choices_of(config_type).items()}
+    for group, choice in choices_of(config_type).items():
+        choice.keys(chosen[group])
+    return _with_classes(config_type, tuple(chosen.items())) if chosen else config_type
 
 
 @cache
-def _with_kinds(config_type: type, kinds: tuple[tuple[str, type], ...]) -> type:
-    kind_of = dict(kinds)
-    hints = field_types(config_type)
+def _with_classes(config_type: type, chosen: tuple[tuple[str, str], ...]) -> type:
+    names, choices, types = dict(chosen), choices_of(config_type), field_types(config_type)
     members: list[tuple[str, Any, Any]] = []
     for member in fields(config_type):
-        default = field(default_factory=member.default_factory) if member.default is MISSING else member.default
-        if member.default is MISSING and member.default_factory is MISSING:
-            default = field()
-        if (kind := kind_of.get(member.name)) and _has_defaults(kind):
-            default = field(default_factory=kind)
-        members.append((member.name, kind_of.get(member.name, hints[member.name]), default))
+        if choice := choices.get(member.name):
+            name = names[member.name]
+            kind = choice.keys(name)
+            members.append((member.name, kind, field(default_factory=partial(kind, **{choice.key: name}))))
+        elif member.default_factory is not MISSING:
+            members.append((member.name, types[member.name], field(default_factory=member.default_factory)))
+        else:
+            members.append((member.name, types[member.name], field(default=member.default)))
     return make_dataclass(config_type.__name__, members, frozen=True, namespace={"__doc__": config_type.__doc__})
-
-
-def _has_defaults(kind: type) -> bool:
-    return all(one.default is not MISSING or one.default_factory is not MISSING for one in fields(kind))
 
 
 def belonging_elsewhere(config_type: type, key: str, prefix: str) -> str:
@@ -120,7 +121,7 @@ def belonging_elsewhere(config_type: type, key: str, prefix: str) -> str:
     if choice is None or not owners:
         return ""
     own = next((one.default for one in fields(config_type) if one.name == choice.key), MISSING)
-    name = own if own is not MISSING else config_type.__qualname__.removesuffix(".Config")
+    name = own if own is not MISSING else f"{config_type.__module__}:{config_type.__qualname__.removesuffix('.Config')}"
     return f"{prefix}{key} belongs to {_listed(owners)}, not to {name}"
 
 

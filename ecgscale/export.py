@@ -19,8 +19,9 @@ from torch import Tensor
 from ecgscale.data.selection import Normalisation
 from ecgscale.errors import InputError
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
-from ecgscale.model import DEFAULT, ENCODERS, Encoder, EncoderConfig, build_encoder
+from ecgscale.model import DEFAULT, ENCODERS, EncoderConfig, build_encoder
 from ecgscale.record import LEADS
+from ecgscale.registry import is_code
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
@@ -182,10 +183,9 @@ def described(place: Path, about: dict[str, Any], encoder: str = "") -> tuple[En
     Raises InputError where this version does not know them, and where the weights in ``place`` are those of another
     shape: a shape may be anybody's, and is believed before memory is taken for it.
     """
-    kind = _encoder_kind(place, about, encoder)
+    name = _encoder_name(place, about, encoder)
     try:
-        name = about["model"].get("encoder", DEFAULT)
-        config: Any = kind.Config
+        config: Any = ENCODERS.find(name).Config
         model = config(**{"encoder": name} | _typed(about["model"], config(encoder=name)))
         profile = Profile(**_typed(about["profile"], Profile(1.0, 1.0, "mv")))
         check_token(model, profile)
@@ -195,12 +195,15 @@ def described(place: Path, about: dict[str, Any], encoder: str = "") -> tuple[En
     return model, profile
 
 
-def _encoder_kind(place: Path, about: dict[str, Any], encoder: str) -> type[Encoder]:
+def _encoder_name(place: Path, about: dict[str, Any], encoder: str) -> str:
+    """Which encoder a model says it has. Raises InputError for code that is not ours, unless the user names it too."""
     model = about.get("model")
     name = model.get("encoder", DEFAULT) if isinstance(model, dict) else DEFAULT
     if encoder and encoder != name:
         raise InputError(f"{place}: its encoder is {str(name)[:80]!r}, not {encoder!r}")
-    return ENCODERS.find_read(name, place, [encoder])
+    if is_code(name):
+        ENCODERS.find_read(name, place, [encoder])
+    return str(name)
 
 
 def _typed(given: Any, example: EncoderConfig | Profile) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def pretrain(config: PretrainConfig) -> Path:
     return export
 
 
-def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig, encoder: str) -> None:
+def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig, encoder: str = "") -> None:
     """Embeddings of held-out recordings, named by patient and labels, for TensorBoard's projector."""
     shown = held_out.with_kept_leads().some(train_config.projected_recordings, train_config.seed)
     if not len(shown):

@@ -147,8 +147,8 @@ def test_a_model_imports_nothing_unless_its_user_names_the_code(runs, tmp_path, 
 
 def test_it_is_fine_tuned_evaluated_and_begun_with(shards, jobs, runs, tmp_path):
     init, task = ["--init", str(runs / "whole"), f"--init.encoder={ENCODER}"], ["--task.label=rhythm"]
-    few = ["--task.kind=singlelabel", "--task.min_positives=2", "--train.global_batch=8", "--train.steps=2"]
-    data = [f"--data.shards={shards}"]
+    few = ["--task.min_positives=2", "--train.global_batch=8", "--train.steps=2", "--data.min_record_s=5"]
+    task, data = [*task, "--task.kind=singlelabel"], [f"--data.shards={shards}"]
     said = jobs.run(
         1,
         ["finetune", *init, *task, *few, *data, f"--run.dir={tmp_path / 'tuned'}"],
@@ -171,6 +171,9 @@ def test_it_is_fine_tuned_evaluated_and_begun_with(shards, jobs, runs, tmp_path)
         (["--objective.name=toylab.nothing:X"], "cannot import toylab.nothing (No module named 'toylab.nothing')"),
         ([f"--objective.name={ENCODER}"], f"objective.name '{ENCODER}': is no Objective"),
         ([f"--model.encoder={OBJECTIVE}"], f"model.encoder '{OBJECTIVE}': is no Encoder"),
+        (["--objective.name=toylab.unfinished:NoLoss"], "does not define loss of ecgscale.objectives.objective"),
+        (["--objective.name=toylab.unfinished:NoConfig"], "its Config is no dataclass that derives from ecgscale."),
+        (["--model.encoder=toylab.unfinished:NoDefault"], "its Config gives patch_samples no default"),
         ([*OWN, "--objective.negatives=3"], f"negatives belongs to wav2vec2 and wav2vec2+cmsc, not to {OBJECTIVE}"),
         ([*OWN, "--objective.mixture=3"], "unknown key objective.mixture; did you mean objective.mixtures?"),
         ([*OWN, "--objective.mixtures=0"], "objective.mixtures 0: give 1 or more"),
@@ -185,7 +188,7 @@ def test_what_does_not_fit_is_refused_in_one_line(given, said, refusal):
 
 @pytest.mark.usefixtures("on_path")
 def test_an_encoder_that_masks_no_tokens_does_not_go_with_the_local_objective(shards, tmp_path, refusal):
-    given = [*OWN_ENCODER, f"--data.shards={shards}", f"--run.dir={tmp_path / 'run'}"]
+    given = [*SHORT, *OWN_ENCODER, f"--data.shards={shards}", f"--run.dir={tmp_path / 'run'}"]
     assert refusal("pretrain", *given) == (
         f"ecgscale: model.encoder {ENCODER}: does not go with objective.name wav2vec2+cmsc, which needs one that masks "
         "tokens\n"

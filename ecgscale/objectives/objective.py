@@ -5,6 +5,7 @@ Shape suffixes: B rows, M masked places, K negatives, G code groups, V codes of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Encoded(NamedTuple):
         return mean_over_time(self.context_BND, self.features.valid_BN)
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Owns the encoder; objectives add their heads, and say what a batch becomes and what its loss is.
 
     Leads are masked and noise is added where the objective's ``Config`` has the keys of it: LeadMasking, Noise.
@@ -99,19 +100,16 @@ class Objective(nn.Module):
         batch = self.view(batch)
         return self.losses(batch, self.draw(batch, share), step, share)
 
-    def after_step(self, step: int) -> None:
-        """What is to be done after the update of a step, such as that of an average of the weights."""
-
     def losses(self, batch: ECGBatch, draws: Draws, step: int, share: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, with it among its parts, of a batch as ``view`` gives it and for given draws."""
         loss, parts = self.loss(self.encode(batch, draws), batch, draws, step, share)
         return loss, {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
 
+    @abstractmethod
     def loss(
         self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What an objective is about."""
-        raise NotImplementedError
+        """What an objective is about: the loss of the whole batch, on each rank, and its named parts."""
 
     @torch.no_grad()
     def view(self, batch: ECGBatch) -> ECGBatch:
@@ -133,3 +131,10 @@ class Objective(nn.Module):
         features = self.encoder.features(batch.with_lead_draw(draws.lead_draw))
         masked_BN = draws.time_mask.masked_BN if draws.time_mask else None
         return Encoded(features, self.encoder.contextualise(features.token_BND, features.valid_BN, masked_BN))
+
+    def after_step(self, step: int) -> None:
+        """Update what is not trained, such as a teacher's frozen parameters or a buffer; called after each update.
+
+        All ranks call it together, without gradients, and its parameters are whole and in fp32 meanwhile. What it
+        writes must be the same on all ranks. Steps that were skipped do not call it.
+        """

@@ -110,7 +110,7 @@ def test_shape_and_preprocessing_are_those_of_the_model(init, small_model_config
         (["--data.normalisation=mv"], "data.normalisation 'mv': the model of init.model INIT has 'zscore'; leave the"),
         (
             ["--model.preset=base"],
-            "model.stem_channels 256: the model of init.model INIT has 16; leave the key out and ",
+            "model.width 768: the model of init.model INIT has 32; leave the key out and ",
         ),
     ],
 )

@@ -24,7 +24,6 @@ class Amplitude(Objective):
     class Config(LeadMasking):
         """Keys of the amplitude objective."""
 
-        name: str = "toylab.amplitude:Amplitude"
         mixtures: int = 5
         """Mixtures of leads whose deviations are told."""
 

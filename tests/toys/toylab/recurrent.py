@@ -20,7 +20,6 @@ class Recurrent(Encoder):
     class Config(EncoderConfig):
         """Keys of the recurrent encoder."""
 
-        encoder: str = "toylab.recurrent:Recurrent"
         patch_samples: int = 25
         """Samples of a token."""
         width: int = 8
