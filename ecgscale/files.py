@@ -224,15 +224,28 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError that names it where it is missing, too large or damaged."""
-    with naming_file(path, "cannot read"), path.open("rb") as file:
-        content = file.read(limit_bytes + 1)
+    """The JSON object in a file.
+
+    Raises InputError that names it where it is missing, too large or damaged, MachineError where the disk fails.
+    """
+    with naming_file(path, "cannot read"):
+        try:
+            content = _beginning(path, limit_bytes + 1)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            content = _beginning(path, limit_bytes + 1)  # NFS: replaced between opening and reading
     if len(content) > limit_bytes:
         raise InputError(f"{path}: more than {limit_bytes} bytes; no file that ecgscale wrote")
     try:
         return parse_json(content)
     except InputError as error:
         raise InputError(f"{path}: damaged, {error}") from error
+
+
+def _beginning(path: Path, most_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most_bytes)
 
 
 def parse_json(content: bytes, allow_nan: bool = False) -> dict[str, Any]:
@@ -254,7 +267,7 @@ def parse_json_value(content: bytes, allow_nan: bool = False) -> Any:
             content.decode(),
             parse_constant=float if allow_nan else _refuse_constant,
             parse_float=_finite,
-            object_pairs_hook=_without_repeats,
+            object_pairs_hook=without_repeats,
         )
     except RecursionError as error:
         raise InputError("not JSON of ours: nested too deeply") from error
@@ -276,7 +289,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``object_pairs_hook``: raises ValueError for an object in which a key stands twice; json takes the last."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
