@@ -5,37 +5,36 @@ The dataclasses stand beside the things that they configure; this file puts them
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from ecgscale import settings
+from ecgscale import settings, settings_help
+from ecgscale.choices import (
+    belonging_elsewhere,
+    choices_of,
+    current,
+    dotted,
+    fitting,
+    is_saved_before,
+    named,
+    resolved,
+)
 from ecgscale.data.selection import DataConfig
 from ecgscale.downstream.tasks import InitConfig, TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import described, read_about
+from ecgscale.model import DEFAULT as USUAL_ENCODER
+from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.model.presets import PRESETS, SHAPE_FIELDS
-from ecgscale.objectives import CODES, ObjectiveConfig
-from ecgscale.settings_help import help_text
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
 
 Config = TypeVar("Config")
-
-__all__ = [
-    "FinetuneConfig",
-    "PretrainConfig",
-    "RunConfig",
-    "StartConfig",
-    "build",
-    "dump",
-    "help_text",
-    "load",
-    "read_yaml",
-]
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class PretrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     init: StartConfig = field(default_factory=StartConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    model: EncoderConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=objective_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -83,22 +82,51 @@ class FinetuneConfig:
 def load(config_type: type[Config], words: list[str]) -> Config:
     """``--config FILE`` and ``--any.key value`` -> a checked config; later ones win, ``--init`` is ``--init.model``.
 
+    Where a word names another objective than a file before it, the file's keys of its own objective are left out.
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range, with the
     file and line of the key.
     """
-    return _resolved(config_type, settings.from_words(config_type, words, _SHORT))
+    names_after_files, names = _names_given(config_type, words)
+    known_then = iter(names_after_files)
+
+    def file(path: Path) -> settings.Given:
+        given = settings.read_file(path)
+        given.elsewhere = belonging_elsewhere
+        if is_saved_before(given.tree):
+            given.tree = current(config_type, given.tree)
+        settings.refuse_unknown(resolved(config_type, next(known_then)), given)
+        given.tree = fitting(config_type, given.tree, names)
+        return given
+
+    kind = resolved(config_type, names)
+    return _built(config_type, settings.from_words(kind, words, _SHORT, file, belonging_elsewhere))
+
+
+def _names_given(config_type: type, words: list[str]) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Which classes are named, by group: after each file, and at the end."""
+    names: dict[str, str] = {}
+    after_files, groups = [], dotted(config_type)
+    for word, next_word in pairwise([*words, ""]):
+        key, equals, value = word.removeprefix("--").partition("=")
+        value = value if equals else next_word
+        if word.startswith("--") and key == "config" and value:
+            names = names | named(config_type, settings.read_file(Path(value)).tree)
+            after_files.append(names)
+        elif word.startswith("--") and key in groups:
+            names = names | {groups[key]: value}
+    return after_files, names
 
 
 def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     """A nested dict -> a checked config; ``model.preset`` and ``init.model`` fill in what the tree does not give."""
-    return _resolved(config_type, settings.Given(tree))
+    return _built(config_type, settings.Given(tree, belonging_elsewhere))
 
 
 def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
     """A YAML config as a dict of known keys."""
-    given = settings.Given()
-    given.put_file(path)
-    settings.refuse_unknown(config_type, given)
+    given = settings.read_file(path)
+    given.elsewhere = belonging_elsewhere
+    settings.refuse_unknown(resolved(config_type, named(config_type, given.tree)), given)
     return given.tree
 
 
@@ -107,25 +135,42 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def help_text(config_type: type, command: str) -> str:
+    """Every key with its meaning and default; a key of some of the classes that can be named says of which."""
+    kind = resolved(config_type, {})
+    more: dict[str, list[tuple[Any, type]]] = {}
+    owners: dict[str, str] = {}
+    for group, choice in choices_of(config_type).items():
+        usual = [one.name for one in fields(choice.keys(choice.usual))]
+        others = {one.name: (one, keys) for keys in map(choice.keys, choice.registry) for one in fields(keys)}
+        more[group] = [others[name] for name in others if name not in usual]
+        for name in others:
+            if len(having := choice.owners(name)) < len(choice.registry):
+                owners[f"{group}.{name}"] = ", ".join(having)
+    return settings_help.help_text(kind, command, more=more, owners=owners)
+
+
 _SHORT = {"init": "init.model", "profile": "train.profile_steps"}
 
 
-def _resolved(config_type: type[Config], given: settings.Given) -> Config:
-    settings.refuse_unknown(config_type, given)
-    if (preset := given.get("model.preset")) is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            place = given.named("model.preset")
-            raise InputError(f"{place} {preset!r} is unknown; known are {', '.join(PRESETS)}")
-        _fill(given, "model", asdict(PRESETS[preset]))
+def _built(config_type: type[Config], given: settings.Given) -> Config:
+    kind = resolved(config_type, named(config_type, given.tree))
+    settings.refuse_unknown(kind, given)
+    if (choice := choices_of(config_type).get("model")) and isinstance(given.get("model"), dict):
+        keys: Any = choice.keys(named(config_type, given.tree).get("model", choice.usual))
+        _fill(given, "model", keys.filled_in(given.get("model")))
     if config_type is PretrainConfig and isinstance(given.get("init.model"), str) and given.get("init.model"):
         _begin_with(given, given.get("init.model"))
-    return settings.build(config_type, given)
+    built: Any = settings.build(resolved(config_type, named(config_type, given.tree)), given)
+    values = {one.name: getattr(built, one.name) for one in fields(config_type)}  # type: ignore[arg-type]
+    return config_type(**values)
 
 
 def _fill(given: settings.Given, group: str, values: dict[str, Any]) -> None:
     """Keys of a group that were not given."""
+    before = given.get(group, {})
     for name, value in values.items():
-        if given.get(f"{group}.{name}") is None:
+        if name not in before:
             given.put(f"{group}.{name}", value, "")
 
 
@@ -136,16 +181,19 @@ def _begin_with(given: settings.Given, init: str) -> None:
     Raises InputError for a key that contradicts.
     """
     saved = Path(str(given.get("run.dir") or "")) / "config.yaml"
-    before = read_yaml(saved, PretrainConfig) if saved.is_file() else {}
+    before = current(PretrainConfig, settings.read_file(saved).tree) if saved.is_file() else {}
+    encoder = given.get("model.encoder", "")
     if before.get("init", {}).get("model") == init:
-        shape, prepared = before.get("model", {}), before.get("data", {})
+        shape, prepared = {"encoder": USUAL_ENCODER} | before.get("model", {}), before.get("data", {})
+        ENCODERS.find_read(shape["encoder"], saved, [encoder])
         codes = before.get("objective", {})
     else:
         place, about = read_about(Path(init))
-        config, profile = described(place, about)
+        config, profile = described(place, about, encoder)
         shape, prepared, codes = asdict(config), asdict(profile), about.get("codes", {})
     prepared = {key: prepared[key] for key in ("segment_s", "normalisation") if key in prepared}
-    own = [("model", key, shape) for key in SHAPE_FIELDS] + [("data", key, prepared) for key in prepared]
+    shape_keys = ENCODERS.find(shape["encoder"]).Config.shape_keys()
+    own = [("model", key, shape) for key in shape_keys] + [("data", key, prepared) for key in prepared]
     for group, key, values in own:
         value = given.get(f"{group}.{key}")
         if value is not None and key in values and value != values[key]:
@@ -155,4 +203,5 @@ def _begin_with(given: settings.Given, init: str) -> None:
             )
     _fill(given, "model", shape)
     _fill(given, "data", prepared)
-    _fill(given, "objective", {key: codes[key] for key in CODES if key in codes})
+    objective_kind = OBJECTIVES.find(named(PretrainConfig, given.tree).get("objective", DEFAULT))
+    _fill(given, "objective", {key: codes[key] for key in objective_kind.shape_keys if key in codes})

@@ -14,10 +14,14 @@ from typing import NamedTuple
 
 import torch
 
+from ecgscale.model import EncoderConfig
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import BLOCKS
 from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives.cmsc import CMSC
+from ecgscale.objectives.keys import GlobalContrast
 from ecgscale.objectives.masking import masked_tokens
+from ecgscale.objectives.wav2vec2 import Wav2Vec2
 from ecgscale.record import LEADS
 
 
@@ -32,10 +36,10 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
-def parameters(model: ModelConfig, objective: ObjectiveConfig | None = None) -> dict[str, int]:
+def parameters(model: EncoderConfig, objective: ObjectiveConfig | None = None) -> dict[str, int]:
     """Trained numbers by module: those of the encoder, and of the heads of an objective. Nothing is allocated."""
     with torch.device("meta"):
-        module = build_objective(model, objective or ObjectiveConfig(name="cmsc"), seed=0, rate_hz=500.0)
+        module = build_objective(model, objective or CMSC.Config(), seed=0, rate_hz=500.0)
     counts: Counter[str] = Counter()
     for name, parameter in module.named_parameters():
         counts[_part(name)] += parameter.numel()
@@ -53,20 +57,22 @@ def _part(name: str) -> str:
 
 
 def step_flops(
-    model: ModelConfig, objective: ObjectiveConfig, rows: int, samples: int, contrast_rows: int | None = None
+    model: EncoderConfig, objective: ObjectiveConfig, rows: int, samples: int, contrast_rows: int | None = None
 ) -> dict[str, Flops]:
-    """Forward and backward pass of one rank's micro-step, by module.
+    """Forward and backward pass of one rank's micro-step, by module; nothing of encoders that are not ours.
 
     Args:
         rows: segments that the rank works through.
         samples: of a segment.
         contrast_rows: segments of all ranks, among which the global objective contrasts; the rank's own by default.
     """
+    if not isinstance(model, ModelConfig):
+        return {}
     tokens = samples // model.patch_samples
     forward = encoder_flops(model, samples)
     backward = {part: 2 * count for part, count in forward.items()}
     backward["stem"] -= _first_product(model, samples)  # no gradient of the signal
-    if objective.name.startswith("wav2vec2"):
+    if isinstance(objective, Wav2Vec2.Config):
         head = _local_flops(model, objective, masked_tokens(tokens, objective.time_mask_share))
         forward |= head
         backward |= {part: 2 * count for part, count in head.items()}
@@ -99,7 +105,7 @@ def _later_blocks(model: ModelConfig, samples: int) -> int:
     return sum(4 * (samples >> block) * model.stem_channels**2 for block in range(2, BLOCKS + 1))
 
 
-def _local_flops(model: ModelConfig, objective: ObjectiveConfig, masked: int) -> dict[str, int]:
+def _local_flops(model: ModelConfig, objective: Wav2Vec2.Config, masked: int) -> dict[str, int]:
     """Quantizer, the two projections and the similarities of a segment's masked places."""
     width, codes = objective.code_width, objective.code_groups * objective.codes
     return {
@@ -110,10 +116,10 @@ def _local_flops(model: ModelConfig, objective: ObjectiveConfig, masked: int) ->
 
 def _contrast_flops(model: ModelConfig, objective: ObjectiveConfig, rows: int) -> int:
     """Similarities of the embeddings of all ranks; every rank computes all of them."""
-    if objective.name in ("simclr", "3kg"):
-        return 2 * rows * rows * model.width
-    if objective.name == "wav2vec2":
+    if not isinstance(objective, GlobalContrast):
         return 0
+    if not isinstance(objective, CMSC.Config):
+        return 2 * rows * rows * model.width
     pairs = rows // 2
     products = 3 if objective.global_form == "nt_xent" else 1
     return 2 * products * pairs * pairs * model.width

@@ -22,25 +22,29 @@ Kind = TypeVar("Kind")
 class Registry(Generic[Kind]):
     """The classes that one config key can name."""
 
-    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str]) -> None:
+    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str], by: str = "") -> None:
         """``ours`` maps each name to ``module:Class``; ``base`` gives the class that all of them derive from.
 
-        Both are looked up late, so that a registry can stand below the rooms that it names.
+        Both are looked up late, so that a registry can stand below the rooms that it names. ``by`` says how a command
+        names code that stands in what it reads.
         """
-        self.key, self._base, self._ours = key, base, dict(ours)
+        self.key, self._base, self._ours, self._by = key, base, dict(ours), by
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ours)
 
+    def __len__(self) -> int:
+        return len(self._ours)
+
     def __contains__(self, name: object) -> bool:
-        return name in self._ours
+        return isinstance(name, str) and name in self._ours
 
     def find(self, name: str) -> type[Kind]:
         """The class of that name, which the user has written.
 
         Raises InputError for a name that is unknown, cannot be imported or is no class of this kind.
         """
-        if name in self._ours:
+        if name in self:
             return self._imported(self._ours[name])
         if is_code(name):
             return self._imported(name)
@@ -53,11 +57,16 @@ class Registry(Generic[Kind]):
 
         ``named`` are those that the user has written for this command.
         """
-        if is_code(name) and name not in self._ours and name not in named:
+        if is_code(name) and name not in self and name not in named:
             raise InputError(
                 f"{where}: {self.key} {name!r} is code that is not ours; name it in your command to have it imported"
+                + (f" ({self._by})" if self._by else "")
             )
         return self.find(name)
+
+    def place(self, name: str) -> str:
+        """``name from FILE`` for a class of the user's own; ``name`` for one of ours."""
+        return name if name in self else f"{name} from {inspect.getfile(self.find(name))}"
 
     def _imported(self, place: str) -> type[Kind]:
         module_name, _, class_name = place.partition(":")

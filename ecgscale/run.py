@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ecgscale import yaml_text
+from ecgscale.choices import choices_of, current, dotted
 from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, RankError, file_error, naming_file
@@ -153,19 +154,26 @@ def _refuse_difference(path: Path, before: dict[str, Any], config: Any, may_chan
 def first_difference(before: Any, config: Any, may_change: Collection[str] = MAY_CHANGE) -> tuple[str, Any, Any] | None:
     """The first dotted key in which a saved config differs, what it was, and what it is now.
 
-    A key that came later has its default: that is what the run was begun with.
+    A key that came later has its default: that is what the run was begun with. What chooses other keys is told first.
     """
-    saved, now = {key: _default(config, key) for key in flat(asdict(config))} | flat(before), flat(asdict(config))
-    keys = (key for key in sorted(saved.keys() | now.keys()) if key not in may_change)
+    now = flat(asdict(config))
+    saved = {key: _default(config, key) for key in now} | flat(current(type(config), before))
+    choosing = dotted(type(config))
+    by_name = sorted(saved.keys() | now.keys(), key=lambda key: (key not in choosing, key))
+    keys = (key for key in by_name if key not in may_change)
     return next(((key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)), None)
 
 
 def _default(config: Any, key: str) -> Any:
     """What a dotted key of a config tree is where nothing is given."""
     *groups, name = key.split(".")
+    if (group := dotted(type(config)).get(key)) is not None:
+        return choices_of(type(config))[group].usual
     for group in groups:
         config = getattr(config, group)
     (one,) = (field for field in fields(config) if field.name == name)
+    if one.default is MISSING and one.default_factory is MISSING:  # a key without a default has been given always
+        return None
     return one.default if one.default_factory is MISSING else one.default_factory()
 
 

@@ -2,18 +2,17 @@
 
 A dataclass says everything: its fields are the keys, the text under a field is its help, ``__post_init__`` its checks.
 A field whose type is a dataclass is a group of keys, ``train.steps``. ``option`` adds what a command line has to know.
-A group may choose its own class by its keys (``objective.name``), with a class method ``choose``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ecgscale import yaml_text
@@ -21,6 +20,7 @@ from ecgscale.errors import InputError
 
 Config = TypeVar("Config")
 _OPTION = "option"  # key of a field's metadata
+_NO_SHORT: Mapping[str, str] = MappingProxyType({})
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")  # as YAML has them
 
 
@@ -62,12 +62,21 @@ def option_of(one: Field[Any]) -> Option:
 # -- what was given --------------------------------------------------------------------------------------------------
 
 
+Elsewhere = Callable[[type, str, str], str]
+"""(group, key, prefix) -> whose key it is, where a group does not have it but another that could stand there."""
+
+
+def _nowhere(group: type, key: str, prefix: str) -> str:
+    return ""
+
+
 class Given:
     """A tree of values, each with the place where it was written: ``--train.steps`` or ``base.yaml, line 7``."""
 
-    def __init__(self, tree: dict[str, Any] | None = None) -> None:
+    def __init__(self, tree: dict[str, Any] | None = None, elsewhere: Elsewhere = _nowhere) -> None:
         self.tree: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
+        self.elsewhere = elsewhere
         for key, value in (tree or {}).items():
             self.put(key, value, "")
 
@@ -88,14 +97,22 @@ class Given:
 
     def put_file(self, path: Path) -> None:
         """Set all keys of a YAML file."""
-        tree, lines = yaml_text.read_with_lines(path)
-        if not isinstance(tree, dict):
-            raise InputError(f"{path}: a config is a mapping of keys, this is {type(tree).__name__}")
-        for key, value in tree.items():
-            self.put(str(key), value, str(path))
-        for key, line in lines.items():
-            if self.origins.get(key) == str(path):
-                self.origins[key] = f"{path}, line {line}"
+        self.update(read_file(path))
+
+    def update(self, other: Given) -> None:
+        """Set all that another one gives."""
+        for key, value in other.leaves():
+            self.put(key, value, other.origins.get(key, ""))
+
+    def leaves(self) -> Iterator[tuple[str, Any]]:
+        """Dotted keys with their values."""
+        waiting = list(reversed(self.tree.items()))
+        while waiting:
+            key, value = waiting.pop()
+            if isinstance(value, dict) and value:
+                waiting += [(f"{key}.{name}", child) for name, child in reversed(value.items())]
+            else:
+                yield str(key), value
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key, as it was written."""
@@ -125,14 +142,33 @@ class Given:
         return option_name if option_name.startswith("--") else self.place(key) + key
 
 
-def from_words(config_type: type, words: list[str], short: dict[str, str] | None = None) -> Given:
-    """A command line -> what it gives; ``--config FILE`` reads a YAML file in its place. Raises InputError."""
-    given, rest = Given(), list(words)
+def read_file(path: Path) -> Given:
+    """What a YAML file gives."""
+    tree, lines = yaml_text.read_with_lines(path)
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a config is a mapping of keys, this is {type(tree).__name__}")
+    given = Given({str(key): value for key, value in tree.items()})
+    given.origins = {key: f"{path}, line {lines[key]}" if key in lines else str(path) for key in given.origins}
+    return given
+
+
+def from_words(
+    config_type: type,
+    words: list[str],
+    short: Mapping[str, str] = _NO_SHORT,
+    file: Callable[[Path], Given] = read_file,
+    elsewhere: Elsewhere = _nowhere,
+) -> Given:
+    """A command line -> what it gives; ``--config FILE`` reads a YAML file in its place. Raises InputError.
+
+    ``short`` has other names of keys.
+    """
+    given, rest = Given(elsewhere=elsewhere), list(words)
     waiting = places(config_type)
     while rest:
         word = rest.pop(0)
         if word.startswith("--") and len(word) > 2:
-            _take_option(config_type, given, word, rest, short or {})
+            _take_option(config_type, given, word, rest, short, file)
         elif waiting:
             one = waiting.pop(0)
             taken = [word]
@@ -149,18 +185,25 @@ def places(kind: Any) -> list[Field[Any]]:
     return [one for one in fields(kind) if option_of(one).positional]
 
 
-def _take_option(config_type: type, given: Given, word: str, rest: list[str], short: dict[str, str]) -> None:
+def _take_option(
+    config_type: type,
+    given: Given,
+    word: str,
+    rest: list[str],
+    short: Mapping[str, str],
+    file: Callable[[Path], Given],
+) -> None:
     written, equals, value = word[2:].partition("=")
     key = short.get(written, _key_of(config_type, written))
     if key == "config":
         if not equals and not rest:
             raise InputError("--config: a value is missing; give --config FILE")
-        given.put_file(Path(value if equals else rest.pop(0)))
+        given.update(file(Path(value if equals else rest.pop(0))))
         return
     hint, one = _field_at(config_type, key, given)
     about, origin = option_of(one), f"--{key if '.' in key else written}"
     if is_dataclass(hint):
-        inside = ", ".join(f"{origin}.{name}" for name in _names(hint, given.get(key)))
+        inside = ", ".join(f"{origin}.{one.name}" for one in fields(hint))
         raise InputError(f"{origin}: a group of keys; give one of {inside}")
     follows = bool(rest) and not rest[0].startswith("--")
     if equals:
@@ -218,12 +261,11 @@ def refuse_unknown(config_type: Any, given: Given) -> None:
 
 
 def _refuse_unknown_in(kind: Any, tree: dict[str, Any], given: Given, prefix: str) -> None:
-    kind = _chosen(kind, tree)
     hints = get_type_hints(kind)
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise InputError(f"{given.place(key)}{_unknown(kind, str(name), prefix)}")
+            raise InputError(f"{given.place(key)}{_unknown(kind, str(name), prefix, given)}")
         for inner, item, where in _groups_in(hints[name], value, key):
             if not isinstance(item, dict):
                 raise InputError(f"{given.place(key)}{where}: a group of keys, not the value {item!r}")
@@ -241,7 +283,6 @@ def _groups_in(hint: Any, value: Any, key: str) -> list[tuple[Any, Any, str]]:
 
 
 def _group(kind: Any, tree: dict[str, Any], given: Given, prefix: str) -> Any:
-    kind = _chosen(kind, tree)
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for one in fields(kind):
@@ -358,11 +399,6 @@ def _in_words(hint: Any) -> str:
     return " or ".join(parts)
 
 
-def _chosen(kind: Any, tree: dict[str, Any] | None) -> Any:
-    choose: Callable[[dict[str, Any]], type] | None = getattr(kind, "choose", None)
-    return choose(tree or {}) if choose else kind
-
-
 def _missing(kind: Any, tree: dict[str, Any], prefix: str) -> str:
     without = [one for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
     missing = [one for one in without if one.name not in tree]
@@ -371,10 +407,6 @@ def _missing(kind: Any, tree: dict[str, Any], prefix: str) -> str:
 
 
 # -- names of keys ---------------------------------------------------------------------------------------------------
-
-
-def _names(kind: Any, tree: Any = None) -> list[str]:
-    return [one.name for one in fields(_chosen(kind, tree if isinstance(tree, dict) else None))]
 
 
 def all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
@@ -387,7 +419,7 @@ def all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + one.name
 
 
-def _unknown(kind: Any, name: str, prefix: str) -> str:
+def _unknown(kind: Any, name: str, prefix: str, given: Given) -> str:
     """What to say of a key that a group does not have: unknown, with the nearest right one or all of them."""
     if not prefix and not any(is_group(hint) for hint in get_type_hints(kind).values()):
         known = [f"--{_shown(one.name, one).replace('_', '-')}" for one in fields(kind)]
@@ -397,8 +429,7 @@ def _unknown(kind: Any, name: str, prefix: str) -> str:
     known = [one.name for one in fields(kind)]
     near = get_close_matches(name, known, 1) or [key for key in all_keys(kind) if key.endswith(f".{name}")]
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(prefix + one for one in known)}"
-    told: Callable[[str], str] | None = getattr(kind, "unknown_key", None)
-    return (told(name) if told else "") or f"unknown key {prefix}{name}; {hint}"
+    return given.elsewhere(kind, name, prefix) or f"unknown key {prefix}{name}; {hint}"
 
 
 def _key_of(config_type: Any, written: str) -> str:
@@ -421,10 +452,9 @@ def _field_at(config_type: Any, key: str, given: Given) -> tuple[Any, Field[Any]
     for name in key.split("."):
         if not is_dataclass(kind):
             raise InputError(f"unknown key {key}; {prefix.rstrip('.')} is no group of keys")
-        kind = _chosen(kind, given.get(prefix.rstrip(".")) if prefix else given.tree)
         one = next((other for other in fields(kind) if other.name == name), None)
         if one is None:
-            raise InputError(_unknown(kind, name, prefix))
+            raise InputError(_unknown(kind, name, prefix, given))
         hint = kind = get_type_hints(kind)[name]
         prefix += f"{name}."
     assert one is not None

@@ -6,9 +6,11 @@ import ast
 import inspect
 import shutil
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ecgscale.settings import alternatives, is_group, metavar, option_of, places
@@ -30,8 +32,22 @@ def documentation(kind: type) -> dict[str, str]:
     return texts
 
 
-def help_text(config_type: Any, command: str, description: str = "", short: bool = False) -> str:
-    """Usage, and every key with its meaning, type and default. ``short``: a command without groups of keys."""
+More = Mapping[str, Sequence[tuple[Field[Any], type]]]
+"""By group, keys that it has where another class stands there, with the class that has each."""
+
+
+def help_text(
+    config_type: Any,
+    command: str,
+    description: str = "",
+    short: bool = False,
+    more: More = MappingProxyType({}),
+    owners: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Usage, and every key with its meaning, type and default. ``short``: a command without groups of keys.
+
+    ``owners`` says of dotted keys whose they are, where that is not everybody's.
+    """
     positional = places(config_type)
     words = " ".join(f"{one.name.upper()}{' ...' if option_of(one).several else ''}" for one in positional)
     options = "[--option VALUE ...]" if short else "[--config FILE] [--any.key VALUE ...]"
@@ -41,20 +57,26 @@ def help_text(config_type: Any, command: str, description: str = "", short: bool
         lines += ["arguments:", *(_entry(one.name, one, config_type) for one in positional), ""]
     if not short:
         lines += [_wrapped("--config FILE", "YAML file with any of these keys; later arguments win"), ""]
-    lines += _help_of(config_type, "", short)
+    lines += _help_of(config_type, "", short, more, owners)
     return "\n".join(lines).rstrip()
 
 
-def _help_of(kind: Any, prefix: str, dashed: bool = False) -> list[str]:
+def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[str, str]) -> list[str]:
     hints = get_type_hints(kind)
-    own = [one for one in fields(kind) if not is_group(hints[one.name]) and not option_of(one).positional]
+    own = [(one, kind) for one in fields(kind) if not is_group(hints[one.name]) and not option_of(one).positional]
+    own += more.get(prefix.rstrip("."), ())
     lines = []
     if own:
         heading = (kind.__doc__ or "").strip().splitlines()[0].rstrip(".") if prefix else "options"
-        lines += [f"{heading}:", *(_entry(f"--{prefix}{_name_of(one, dashed)}", one, kind, dashed) for one in own), ""]
+        lines.append(f"{heading}:")
+        for one, owner in own:
+            lines.append(
+                _entry(f"--{prefix}{_name_of(one, dashed)}", one, owner, dashed, owners.get(prefix + one.name))
+            )
+        lines.append("")
     for one in fields(kind):
         if is_group(hints[one.name]):
-            lines += _help_of(hints[one.name], f"{prefix}{one.name}.")
+            lines += _help_of(hints[one.name], f"{prefix}{one.name}.", False, more, owners)
     return lines
 
 
@@ -62,10 +84,10 @@ def _name_of(one: Field[Any], dashed: bool) -> str:
     return option_of(one).name or (one.name.replace("_", "-") if dashed else one.name)
 
 
-def _entry(name: str, one: Field[Any], kind: Any, bare: bool = False) -> str:
+def _entry(name: str, one: Field[Any], kind: Any, bare: bool = False, whose: str | None = None) -> str:
     """``bare``: a flag needs no value."""
     hint = get_type_hints(kind)[one.name]
-    text = documentation(kind).get(one.name, "")
+    text = (f"[{whose}] " if whose else "") + documentation(kind).get(one.name, "")
     default = one.default_factory() if one.default_factory is not MISSING else one.default
     if option_of(one).positional:
         return _wrapped(name, text)

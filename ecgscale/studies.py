@@ -11,7 +11,7 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError, file_error
 from ecgscale.export import is_export
 from ecgscale.files import SEAL, finite, parse_json, seal_holds, sealed, write_json
-from ecgscale.objectives import objective_named
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.run import MAY_CHANGE, refuse_other_run
 from ecgscale.training import checkpoint
 
@@ -55,7 +55,7 @@ def refuse_twice(kind: str, given: Iterable[Hashable]) -> None:
 def check_pretraining(config: PretrainConfig, may_change: Collection[str] = STUDY_MAY_CHANGE) -> ShardSet:
     """The data of a pretraining run. Raises InputError where it cannot start, or where another run lies there."""
     shards, run = ShardSet.open(config.data.shards, config.data.cache), Path(config.run.dir)
-    objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
+    OBJECTIVES.find(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
     refuse_other_run(run, config, may_change)
     if (done := checkpoint.latest(run / "checkpoints")) and done.state["data"] != shards.identity:
         raise InputError(f"{run}: was pretrained on other data; remove it or take another run.dir")

@@ -16,7 +16,8 @@ from ecgscale.cost import encoder_flops, parameters, step_flops
 from ecgscale.data.batch import ECGBatch
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import OBJECTIVES, Objective, ObjectiveConfig, build_objective
+from ecgscale.objectives import OBJECTIVES, Objective, build_objective, objective_config
+from small_jobs import config_of
 
 ROWS, SAMPLES = 4, 2500
 
@@ -36,7 +37,7 @@ def test_encoder_of_each_preset(preset, stem, make_batch) -> None:
     with torch.device("meta"):
         encoder = ECGEncoder(config)
     found = counted(lambda: encoder(batch)[0].sum().backward())
-    expected = {part: flops.total for part, flops in step_flops(config, ObjectiveConfig(), ROWS, SAMPLES).items()}
+    expected = {part: flops.total for part, flops in step_flops(config, objective_config(), ROWS, SAMPLES).items()}
     assert found["stem"] == expected["stem"]
     assert found["feature_projection"] == expected["feature_projection"]
     layers = sum(count for name, count in found.items() if name.startswith("layers.") and name.count(".") == 1)
@@ -58,7 +59,7 @@ def test_position(kernel) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_step_of_each_objective(name, form, small_model_config, make_batch) -> None:
     model = replace(small_model_config, position_kernel=15)
-    config = ObjectiveConfig(name=name, global_form=form, augmentations=["none"])
+    config = config_of(name, global_form=form, augmentations=["none"])
     module = build_objective(model, config, seed=0, rate_hz=500.0)
     row = torch.arange(ROWS)
     batch = module.view(
@@ -86,14 +87,14 @@ class Given(nn.Module):
 
 
 def test_contrast_of_all_ranks_and_rows() -> None:
-    model, config = PRESETS["base"], ObjectiveConfig()
+    model, config = PRESETS["base"], objective_config()
     one, two = (step_flops(model, config, rows, SAMPLES, 1024) for rows in (16, 32))
     assert one["contrast"] == two["contrast"] == (2 * 512 * 512 * 768, 4 * 512 * 512 * 768)
     assert all(two[part].total == 2 * one[part].total for part in one if part != "contrast")
 
 
 def test_parameters() -> None:
-    base = parameters(ModelConfig(), ObjectiveConfig())
+    base = parameters(ModelConfig(), objective_config())
     assert sum(base.values()) == 90_883_072  # of the reference implementation
     assert base["mask"] == 768
     assert set(base) - set(parameters(ModelConfig())) == {"quantizer", "local_head"}

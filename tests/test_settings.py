@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
@@ -25,26 +25,6 @@ class Wheel:
     def __post_init__(self) -> None:
         if self.spokes < 3:
             raise InputError(f"wheel.spokes {self.spokes}: give 3 or more")
-
-
-@dataclass(frozen=True)
-class Bell:
-    """What rings."""
-
-    kind: str = "plain"
-    """plain or loud."""
-
-    @classmethod
-    def choose(cls, tree: dict[str, Any]) -> type[Bell]:
-        return Loud if tree.get("kind") == "loud" else cls
-
-
-@dataclass(frozen=True)
-class Loud(Bell):
-    """What rings loudly."""
-
-    decibels: int = 100
-    """At one metre."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +58,6 @@ class Ride:
     map: Path | None = None
     """A file."""
     wheel: Wheel = field(default_factory=Wheel)
-    bell: Bell = field(default_factory=Bell)
     stops: list[Stop] = field(default_factory=list)
     """Each is {name: NAME, minutes: N}."""
 
@@ -96,10 +75,9 @@ def refusal(*words: str) -> str:
 
 def test_words_of_every_kind(tmp_path: Path) -> None:
     words = "home sea hill --gear 3 --dry --lamp-v 5e-1 --tags a,b --tags=c --seat 1 2 --map m.txt"
-    got = ride(*words.split(), "--wheel.spokes=20", "--bell.kind", "loud", "--bell.decibels", "90")
+    got = ride(*words.split(), "--wheel.spokes=20")
     assert (got.start, got.ends, got.gear, got.dry, got.lamp_v) == ("home", ["sea", "hill"], 3, True, 0.5)
     assert (got.tags, got.seats, got.map, got.wheel.spokes) == (("a", "b", "c"), [1, 2], Path("m.txt"), 20)
-    assert got.bell == Loud("loud", 90)
 
 
 def test_a_flag_leaves_places_to_what_follows() -> None:
@@ -126,7 +104,6 @@ def test_files_and_words_in_their_order(tmp_path: Path) -> None:
         ("dry:", ", line 1: dry: a value is missing"),
         ("weel: {spokes: 3}", ", line 1: unknown key weel; did you mean wheel?"),
         ("gear: mid", ", line 1: gear 'mid': give one of 'low', 'high', 3"),
-        ("bell: {decibels: 3}", ", line 1: unknown key bell.decibels; known are bell.kind"),
         ("stops: [inn]", ", line 1: stops[0]: a group of keys, not the value 'inn'"),
         ("stops:\n- {nam: inn}", ", line 1: unknown key stops[0].nam; did you mean stops[0].name?"),
         ("tags: [1]", ", line 1: tags '[1]': give a list of text"),
@@ -174,4 +151,4 @@ def test_help_says_every_key() -> None:
         "(default: 6.0)",
     ):
         assert entry in text, entry
-    assert documentation(Loud) == {"kind": "plain or loud.", "decibels": "At one metre."}
+    assert documentation(Wheel) == {"inches": "Across.", "spokes": "Of one."}

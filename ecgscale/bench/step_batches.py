@@ -12,7 +12,7 @@ from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.source_options import listed
 from ecgscale.data.stream import TrainStream
-from ecgscale.pretrain import SEGMENTS
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.training.loop import TrainConfig
 
 
@@ -31,8 +31,8 @@ def shard_stream(case: Case, rank: int) -> TrainStream:
     places = list(listed(case.shards))
     data = DataConfig(shards=places)
     shards = ShardSet.open(places, data.cache)
-    segment_s = case.samples / shards.rate_hz
-    data = DataConfig(shards=places, segment_s=segment_s, min_record_s=SEGMENTS * segment_s)
+    segment_s, segments = case.samples / shards.rate_hz, OBJECTIVES.find(case.config.objective.name).segments
+    data = DataConfig(shards=places, segment_s=segment_s, min_record_s=segments * segment_s)
     selection = Selection(shards, data, "train")
     order = TrainConfig(global_batch=case.batch * case.ranks).order(selection, case.ranks)
-    return TrainStream(selection, order, rank, case.ranks, SEGMENTS)
+    return TrainStream(selection, order, rank, case.ranks, segments)

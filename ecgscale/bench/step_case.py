@@ -16,10 +16,10 @@ from ecgscale.config import load
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig, build_objective, objective_named
+from ecgscale.model.base import recomputed_layers
+from ecgscale.model.encoder import ModelConfig, refuse_others
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.objective import Objective
-from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
 
 SEED = 0
@@ -34,7 +34,7 @@ class StepConfig:
     """The keys of `ecgscale pretrain` that a step depends on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=objective_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -56,9 +56,9 @@ class Case:
         for name in ("batch", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
+        refuse_others(self.config.model, "a bench of steps")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
-        objective_named(self.config.objective.name)
         recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
@@ -68,7 +68,7 @@ class Case:
     @property
     def rows(self) -> int:
         """Segments of a rank."""
-        return SEGMENTS * self.batch
+        return OBJECTIVES.find(self.config.objective.name).segments * self.batch
 
     def settings(self) -> Settings:
         """What tells cases apart, by stable names."""
@@ -104,7 +104,7 @@ class Case:
         own = self.settings()
         rest = [f"{name}_{own[name]}" for name in ("activation_checkpointing", "compile") if own[name]]
         rest += [f"samples_{self.samples}"] if self.samples != Case.samples else []
-        rest += [str(own["objective"])] if own["objective"] != ObjectiveConfig.name else []
+        rest += [str(own["objective"])] if own["objective"] != DEFAULT else []
         rest += [self._overrides_in_short] if self.overrides else []
         batch = self.found or f"b{self.batch}"
         first = [str(own["preset"]), str(own["stem"]), batch, str(own["precision"])]

@@ -338,6 +338,9 @@ class Inspect(Command):
     plot: list[str] = option(default_factory=list, several=True, metavar="N OUT.png")
     """Draw recording number N: 12 leads, 25 mm/s, 10 mm/mV."""
 
+    encoder: str = option("", metavar="PACKAGE.MODULE:CLASS")
+    """Class of the model's encoder, where that is not one of ours; a model's own word imports nothing."""
+
     def __post_init__(self) -> None:
         if self.plot and len(self.plot) != 2:
             raise InputError(f"--plot {' '.join(self.plot)}: give a number and a file, N OUT.png")
@@ -348,4 +351,4 @@ class Inspect(Command):
         if self.plot:
             print(inspection.plot_recording(self.folder, *self.plot))
         else:
-            print(inspection.summarise(self.folder))
+            print(inspection.summarise(self.folder, self.encoder))

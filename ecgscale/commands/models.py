@@ -31,11 +31,16 @@ class Evaluate(Command):
     out: Path | None = option(None, metavar="FILE.json")
     """Write the report as JSON too."""
 
+    encoder: str = option("", metavar="PACKAGE.MODULE:CLASS")
+    """Class of the model's encoder, where that is not one of ours; a model's own word imports nothing."""
+
     def run(self) -> None:
         from ecgscale.downstream.evaluate import evaluate, table
 
         lead_sets = [tuple(filter(None, leads.split(","))) for leads in self.leads]
-        print(table(evaluate(self.model, self.shards, self.split, lead_sets, self.out, self.min_record_s)))
+        print(
+            table(evaluate(self.model, self.shards, self.split, lead_sets, self.out, self.min_record_s, self.encoder))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +60,14 @@ class Export(Command):
     format: Literal["safetensors", "fairseq", "onnx"] | None = None
     """By default by the ending of OUT, else safetensors."""
 
+    encoder: str = option("", metavar="PACKAGE.MODULE:CLASS")
+    """Class of the model's encoder, where that is not one of ours; a model's own word imports nothing."""
+
     def run(self) -> None:
         from ecgscale.interop.formats import export_as
 
         by_ending = {".pt": "fairseq", ".onnx": "onnx"}.get(self.out.suffix, "safetensors")
-        print(export_as(self.model, self.out, self.format or by_ending))
+        print(export_as(self.model, self.out, self.format or by_ending, self.encoder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,9 @@ class Embed(Command):
     mv_per_count: float | None = None
     """Millivolts per count of integers in an .npy."""
 
+    encoder: str = option("", metavar="PACKAGE.MODULE:CLASS")
+    """Class of the model's encoder, where that is not one of ours; a model's own word imports nothing."""
+
     def run(self) -> None:
         from ecgscale.embed import embed_files
 
@@ -132,5 +143,6 @@ class Embed(Command):
                 parse_renames(self.rename_leads),
                 self.unit,
                 self.mv_per_count,
+                self.encoder,
             )
         )

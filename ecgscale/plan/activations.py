@@ -17,7 +17,10 @@ from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.position import FFT_KERNEL, fast_length
 from ecgscale.model.stem import BLOCKS
 from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives.cmsc import CMSC
+from ecgscale.objectives.keys import GlobalContrast
 from ecgscale.objectives.masking import masked_tokens
+from ecgscale.objectives.wav2vec2 import Wav2Vec2
 from ecgscale.record import LEADS
 
 _FP32 = 4
@@ -65,7 +68,7 @@ def saved_bytes(
         checkpointed_layers: layers of the transformer that keep their input only.
         contrast_rows: segments of all ranks, among which the global objective contrasts; the rank's own by default.
     """
-    tokens, local = samples // model.patch_samples, objective.name.startswith("wav2vec2")
+    tokens, local = samples // model.patch_samples, isinstance(objective, Wav2Vec2.Config)
     once = min(checkpointed_layers, model.depth)
     kept = {
         "stem": rows * _stem(model, samples, storage),
@@ -76,7 +79,7 @@ def saved_bytes(
     }
     if model.pre_norm:
         kept["norm"] = rows * _norm(tokens, model.width, storage)
-    if local:
+    if isinstance(objective, Wav2Vec2.Config):
         usage = 3 * objective.code_groups * objective.codes * _FP32
         kept["local_head"] = rows * _local_head(model, objective, tokens, storage) + usage
     kept["contrast"] = _contrast(model, objective, contrast_rows or rows)
@@ -171,7 +174,7 @@ def _fft_length(model: ModelConfig, tokens: int) -> int:
     return fast_length(max(tokens + model.position_kernel // 2, model.position_kernel))
 
 
-def _local_head(model: ModelConfig, objective: ObjectiveConfig, tokens: int, storage: Storage) -> int:
+def _local_head(model: ModelConfig, objective: Wav2Vec2.Config, tokens: int, storage: Storage) -> int:
     """Quantizer, projections and similarities of the masked places of a row."""
     places = masked_tokens(tokens, objective.time_mask_share)
     codes, width, negatives = objective.code_groups * objective.codes, objective.code_width, objective.negatives
@@ -187,9 +190,9 @@ def _local_head(model: ModelConfig, objective: ObjectiveConfig, tokens: int, sto
 
 def _contrast(model: ModelConfig, objective: ObjectiveConfig, rows: int) -> int:
     """Embeddings and similarities of the segments of all ranks."""
-    if objective.name == "wav2vec2":
+    if not isinstance(objective, GlobalContrast):
         return 0
-    if objective.name in ("simclr", "3kg"):
+    if not isinstance(objective, CMSC.Config):
         return 2 * rows * model.width * _FP32 + 5 * rows * rows * _FP32
     # Embeddings, similarities with the mask that belongs to them: of A with B; of A and of B with themselves too.
     embeddings, similarities, masks = (2, 3, 3) if objective.global_form == "nt_xent" else (1, 2, 1)
@@ -206,7 +209,7 @@ def working_bytes(
     """
     tokens = samples // model.patch_samples
     forward = 0
-    if objective.name.startswith("wav2vec2"):
+    if isinstance(objective, Wav2Vec2.Config):
         places = masked_tokens(tokens, objective.time_mask_share)
         forward = 5 * rows * places * objective.code_groups * objective.codes * _FP32
     token = rows * tokens * storage.element

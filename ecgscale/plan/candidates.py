@@ -10,12 +10,12 @@ from typing import NoReturn
 
 from ecgscale.data.order import check_world_size
 from ecgscale.errors import InputError
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.plan.cluster import Cluster
 from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.memory import Memory, Parallel, memory_of, sizes_of
 from ecgscale.plan.network import collectives_of, communication_s
 from ecgscale.plan.speed import micro_step, update_s
-from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.loop import TrainConfig
 
 _MOST_ROWS = 1 << 16
@@ -102,7 +102,8 @@ def candidate(
 ) -> Candidate:
     """Memory and time of one way. The contrast batch is kept: it is part of the method."""
     model, objective, train = config.model, config.objective, config.train
-    rows = SEGMENTS * train.contrast // cluster.gpus
+    segments = OBJECTIVES.find(objective.name).segments
+    rows = segments * train.contrast // cluster.gpus
     parallel = Parallel(
         zero_stage,
         cluster.gpus,
@@ -112,13 +113,13 @@ def candidate(
         train.accumulation,
         offload,
     )
-    contrast_rows = SEGMENTS * train.contrast
+    contrast_rows = segments * train.contrast
 
     def memory(rows: int, contrast: int) -> Memory:
         return memory_of(model, objective, parallel, rows, samples, checkpointed_layers, contrast)
 
     def fits(pairs: int) -> bool:
-        return memory(SEGMENTS * pairs, SEGMENTS * pairs * cluster.gpus).peak <= cluster.memory_bytes
+        return memory(segments * pairs, segments * pairs * cluster.gpus).peak <= cluster.memory_bytes
 
     done = micro_step(model, objective, parallel, cluster.rates, rows, samples, checkpointed_layers, contrast_rows)
     collectives = collectives_of(model, objective, parallel, contrast_rows)
@@ -141,7 +142,7 @@ def candidate(
         train.accumulation,
         memory(rows, contrast_rows),
         cluster.memory_bytes,
-        SEGMENTS * largest(fits, _MOST_ROWS // SEGMENTS),
+        segments * largest(fits, _MOST_ROWS // segments),
         step,
     )
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ, synthetic_batch
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.memory import sizes_of
@@ -149,6 +149,7 @@ def _alone(
 ) -> float:
     """Seconds of the stem or of the positional convolution, forward and backward."""
     encoder = build_objective(model, objective, 0, SYNTHETIC_RATE_HZ).to(device, dtype).encoder
+    assert isinstance(encoder, ECGEncoder)
     batch = synthetic_batch(rows, samples).to(device)
     tokens = samples // model.patch_samples
     given = torch.randn(rows, tokens, model.width, device=device).to(dtype).requires_grad_()

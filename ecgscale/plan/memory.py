@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, build_objective, objective_config
 from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes, working_bytes
 from ecgscale.record import LEADS
 from ecgscale.training.engine import BUCKET
@@ -83,12 +84,13 @@ class Memory:
 
 def sizes_of(model: ModelConfig, objective: ObjectiveConfig) -> tuple[int, ...]:
     """Elements of each parameter of the encoder and of the objective's heads; nothing is allocated."""
-    return _sizes(model, objective.name, objective.code_groups, objective.codes, objective.code_width)
+    keys = OBJECTIVES.find(objective.name).shape_keys
+    return _sizes(model, objective.name, tuple((key, getattr(objective, key)) for key in keys))
 
 
 @cache
-def _sizes(model: ModelConfig, name: str, code_groups: int, codes: int, code_width: int) -> tuple[int, ...]:
-    objective = ObjectiveConfig(name=name, code_groups=code_groups, codes=codes, code_width=code_width)
+def _sizes(model: ModelConfig, name: str, shape: tuple[tuple[str, Any], ...]) -> tuple[int, ...]:
+    objective = objective_config(name, **dict(shape))
     with torch.device("meta"):
         module = build_objective(model, objective, seed=0, rate_hz=500.0)
     return tuple(prod(parameter.shape) for parameter in module.parameters())

@@ -13,6 +13,7 @@ from typing import Literal
 
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives.keys import GlobalContrast, Quantizing
 from ecgscale.plan.memory import LIVE, Parallel, sizes_of
 from ecgscale.training.engine import BUCKET
 
@@ -105,11 +106,11 @@ def collectives_of(
 def _of_objective(model: ModelConfig, objective: ObjectiveConfig, contrast_rows: int, micro: int) -> list[Collective]:
     """Embeddings and sums over ranks, forward and back: few bytes, but each waits for all ranks."""
     found = []
-    if objective.name != "wav2vec2":
+    if isinstance(objective, GlobalContrast):
         gathered = contrast_rows * (4 * model.width + 8 + 8)
         found.append(Collective("all-gather", "embeddings", 3 * micro, micro * gathered))
         found.append(Collective("all-reduce", "their gradients", micro, micro * contrast_rows * 4 * model.width))
-    if objective.name.startswith("wav2vec2"):
+    if isinstance(objective, Quantizing):
         codes = 4 * objective.code_groups * objective.codes
         found.append(Collective("all-reduce", "code usage", 4 * micro, micro * (3 * codes + 4)))
     return found

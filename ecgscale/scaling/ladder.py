@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ecgscale import progress
 from ecgscale.config import PretrainConfig, RunConfig, load
 from ecgscale.cost import parameters, step_flops
@@ -18,9 +20,9 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import Diverged, InputError
 from ecgscale.json_lines import read_json_lines
-from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import objective_named
-from ecgscale.pretrain import SEGMENTS, pretrain
+from ecgscale.model import EncoderConfig, build_encoder
+from ecgscale.objectives import OBJECTIVES
+from ecgscale.pretrain import pretrain
 from ecgscale.run import leave_run
 from ecgscale.studies import (
     STUDY_MAY_CHANGE,
@@ -188,14 +190,14 @@ def validation_at(run: Path, step: int) -> dict[str, float | None]:
 
 
 @cache
-def encoder_parameters(model: ModelConfig) -> int:
+def encoder_parameters(model: EncoderConfig) -> int:
     """Parameters of an encoder, without allocating any."""
     return sum(parameters(model).values())
 
 
 def step_cost(config: PretrainConfig, samples: int) -> int:
     """FLOPs of one step over all ranks."""
-    rows = config.train.contrast * SEGMENTS
+    rows = config.train.contrast * OBJECTIVES.find(config.objective.name).segments
     parts = step_flops(config.model, config.objective, rows, samples)
     return config.train.accumulation * sum(part.total for part in parts.values())
 
@@ -206,10 +208,11 @@ def cells(config: ScalingConfig) -> list[Cell]:
     for size in config.sizes:
         base = config.resolved(size)
         objective = base.objective.name
-        if config.loss not in (losses := ("loss", *objective_named(objective).named_losses)):
+        if config.loss not in (losses := ("loss", *OBJECTIVES.find(objective).named_losses)):
             raise InputError(f"loss {config.loss!r}: {objective} has {', '.join(losses)}")
         try:
-            recomputed_layers(base.engine.activation_checkpointing, base.model.depth)
+            with torch.device("meta"):
+                build_encoder(base.model, base.engine.activation_checkpointing)
         except InputError as error:
             raise InputError(f"sizes, {size.name}: {error}") from error
         samples, per_step = _step_of(base)
@@ -239,7 +242,8 @@ def _steps(tokens: float, per_step: int) -> int:
 def _step_of(config: PretrainConfig) -> tuple[int, int]:
     """Samples of a segment, and tokens of a step."""
     samples = round(config.data.segment_s * ShardSet.open(config.data.shards, config.data.cache).rate_hz)
-    return samples, config.train.global_batch * SEGMENTS * (samples // config.model.patch_samples)
+    segments = config.train.global_batch * OBJECTIVES.find(config.objective.name).segments
+    return samples, segments * (samples // config.model.patch_samples)
 
 
 def next_sizes(config: ScalingConfig) -> list[tuple[str, int, float]]:

@@ -12,7 +12,7 @@ import torch
 
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan import check, command, measure
 from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.config import ClusterConfig, PlanConfig
@@ -32,12 +32,12 @@ def quick(monkeypatch):
 
 
 def test_rates_are_measured(quick):
-    rates = measure.measure_rates(PRESETS["tiny"], ObjectiveConfig(), EngineConfig(), samples=320, rows=2)
+    rates = measure.measure_rates(PRESETS["tiny"], objective_config(), EngineConfig(), samples=320, rows=2)
     assert set(rates.products_flops_per_s) == {64, 128}
     assert min(rates.products_flops_per_s.values()) > 0
     assert set(PARTS) <= set(rates.seconds_per_byte)
     assert rates.update_s_per_parameter > 0
-    assert micro_step(PRESETS["tiny"], ObjectiveConfig(), ONE, rates, 2, 320).total > 0
+    assert micro_step(PRESETS["tiny"], objective_config(), ONE, rates, 2, 320).total > 0
 
 
 def test_rows_are_enough_when_a_row_takes_no_less():
@@ -64,8 +64,8 @@ def test_what_is_short_is_done_often_between_two_looks_at_the_clock(monkeypatch)
 def test_what_a_step_takes_beyond_its_products_is_found_again():
     model = replace(PRESETS["tiny"], depth=1, pre_norm=True)
     seconds = {"stem": 3.0, "position": 2.0, "layers": 5.0, "rest": 7.0}
-    rates = measure._rates(model, ObjectiveConfig(), "cpu", "fp32", 8, 2500, {64: 1e15}, seconds, 0.0)
-    parts = micro_step(model, ObjectiveConfig(), ONE, rates, 8, 2500).parts
+    rates = measure._rates(model, objective_config(), "cpu", "fp32", 8, 2500, {64: 1e15}, seconds, 0.0)
+    parts = micro_step(model, objective_config(), ONE, rates, 8, 2500).parts
     rest = parts["features"] + parts["local_head"] + parts["contrast"]
     assert [parts["stem"], parts["position"], parts["layers"], rest] == pytest.approx([3, 2, 5, 7], rel=1e-3)
 
@@ -83,7 +83,7 @@ def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
     ("stage", "precision", "device"), [(0, "bf16", "cuda"), (1, "bf16", "cuda"), (0, "fp32", "cuda")]
 )
 def test_only_stage_0_in_bf16_reads_each_parameter_back(stage, precision, device):
-    model, objective, free = PRESETS["base"], ObjectiveConfig(), Rates("", {64: 1e12}, {}, 0.0)
+    model, objective, free = PRESETS["base"], objective_config(), Rates("", {64: 1e12}, {}, 0.0)
     parameters = len(sizes_of(model, objective))
     read = parameters * READ_S if stage == 0 and precision == "bf16" else 0.0
     assert update_s(model, objective, Parallel(stage, 8, precision, device), free) == pytest.approx(read)
@@ -122,7 +122,7 @@ def test_an_unknown_gpu_is_refused_before_it_is_measured(monkeypatch):
 
 
 def test_contrast_is_in_fp32_and_everything_that_is_kept_costs_time():
-    model, objective = replace(PRESETS["base"], pre_norm=True), ObjectiveConfig(name="cmsc")
+    model, objective = replace(PRESETS["base"], pre_norm=True), objective_config(name="cmsc")
     parallel = Parallel(1, 64, "bf16", "cuda")
     rates = Rates.of_device("x", 1000e12, 0.5, 1e12, 0.0, True, fp32_slower=15.0)
     parts = micro_step(model, objective, parallel, rates, 8, 2500, contrast_rows=16_384).parts

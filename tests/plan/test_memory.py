@@ -12,7 +12,7 @@ from ecgscale.cost import parameters
 from ecgscale.data.batch import synthetic_batch
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.cmsc import cmsc_loss
 from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes
 from ecgscale.plan.check import predicted_memory
@@ -26,16 +26,16 @@ from small_jobs import NO_DROPOUT, SMALL
 TINY = PRESETS["tiny"]
 DRY = replace(TINY, dropout=0.0, attention_dropout=0.0, feature_dropout=0.0)
 CASES = {
-    "fp32": (TINY, ObjectiveConfig(), "fp32"),
-    "no dropout": (DRY, ObjectiveConfig(), "fp32"),
-    "bf16": (TINY, ObjectiveConfig(), "bf16"),
-    "patch stem": (replace(TINY, stem="patch", patch_samples=25), ObjectiveConfig(), "fp32"),
-    "norm first": (replace(TINY, pre_norm=True), ObjectiveConfig(), "fp32"),
-    "direct convolution": (replace(TINY, position_kernel=15), ObjectiveConfig(), "fp32"),
-    "local alone": (TINY, ObjectiveConfig(name="wav2vec2"), "fp32"),
-    "global alone": (TINY, ObjectiveConfig(name="cmsc"), "fp32"),
-    "nt-xent": (TINY, ObjectiveConfig(name="cmsc", global_form="nt_xent"), "fp32"),
-    "simclr": (TINY, ObjectiveConfig(name="simclr"), "fp32"),
+    "fp32": (TINY, objective_config(), "fp32"),
+    "no dropout": (DRY, objective_config(), "fp32"),
+    "bf16": (TINY, objective_config(), "bf16"),
+    "patch stem": (replace(TINY, stem="patch", patch_samples=25), objective_config(), "fp32"),
+    "norm first": (replace(TINY, pre_norm=True), objective_config(), "fp32"),
+    "direct convolution": (replace(TINY, position_kernel=15), objective_config(), "fp32"),
+    "local alone": (TINY, objective_config(name="wav2vec2"), "fp32"),
+    "global alone": (TINY, objective_config(name="cmsc"), "fp32"),
+    "nt-xent": (TINY, objective_config(name="cmsc", global_form="nt_xent"), "fp32"),
+    "simclr": (TINY, objective_config(name="simclr"), "fp32"),
 }
 
 
@@ -100,14 +100,14 @@ def test_a_large_contrast_keeps_what_is_counted(form):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         cmsc_loss(embedding_BD, batch.patient_B, batch.segment_B, 0.1, form == "nt_xent")
-    objective = ObjectiveConfig(name="cmsc", global_form=form)
+    objective = objective_config(name="cmsc", global_form=form)
     counted = saved_bytes(TINY, objective, 2, 1250, Storage.on("cpu", "fp32", TINY), contrast_rows=rows)["contrast"]
     assert counted == pytest.approx(sum(one.untyped_storage().nbytes() for one in kept.values()), rel=0.02)
 
 
 def test_checkpointed_layers_keep_their_input_only():
-    predicted = saved_bytes(TINY, ObjectiveConfig(), 4, 1250, Storage.on("cpu", "fp32", TINY), checkpointed_layers=2)
-    kept = kept_for_backward(TINY, ObjectiveConfig(), "fp32", layers=2)
+    predicted = saved_bytes(TINY, objective_config(), 4, 1250, Storage.on("cpu", "fp32", TINY), checkpointed_layers=2)
+    kept = kept_for_backward(TINY, objective_config(), "fp32", layers=2)
     assert sum(predicted.values()) == pytest.approx(sum(kept.values()), rel=0.002)
 
 
@@ -132,7 +132,7 @@ def test_fused_attention_keeps_no_weights():
 
 
 def test_a_gpu_keeps_less():
-    cpu, gpu = (sum(saved_bytes(TINY, ObjectiveConfig(), 4, 1250, Storage.on(where, "fp32", TINY)).values())
+    cpu, gpu = (sum(saved_bytes(TINY, objective_config(), 4, 1250, Storage.on(where, "fp32", TINY)).values())
                 for where in ("cpu", "cuda"))  # fmt: skip
     assert gpu < 0.6 * cpu
 
@@ -140,7 +140,7 @@ def test_a_gpu_keeps_less():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_are_counted_without_memory(preset):
     model = PRESETS[preset]
-    assert sum(sizes_of(model, ObjectiveConfig())) == sum(parameters(model, ObjectiveConfig()).values())
+    assert sum(sizes_of(model, objective_config())) == sum(parameters(model, objective_config()).values())
 
 
 def test_state_of_each_stage_is_what_the_zero_paper_says():
@@ -172,7 +172,7 @@ def test_shares_are_padded_to_equal_ones(stage, ranks):
 def test_peaks_grow_with_rows_and_shrink_with_checkpointing_and_stage():
     def peak(stage: int, rows: int, layers: int = 0) -> int:
         model = PRESETS["huge"]
-        return memory_of(model, ObjectiveConfig(), Parallel(stage, 64, "bf16", "cuda"), rows, 2500, layers).peak
+        return memory_of(model, objective_config(), Parallel(stage, 64, "bf16", "cuda"), rows, 2500, layers).peak
 
     assert peak(1, 16) < peak(1, 32) < peak(1, 64)
     assert peak(1, 64, layers=36) < peak(1, 64, layers=6) < peak(1, 64)
@@ -191,7 +191,7 @@ def test_optimizer_state_and_checkpoint_are_exact(shards, jobs, tmp_path):
                  "--train.steps=1"])  # fmt: skip
     state = Checkpoint.open(checkpoints(run / "checkpoints")[-1])
     model = ModelConfig(**state.state["config"]["model"])
-    objective = ObjectiveConfig(**state.state["config"]["objective"])
+    objective = objective_config(**state.state["config"]["objective"])
     n = sum(sizes_of(model, objective))
     assert sum(t.numel() for t in state.tensors("weight").values()) == n
     tensor_bytes = 0

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.failures import daly_interval_s, effective_share, simulated_share, young_interval_s
 from ecgscale.plan.memory import Parallel, sizes_of
 from ecgscale.plan.network import Network, collective_s, collectives_of, communication_s
 
 WITHIN = Network(1, 8, 1e-6, 100e9, 0.0, 1.0)
-GLOBAL, LOCAL = ObjectiveConfig(name="cmsc"), ObjectiveConfig(name="wav2vec2")
+GLOBAL, LOCAL = objective_config(name="cmsc"), objective_config(name="wav2vec2")
 
 
 def volume(stage: int, accumulation: int = 1, ranks: int = 8) -> dict[tuple[str, str], int]:
@@ -62,7 +62,7 @@ def test_volume_of_each_stage():
 def test_what_the_objective_sends():
     parallel = Parallel(0, 8, "bf16", "cuda")
     local = {one.what for one in collectives_of(PRESETS["base"], LOCAL, parallel, 128)}
-    both = {one.what for one in collectives_of(PRESETS["base"], ObjectiveConfig(), parallel, 128)}
+    both = {one.what for one in collectives_of(PRESETS["base"], objective_config(), parallel, 128)}
     assert "embeddings" not in local
     assert {"embeddings", "code usage"} <= both
 
@@ -75,7 +75,7 @@ def test_two_ranks_send_what_is_predicted():
     command = [sys.executable, str(Path(__file__).parent / "sent_bytes.py"), json.dumps(ways)]
     environment = os.environ | {"MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
     said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=120, check=True).stdout
-    model, objective = replace(PRESETS["tiny"], depth=2), ObjectiveConfig()
+    model, objective = replace(PRESETS["tiny"], depth=2), objective_config()
     for (stage, accumulation), line in zip(ways, said.splitlines(), strict=True):
         sent = json.loads(line)
         parallel = Parallel(stage, 2, "fp32", "cpu", whole_below=1000, accumulation=accumulation)

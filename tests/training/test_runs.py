@@ -15,7 +15,7 @@ from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.simulate import Simulation
 from ecgscale.training import checkpoint
-from small_jobs import NO_DROPOUT, SMALL, events, losses
+from small_jobs import NO_DROPOUT, events, losses, small
 
 # fp32 sums over ranks are added up in another order: 1e-7 relative per loss, which six updates by Adam amplify.
 TOLERANCE = 2e-5
@@ -27,7 +27,7 @@ PROJECTED = ["--train.projected_recordings=2"]
 
 
 def job(shards: Path, run: Path, *more: str) -> list[str]:
-    return ["pretrain", *SMALL, f"--data.shards={shards}", f"--run.dir={run}", *more]
+    return ["pretrain", *small(f"--data.shards={shards}", f"--run.dir={run}", *more)]
 
 
 @pytest.fixture(scope="module")
