@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from ecgscale import progress
 from ecgscale.config import PretrainConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.order import Order
 from ecgscale.data.persons import apart
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
@@ -56,21 +58,8 @@ def pretrain(config: PretrainConfig) -> Path:
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
     held_out = Selection(shards, config.data, "validation")
-    log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
-               f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
-    log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
-    for line in apart(shards) if ranks.first else ():
+    for line in _told(config, selection, held_out, order, kernels) if ranks.first else ():
         log(ranks, line)
-    log(ranks, kernels)
-    for registry, name in ((OBJECTIVES, config.objective.name), (ENCODERS, config.model.encoder)):
-        if is_code(name):
-            log(ranks, f"{registry.key} {registry.place(name)}")
-    if order.mixture is not None:
-        log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
-    if config.data.min_record_s < kind.segments * config.data.segment_s:
-        log(ranks, f"recordings shorter than {kind.segments * config.data.segment_s:g} s give shorter segments, padded")
-    if kind.training_only:
-        log(ranks, f"an export leaves out {', '.join(kind.training_only)}")
     keep_trained_on(run, config.init.model, PRETRAINING, selection, ranks)
     stream = TrainStream(selection, order, ranks.rank, ranks.world_size, kind.segments)
     contrast_rows = kind.segments * config.train.contrast
@@ -107,6 +96,29 @@ def pretrain(config: PretrainConfig) -> Path:
             log(ranks, f"no embeddings for the projector: {error}")
     leave_run(run)
     return export
+
+
+def _told(
+    config: PretrainConfig, selection: Selection, held_out: Selection, order: Order, kernels: str
+) -> Iterator[str]:
+    """What a run's log begins with: its recordings, whose code learns from them, and what is odd."""
+    kind, data = OBJECTIVES.find(config.objective.name), config.data
+    yield (
+        f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
+        f"{selection.too_short} shorter than {data.min_record_s:g} s left out"
+    )
+    yield f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out"
+    yield from apart(selection.shards)
+    yield kernels
+    for registry, name in ((OBJECTIVES, config.objective.name), (ENCODERS, config.model.encoder)):
+        if is_code(name):
+            yield f"{registry.key} {registry.place(name)}"
+    if order.mixture is not None:
+        yield f"shares: {', '.join(selection.shares(order.mixture))}"
+    if data.min_record_s < kind.segments * data.segment_s:
+        yield f"recordings shorter than {kind.segments * data.segment_s:g} s give shorter segments, padded"
+    if kind.training_only:
+        yield f"an export leaves out {', '.join(kind.training_only)}"
 
 
 def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig, encoder: str = "") -> None:
