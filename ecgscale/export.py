@@ -49,6 +49,7 @@ _TYPES: dict[str, type] = {
     "codes": dict,
     "source": dict,
     "neighbours": int,
+    "exclusive": bool,
     _PARTS: list,
 }
 

@@ -1,4 +1,4 @@
-"""An objective and an encoder from a folder outside the packages, through everything that a run goes through."""
+"""An objective, an encoder and a task from a folder outside the packages, through all that a run goes through."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ import yaml
 from safetensors.torch import load_file
 
 import ecgscale
-from conftest import TOYS
+from conftest import TOYS, export_weights
 from ecgscale.cli import main
 from ecgscale.config import PretrainConfig
 from ecgscale.config import load as load_config
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.errors import InputError
+from ecgscale.export import write_export
+from ecgscale.inspection import summarise_model
 from ecgscale.simulate import Simulation
 from ecgscale.training.checkpoint import Checkpoint, latest
+from ecgscale_launch.results import figures
 from small_jobs import events, losses
 
 OBJECTIVE, ENCODER = "toylab.amplitude:Amplitude", "toylab.recurrent:Recurrent"
+TASK = "toylab.how_many:HowMany"
+OWN_TASK = [f"--task.kind={TASK}", "--task.most=3"]
 OWN_OBJECTIVE = [f"--objective.name={OBJECTIVE}", "--objective.mixtures=4"]
 OWN_ENCODER = [f"--model.encoder={ENCODER}", "--model.width=8", "--model.depth=2"]
 OWN = [*OWN_OBJECTIVE, *OWN_ENCODER]
@@ -161,6 +166,61 @@ def test_it_is_fine_tuned_evaluated_and_begun_with(shards, jobs, runs, tmp_path)
     tuned = json.loads((tmp_path / "tuned" / "export" / "config.json").read_text())
     assert tuned["model"]["encoder"] == ENCODER
     assert tuned["parts"] == ["encoder", "head"]
+
+
+def tuned(shards: Path, runs: Path, run: Path, *more: str) -> list[str]:
+    places = ["--init", str(runs / "whole"), f"--init.encoder={ENCODER}", f"--data.shards={shards}"]
+    few = ["--train.global_batch=8", "--train.steps=2", "--data.min_record_s=5", "--train.log_every=1"]
+    return ["finetune", *places, f"--run.dir={run}", *few, *OWN_TASK, *more]
+
+
+def test_a_task_is_learnt_scored_and_imported_where_its_user_names_it(shards, jobs, runs, tmp_path):
+    run = tmp_path / "tuned"
+    named = [f"--encoder={ENCODER}", f"--task={TASK}", f"--out={tmp_path / 'again.json'}"]
+    said = jobs.run(1, tuned(shards, runs, run), ["evaluate", str(run), f"--data.shards={shards}", *named])
+    assert f"task.kind {TASK} from {TOYS / 'toylab' / 'how_many.py'}" in said
+    config = yaml.safe_load((run / "config.yaml").read_text())["task"]
+    assert (config["kind"], config["codes"], config["most"]) == (TASK, "Dx", 3)
+    assert {"label", "classes", "arcface_scale"}.isdisjoint(config)
+    report = json.loads((run / "evaluation-test.json").read_text())
+    assert report["recordings"] == report["coverage"]["used"] > 0
+    assert report["headline"] == figures(run) == {"mean_error": report["mean_error"]["value"]}
+    assert json.loads((tmp_path / "again.json").read_text())["mean_error"] == report["mean_error"]
+    assert list(losses(run)) == [1, 2]
+    assert json.loads((run / "export" / "config.json").read_text())["parts"] == ["encoder", "head"]
+
+
+@pytest.mark.usefixtures("on_path")
+def test_a_model_imports_no_task_by_itself(shards, make_model, tmp_path, refusal):
+    model = make_model(classes=1)
+    said = model.about | {"task": {"kind": TASK, "most": 3}, "min_record_s": 5.0}
+    export = write_export(tmp_path / "export", export_weights(model), said)
+    evaluate = ["evaluate", export, f"--data.shards={shards}"]
+    assert refusal(*evaluate) == (
+        f"ecgscale: {export}: task.kind '{TASK}' is code that is not ours; name it in your command to have it imported "
+        "(evaluate --task NAME)\n"
+    )
+    assert f"its task is '{TASK}', not 'multilabel'" in refusal(*evaluate, "--task=multilabel")
+    assert ecgscale.load(export).head is not None, "weights are read without code"
+    assert summarise_model(export).count(f"task        {TASK}") == 1
+    assert "toylab" not in sys.modules
+    assert "the model takes 500 Hz, the shards have 250 Hz" in refusal(*evaluate, f"--task={TASK}")
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([f"--task.kind={TASK}x"], "has no class HowManyx; did you mean toylab.how_many:HowMany?"),
+        ([f"--task.kind={OBJECTIVE}"], f"task.kind '{OBJECTIVE}': is no Task"),
+        (["--task.kind=toylab.unfinished:NoScore"], "does not define objective, score of ecgscale.downstream.task."),
+        ([*OWN_TASK, "--task.label=Dx"], f"task.label belongs to multilabel and singlelabel, not to {TASK}"),
+        ([*OWN_TASK, "--task.most=0"], "task.most 0: give 1 or more"),
+        ([*OWN_TASK, "--task.protocol=probe"], f"task.protocol probe: task.kind {TASK} has finetune alone"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused_in_one_line(given, said, refusal):
+    assert said in refusal("finetune", *given, "--init=x", "--data.shards=x", "--run.dir=y")
 
 
 @pytest.mark.usefixtures("on_path")

@@ -1,4 +1,4 @@
-"""What an objective or an encoder is, its own file says: nobody asks elsewhere for its name."""
+"""What an objective, an encoder or a task is, its own file says: nobody asks elsewhere for its name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ecgscale.downstream import TASKS
 from ecgscale.model import ENCODERS
 from ecgscale.objectives import OBJECTIVES
 
@@ -31,11 +32,26 @@ def names_in(path: Path) -> set[str]:
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-@pytest.mark.parametrize(("registry", "room"), [(OBJECTIVES, "objectives"), (ENCODERS, "model")], ids=str)
+ROOMS = [(OBJECTIVES, "objectives"), (ENCODERS, "model"), (TASKS, "downstream")]
+
+
+@pytest.mark.parametrize(("registry", "room"), ROOMS, ids=str)
 def test_no_other_room_has_a_name_of_the_registry(registry, room):
     assert len(others(room)) > 100
     for path in others(room):
         assert not names_in(path) & set(registry), path
+
+
+def test_no_file_of_the_room_asks_which_task_it_is():
+    own = {place.partition(":")[0].rpartition(".")[2] for place in TASKS._ours.values()}
+    others = [path for path in sorted((ROOT / "ecgscale/downstream").glob("*.py")) if path.stem not in own]
+    assert len(others) > 10
+    for path in others:
+        assert path.stem == "__init__" or not names_in(path) & set(TASKS), path
+        assert not any(
+            isinstance(node, ast.Compare) and ".kind" in ast.unparse(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+        ), path
 
 
 def test_no_other_room_knows_an_objective_by_its_class():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ecgscale.downstream.task import Task
 from ecgscale.model import Encoder
 from ecgscale.objectives import Objective
 from toylab.amplitude import Amplitude
@@ -24,4 +25,11 @@ class NoDefault(Encoder):
         raise NotImplementedError
 
     def contextualise(self, token_BND, valid_BN, masked_BN=None):
+        raise NotImplementedError
+
+
+class NoScore(Task):
+    """Says neither what is learnt nor how a model does."""
+
+    def label(self, shards, splits=(), seed=0, trained=None):
         raise NotImplementedError
