@@ -1,9 +1,10 @@
-"""An objective, an encoder and a task from a folder outside the packages, through all that a run goes through."""
+"""What comes from a folder outside the packages, through all that ours goes through: one class of each kind."""
 
 from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ecgscale.cli import main
 from ecgscale.config import PretrainConfig
 from ecgscale.config import load as load_config
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
 from ecgscale.export import write_export
 from ecgscale.inspection import summarise_model
@@ -28,6 +30,7 @@ from ecgscale_launch.results import figures
 from small_jobs import events, losses
 
 OBJECTIVE, ENCODER = "toylab.amplitude:Amplitude", "toylab.recurrent:Recurrent"
+LAYOUT = "toylab.csv_folder:CsvFolder"
 TASK = "toylab.how_many:HowMany"
 OWN_TASK = [f"--task.kind={TASK}", "--task.most=3"]
 OWN_OBJECTIVE = [f"--objective.name={OBJECTIVE}", "--objective.mixtures=4"]
@@ -263,3 +266,69 @@ def test_names_may_stand_in_a_config_file(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(given))
     config = load_config(PretrainConfig, ["--config", str(tmp_path / "own.yaml")])
     assert (config.objective.mixtures, config.model.patch_samples) == (3, 25)
+
+
+# --- a layout ---
+
+
+@pytest.fixture
+def csv_folder(tmp_path: Path, smooth_ecg) -> Path:
+    """Six recordings of three people, two leads, and one that cannot be read."""
+    folder = tmp_path / "ward" / "ecgs"
+    folder.mkdir(parents=True)
+    for number in range(6):
+        lines = [",".join(f"{value:.4f}" for value in row) for row in smooth_ecg(250, 6, seed=number)[:2].T]
+        (folder / f"p{number // 2}_{number}.csv").write_text("\n".join(["I,II", *lines]))
+    (folder / "p9_9.csv").write_text("I,II\n0.1,x\n")
+    return folder
+
+
+def test_a_layout_is_read_by_workers_and_in_parts(csv_folder, jobs, tmp_path):
+    how = [f"--layout={LAYOUT}", "--source-rate-hz=250", "--rate-hz=250", "--records-per-shard=2"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    jobs.run(
+        1,
+        ["ingest", str(csv_folder), str(whole), *how, "--workers=2"],
+        *(["ingest", str(csv_folder), str(parted), *how, "--workers=1", f"--part={i}/2"] for i in (2, 1)),
+        ["ingest", str(csv_folder.parent), str(parted), *how, "--merge"],
+        ["verify", str(whole)],
+    )
+    files = sorted(path.name for path in whole.iterdir() if path.suffix in (".tar", ".csv"))
+    assert len([name for name in files if name.endswith(".tar")]) == 3
+    assert all((parted / name).read_bytes() == (whole / name).read_bytes() for name in files)
+    assert "p9_9.csv: could not convert string" in (whole / "rejected.csv").read_text()
+    shards = ShardSet.open(whole)
+    assert (len(shards), len(np.unique(shards.column("patient")))) == (6, 3)
+    record = shards.record(0)
+    expected_LT = np.loadtxt(csv_folder / f"{record.name}.csv", delimiter=",", skiprows=1).T
+    np.testing.assert_allclose(record.millivolts(), expected_LT, atol=2e-3)
+
+
+@pytest.mark.usefixtures("on_path")
+def test_it_is_said_whose_layout_it_is(csv_folder, tmp_path, capsys):
+    how = [f"--layout={LAYOUT}", "--source-rate-hz=250", "--workers=1"]
+    assert main(["ingest", str(csv_folder.parent), str(tmp_path / "out"), *how]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"layout {LAYOUT} from {TOYS / 'toylab' / 'csv_folder.py'}"
+    assert second == f"{csv_folder}: 7 ECGs as CSV", "it lies a level deeper"
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "no WFDB header (*.hea) in or below it"),
+        ([f"--layout={LAYOUT}"], ".csv files say no sample rate; give --source-rate-hz"),
+        ([f"--layout={LAYOUT}", "--unit=uV"], f"--unit does not go with layout {LAYOUT}, only with code15, npy"),
+        ([f"--layout={LAYOUT}s"], "has no class CsvFolders; did you mean toylab.csv_folder:CsvFolder?"),
+        ([f"--layout={TASK}"], f"layout '{TASK}': is no Layout"),
+        (["--layout=toylab.unfinished:NoRead"], "does not define open, read of ecgscale.data.sources.layout.Layout"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_in_one_line(csv_folder, given, said, refusal, tmp_path):
+    assert said in refusal("ingest", csv_folder, tmp_path / "out", *given)
+    packed = tmp_path / "packed.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.write(csv_folder / "p0_0.csv", "p0_0.csv")
+    whole = [f"--layout={LAYOUT}", "--source-rate-hz=250"]
+    assert f"layout {LAYOUT} is not read from an archive" in refusal("ingest", packed, tmp_path / "out", *whole)

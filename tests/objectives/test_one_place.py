@@ -1,4 +1,4 @@
-"""What an objective, an encoder or a task is, its own file says: nobody asks elsewhere for its name."""
+"""What an objective, an encoder, a task or a layout is, its own file says: nobody asks elsewhere for its name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ecgscale.data.source_options import LAYOUTS
 from ecgscale.downstream import TASKS
 from ecgscale.model import ENCODERS
 from ecgscale.objectives import OBJECTIVES
@@ -52,6 +53,12 @@ def test_no_file_of_the_room_asks_which_task_it_is():
             isinstance(node, ast.Compare) and ".kind" in ast.unparse(node)
             for node in ast.walk(ast.parse(path.read_text()))
         ), path
+
+
+def test_no_other_file_knows_a_known_data_set():
+    known = set(LAYOUTS) - {"npy", "wfdb"}  # which are names of formats too
+    assert len(known) > 3
+    assert {path.name for path in modules() if names_in(path) & known} == {"source_options.py"}
 
 
 def test_no_other_room_knows_an_objective_by_its_class():

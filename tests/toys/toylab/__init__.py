@@ -1,1 +1,1 @@
-"""What a user's own package may hold: an objective, an encoder and a task that ecgscale does not know."""
+"""What a user's own package may hold: an objective, an encoder, a task and a layout that ecgscale does not know."""

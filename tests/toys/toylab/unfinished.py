@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ecgscale.data.sources.layout import FileSource
 from ecgscale.downstream.task import Task
 from ecgscale.model import Encoder
 from ecgscale.objectives import Objective
@@ -32,4 +33,11 @@ class NoScore(Task):
     """Says neither what is learnt nor how a model does."""
 
     def label(self, shards, splits=(), seed=0, trained=None):
+        raise NotImplementedError
+
+
+class NoRead(FileSource):
+    """Says neither how it is opened nor how a recording is read."""
+
+    def items(self):
         raise NotImplementedError
