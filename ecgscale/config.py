@@ -214,7 +214,7 @@ def _nested(key: str, text: str, config_type: type) -> dict[str, Any]:
     value: Any = {}
     _check_keys(_unflatten(key, None), config_type, "")
     for part in key.split("."):
-        kind = get_type_hints(kind)[part]
+        kind = kind.__args__[1] if getattr(kind, "__origin__", None) is dict else get_type_hints(kind)[part]
     if is_dataclass(kind):
         raise InputError(
             f"--{key}: a group of keys; give one of {', '.join(f'--{key}.{f.name}' for f in fields(kind))}"

@@ -161,10 +161,12 @@ def first_difference(before: Any, config: Any, may_change: Collection[str] = MAY
 
 
 def _default(config: Any, key: str) -> Any:
-    """What a dotted key of a config tree is where nothing is given."""
+    """What a dotted key of a config tree is where nothing is given; None of one that a user has named."""
     *groups, name = key.split(".")
     for group in groups:
         config = getattr(config, group)
+    if isinstance(config, dict):
+        return None
     (one,) = (field for field in fields(config) if field.name == name)
     return one.default if one.default_factory is MISSING else one.default_factory()
 

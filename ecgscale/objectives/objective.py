@@ -179,3 +179,10 @@ class Objective(nn.Module):
         features = self.encoder.features(batch.with_lead_draw(draws.lead_draw))
         masked_BN = draws.time_mask.masked_BN if draws.time_mask else None
         return Encoded(features, self.encoder.contextualise(features.token_BND, features.valid_BN, masked_BN))
+
+    def after_step(self, step: int) -> None:
+        """Update what is not trained, such as a teacher's frozen parameters or a buffer; called after each update.
+
+        All ranks call it together, without gradients, and its parameters are whole and in fp32 meanwhile. What it
+        writes must be the same on all ranks. Steps that were skipped do not call it.
+        """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ def _update(
             engine.backward(loss)
         progress.at(step, "update")
         with clock("optimizer"):
-            updated = engine.step(learning_rate)
+            updated = engine.step(learning_rate, step)
         parts.append(micro_parts)
     return updated, parts
 
@@ -288,13 +288,12 @@ def _start(job: Job, ranks: Ranks, resumed: checkpoint.Checkpoint | None) -> tup
         )
     if resumed:
         resumed.check_fits(job.objective)
-    weights = resumed.tensors("weight") if resumed else None
+    weights = resumed.module_state() if resumed else None
     micro_rows = job.train.contrast // ranks.world_size
     engine = Engine(job.objective, job.engine, ranks, job.train.accumulation, micro_rows, weights)
-    engine.create_optimizer_state(engine.put(job.stream.micro_batch(0, 0)))
     if resumed is None:
         return engine, 0, Skipped()
-    engine.set_optimizer(resumed.reader(), resumed.state["optimizer_steps"])
+    engine.set_optimizer(resumed.reader(), resumed.optimizer())
     return engine, resumed.step, Skipped(resumed.state["skipped"], resumed.state["skipped_in_a_row"])
 
 
@@ -387,7 +386,8 @@ def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skippe
         "position": step * job.train.global_batch,
         "skipped": skipped.total,
         "skipped_in_a_row": skipped.in_a_row,
-        "optimizer_steps": engine.optimizer_steps(),
+        "optimizer_steps": step - skipped.total,
+        "optimizer": asdict(engine.optimizer_state()),
         "data": job.identity,
         "config": job.config,
         "about": job.about,
