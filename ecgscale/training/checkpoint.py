@@ -252,7 +252,8 @@ def _collect(engine: Engine) -> dict[str, Tensor]:
         if writer == engine.ranks.rank:
             mine |= {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
     if engine.ranks.first:
-        mine |= {f"buffer.{name}": engine.buffer(name).detach().to("cpu", copy=True) for name in engine.buffers}
+        kept = engine.untrained
+        mine |= {f"buffer.{name}": kept.buffer(name).detach().to("cpu", copy=True) for name in kept.buffers}
     return mine
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import chain
@@ -23,12 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.errors import InputError
-from ecgscale.objectives.objective import Objective
+from ecgscale.training import optimizers
 from ecgscale.training.compiling import compile_layers
 from ecgscale.training.engine_config import EngineConfig
-from ecgscale.training.module_state import persistent_buffers, standing_in, take_those_of_the_first_rank
-from ecgscale.training.optimizers import OptimizerState, build_optimizer, layout_of, spare_the_compiler, state_of
+from ecgscale.training.module_state import Untrained, own_after_step, standing_in, unwritten
 from ecgscale.training.ranks import Ranks
 from ecgscale.training.transfer import Transfer
 
@@ -61,20 +59,22 @@ class Engine:
         named = dict(module.named_parameters())
         self.shapes = {name: p.shape for name, p in named.items()}
         self.trained = [name for name, p in named.items() if p.requires_grad]
-        self.frozen = [name for name, p in named.items() if not p.requires_grad]
-        self.buffers = persistent_buffers(module)
         # What is rounded to bf16 for the model: DeepSpeed makes its masters from it, and of frozen ones it has none.
         masters = {n: p.detach().clone() for n, p in named.items()} if config.precision == "bf16" else {}
-        self._frozen_masters = {name: masters[name].to(ranks.device) for name in self.frozen if masters}
         if config.compile:
             compile_layers(module, ranks.device)
-        self._after_step = _own_after_step(module)
+        self._after_step = own_after_step(module)
         self._engine = _initialize(module, config, accumulation, micro_batch, ranks.world_size)
         self._parameters = dict(self._engine.module.named_parameters())
+        frozen = {name: value.to(ranks.device) for name, value in masters.items() if name not in self.trained}
+        self.untrained = Untrained(self._engine.module, frozen, self._gathered)
         self._skipped = False
-        self._layout = layout_of(config.optimizer, config.arguments, ranks.device)
-        self._forget_first_updates()
-        self._set_master_weights({name: masters[name] for name in self.trained if masters})
+        self._layout = optimizers.layout_of(config.optimizer, config.arguments, ranks.device)
+        # DeepSpeed 0.19.8 has let the optimizer do an update for itself in bf16 at stage 0: it begins anew.
+        self._base_optimizer.state.clear()
+        self._base_optimizer.param_groups[0].update(self._layout.group)
+        for name in self.trained if masters else []:
+            self._set(name, masters[name])
 
     def forward(self, batch: ECGBatch, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and parts of one micro-step, for a batch that was ``put`` on the device."""
@@ -97,20 +97,17 @@ class Engine:
             self._engine.step()
             return True
         if self._plain:
-            self._skipped = not self._clip_plain()
+            self._plain_norm, finite = optimizers.clip_gradient(self._parameters.values(), self.config.clip_norm)
+            self._skipped = not finite
         self._engine.step()
         if not self._plain:
             self._skipped = bool(self._engine.optimizer.overflow)
-        self._agree_on_buffers()
+        self.untrained.agree_on_buffers()
         if self._after_step is not None and not self._skipped:
             with torch.no_grad(), self._whole():
                 self._after_step(step)
-            self._agree_on_buffers()
+            self.untrained.agree_on_buffers()
         return not self._skipped
-
-    def _agree_on_buffers(self) -> None:
-        """What ranks keep in buffers is the first rank's, as in DistributedDataParallel: one value can be saved."""
-        take_those_of_the_first_rank([self.buffer(name) for name in self.buffers])
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -118,18 +115,14 @@ class Engine:
 
         In fp32 below stage 3 they are its own; else copies stand in for them, gathered by all ranks together.
         """
-        seen = self._parameters
+        module, seen = self._engine.module, self._parameters
         copied = self.config.precision == "bf16" or self.config.zero_stage == 3
         if copied:
             seen = {n: nn.Parameter(self.weight(n), requires_grad=p.requires_grad) for n, p in seen.items()}
-        before = {name: seen[name]._version for name in self.trained}
-        with standing_in(self._engine.module, seen if copied else {}):
+        with standing_in(module, seen if copied else {}), unwritten({n: seen[n] for n in self.trained}, module):
             yield
-        if written := [name for name in self.trained if seen[name]._version != before[name]]:
-            kind = type(self._engine.module).__name__
-            raise InputError(f"{kind}.after_step writes into {written[0]}, which the optimizer trains; copy it")
         if copied:
-            self._set_frozen({name: seen[name].detach() for name in self.frozen})
+            self.untrained.take({name: p.detach() for name, p in seen.items() if name in self.untrained})
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient before clipping; infinity where it was skipped."""
@@ -142,17 +135,6 @@ class Engine:
         """Whether PyTorch's optimizer runs bare, without DeepSpeed's checks: stage 0 in fp32."""
         return self.config.zero_stage == 0 and self.config.precision == "fp32"
 
-    def _clip_plain(self) -> bool:
-        """Clip the gradient; False where it is not finite, and then it is dropped, so that the update does nothing."""
-        parameters = [p for p in self._parameters.values() if p.grad is not None]
-        self._plain_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        finite = bool(self._plain_norm.isfinite())
-        if not finite:
-            self._engine.module.zero_grad(set_to_none=True)
-        elif self.config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, self._plain_norm)
-        return finite
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """No gradient and no dropout."""
@@ -163,37 +145,11 @@ class Engine:
         finally:
             self._engine.train()
 
-    # -- state by name -----------------------------------------------------------------------------------------------
-
     def weight(self, name: str) -> Tensor:
         """One parameter as it is now, whole, fp32. All ranks call it together."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        return self.untrained.weight(name) if name in self.untrained else self._get(name).detach()
 
-        if name in self.frozen:
-            return self._frozen_weight(name)
-        if self.config.zero_stage == 0:
-            return self._unsharded[name].detach()
-        value: Tensor = safe_get_full_fp32_param(self._parameters[name])
-        return value.reshape(self.shapes[name])
-
-    def _frozen_weight(self, name: str) -> Tensor:
-        """A frozen parameter: of bf16 its master, but where a forward pass has written into the model's own."""
-        with self._gathered([name]):
-            own: Tensor = self._parameters[name].detach()
-            if self.config.zero_stage == 3:
-                own = own.clone()
-        if name not in self._frozen_masters:
-            return own
-        master = self._frozen_masters[name]
-        return torch.where(master.to(own.dtype) == own, master, own.float())
-
-    def _set_frozen(self, values: Mapping[str, Tensor]) -> None:
-        with self._gathered(values, written=True):
-            for name, value in values.items():
-                self._parameters[name].data.copy_(value)
-        self._frozen_masters |= {name: values[name] for name in self._frozen_masters}
-
-    def _gathered(self, names: Iterable[str], written: bool = False) -> AbstractContextManager[None]:
+    def _gathered(self, names: Collection[str], written: bool) -> AbstractContextManager[None]:
         """At stage 3, parameters are whole meanwhile; what is ``written`` into them, by all ranks alike, stays."""
         import deepspeed
 
@@ -203,64 +159,34 @@ class Engine:
         )
         return gathered
 
-    def buffer(self, name: str) -> Tensor:
-        """One persistent buffer as it is now on this rank."""
-        value: Tensor = self._engine.module.get_buffer(name)
-        return value
-
     def module_state(self) -> dict[str, Tensor]:
         """Parameters, whole and fp32, and persistent buffers, on the CPU. All ranks call it together."""
         weights = {name: self.weight(name).cpu() for name in self.shapes}
-        return weights | {name: self.buffer(name).cpu() for name in self.buffers}
+        return weights | {name: self.untrained.buffer(name).cpu() for name in self.untrained.buffers}
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self) -> optimizers.OptimizerState:
         """What the optimizer has kept so far; its slots' tensors are read one by one."""
-        return state_of(self._base_optimizer, self._layout)
+        return optimizers.state_of(self._base_optimizer, self._layout)
 
     def slot(self, name: str, slot: str) -> Tensor:
         """What the optimizer keeps of a parameter under one of its slots, such as exp_avg: whole, fp32.
 
         All ranks call it together.
         """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self.config.zero_stage == 0:
-            updated = self._unsharded[name]
-            kept: Tensor | None = self._base_optimizer.state[updated].get(slot)
-            return torch.zeros_like(updated) if kept is None else kept  # one that never had a gradient has none
         self._link_slots()
-        value: Tensor = safe_get_full_optimizer_state(self._parameters[name], slot)
-        return value.reshape(self.shapes[name])
+        return self._get(name, slot)
 
-    def set_optimizer(self, slot: Callable[[str, str], Tensor], state: OptimizerState) -> None:
+    def set_optimizer(self, slot: Callable[[str, str], Tensor], state: optimizers.OptimizerState) -> None:
         """Give the optimizer what another engine's ``slot`` and ``optimizer_state`` gave."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        if not self._layout.fits(state):
-            raise InputError(
-                f"engine.optimizer {self.config.optimizer} keeps {_listed(self._layout.slots, self._layout.scalars)}, "
-                f"the checkpoint has {_listed(state.slots, state.scalars)} of it"
-            )
+        self._layout.check(self.config.optimizer, state)
         self._base_optimizer.param_groups[0].update(state.group)
-        if not state.slots and not state.scalars:
-            return
-        for tensor in self._updated_tensors:
-            self._base_optimizer.state[tensor] = self._layout.entry(tensor, state)
+        if state.slots or state.scalars:
+            for tensor in self._updated_tensors:
+                self._base_optimizer.state[tensor] = self._layout.entry(tensor, state)
         self._link_slots()
         for name in self.trained:
             for kind in state.slots:
-                value = slot(name, kind).to(self.ranks.device)
-                if self.config.zero_stage == 0:
-                    self.slot(name, kind).copy_(value)
-                elif self.config.zero_stage == 3:
-                    safe_set_local_optimizer_state(self._parameters[name], self._share(name, value), kind)
-                else:
-                    safe_set_full_optimizer_state(self._parameters[name], value, kind)
-
-    def _forget_first_updates(self) -> None:
-        """DeepSpeed 0.19.8 lets the optimizer do one for itself in bf16 at stage 0; ours begins at the first step."""
-        self._base_optimizer.state.clear()
-        self._base_optimizer.param_groups[0].update(self._layout.group)
+                self._set(name, slot(name, kind), kind)
 
     def _link_slots(self) -> None:
         """DeepSpeed's getters of stages 1 and 2 know the slots that were there at the first update."""
@@ -268,17 +194,27 @@ class Engine:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _set_master_weights(self, weights: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+    def _get(self, name: str, slot: str | None = None) -> Tensor:
+        """The fp32 values that the optimizer updates, or what it keeps of them, whole."""
+        parameter = self._parameters[name]
+        if self.config.zero_stage == 0:
+            updated = self._unsharded[name]
+            kept = updated if slot is None else self._base_optimizer.state[updated].get(slot)
+            return torch.zeros_like(updated) if kept is None else kept  # one that never had a gradient has none
+        if self.config.zero_stage == 3:
+            value: Tensor = parameter._z3_optimizer.get_full_hp_param(parameter, slot)
+        else:
+            value = parameter.get_full_hp_param(slot)
+        return value.reshape(self.shapes[name])
 
-        for name, weight in weights.items():
-            value = weight.to(self.ranks.device)
-            if self.config.zero_stage == 0:
-                self._unsharded[name].data.copy_(value)
-            elif self.config.zero_stage == 3:
-                safe_set_local_fp32_param(self._parameters[name], self._share(name, value))
-            else:
-                safe_set_full_fp32_param(self._parameters[name], value)
+    def _set(self, name: str, value: Tensor, slot: str | None = None) -> None:
+        parameter, value = self._parameters[name], value.to(self.ranks.device)
+        if self.config.zero_stage == 0:
+            self._get(name, slot).data.copy_(value)
+        elif self.config.zero_stage == 3:
+            parameter._z3_optimizer.set_local_hp_param(self._share(name, value), parameter, slot)
+        else:
+            parameter.set_full_hp_param(value, slot)
 
     def _share(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a parameter at stage 3. DeepSpeed 0.19.8 cannot cut one that does not come out even."""
@@ -314,21 +250,11 @@ class Engine:
         return base
 
 
-def _listed(*names: Iterable[str]) -> str:
-    return ", ".join(chain(*names)) or "nothing"
-
-
-def _own_after_step(module: nn.Module) -> Callable[[int], None] | None:
-    """What a module does after each update; None for one that does nothing, for which nothing is gathered."""
-    own: Callable[[int], None] | None = getattr(module, "after_step", None)
-    return None if getattr(own, "__func__", None) is Objective.after_step else own
-
-
 def _spare_the_compiler() -> None:
     """DeepSpeed 0.19.8 imports an optimizer that is compiled, Muon, to see whether it is the one it was given."""
     if "torch._dynamo" in sys.modules:
         return
-    spare_the_compiler()
+    optimizers.spare_the_compiler()
     with patch.object(torch, "compile", lambda function=None, **_: function or (lambda plain: plain)):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
@@ -350,12 +276,12 @@ def _initialize(module: nn.Module, config: EngineConfig, accumulation: int, micr
         # One parameter group: with several, DeepSpeed 0.19.8 links only the first one's moments to the parameters.
         # At learning rate 0: DeepSpeed's own first update of stage 0 in bf16 changes no weight.
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = build_optimizer(config.optimizer, config.arguments, trained)
+        optimizer = optimizers.build_optimizer(config.optimizer, config.arguments, trained)
         settings = {
             "train_batch_size": micro_batch * accumulation * world_size,
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
-            # Stage 0 in fp32 clips in Engine._clip_plain; everywhere else DeepSpeed does (and its default is 1.0).
+            # Stage 0 in fp32 clips in Engine.step; everywhere else DeepSpeed does (and its default is 1.0).
             "gradient_clipping": 0.0 if config.zero_stage == 0 and config.precision == "fp32" else config.clip_norm,
             "bf16": {"enabled": config.precision == "bf16"},
             "zero_optimization": {

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,12 @@ class Layout:
             entry[name] = torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
         return entry
 
-    def fits(self, state: OptimizerState) -> bool:
-        """Whether it is the state of such an optimizer."""
-        numbers = (state.scalars.keys(), state.group.keys() - self.group.keys())
-        return (state.slots, *numbers) in ((list(self.slots), self.scalars.keys(), set()), ([], set(), set()))
+    def check(self, name: str, state: OptimizerState) -> None:
+        """Raises InputError unless it is the state of such an optimizer, or of one that has done nothing."""
+        own, given = (list(self.slots), self.scalars.keys()), (state.slots, state.scalars.keys())
+        if given not in (own, ([], set())) or not state.group.keys() <= self.group.keys():
+            kept, saved = ([*slots, *numbers] for slots, numbers in (own, given))
+            raise InputError(f"engine.optimizer {name} keeps {kept}, the checkpoint has {[*saved, *state.group]} of it")
 
 
 def layout_of(name: str, options: Mapping[str, Any], device: torch.device) -> Layout:
@@ -130,6 +132,22 @@ def state_of(optimizer: torch.optim.Optimizer, layout: Layout) -> OptimizerState
     scalars = {name: entry[name] for name in layout.scalars}
     scalars = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
     return OptimizerState(list(layout.slots), scalars, group)
+
+
+def clip_gradient(parameters: Iterable[nn.Parameter], most: float) -> tuple[Tensor, bool]:
+    """Clip the gradient to a norm (0: any). Its norm before, and whether that is finite.
+
+    If not, the gradient is dropped, so that the update does nothing.
+    """
+    learning = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in learning])
+    finite = bool(norm.isfinite())
+    if not finite:
+        for parameter in learning:
+            parameter.grad = None
+    elif most:
+        torch.nn.utils.clip_grads_with_norm_(learning, most, norm)
+    return norm, finite
 
 
 def spare_the_compiler() -> None:

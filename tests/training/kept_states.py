@@ -47,14 +47,14 @@ def train(run: str, engine: dict[str, Any], until: int, save: list[int]) -> None
     ours = Engine(module, config, ranks, 1, ROWS // ranks.world_size, resumed.module_state() if resumed else None)
     if resumed:
         ours.set_optimizer(resumed.reader(), resumed.optimizer())
-    teacher = {name: ours.weight(name).clone() for name in ours.frozen}
+    teacher = {name: ours.weight(name).clone() for name in ours.shapes if name in ours.untrained}
     for step in range(resumed.step if resumed else 0, until):
         loss, _ = ours.forward(ours.put(batch_of(step)), step=step)
         ours.backward(loss)
         updated = ours.step(1e-2, step)
         assert updated == (step + 1 != SKIPPED)
         check_teacher(ours, teacher, updated)
-        assert ours.buffer("of_a_rank").item() == 1
+        assert ours.untrained.buffer("of_a_rank").item() == 1
         if step + 1 in save:
             state = {"about": {}, "position": 0, "skipped": 0, "skipped_in_a_row": 0, "data": "", "config": {}}
             state |= {"optimizer_steps": 0, "optimizer": vars(ours.optimizer_state())}

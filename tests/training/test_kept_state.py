@@ -20,8 +20,8 @@ from ecgscale.data.batch import ECGBatch, synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.export import export_engine
 from ecgscale.objectives.objective import Objective
-from ecgscale.training.engine import Engine, EngineConfig, _own_after_step
-from ecgscale.training.module_state import standing_in
+from ecgscale.training.engine import Engine, EngineConfig
+from ecgscale.training.module_state import own_after_step, standing_in
 from ecgscale.training.ranks import start_ranks
 from own_parts import Teaching
 
@@ -185,7 +185,7 @@ def test_an_export_holds_what_is_frozen_and_kept_as_it_is_now(stage, precision, 
     weights = load_file(tmp_path / "export" / "model.safetensors")
     assert torch.equal(weights["teacher.0.weight"], engine.weight("teacher.0.weight"))
     assert not torch.equal(weights["teacher.0.weight"], begun)
-    assert torch.equal(weights["queue"], engine.buffer("queue"))
+    assert torch.equal(weights["queue"], engine.untrained.buffer("queue"))
     assert weights["place"].item() == 6
 
 
@@ -195,9 +195,9 @@ class DoesNothing(Objective):
 
 
 def test_nothing_is_gathered_for_an_objective_that_keeps_nothing() -> None:
-    assert _own_after_step(DoesNothing()) is None
-    assert _own_after_step(nn.Linear(1, 1)) is None
-    assert _own_after_step(Teaching()) is not None
+    assert own_after_step(DoesNothing()) is None
+    assert own_after_step(nn.Linear(1, 1)) is None
+    assert own_after_step(Teaching()) is not None
 
 
 class Tied(nn.Module):
