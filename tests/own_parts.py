@@ -91,3 +91,11 @@ class Factored(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter]["row"] = torch.zeros(parameter.shape[:1])
+
+
+def steps_down(step: int, steps: int, warmup_steps: int, final: float) -> float:
+    return 1.0 if 2 * step < steps else 0.1
+
+
+def rises_below_zero(step: int, steps: int, warmup_steps: int, final: float) -> float:
+    return step - 1.0

@@ -14,7 +14,6 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import TrainStream
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.metrics import Work, device_peak
-from ecgscale.training.schedule import learning_rate_factor
 from ecgscale.training.train_config import TrainConfig
 from ecgscale.training.validation import Validation
 
@@ -43,11 +42,7 @@ class Job:
 
     def learning_rate(self, step: int, steps: int = 0) -> float:
         """The rate at ``step`` (from 0) of a run of ``steps``; 0: of as many as it has."""
-        train = self.train
-        factor = learning_rate_factor(
-            step, steps or train.steps, train.schedule, train.warmup_steps, train.final_lr_ratio
-        )
-        return self.engine.learning_rate * factor
+        return self.engine.learning_rate * self.train.learning_rate_factor(step, steps)
 
     def work(self, device: torch.device) -> Work:
         """What a step amounts to."""

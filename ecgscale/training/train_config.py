@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ecgscale.data.order import Order, check_world_size, default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.errors import InputError
-from ecgscale.training.schedule import Schedule
+from ecgscale.training.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class TrainConfig:
     """C: recordings per micro-step over all ranks, among which the global objective contrasts. 0: the global batch."""
     lanes: int = 0
     """Lanes of the order; the number of ranks must divide it. 0: 64, or the largest divisor of it and C."""
-    schedule: Schedule = "constant"
-    """Learning rate after the warm-up: constant, linear, cosine or tri_stage."""
+    schedule: str = "constant"
+    """Learning rate after the warm-up: constant, linear, cosine, tri_stage, or package.module:function of your own that
+    gives the share of the peak rate for (step, steps, warmup_steps, final_lr_ratio)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises."""
     final_lr_ratio: float = 0.01
@@ -86,6 +87,12 @@ class TrainConfig:
             raise InputError(
                 f"train.global_batch {self.global_batch} is no multiple of train.contrast_batch {self.contrast}"
             )
+
+        self.learning_rate_factor(self.warmup_steps)  # refuses a schedule that is none
+
+    def learning_rate_factor(self, step: int, steps: int = 0) -> float:
+        """The share of the peak learning rate at ``step`` (from 0) of ``steps``; 0: of as many as there are."""
+        return learning_rate_factor(step, steps or self.steps, self.schedule, self.warmup_steps, self.final_lr_ratio)
 
     @property
     def contrast(self) -> int:
