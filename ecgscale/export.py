@@ -7,6 +7,7 @@ its task.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,7 @@ from ecgscale.weights import open_tensors, refuse_nonfinite, save_tensors
 FORMAT = "ecgscale-export/2"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+TRAINED_ON = "trained_on.keys"  # of an export and of a run folder; see ``ecgscale.trained_on``
 _FORMAT_WITHOUT_CHECKSUMS = "ecgscale-export/1"  # as earlier versions wrote it
 _LONGEST_SAMPLES = 1 << 20  # of a segment: attention over its tokens has long gone beyond any memory
 _WEIGHTS_SHA256 = "weights_sha256"  # key of the config
@@ -70,9 +72,12 @@ class Profile:
             raise InputError(f"profile: leads {self.leads}; this version knows {LEADS}")
 
 
-def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
+def write_export(
+    folder: Path, weights: dict[str, Tensor], about: dict[str, Any], trained_on: Path | None = None
+) -> Path:
     """Write the weights of PREFIXES with what is to be known about them; complete or absent.
 
+    ``trained_on``: the file that says on which recordings, which is copied if it is there.
     Raises InputError for weights that are not finite and where the path is wrong, MachineError where the disk fails;
     an export that stood there then still stands.
     """
@@ -80,6 +85,8 @@ def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]
     refuse_nonfinite(used, f"{folder}: not exported")
     with whole_folder(folder) as partial:
         save_tensors(partial / WEIGHTS, used)
+        if trained_on is not None and trained_on.is_file():
+            shutil.copyfile(trained_on, partial / TRAINED_ON)
         write_json(partial / CONFIG, _sealed(about | {_WEIGHTS_SHA256: file_sha256(partial / WEIGHTS)}))
     return folder
 
@@ -103,10 +110,10 @@ def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, 
     return {"model": asdict(model), "profile": asdict(profile)} | task
 
 
-def export_engine(folder: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
-    """The engine's weights as an export. All ranks call it together."""
-    weights = engine.module_state()
-    first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}))
+def export_engine(run: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
+    """The engine's weights as the export of a run folder. All ranks call it together."""
+    weights, folder = engine.module_state(), run / "export"
+    first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}, run / TRAINED_ON))
     return folder
 
 
@@ -119,8 +126,8 @@ def export_run(run: Path, out: Path) -> Path:
     """The newest state of a run as an export; refuses to overwrite anything that is no export."""
     if out.exists() and not is_export(out):
         raise InputError(f"{out}: exists and is no export; give a new folder")
-    _, weights, about = read_model(run)
-    return write_export(out, weights, about)
+    place, weights, about = read_model(run)
+    return write_export(out, weights, about, trained_on_file(place))
 
 
 def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -137,6 +144,11 @@ def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
 def read_about(path: Path) -> tuple[Path, dict[str, Any]]:
     """What ``read_model`` gives but the weights, of which none is read."""
     return _newest(path)
+
+
+def trained_on_file(place: Path) -> Path:
+    """Where it stands of an export, or of a checkpoint in ``checkpoints/`` of a run, whether it is there or not."""
+    return (place if (place / CONFIG).is_file() else place.parents[1]) / TRAINED_ON
 
 
 def weights_sha256(path: Path) -> str:

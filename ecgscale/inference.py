@@ -142,8 +142,8 @@ class ECGModel:
     ) -> Embedding:
         """Embeddings of ECGs, in millivolts unless ``unit`` or ``mv_per_count`` says otherwise.
 
-        Their numbers are checked as `ecgscale ingest` checks them: leads without a signal are masked, and what else is
-        odd is logged as a warning, see ``ecgscale.data.plausibility``.
+        Their numbers are checked as `ecgscale ingest` checks them: leads without a signal, or of NaN alone, are masked,
+        and that and what else is odd is logged as a warning, see ``ecgscale.data.plausibility``.
 
         Args:
             signal_mv: (leads, samples) or (recordings, leads, samples).
@@ -154,8 +154,9 @@ class ECGModel:
             unit: of floats: V, mV (also where nothing is said) or uV, with a factor where need be, such as 0.5mV.
             mv_per_count: of integers, which say no unit.
 
-        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, a rate
-        or a duration that no ECG has, numbers that are no ECG's, and recordings below one token.
+        Raises InputError for unknown leads, a shape that does not fit, NaN in a lead that has numbers too, integers
+        without ``mv_per_count``, a rate or a duration that no ECG has, numbers that are no ECG's, and recordings below
+        one token.
         """
         signal_RLT = np.asarray(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:

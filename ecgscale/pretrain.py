@@ -13,7 +13,7 @@ from ecgscale import progress
 from ecgscale.config import PretrainConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.copies import copies_apart
+from ecgscale.data.persons import apart
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
@@ -24,6 +24,7 @@ from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import CODES, Objective, build_objective, objective_named
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, leave_run
+from ecgscale.trained_on import PRETRAINING, keep_trained_on
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
@@ -60,13 +61,14 @@ def pretrain(config: PretrainConfig) -> Path:
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
     log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
-    if ranks.first and (copies := copies_apart(shards)):
-        log(ranks, copies)
+    for line in apart(shards) if ranks.first else ():
+        log(ranks, line)
     log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
     if config.data.min_record_s < SEGMENTS * config.data.segment_s:
         log(ranks, f"recordings shorter than {SEGMENTS * config.data.segment_s:g} s give shorter segments, padded")
+    keep_trained_on(run, config.init.model, PRETRAINING, selection, ranks)
     stream = TrainStream(selection, order, ranks.rank, ranks.world_size, SEGMENTS)
     contrast_rows = SEGMENTS * config.train.contrast
     flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
@@ -93,7 +95,7 @@ def pretrain(config: PretrainConfig) -> Path:
     engine = train(job, ranks)
     # A run that had gone further is exported as it is, also where fewer steps are asked for now.
     step = max([config.train.steps, *map(step_of, checkpoints(run / "checkpoints"))])
-    export = export_engine(run / "export", engine, job.about, step)
+    export = export_engine(run, engine, job.about, step)
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:

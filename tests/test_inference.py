@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ecgscale import inference
+from ecgscale.data.plausibility import BLANK
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
@@ -182,6 +183,15 @@ def test_what_is_odd_is_logged_and_flat_leads_are_masked(model, ecg_12_s, caplog
     named = "recording 1 (V2), recording 2 (V2), recording 3 (V2) and 1 more"
     assert f"4 records: leads without a signal are left out as absent; {named}" in caplog.messages
     assert any("I + III = II" in message for message in caplog.messages), "its leads are drawn independently"
+
+
+def test_a_lead_of_nan_alone_is_masked(model, ecg_12_s, caplog):
+    blank_LT = ecg_12_s.copy()
+    blank_LT[7] = np.nan
+    embedding = model.embed(np.stack([ecg_12_s, blank_LT]), 500, LEADS).record_embedding
+    alone = model.embed(np.delete(ecg_12_s, 7, axis=0), 500, [lead for lead in LEADS if lead != "V2"]).record_embedding
+    np.testing.assert_allclose(embedding[1], alone[0], **CLOSE)
+    assert f"1 records: {BLANK}; recording 1 (V2)" in caplog.messages
 
 
 @pytest.mark.parametrize(("option", "said"), [({"unit": "mm"}, "unit 'mm'"), ({"mv_per_count": 0.0}, "mv_per_count 0")])

@@ -181,7 +181,7 @@ def test_an_export_holds_what_is_frozen_and_kept_as_it_is_now(stage, precision, 
     begun = engine.weight("teacher.0.weight").clone()
     for step in range(3):
         one_step(engine, step)
-    export_engine(tmp_path / "export", engine, {}, 3)
+    export_engine(tmp_path, engine, {}, 3)
     weights = load_file(tmp_path / "export" / "model.safetensors")
     assert torch.equal(weights["teacher.0.weight"], engine.weight("teacher.0.weight"))
     assert not torch.equal(weights["teacher.0.weight"], begun)
