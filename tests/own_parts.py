@@ -93,6 +93,17 @@ class Factored(torch.optim.Optimizer):
             self.state[parameter]["row"] = torch.zeros(parameter.shape[:1])
 
 
+class Misnamed(torch.optim.Optimizer):
+    """Keeps what a checkpoint would take for the parameter itself."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["weight"] = torch.zeros_like(parameter)
+
+
 def steps_down(step: int, steps: int, warmup_steps: int, final: float) -> float:
     return 1.0 if 2 * step < steps else 0.1
 

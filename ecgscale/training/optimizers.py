@@ -104,6 +104,10 @@ def layout_of(name: str, options: Mapping[str, Any], device: torch.device) -> La
         raise InputError(f"engine.optimizer {name}: cannot do a step from gradients alone ({reason})") from error
     slots, scalars = [], {}
     for key, value in optimizer.state[parameter].items():
+        if "." in str(key) or key in ("weight", "buffer"):  # names in a checkpoint are SLOT.PARAMETER
+            raise InputError(
+                f"engine.optimizer {name}: keeps {key!r}; give it a name without dots, not weight or buffer"
+            )
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == torch.float32:
             slots.append(key)
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):

@@ -137,7 +137,8 @@ def _is_of_an_optimizer(state: dict[str, Any]) -> bool:
     if not all(isinstance(one, dict) for one in numbers):
         return False
     values = [value for one in numbers for value in one.values()]
-    return all(isinstance(slot, str) for slot in state["slots"]) and all(isinstance(v, (int, float)) for v in values)
+    plausible = all(isinstance(value, (int, float)) and abs(value) < 1 << 63 for value in values)  # NaN is not
+    return plausible and all(isinstance(slot, str) for slot in state["slots"])
 
 
 def _names_content(about: Any) -> bool:

@@ -244,6 +244,7 @@ LIES: dict[str, dict[str, object]] = {
     "an optimizer without its numbers": {"optimizer": {"slots": [], "scalars": {}}},
     "a slot of the optimizer that is a number": {"optimizer": {"slots": [1], "scalars": {}, "group": {}}},
     "a step of the optimizer as text": {"optimizer": {"slots": [], "scalars": {"step": "1"}, "group": {}}},
+    "a step of the optimizer beyond all": {"optimizer": {"slots": [], "scalars": {"step": 10**400}, "group": {}}},
     "a list of the optimizer's numbers": {"optimizer": {"slots": [], "scalars": [], "group": {}}},
     "no model": {"about": []},
     "another format": {"format": 7},

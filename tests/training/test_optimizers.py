@@ -80,6 +80,10 @@ def test_what_an_optimizer_keeps_is_seen_by_trying_it(name, options, slots, scal
             ["--engine.optimizer=own_parts:Factored"],
             "engine.optimizer own_parts:Factored: keeps row, a torch.float32 tensor of [2], for a parameter of [2, 3]",
         ),
+        (
+            ["--engine.optimizer=own_parts:Misnamed"],
+            "keeps 'weight'; give it a name without dots, not weight or buffer",
+        ),
         (["--engine.optimizer=torch.optim:Adagrad"], "keeps state before its first step"),
         (["--engine.optimizer=torch.optim:LBFGS"], "cannot do a step from gradients alone"),
     ],
