@@ -23,6 +23,7 @@ class Teaching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.student = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, WIDTH))
+        self.scale = nn.Parameter(torch.ones(1))  # fewer elements than ranks
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(QUEUE, WIDTH))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
@@ -34,7 +35,7 @@ class Teaching(nn.Module):
 
     def forward(self, batch: ECGBatch, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         x_BL = (1e-3 * batch.signal_BLT.float().mean(-1)).to(self.student[0].weight.dtype)
-        said_BD = self.student(x_BL).float()
+        said_BD = (self.scale * self.student(x_BL)).float()
         with torch.no_grad():
             meant_BD = self.teacher(x_BL).float()
             gathered_BD = gather_rows(meant_BD, share=True)
