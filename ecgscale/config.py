@@ -31,8 +31,8 @@ from ecgscale.model import DEFAULT as USUAL_ENCODER
 from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
-from ecgscale.training.engine import EngineConfig
-from ecgscale.training.loop import TrainConfig
+from ecgscale.training.engine_config import EngineConfig
+from ecgscale.training.train_config import TrainConfig
 
 Config = TypeVar("Config")
 

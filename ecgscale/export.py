@@ -130,7 +130,7 @@ def about_model(model: EncoderConfig, profile: Profile, **task: Any) -> dict[str
 
 def export_engine(run: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
     """The engine's weights as the export of a run folder. All ranks call it together."""
-    weights, folder = {name: engine.weight(name).cpu() for name in engine.shapes}, run / "export"
+    weights, folder = engine.module_state(), run / "export"
     first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}, run / TRAINED_ON))
     return folder
 
@@ -153,9 +153,10 @@ def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     place, about = _newest(path)
     if (place / CONFIG).is_file():
         return place, _read_weights(place, about), about
-    weights = Checkpoint.open(place).tensors("weight")
+    checkpoint = Checkpoint.open(place)
+    weights = checkpoint.tensors("weight")
     _check_numbers(weights, place)
-    return place, weights, about
+    return place, weights | {name: buffer.float() for name, buffer in checkpoint.tensors("buffer").items()}, about
 
 
 def read_about(path: Path) -> tuple[Path, dict[str, Any]]:

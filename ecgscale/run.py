@@ -165,12 +165,14 @@ def first_difference(before: Any, config: Any, may_change: Collection[str] = MAY
 
 
 def _default(config: Any, key: str) -> Any:
-    """What a dotted key of a config tree is where nothing is given."""
+    """What a dotted key of a config tree is where nothing is given; None of one that a user has named."""
     *groups, name = key.split(".")
     if (group := dotted(type(config)).get(key)) is not None:
         return choices_of(type(config))[group].usual
     for group in groups:
         config = getattr(config, group)
+    if isinstance(config, dict):
+        return None
     (one,) = (field for field in fields(config) if field.name == name)
     if one.default is MISSING and one.default_factory is MISSING:  # a key without a default has been given always
         return None

@@ -26,7 +26,7 @@ _OF_A_RUN: dict[str, type] = {
     "data": str,
     "config": dict,
 }
-_KINDS = _OF_ALL | _OF_A_RUN | {"validation_due": bool, "world_size": int, "versions": dict}
+_KINDS = _OF_ALL | _OF_A_RUN | {"validation_due": bool, "world_size": int, "versions": dict, "optimizer": dict}
 
 
 def checkpoint_name(step: int) -> str:
@@ -119,12 +119,26 @@ def _implausible(state: dict[str, Any]) -> str | None:
         return f"{str(state['skipped'])[:80]} steps of {state['step']} were skipped"
     if state.get("optimizer_steps", 0) > state["step"]:
         return f"optimizer_steps is {state['optimizer_steps']} at step {state['step']}"
+    if "optimizer" in state and not _is_of_an_optimizer(state["optimizer"]):
+        return f"optimizer is {str(state['optimizer'])[:80]!r}"
     for name, about in state["files"].items():
         if Path(name).name != name or name in ("", ".", "..", STATE) or not name.isprintable():
             return f"names the file {name[:80]!r}, which cannot stand beside it"
         if not _names_content(about):
             return f"says {str(about)[:80]!r} of {name[:80]}"
     return None
+
+
+def _is_of_an_optimizer(state: dict[str, Any]) -> bool:
+    """Whether something is what an optimizer has kept: names of slots, and numbers by name."""
+    if state.keys() != {"slots", "scalars", "group"} or not isinstance(state["slots"], list):
+        return False
+    numbers = [state["scalars"], state["group"]]
+    if not all(isinstance(one, dict) for one in numbers):
+        return False
+    values = [value for one in numbers for value in one.values()]
+    plausible = all(isinstance(value, (int, float)) and abs(value) < 1 << 63 for value in values)  # NaN is not
+    return plausible and all(isinstance(slot, str) for slot in state["slots"])
 
 
 def _names_content(about: Any) -> bool:
