@@ -229,7 +229,7 @@ def _take_option(
 def _from_text(hint: Any, text: str, origin: str) -> Any:
     """A word of a command line as YAML would have it, by the type of its field."""
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
-    if any(kind in (str, Path) for kind in kinds):
+    if kinds and all(kind in (str, Path) for kind in kinds):
         return text
     if any(get_origin(kind) in (list, tuple) for kind in kinds) and not text.startswith("["):
         return [item for item in text.split(",") if item]
@@ -450,6 +450,9 @@ def _field_at(config_type: Any, key: str, given: Given) -> tuple[Any, Field[Any]
     hint: Any = None
     one: Field[Any] | None = None
     for name in key.split("."):
+        if get_origin(kind) is dict:  # names of the user's own
+            assert one is not None
+            return get_args(kind)[1], one
         if not is_dataclass(kind):
             raise InputError(f"unknown key {key}; {prefix.rstrip('.')} is no group of keys")
         one = next((other for other in fields(kind) if other.name == name), None)
