@@ -24,6 +24,7 @@ from ecgscale.export import described, read_about
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS, SHAPE_FIELDS
 from ecgscale.objectives import CODES, ObjectiveConfig
+from ecgscale.run_folder import CONFIG
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
 
@@ -114,7 +115,7 @@ def _begun_with(tree: dict[str, Any]) -> dict[str, Any]:
     model, data, init = tree.get("model", {}), tree.get("data", {}), tree["init"]["model"]
     if not init:
         return tree
-    saved = Path(str(tree.get("run", {}).get("dir") or "")) / "config.yaml"
+    saved = Path(str(tree.get("run", {}).get("dir") or "")) / CONFIG
     before = read_yaml(saved, PretrainConfig) if saved.is_file() else {}
     if before.get("init", {}).get("model") == init:
         shape, prepared = before.get("model", {}), before.get("data", {})

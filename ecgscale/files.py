@@ -11,6 +11,7 @@ Who dies in between leaves the old one, complete, aside: ``standing`` finds it, 
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ecgscale.errors import InputError, naming_file
 
@@ -36,6 +37,7 @@ _ABANDONED_S = 3600.0  # no writer is silent for so long: what is older was left
 # What renaming says where another process puts a folder of the same name in its place meanwhile.
 _OF_ANOTHER_WRITER = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
 _ATTEMPTS, _PAUSE_S = 20, 0.02
+_LOOK_S = 0.5  # between two looks at a lock that another process holds
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # what file systems say that know none
 # What file systems say that know no locks. What would be locked there is left unguarded.
 NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -174,6 +176,29 @@ def _sweep(path: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+# -- locks -----------------------------------------------------------------------------------------------------------
+
+
+def hold(file: IO[Any] | int, wait_s: float = 0.0) -> bool:
+    """Lock an open file until it is closed or this process ends; False where another holds it for ``wait_s``.
+
+    True, and nothing is guarded, where the file system knows no locks. Raises OSError.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_S)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return True
 
 
 # -- checksums -------------------------------------------------------------------------------------------------------

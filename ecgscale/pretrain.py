@@ -23,11 +23,11 @@ from ecgscale.inference import load, recordings_of
 from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import CODES, Objective, build_objective, objective_named
 from ecgscale.record import LEADS
-from ecgscale.run import claim_run, leave_run
+from ecgscale.run import claim_run
+from ecgscale.run_folder import EXPORT, TENSORBOARD, leave_run, newest_checkpoint, newest_step
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
-from ecgscale.training.state import checkpoints, step_of
 from ecgscale.training.validation import Validation
 from ecgscale_kernels import LONGEST_PATCH
 
@@ -53,7 +53,7 @@ def pretrain(config: PretrainConfig) -> Path:
     objective = build_objective(
         config.model, config.objective, config.train.seed, shards.rate_hz, config.engine.activation_checkpointing
     )
-    if config.init.model and not checkpoints(Path(config.run.dir) / "checkpoints"):
+    if config.init.model and newest_checkpoint(Path(config.run.dir)) is None:
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
     held_out = Selection(shards, config.data, "validation")
@@ -92,8 +92,8 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     engine = train(job, ranks)
     # A run that had gone further is exported as it is, also where fewer steps are asked for now.
-    step = max([config.train.steps, *map(step_of, checkpoints(run / "checkpoints"))])
-    export = export_engine(run / "export", engine, job.about, step)
+    step = max(config.train.steps, newest_step(run))
+    export = export_engine(run / EXPORT, engine, job.about, step)
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:
@@ -114,7 +114,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
         labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
         names.append(", ".join([f"patient {about['patient']}", *labels]))
     embedding_RD = load(export).embed_recordings(recordings_of(shown)).record_embedding
-    with board_of(run / "tensorboard") as board:
+    with board_of(run / TENSORBOARD) as board:
         project(board, "validation", embedding_RD, names, train_config.steps)
 
 

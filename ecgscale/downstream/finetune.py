@@ -33,7 +33,8 @@ from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.masking import draw_leads
-from ecgscale.run import claim_run, leave_run
+from ecgscale.run import claim_run
+from ecgscale.run_folder import EXPORT, TEST_REPORT, leave_run
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.validation import Validation
@@ -76,7 +77,7 @@ def finetune(config: FinetuneConfig) -> list[Scored] | None:
     if not ranks.first:
         return None
     log(ranks, f"evaluating {run}")
-    scored = evaluate(run, config.data.shards, "test", out=run / "evaluation-test.json")
+    scored = evaluate(run, config.data.shards, "test", out=run / TEST_REPORT)
     show(run, config.train.steps, scored)
     leave_run(run)
     return scored
@@ -116,7 +117,7 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     elif config.task.protocol == "probe":
         _probe(model, labelled, run, about)
     if config.task.kind == "multilabel":
-        amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
+        amend_export(run / EXPORT, thresholds=tuned_thresholds(load(run / EXPORT), labelled))
     return run
 
 
@@ -184,7 +185,7 @@ def _train(
         validate=Validation(held_out, config.train.contrast, 1, seed, target_RC),
         flops=supervised_flops(encoder, stream.shape[0], selection.samples),
     )
-    export_engine(run / "export", train(job, ranks), job.about, config.train.steps)
+    export_engine(run / EXPORT, train(job, ranks), job.about, config.train.steps)
 
 
 def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
@@ -197,7 +198,7 @@ def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
 
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
-    write_export(run / "export", weights | {f"head.{name}": tensor for name, tensor in head.items()}, about)
+    write_export(run / EXPORT, weights | {f"head.{name}": tensor for name, tensor in head.items()}, about)
 
 
 def _probe(model: ECGModel, labelled: LabelledSet, run: Path, about: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.objectives import objective_named
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
-from ecgscale.run import first_difference, leave_run, lock_run
+from ecgscale.run import first_difference
+from ecgscale.run_folder import leave_run, lock_run
 from ecgscale.studies import (
     STUDY_MAY_CHANGE,
     check_pretraining,

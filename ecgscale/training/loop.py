@@ -20,6 +20,7 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.stream import Batches, TrainStream
 from ecgscale.errors import Diverged, InputError, MachineError
 from ecgscale.provenance import versions
+from ecgscale.run_folder import CHECKPOINTS, RECORDINGS
 from ecgscale.stopping import Stopped, listening
 from ecgscale.training import checkpoint
 from ecgscale.training.boundary import Boundary, Wish
@@ -165,7 +166,7 @@ def train(job: Job, ranks: Ranks) -> Engine:
 
 
 def _train(job: Job, ranks: Ranks) -> Engine:
-    resumed = checkpoint.latest(job.run / "checkpoints")
+    resumed = checkpoint.latest(job.run / CHECKPOINTS)
     engine, step, skipped = _start(job, ranks, resumed)
     if resumed:
         log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
@@ -173,7 +174,7 @@ def _train(job: Job, ranks: Ranks) -> Engine:
             log(ranks, f"versions have changed since: {changed}")
     config = yaml.safe_dump(job.config, sort_keys=False)
     with ExitStack() as stack:
-        seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
+        seen = RecordingsLog(job.run / RECORDINGS, ranks.rank) if job.train.log_recordings else None
         if seen:
             stack.enter_context(closing(seen))
         work = _work(job, ranks)
@@ -360,7 +361,7 @@ def _validated(job: Job, engine: Engine, monitor: Monitor, boundary: Boundary, s
 
 def _save(job: Job, engine: Engine, monitor: Monitor, step: int, skipped: Skipped, validation_due: bool) -> None:
     progress.at(step, "save")
-    folder = job.run / "checkpoints"
+    folder = job.run / CHECKPOINTS
     state = {
         "validation_due": validation_due,
         "position": step * job.train.global_batch,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError, file_error
+from ecgscale.run_folder import LAUNCH
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class JobFolder:
     @classmethod
     def of(cls, run: Path) -> JobFolder:
         """The job folder of a run folder."""
-        return cls(Path(os.path.abspath(run)) / "launch")  # noqa: PTH100 (links stay: the nodes may see others)
+        return cls(Path(os.path.abspath(run)) / LAUNCH)  # noqa: PTH100 (links stay: the nodes may see others)
 
     @property
     def run(self) -> Path:

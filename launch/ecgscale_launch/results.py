@@ -14,6 +14,7 @@ from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import standing, write_whole
 from ecgscale.json_lines import read_json_lines
+from ecgscale.run_folder import EVENTS, EXPORT, LAUNCH, TEST_REPORT
 from ecgscale_launch.folder import JobFolder, read_json
 
 SWEEP = "sweep.json"  # in the job folder of the sweep: its runs, and what each was given
@@ -61,7 +62,7 @@ def collect(run: Path) -> str:
 
 def collect_above(run: Path) -> None:
     """Write the table of the sweep that a run belongs to, if to any. The run is done, whatever comes of this."""
-    if (run.parent / "launch" / SWEEP).exists():
+    if (run.parent / LAUNCH / SWEEP).exists():
         try:
             collect(run.parent)
         except (InputError, MachineError, OSError) as error:
@@ -70,17 +71,17 @@ def collect_above(run: Path) -> None:
 
 def figures(run: Path) -> dict[str, float]:
     """What a finished run came to: its test figures, else its last losses; nothing where it is not finished."""
-    report = read_json(run / "evaluation-test.json")
+    report = read_json(run / TEST_REPORT)
     if report is not None:
         of, names = (report["macro"], _FIGURES) if "macro" in report else (report, _OF_PERSONS)
         found = {shown: of[name]["value"] for name, shown in names.items()}
         if report.get("challenge_score"):
             found["challenge score"] = report["challenge_score"]["value"]
         return {name: value for name, value in found.items() if value is not None}
-    if not standing(run / "export").is_dir():
+    if not standing(run / EXPORT).is_dir():
         return {}
     last: dict[str, Any] = {}
-    for event in read_json_lines(run / "events.jsonl"):
+    for event in read_json_lines(run / EVENTS):
         last |= {name: value for name, value in event.items() if name in _LOSSES and value is not None}
     return {name: last[name] for name in _LOSSES if name in last}
 

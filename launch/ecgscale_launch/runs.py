@@ -9,12 +9,10 @@ from typing import Any
 
 from ecgscale.errors import InputError, MachineError
 from ecgscale.json_lines import objects_in
-from ecgscale.training.state import checkpoints as checkpoint_folders
-from ecgscale.training.state import step_of
+from ecgscale.run_folder import CONFIG, FOLDERS
 from ecgscale_launch.folder import JobFolder
 
 _DEPTH = 4  # of run folders below the folder of all runs
-_NOT_RUNS = {"launch", "checkpoints", "tensorboard", "export", "recordings"}  # what is in a run folder
 _TAIL = 128 * 2**10  # bytes of events.jsonl that are read: some hundred lines
 
 
@@ -27,7 +25,7 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
         if depth == 0:
             return found
         with os.scandir(folder) as entries:
-            below = [one.name for one in entries if one.name not in _NOT_RUNS and one.is_dir(follow_symlinks=False)]
+            below = [one.name for one in entries if one.name not in FOLDERS and one.is_dir(follow_symlinks=False)]
     except OSError:  # not ours to read, or gone meanwhile
         return found
     return found + [run for name in sorted(below) for run in find_runs(folder / name, depth - 1)]
@@ -57,7 +55,7 @@ def steps_to_do(folder: JobFolder) -> int | None:
     """Steps that a training run is to do, by the config that the job runs from, else by the run's; a probe has none."""
     from ecgscale import yaml_text
 
-    for path in (folder.config, folder.run / "config.yaml"):
+    for path in (folder.config, folder.run / CONFIG):
         try:
             tree = yaml_text.read(path)
             steps = tree["train"]["steps"]
@@ -68,13 +66,3 @@ def steps_to_do(folder: JobFolder) -> int | None:
         if isinstance(steps, int):
             return steps
     return None
-
-
-def checkpoints(run: Path) -> dict[int, Path]:
-    """Finished checkpoints by step."""
-    return {step_of(path): path for path in checkpoint_folders(run / "checkpoints")}
-
-
-def newest_step(run: Path) -> int:
-    """Step of the newest finished checkpoint; 0 where there is none."""
-    return max(checkpoints(run), default=0)

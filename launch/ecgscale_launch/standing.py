@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError
+from ecgscale.run_folder import EVENTS, newest_checkpoint, step_of
 from ecgscale_launch import slurm
 from ecgscale_launch.folder import JobFolder, read_json, read_json_now
-from ecgscale_launch.runs import checkpoints, estimated_end, steps_to_do, tail_events
+from ecgscale_launch.runs import estimated_end, steps_to_do, tail_events
 
 OVER = ("done", "failed", "stopped", "cancelled", "lost", "unsubmitted", "damaged")
 _OWN_END = ("done", "failed", "stopped")  # phases in which the supervisor leaves a job
@@ -227,12 +228,11 @@ def _same_job(job: slurm.Known | None, one: Standing) -> slurm.Known | None:
 
 
 def _add_progress(one: Standing, folder: JobFolder, now: float, stops: bool) -> None:
-    saved = checkpoints(folder.run)
-    if saved:
-        one.checkpoint_step = max(saved)
+    if saved := newest_checkpoint(folder.run):
+        one.checkpoint_step = step_of(saved)
         with suppress(FileNotFoundError):  # removed meanwhile, for newer ones
-            one.checkpoint_time = saved[one.checkpoint_step].stat().st_mtime
-    events = tail_events(folder.run / "events.jsonl")
+            one.checkpoint_time = saved.stat().st_mtime
+    events = tail_events(folder.run / EVENTS)
     logged = [event for event in events if event.get("throughput/ecg_per_s") is not None]
     if logged:
         one.ecg_per_s, one.mfu = logged[-1]["throughput/ecg_per_s"], logged[-1].get("throughput/mfu")

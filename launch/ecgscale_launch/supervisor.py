@@ -21,11 +21,11 @@ from typing import Any, Protocol
 
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import write_json
+from ecgscale.run_folder import newest_step
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S
 from ecgscale_launch.folder import JobFolder, read_json, read_json_now
 from ecgscale_launch.rendezvous import meeting_environment
-from ecgscale_launch.runs import newest_step
 
 _LOOK_S = 0.2
 _SETTLE_S = 3.0  # after a rank has failed: for the others to tell their errors, of which the first one counts

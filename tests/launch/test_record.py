@@ -20,7 +20,6 @@ from ecgscale.files import write_json
 from ecgscale_launch import record
 from ecgscale_launch.folder import JobFolder, code_environment, read_json, read_json_now
 from ecgscale_launch.record import (
-    describe_clone,
     make_job_folder,
     make_private,
     package_folders,
@@ -35,27 +34,13 @@ from ecgscale_launch.standing import standings
 CLUSTER = ClusterConfig(nodes=2, environment={"A": "it's $(x)"})
 
 
-def git(folder: Path, *arguments: str) -> str:
-    own = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", *own, *arguments], cwd=folder, check=True, capture_output=True, text=True)
-    return done.stdout
-
-
 @pytest.fixture
-def clone(tmp_path):
-    """A repository with one package of one file, not committed."""
-    package = tmp_path / "clone" / "package"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("VALUE = 1\n")
-    git(package.parent, "init", "-q")
-    return package
-
-
-@pytest.fixture
-def committed(clone):
-    git(clone, "add", ".")
-    git(clone, "commit", "-qm", "first")
-    return clone
+def package(tmp_path):
+    """A package of one file."""
+    folder = tmp_path / "clone" / "package"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("VALUE = 1\n")
+    return folder
 
 
 def mode(path: Path) -> int:
@@ -292,43 +277,43 @@ def value_seen(folder: JobFolder, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-def test_later_edits_do_not_reach_the_snapshot(clone, tmp_path):
+def test_later_edits_do_not_reach_the_snapshot(package, tmp_path):
     folder = JobFolder(tmp_path)
-    (clone / "__pycache__").mkdir()
-    (clone / "__pycache__" / "old.pyc").touch()
-    (clone / "data.json").symlink_to(clone.parent / "data.json")
-    (clone.parent / "data.json").write_text("1")
-    (clone / ".#lock").symlink_to("nowhere")
-    clone.chmod(0o555)
-    snapshot({"package": clone}, folder.code)
-    clone.chmod(0o755)
-    (clone / "__init__.py").write_text("VALUE = 2\n")
-    (clone.parent / "data.json").write_text("2")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "old.pyc").touch()
+    (package / "data.json").symlink_to(package.parent / "data.json")
+    (package.parent / "data.json").write_text("1")
+    (package / ".#lock").symlink_to("nowhere")
+    package.chmod(0o555)
+    snapshot({"package": package}, folder.code)
+    package.chmod(0o755)
+    (package / "__init__.py").write_text("VALUE = 2\n")
+    (package.parent / "data.json").write_text("2")
     assert sorted(path.name for path in (folder.code / "package").iterdir()) == ["__init__.py", "data.json"]
     assert (folder.code / "package" / "data.json").read_text() == "1"
-    assert value_seen(folder, clone.parent) == "1", "even where the clone is the current folder"
+    assert value_seen(folder, package.parent) == "1", "even where the clone is the current folder"
 
 
-def test_a_snapshot_is_replaced_as_a_whole(clone, tmp_path):
+def test_a_snapshot_is_replaced_as_a_whole(package, tmp_path):
     folder = JobFolder(tmp_path / "job")
     for name in ("code.new", "code.old"):  # left by a submission that was killed
         (folder.path / name / "package").mkdir(parents=True)
-    (clone / "gone.py").touch()
-    snapshot({"package": clone}, folder.code)
-    (clone / "gone.py").unlink()
-    (clone / "__init__.py").write_text("VALUE = 2\n")
-    snapshot({"package": clone}, folder.code)
+    (package / "gone.py").touch()
+    snapshot({"package": package}, folder.code)
+    (package / "gone.py").unlink()
+    (package / "__init__.py").write_text("VALUE = 2\n")
+    snapshot({"package": package}, folder.code)
     assert value_seen(folder, tmp_path) == "2"
     assert [path.name for path in (folder.code / "package").glob("*.py")] == ["__init__.py"]
     assert list(folder.path.iterdir()) == [folder.code]
 
 
-def test_a_snapshot_that_fails_leaves_the_one_before(clone, tmp_path):
+def test_a_snapshot_that_fails_leaves_the_one_before(package, tmp_path):
     folder = JobFolder(tmp_path / "job")
-    snapshot({"package": clone}, folder.code)
+    snapshot({"package": package}, folder.code)
     (folder.path / "code.new").write_text("in the way")
     with pytest.raises(InputError, match="cannot copy the code"):
-        snapshot({"package": clone}, folder.code)
+        snapshot({"package": package}, folder.code)
     assert value_seen(folder, tmp_path) == "1"
 
 
@@ -338,114 +323,12 @@ def test_the_packages_are_found():
         assert path.name == name
 
 
-# -- git -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_clean_clone(committed):
-    clone = describe_clone(committed)
-    assert clone.commit == git(committed, "rev-parse", "HEAD").strip()
-    assert (clone.dirty, clone.diff) == (False, b"")
-
-
-def test_the_diff_rebuilds_the_working_tree(committed, tmp_path):
-    (committed / "__init__.py").write_text("VALUE = 2\n")
-    (committed / "staged.py").write_text("x\n")
-    git(committed, "add", "staged.py")
-    (committed / "binary").write_bytes(bytes(range(256)))
-    (committed / "empty").touch()
-    (committed / "*$(x) 'ü\n").write_text("hostile\n")
-    (committed.parent / "outside the package").write_text("y\n")
-    (committed / ".gitignore").write_text("secret\n")
-    (committed / "secret").write_text("not shown\n")
-    before = git(committed, "status", "--porcelain")
-    clone = describe_clone(committed)
-    assert clone.dirty
-    assert git(committed, "status", "--porcelain") == before, "nothing of the clone is changed"
-
-    git(tmp_path, "clone", "-q", str(committed.parent), "again")
-    (tmp_path / "diff.patch").write_bytes(clone.diff)
-    git(tmp_path / "again", "apply", str(tmp_path / "diff.patch"))
-
-    def files(root: Path) -> dict[str, bytes]:
-        found = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
-        return {str(path): (root / path).read_bytes() for path in found if path.parts[0] != ".git"}
-
-    expected = files(committed.parent)
-    assert expected.pop("package/secret")
-    assert files(tmp_path / "again") == expected
-
-
-@pytest.mark.parametrize("added", [False, True])
-def test_a_repository_without_commits(clone, added):
-    if added:
-        git(clone, "add", ".")
-    found = describe_clone(clone)
-    assert (found.commit, found.dirty) == (None, True)
-    assert b"+VALUE = 1" in found.diff
-
-
-def test_no_repository(tmp_path):
-    assert describe_clone(tmp_path) == record.Clone(None, False, b"")
-
-
-def test_a_package_that_is_ignored_belongs_to_no_clone(committed):
-    installed = committed.parent / ".venv" / "package"
-    installed.mkdir(parents=True)
-    (committed.parent / ".gitignore").write_text(".venv\n")
-    assert describe_clone(installed) == record.Clone(None, False, b"")
-
-
-def test_no_git(committed, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert describe_clone(committed) == record.Clone(None, False, b"")
-    make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local")
-    assert (read_job(tmp_path / "run").commit, (tmp_path / "run/launch/diff.patch").read_bytes()) == (None, b"")
-
-
-def test_huge_diffs_are_cut_with_a_note(committed, monkeypatch):
-    monkeypatch.setattr(record, "_DIFF_LIMIT", 2**20)
-    (committed / "__init__.py").write_text("VALUE = 2  # long\n" * 100_000)
-    (committed / "huge.npy").write_bytes(b"\0" * 2**21)
-    diff = describe_clone(committed).diff
-    assert len(diff) < 2**20 + 1000
-    notes = [line for line in diff.decode().splitlines() if line.startswith("# ")]
-    assert notes == [
-        "# ecgscale-launch: left out, too large: b'package/huge.npy'",
-        "# ecgscale-launch: cut at 1 MB, does not apply",
-    ]
-    assert diff.endswith(b"# long\n")
-
-
-def test_a_slow_git_does_not_hold_up_the_submission(committed, monkeypatch):
-    monkeypatch.setattr(record, "_GIT_LIMIT_S", 0.0)
-    describe_clone(committed)
-
-
-def test_the_surroundings_of_a_hook_do_not_mislead(committed, tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other"))
-    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "index"))
-    assert describe_clone(committed).commit is not None
-
-
-def test_settings_of_the_user_do_not_change_the_diff(committed):
-    (committed / "__init__.py").write_text("VALUE = 2\n")
-    plain = describe_clone(committed).diff
-    for key, value in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.external", "false")):
-        git(committed, "config", key, value)
-    assert describe_clone(committed).diff == plain
-
-
-def test_a_clone_within_is_left_out_with_a_note(committed):
-    inner = committed / "inner"
-    inner.mkdir()
-    git(inner, "init", "-q")
-    (inner / "file").touch()
-    (committed / "new.py").write_text("new\n")
-    diff = describe_clone(committed).diff
-    assert diff.startswith(b"# ecgscale-launch: left out, a clone of its own: b'package/inner/'\n")
-    assert b"+new" in diff
-
-
 def test_the_cluster_in_the_job_is_the_resolved_one(tmp_path):
     folder = JobFolder(make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local"))
     assert json.loads(folder.job.read_text())["cluster"] == asdict(replace(CLUSTER, name="ingest-run"))
+
+
+def test_a_job_is_made_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local")
+    assert (read_job(tmp_path / "run").commit, (tmp_path / "run/launch/diff.patch").read_bytes()) == (None, b"")

@@ -12,7 +12,6 @@ import pytest
 from ecgscale.errors import InputError
 from ecgscale_launch import supervisor as module
 from ecgscale_launch.folder import JobFolder, read_json
-from ecgscale_launch.runs import newest_step
 from ecgscale_launch.step import codes_in
 from ecgscale_launch.supervisor import Limits, Supervisor, first_error
 
@@ -268,13 +267,6 @@ def test_the_first_error_that_follows_from_no_other(trial) -> None:
     assert first_error(folder, {0: 1, 2: 1, 3: 1})["line"] == "OutOfMemoryError: 4 GiB"
     assert first_error(folder, {0: 1, 1: KILLED})["line"].startswith("rank 1 was killed")
     assert first_error(folder, {0: 1})["line"] == "lost another rank"
-
-
-def test_newest_step_counts_whole_checkpoints(tmp_path) -> None:
-    for name in ("step-00000003", "step-00000012", "step-00000099.partial", "other"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_step(tmp_path) == 12
-    assert newest_step(tmp_path / "none") == 0
 
 
 def test_what_srun_says_of_tasks() -> None:
