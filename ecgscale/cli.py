@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 # By default threads that wait for each other keep their cores busy for milliseconds: nothing where each has a core to
-# itself, but beside other programs a step then takes up to twenty times as long (ecgscale/training/README.md).
+# itself, but beside other programs a step then takes up to twenty times as long (docs/steps.md).
 _SPINS = "1000"
 
 
