@@ -47,9 +47,15 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints in a run's CHECKPOINTS, oldest first.
 
-    What has not exactly the name that ``checkpoint_name`` gives is not ours.
+    What has not exactly the name that ``checkpoint_name`` gives is not ours, nor is an empty folder: a save gives the
+    name to a full one. One that holds something, but not all, is damaged, and who opens it says so.
     """
-    return _named_as_checkpoints(folder, "")
+    return [path for path in _named_as_checkpoints(folder, "") if not _is_empty(path)]
+
+
+def empty_checkpoints(folder: Path) -> list[Path]:
+    """Folders that have a checkpoint's name and nothing in them."""
+    return [path for path in _named_as_checkpoints(folder, "") if _is_empty(path)]
 
 
 def unfinished_checkpoints(folder: Path) -> list[Path]:
@@ -76,6 +82,14 @@ def _named_as_checkpoints(folder: Path, ending: str) -> list[Path]:
             steps[path] = int(match[1])
     ours = [path for path, step in steps.items() if path.name == checkpoint_name(step) + ending and path.is_dir()]
     return sorted(ours, key=step_of)
+
+
+def _is_empty(folder: Path) -> bool:
+    """A folder that cannot be listed is not taken for empty: who opens it says why."""
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 # -- who writes ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from ecgscale import run_folder
 from ecgscale.run_folder import CHECKPOINTS, newest_checkpoint, newest_step
+from small_jobs import put_checkpoint
 
 ROOT = Path(__file__).parents[1]
 OF_RUNS_ALONE = {
@@ -35,8 +36,10 @@ def test_names_in_a_run_folder_stand_in_one_file(package: str) -> None:
 
 def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
-    for name in ("step-00000003", "step-00000012", "step-00000099.partial", "step-7", "other"):
+    for name in ("step-00000098", "step-00000099.partial", "step-7", "other"):
         (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
+    for step in (3, 12):
+        put_checkpoint(tmp_path / CHECKPOINTS, step)
     (tmp_path / CHECKPOINTS / "step-00000050").touch()
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/step-00000012"
     assert newest_step(tmp_path) == 12

@@ -11,9 +11,10 @@ import pytest
 
 from ecgscale.errors import InputError
 from ecgscale_launch import supervisor as module
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json_if_there
 from ecgscale_launch.step import codes_in
 from ecgscale_launch.supervisor import Limits, Supervisor, first_error
+from small_jobs import put_checkpoint
 
 KILLED = -int(signal.SIGKILL)
 
@@ -85,7 +86,7 @@ class Trial:
         return code
 
     def checkpoint(self, step: int) -> None:
-        (self.folder.run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        put_checkpoint(self.folder.run / "checkpoints", step)
 
     def error(self, attempt: int, rank: int, kind: str, line: str, time: float) -> None:
         path = self.folder.attempt(attempt) / f"rank-{rank}.error.json"
@@ -95,7 +96,7 @@ class Trial:
 
     @property
     def state(self) -> dict:
-        return read_json(self.folder.state) or {}
+        return read_json_if_there(self.folder.state) or {}
 
     @property
     def outcomes(self) -> list[str]:
