@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -82,6 +83,14 @@ def load(config_type: type[Config], arguments: list[str]) -> Config:
     for key, value in _pairs(arguments):
         given = read_yaml(Path(value), config_type) if key == "config" else _nested(key, value, config_type)
         _merge(tree, given)
+    return build(config_type, tree)
+
+
+def overridden(config_type: type[Config], tree: dict[str, Any], arguments: list[str]) -> Config:
+    """A nested dict with ``--any.key value`` on top -> a checked config. Raises InputError as ``load`` does."""
+    tree = deepcopy(tree)
+    for key, value in _pairs(arguments):
+        _merge(tree, _nested(key, value, config_type))
     return build(config_type, tree)
 
 
@@ -211,6 +220,9 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
 
 def _nested(key: str, text: str, config_type: type) -> dict[str, Any]:
     """``model.width`` and ``"96"`` -> ``{"model": {"width": 96}}``."""
+    group, _, entry = key.partition(".")
+    if entry and get_type_hints(config_type).get(group) == dict[str, str]:
+        return {group: {entry: text}}
     kind: Any = config_type
     value: Any = {}
     _check_keys(_unflatten(key, None), config_type, "")
