@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import uuid
 from collections import Counter
@@ -28,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from ecgscale.errors import InputError, naming_file
+from ecgscale.errors import InputError, MachineError, naming_file
 
 JSON_LIMIT_BYTES = 1 << 24  # of what is parsed whole, into twenty times as much memory
 _DEPTH = 64  # of nested JSON; what we write has less than ten
@@ -248,6 +249,19 @@ def write_json(path: Path, tree: Any) -> None:
     write_whole(path, json_bytes(tree))
 
 
+def write_json_or_say(path: Path, tree: Any) -> None:
+    """Write JSON as far as the disk allows: one that is full or gone must not end what still works.
+
+    It is not flushed: ranks write every few seconds, and nobody reads after a power cut where they stood.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(json_bytes(finite(tree)))
+        partial.replace(path)
+    except OSError as error:
+        print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
+
+
 def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -266,6 +280,24 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]
         return parse_json(content)
     except InputError as error:
         raise InputError(f"{path}: damaged, {error}") from error
+
+
+def read_json_if_there(path: Path) -> dict[str, Any] | None:
+    """``read_json``, but None where there is no such file."""
+    try:
+        return read_json(path)
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
+
+
+def read_json_now(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None where none can be read at the moment."""
+    try:
+        return read_json_if_there(path)
+    except (InputError, MachineError):
+        return None
 
 
 def _beginning(path: Path, most_bytes: int) -> bytes:

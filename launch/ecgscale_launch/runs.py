@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError
-from ecgscale.json_lines import objects_in
-from ecgscale.run_folder import CONFIG, FOLDERS
-from ecgscale_launch.folder import JobFolder
+from ecgscale.json_lines import last_json_lines
+from ecgscale.run_folder import CONFIG, FOLDERS, LAUNCH
+from ecgscale_launch.job_folder import JobFolder
 
 _DEPTH = 4  # of run folders below the folder of all runs
 _TAIL = 128 * 2**10  # bytes of events.jsonl that are read: some hundred lines
@@ -18,29 +18,23 @@ _TAIL = 128 * 2**10  # bytes of events.jsonl that are read: some hundred lines
 
 def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
     """Run folders with a job, ``folder`` itself or at most ``depth`` levels below."""
-    found: list[Path] = []
+    runs: list[Path] = []
     try:
         if JobFolder.of(folder).job.exists():
-            found.append(folder)
+            runs = [folder]
         if depth == 0:
-            return found
+            return runs
+        of_the_run = FOLDERS if runs or (folder / CONFIG).exists() else {LAUNCH}
         with os.scandir(folder) as entries:
-            below = [one.name for one in entries if one.name not in FOLDERS and one.is_dir(follow_symlinks=False)]
+            below = [one.name for one in entries if one.name not in of_the_run and one.is_dir(follow_symlinks=False)]
     except OSError:  # not ours to read, or gone meanwhile
-        return found
-    return found + [run for name in sorted(below) for run in find_runs(folder / name, depth - 1)]
+        return runs
+    return runs + [run for name in sorted(below) for run in find_runs(folder / name, depth - 1)]
 
 
 def tail_events(path: Path) -> list[dict[str, Any]]:
     """The newest events of a run; a line that is being written, or was cut off by a kill, is left out."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    return [event for event in objects_in(lines) if event.keys() >= {"event", "time", "step"}]
+    return [event for event in last_json_lines(path, _TAIL) if event.keys() >= {"event", "time", "step"}]
 
 
 def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -> float | None:

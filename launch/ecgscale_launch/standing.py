@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError
+from ecgscale.files import read_json_if_there, read_json_now
+from ecgscale.progress import SAVE, START_UP
 from ecgscale.run_folder import EVENTS, newest_checkpoint, step_of
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder, read_json_if_there, read_json_now
+from ecgscale_launch.commands import OF_RANKS
+from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.runs import estimated_end, steps_to_do, tail_events
 
 OVER = ("done", "failed", "stopped", "cancelled", "lost", "unsubmitted", "damaged")
@@ -193,12 +196,12 @@ def _phase(one: Standing, folder: JobFolder, written: str | None) -> str | None:
     """What the supervisor wrote, told apart by what rank 0 does; None where it has written nothing yet."""
     if written != "running":
         return "saving" if written == "stopping" else written
-    rank = _rank(folder) or {"phase": "start-up"}
-    trains = one.command[:1] in (["pretrain"], ["finetune"])
+    rank = _rank(folder) or {"phase": START_UP}
+    trains = one.command[:1] and one.command[0] in OF_RANKS
     moves = rank.get("first_step") or (one.attempts and rank.get("step", 0) > one.attempts[-1]["step_from"])
-    if rank.get("phase") == "start-up" or (trains and not moves):
+    if rank.get("phase") == START_UP or (trains and not moves):
         return "starting"
-    return "saving" if rank.get("phase") == "save" else "running"
+    return "saving" if rank.get("phase") == SAVE else "running"
 
 
 def _add_slurm(one: Standing, phase: str | None, job: slurm.Known | None) -> None:

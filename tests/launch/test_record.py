@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,22 +17,22 @@ import yaml
 
 from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError, MachineError
-from ecgscale.files import write_json
-from ecgscale_launch import record
-from ecgscale_launch.folder import JobFolder, code_environment, read_json_if_there, read_json_now, write_json_or_say
-from ecgscale_launch.record import (
-    make_job_folder,
-    make_private,
-    package_folders,
-    read_job,
-    refuse_shared,
-    snapshot,
-    versions,
-)
-from ecgscale_launch.resources import ClusterConfig, load_cluster
+from ecgscale.files import read_json_if_there, read_json_now, write_json, write_json_or_say
+from ecgscale.provenance import Clone
+from ecgscale_launch import snapshot as snapshot_module
+from ecgscale_launch.job_folder import JobFolder, make_private, refuse_shared
+from ecgscale_launch.job_record import JobRecord, Source, make_job, read_job, versions
+from ecgscale_launch.launch_config import LaunchConfig
+from ecgscale_launch.launching import resubmit
+from ecgscale_launch.snapshot import PACKAGES, code_environment, package_folders, snapshot
 from ecgscale_launch.standing import standings
 
-CLUSTER = ClusterConfig(nodes=2, environment={"A": "it's $(x)"})
+CLUSTER = LaunchConfig(nodes=2, environment={"A": "it's $(x)"})
+CODE = Source(package_folders(), Clone(None, False, b""))
+
+
+def made(run: Path, command: list[str], cluster: LaunchConfig = CLUSTER) -> JobRecord:
+    return make_job(run, command, cluster, "local", CODE)
 
 
 @pytest.fixture
@@ -53,18 +54,18 @@ def mode(path: Path) -> int:
 def test_a_job_is_written_and_read_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["ingest", "in put", "out\nput", "$(x)"]
-    path = make_job_folder(Path("runs/a"), command, CLUSTER, "slurm", "night")
+    night = replace(CLUSTER, name="night")
+    path = make_job(Path("runs/a"), command, night, "slurm", CODE).folder.path
     folder = JobFolder(path)
     assert path == tmp_path / "runs" / "a" / "launch"
     assert (mode(path), mode(path.parent)) == (0o700, 0o700)
     job = read_job(Path("runs/a"))
-    assert (job.folder, job.run, job.cwd) == (folder, path.parent, tmp_path)
+    assert (job.folder.path, job.run, job.cwd) == (path, str(path.parent), str(tmp_path))
     assert (job.name, job.command, job.arguments, job.where) == ("night", command, command, "slurm")
-    assert (job.cluster, job.python) == (replace(CLUSTER, name="night"), sys.executable)
+    assert (job.cluster, job.python) == (night, sys.executable)
     assert job.versions == versions()
     assert {"python", "ecgscale", "torch", "numpy"} <= set(job.versions)
-    assert load_cluster(folder.cluster, []) == job.cluster
-    assert {one.name for one in folder.code.iterdir()} == set(record.PACKAGES)
+    assert {one.name for one in folder.code.iterdir()} == set(PACKAGES)
     assert not list(folder.code.rglob("__pycache__"))
     assert not folder.config.exists()
     keys = "format name run command cluster where cwd time python commit dirty versions user host"
@@ -75,7 +76,8 @@ def test_a_pretraining_runs_from_its_resolved_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "given.yaml").write_text("train: {steps: 7}")
     command = ["pretrain", "--config", "given.yaml", "--data.shards", "a,b"]
-    job = read_job(Path(make_job_folder(tmp_path / "run", command, CLUSTER, "local")).parent)
+    made(tmp_path / "run", command)
+    job = read_job(tmp_path / "run")
     (tmp_path / "given.yaml").write_text("train: {steps: 8}")
     assert job.name == "pretrain-run"
     assert job.command == command
@@ -85,48 +87,48 @@ def test_a_pretraining_runs_from_its_resolved_config(tmp_path, monkeypatch):
 
 
 def test_the_short_form_of_finetune_is_known(tmp_path):
-    folder = JobFolder(make_job_folder(tmp_path / "run", ["finetune", "--init", "model"], CLUSTER, "local"))
+    folder = made(tmp_path / "run", ["finetune", "--init", "model"]).folder
     assert yaml.safe_load(folder.config.read_text())["init"]["model"] == "model"
 
 
 def test_what_is_wrong_is_told_before_anything_is_made(tmp_path):
     with pytest.raises(InputError, match=r"unknown key train\.stepz"):
-        make_job_folder(tmp_path / "run", ["pretrain", "--train.stepz", "3"], CLUSTER, "local")
+        made(tmp_path / "run", ["pretrain", "--train.stepz", "3"])
     with pytest.raises(InputError, match="name 'a b': give up to 128"):
-        make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local", "a b")
+        made(tmp_path / "run", ["ingest"], replace(CLUSTER, name="a b"))
     with pytest.raises(InputError, match="NUL"):
-        make_job_folder(tmp_path / "run", ["ingest", "a\0"], CLUSTER, "local")
+        made(tmp_path / "run", ["ingest", "a\0"])
     assert not (tmp_path / "run").exists()
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path):
-    make_job_folder(tmp_path / "run", ["pretrain", "--train.seed", "1"], CLUSTER, "local")
+    made(tmp_path / "run", ["pretrain", "--train.seed", "1"])
     (tmp_path / "run" / "launch" / "config.yaml").rename(tmp_path / "run" / "config.yaml")  # as the run writes it
     with pytest.raises(InputError, match=r"the run has train\.seed 1, now it is 2"):
-        make_job_folder(tmp_path / "run", ["pretrain", "--train.seed", "2"], CLUSTER, "local")
-    make_job_folder(tmp_path / "run", ["pretrain", "--train.seed", "1", "--train.steps", "9"], CLUSTER, "local")
+        made(tmp_path / "run", ["pretrain", "--train.seed", "2"])
+    made(tmp_path / "run", ["pretrain", "--train.seed", "1", "--train.steps", "9"])
 
 
 def test_a_data_set_is_no_run_folder(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="is a data set"):
-        make_job_folder(tmp_path, ["ingest"], CLUSTER, "local")
+        made(tmp_path, ["ingest"])
 
 
 @pytest.mark.parametrize("name", ["it's", 'a "b"', "$(touch pwned)", "`x`", "a b", "-rf", "ü", "; exit"])
 def test_hostile_run_folders_work(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    make_job_folder(Path(name), ["ingest", "x"], CLUSTER, "local")
+    made(Path(name), ["ingest", "x"])
     job = read_job(Path(name))
-    assert job.run == tmp_path / name
-    assert ClusterConfig(name=job.name).name == job.name
+    assert job.run == str(tmp_path / name)
+    assert LaunchConfig(name=job.name).name == job.name
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1bb", "a\rb", "\udc80"])
 def test_control_characters_in_run_folders_are_refused(tmp_path, name):
     with pytest.raises(InputError, match=r"run folder .* control character") as refused:
-        make_job_folder(tmp_path / name, ["ingest", "x"], CLUSTER, "local")
+        made(tmp_path / name, ["ingest", "x"])
     assert str(refused.value).isprintable()
     assert not list(tmp_path.iterdir())
 
@@ -137,14 +139,14 @@ def test_a_job_folder_open_to_others_is_refused(tmp_path, bits):
     launch.mkdir(parents=True)
     launch.chmod(bits)
     with pytest.raises(InputError, match=f"launch: open to others \\(mode {bits:04o}\\); chmod 700 it"):
-        make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local")
+        made(tmp_path / "run", ["ingest"])
     assert not list(launch.iterdir())
     launch.chmod(0o700)
-    make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local")
+    made(tmp_path / "run", ["ingest"])
 
 
 def test_a_job_folder_of_another_user_is_refused(tmp_path, monkeypatch):
-    folder = JobFolder(make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local"))
+    folder = made(tmp_path / "run", ["ingest"]).folder
     monkeypatch.setattr(os, "geteuid", lambda: folder.path.stat().st_uid + 1)
     with pytest.raises(InputError, match="belongs to another user"):
         refuse_shared(folder)
@@ -156,17 +158,17 @@ def test_a_link_or_file_in_place_of_the_job_folder_is_refused(tmp_path):
         (tmp_path / name).mkdir()
         make(tmp_path / name / "launch")
         with pytest.raises(InputError, match="launch: not a folder"):
-            make_job_folder(tmp_path / name, ["ingest"], CLUSTER, "local")
+            made(tmp_path / name, ["ingest"])
     (tmp_path / "c").touch()
     for run in ("c", "c/d"):
         with pytest.raises(InputError, match=r"c: (not a folder|cannot make the folder)"):
-            make_job_folder(tmp_path / run, ["ingest"], CLUSTER, "local")
+            made(tmp_path / run, ["ingest"])
 
 
 def test_an_existing_run_folder_keeps_its_mode(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(0o755)
-    path = make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local")
+    path = made(tmp_path / "run", ["ingest"]).folder.path
     assert (mode(path), mode(path.parent)) == (0o700, 0o755)
 
 
@@ -185,17 +187,17 @@ def test_a_folder_without_a_job_is_named(tmp_path):
     [
         ({"format": "ecgscale-job/9"}, "format 'ecgscale-job/9'; this ecgscale-launch reads ecgscale-job/1"),
         ({"command": []}, "damaged, command is []"),
-        ({"command": [1]}, "damaged, command is [1]"),
+        ({"command": [1]}, "damaged, command[0] is 1"),
         ({"name": None}, "damaged, name is None"),
         ({"where": "moon"}, "damaged, where is 'moon'"),
         ({"versions": {"torch": 2}}, "damaged, versions is {'torch': 2}"),
         ({"cluster": {"nodes": 0}}, "damaged, cluster: nodes 0: give 1 or more"),
         ({"cluster": {"environment": {"A": "x\n$(y)"}}}, "damaged, cluster: environment.A 'x\\n$(y)'"),
-        ({"cluster": {"colour": 1}}, "damaged, cluster: "),
+        ({"cluster": {"colour": 1}}, "damaged, cluster: colour: unknown key"),
     ],
 )
 def test_damaged_jobs_are_named(tmp_path, change, said):
-    folder = JobFolder(make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local"))
+    folder = made(tmp_path / "run", ["ingest"]).folder
     write_json(folder.job, json.loads(folder.job.read_text()) | change)
     with pytest.raises(InputError) as refused:
         read_job(tmp_path / "run")
@@ -213,7 +215,7 @@ def test_files_that_are_no_json_are_named(tmp_path, content):
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_disk_that_fails_is_no_fault_of_the_user(tmp_path, monkeypatch, number):
     """Exit code 1, after which a job is started again; a status line goes without what cannot be read."""
-    folder = JobFolder(make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local"))
+    folder = made(tmp_path / "run", ["ingest"]).folder
 
     def fails(*given: object, **named: object) -> None:
         raise OSError(number, os.strerror(number), str(folder.path))
@@ -232,8 +234,8 @@ def test_a_disk_that_fails_is_no_fault_of_the_user(tmp_path, monkeypatch, number
             with pytest.raises(MachineError, match=f"^{folder.path}: {doing}.*: {os.strerror(number)}"):
                 what(folder)
     with monkeypatch.context() as patched:
-        patched.setattr(record, "_copy", fails)
-        with pytest.raises(MachineError, match=f"^{folder.path}: cannot copy the code: {os.strerror(number)}"):
+        patched.setattr(snapshot_module, "_copy", fails)
+        with pytest.raises(MachineError, match=f"^{folder.code}: cannot write: {os.strerror(number)}"):
             snapshot({"ecgscale": tmp_path}, folder.code)
 
 
@@ -274,7 +276,7 @@ def test_attempts_are_counted(tmp_path):
 def value_seen(folder: JobFolder, cwd: Path) -> str:
     """What a job imports that is started in ``cwd``."""
     command = [sys.executable, "-c", "import package; print(package.VALUE)"]
-    environment = code_environment(folder, os.environ | {"PYTHONPATH": str(cwd)})
+    environment = code_environment(folder.code, os.environ | {"PYTHONPATH": str(cwd)})
     done = subprocess.run(command, cwd=cwd, env=environment, check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
@@ -298,8 +300,8 @@ def test_later_edits_do_not_reach_the_snapshot(package, tmp_path):
 
 def test_a_snapshot_is_replaced_as_a_whole(package, tmp_path):
     folder = JobFolder(tmp_path / "job")
-    for name in ("code.new", "code.old"):  # left by a submission that was killed
-        (folder.path / name / "package").mkdir(parents=True)
+    (folder.path / f"code.{'0' * 32}.partial" / "package").mkdir(parents=True)  # left by one that was killed
+    os.utime(folder.path / f"code.{'0' * 32}.partial", (0, 0))
     (package / "gone.py").touch()
     snapshot({"package": package}, folder.code)
     (package / "gone.py").unlink()
@@ -310,13 +312,29 @@ def test_a_snapshot_is_replaced_as_a_whole(package, tmp_path):
     assert list(folder.path.iterdir()) == [folder.code]
 
 
-def test_a_snapshot_that_fails_leaves_the_one_before(package, tmp_path):
+def test_a_snapshot_that_fails_leaves_the_one_before(package, tmp_path, monkeypatch):
     folder = JobFolder(tmp_path / "job")
     snapshot({"package": package}, folder.code)
-    (folder.path / "code.new").write_text("in the way")
-    with pytest.raises(InputError, match="cannot copy the code"):
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (package / "__init__.py").write_text("VALUE = 2\n")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(MachineError, match=r"/job/code: cannot write: No space left"):
         snapshot({"package": package}, folder.code)
     assert value_seen(folder, tmp_path) == "1"
+    assert [path.name for path in folder.path.iterdir()] == ["code"]
+
+
+def test_jobs_of_an_array_share_one_copy_of_the_code(tmp_path):
+    """Until one of them is given its own."""
+    of_array = JobFolder.of(tmp_path / "runs")
+    job = make_job(tmp_path / "runs" / "part-0001", ["ingest"], CLUSTER, "slurm", CODE, shares_code=True)
+    assert not job.folder.code.exists()
+    assert job.code == of_array.code
+    snapshot(CODE.packages, job.folder.code)
+    assert job.code == job.folder.code
 
 
 def test_the_packages_are_found():
@@ -325,12 +343,30 @@ def test_the_packages_are_found():
         assert path.name == name
 
 
+def test_a_job_of_an_earlier_version_is_read(tmp_path):
+    """Its job.json has no other keys; beside it lie cluster.yaml and a folder of submitit."""
+    job = made(tmp_path / "run", ["ingest"])
+    (job.folder.path / "submitit").mkdir()
+    (job.folder.path / "submitit" / "7_0_log.out").write_text("srun: error\n")
+    tree = json.loads(job.folder.job.read_text())
+    write_json(job.folder.job, tree | {"versions": tree["versions"] | {"submitit": "1.5.4"}})
+    assert read_job(tmp_path / "run").cluster == job.cluster
+    assert job.folder.batch_folders() == [job.folder.path / "submitit"]
+
+
+def test_code_of_an_earlier_version_is_not_submitted_again(tmp_path):
+    job = make_job(tmp_path / "run", ["ingest"], CLUSTER, "slurm", CODE)
+    (job.code / "ecgscale_launch" / "supervise.py").unlink()
+    with pytest.raises(InputError, match=r"launch/code: packages of an earlier version, .*; give --new-code"):
+        resubmit(job, [], new_code=False)
+
+
 def test_the_cluster_in_the_job_is_the_resolved_one(tmp_path):
-    folder = JobFolder(make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local"))
+    folder = made(tmp_path / "run", ["ingest"]).folder
     assert json.loads(folder.job.read_text())["cluster"] == asdict(replace(CLUSTER, name="ingest-run"))
 
 
 def test_a_job_is_made_where_there_is_no_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    make_job_folder(tmp_path / "run", ["ingest"], CLUSTER, "local")
+    make_job(tmp_path / "run", ["ingest"], CLUSTER, "local", Source.today())
     assert (read_job(tmp_path / "run").commit, (tmp_path / "run/launch/diff.patch").read_bytes()) == (None, b"")
