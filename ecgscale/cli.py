@@ -200,8 +200,7 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
     if done.held:
         print(
-            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples; "
-            "their labels stay as they are"
+            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples"
         )
     for dataset, n in done.shared_ids.items():
         print(
@@ -212,6 +211,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         print(f"{out}: {line}")
     if done.copies:
         print(f"{out}: all copies stand in {out / COPIES}")
+    if done.near_ids:
+        print(f"{out}: {done.near_ids}")
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     for line in told(done.notes, done.patients_known):
@@ -262,6 +263,8 @@ def ingest(argv: list[str]) -> None:
         about += [f"{options.source}: {line}" for line in source.left_out()]
         if options.patient_key == "@folder" and (line := shared_names(source.items())):
             about.append(f"{options.source}: {line}")
+        if source.labels is not None:
+            about += source.labels.remarks
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding
@@ -270,6 +273,8 @@ def ingest(argv: list[str]) -> None:
         names = " and ".join(map(str, options.labels))
         if without := source.unlabelled():
             print(f"{len(without)} records have no row in {names}, such as {without[0]}")
+        for line in source.labels.coverage(source.items()):
+            print(line)
         if source.labels.rows_of_none:
             print(f"{source.labels.rows_of_none} rows of {names} name no record, such as {source.labels.row_of_none}")
 
@@ -304,7 +309,7 @@ def index(argv: list[str]) -> None:
     """Tars that others wrote with the webdataset library become a data set, by an index beside them.
 
     A sample is KEY.npy, int16 counts (leads, samples), and KEY.json with the rate (rate_hz, fs, sampling_rate ...), the
-    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV), patient and labels.
+    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV or units), patient and labels.
     """
     parser = _parser("index", index.__doc__)
     parser.add_argument("folder", type=Path, help="folder of the *.tar files, which are not changed")
@@ -335,6 +340,7 @@ def index(argv: list[str]) -> None:
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
     from ecgscale.data.ingest.options import IngestOptions
+    from ecgscale.data.persons import near_ids
     from ecgscale.data.shard_set import ShardSet
 
     rules = Rules(
@@ -356,7 +362,8 @@ def index(argv: list[str]) -> None:
         test_values=listed(options.test_values),
     )
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
-    for line in about_copies(ShardSet.open(options.folder)):
+    shards = ShardSet.open(options.folder)
+    for line in filter(None, (*about_copies(shards), near_ids(shards))):
         print(f"{options.folder}: {line}")
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")

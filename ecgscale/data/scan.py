@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ecgscale.data.foreign import Described, Rules, describe, foreign_name
+from ecgscale.data.foreign import Described, Rules, check_zero, describe, foreign_name, keys_of
 from ecgscale.data.payload import Bytes, header_bytes, npy_shape
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
-from ecgscale.data.shards import index_row
+from ecgscale.data.shards import index_row, person_row
 from ecgscale.data.tar import Member, Sample, samples
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, patient_code
+from ecgscale.record import LEADS
 
 
 class Found(NamedTuple):
@@ -23,6 +23,7 @@ class Found(NamedTuple):
     described: Described
     row: dict[str, Any]  # of the index; all columns but the split
     end: int  # of its last member, bytes from the tar's begin
+    keys: frozenset[str] = frozenset()  # of a foreign tar's JSON, under which labels may stand
 
 
 def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator[Found]:
@@ -33,13 +34,15 @@ def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator
         leads, n_samples = _shape(tar, signal, place)
         content = _json_bytes(tar, meta, place)
         try:
-            described = describe(parse_json(content), rules, leads)
+            fields = parse_json(content, unique=True)
+            check_zero(fields, leads)
+            described = describe(fields, rules, leads)
         except InputError as error:
             raise _wrong(place, meta, error) from error
-        patient = patient_code(dataset, described.patient, name)
-        row = _row(described, n_samples, patient, signal, meta)
+        row = _row(described, n_samples, signal, meta) | person_row(dataset, described.patient, name)
         row |= {"checksum": _hash(tar, signal), "json_checksum": xxhash.xxh3_64_intdigest(content)}
-        yield Found(name, described, row, max(member.offset + member.size for member in sample.members.values()))
+        end = max(member.offset + member.size for member in sample.members.values())
+        yield Found(name, described, row, end, keys_of(fields))
 
 
 def scan_own(tar: Bytes, place: str, payload: str, dataset: str) -> Iterator[Found]:
@@ -59,8 +62,8 @@ def scan_own(tar: Bytes, place: str, payload: str, dataset: str) -> Iterator[Fou
             raise _wrong(place, meta, error) from error
         if payload == "npy" and _shape(tar, signal, place) != shape:
             raise InputError(f"{place}: member {signal.name!r} is not {shape[0]} x {shape[1]}; ingest it again")
-        patient = patient_code(dataset, described.patient, fields["name"])
-        row = _row(described, fields["samples"], patient, signal, meta)
+        row = _row(described, fields["samples"], signal, meta)
+        row |= person_row(dataset, described.patient, fields["name"])
         length = signal.size if payload == "npy" else min(signal.size, header_bytes(fields["samples"]))
         checked = Member(signal.name, signal.offset, length)
         row |= {"checksum": _hash(tar, checked), "json_checksum": xxhash.xxh3_64_intdigest(content)}
@@ -78,8 +81,8 @@ def _described(fields: dict[str, Any]) -> Described:
     )
 
 
-def _row(described: Described, n_samples: int, patient: int, signal: Member, meta: Member) -> dict[str, Any]:
-    return index_row(described.leads_L, described.scale_L, n_samples, patient) | {
+def _row(described: Described, n_samples: int, signal: Member, meta: Member) -> dict[str, Any]:
+    return index_row(described.leads_L, described.scale_L, n_samples) | {
         "offset": signal.offset,
         "length": signal.size,
         "json_offset": meta.offset,

@@ -20,7 +20,8 @@ from ecgscale import progress
 from ecgscale.config import FinetuneConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.copies import copies_apart
+from ecgscale.data.persons import apart
+from ecgscale.data.selection import Selection
 from ecgscale.data.stream import TrainStream
 from ecgscale.downstream.board import show
 from ecgscale.downstream.evaluate import LabelledSet, Scored, evaluate, tuned_thresholds
@@ -34,7 +35,8 @@ from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.run import claim_run
-from ecgscale.run_folder import EXPORT, TEST_REPORT, leave_run
+from ecgscale.run_folder import EXPORT, TEST_REPORT, TRAINED_ON, leave_run
+from ecgscale.trained_on import FINE_TUNING, keep_trained_on
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.validation import Validation
@@ -96,13 +98,17 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     run = claim_run(config.run.dir, config, ranks)
     patients = labelled.patients("train")
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
+    log(ranks, f"read as the model takes it: {model.profile.rate_hz:g} Hz, segments of {labelled.data.segment_s:g} s, "
+               f"{labelled.data.normalisation}")  # fmt: skip
     log(ranks, labelled.coverage("train").text("used"))
     log(ranks, labelled.coverage("validation").text("used"))
-    if ranks.first and (copies := copies_apart(labelled.shards)):
-        log(ranks, copies)
+    for line in apart(labelled.shards) if ranks.first else ():
+        log(ranks, line)
     if config.init.random:
         torch.manual_seed(config.train.seed)
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
+    begun_with = "" if config.init.random else config.init.model
+    keep_trained_on(run, begun_with, FINE_TUNING, _learnt_from(labelled, config.task), ranks)
     about = _about(model, labelled, config)
     if config.task.protocol == "finetune":
         model.encoder.recomputed_layers = recomputed
@@ -119,6 +125,12 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     if config.task.kind == "multilabel":
         amend_export(run / EXPORT, thresholds=tuned_thresholds(load(run / EXPORT), labelled))
     return run
+
+
+def _learnt_from(labelled: LabelledSet, task: TaskConfig) -> Selection:
+    """The recordings that change a model; a probe for identification is the encoder as it was."""
+    selection = labelled.selection("train")
+    return selection.none() if (task.protocol, task.kind) == ("probe", "identification") else selection
 
 
 def _about(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig) -> dict[str, Any]:
@@ -185,7 +197,7 @@ def _train(
         validate=Validation(held_out, config.train.contrast, 1, seed, target_RC),
         flops=supervised_flops(encoder, stream.shape[0], selection.samples),
     )
-    export_engine(run / EXPORT, train(job, ranks), job.about, config.train.steps)
+    export_engine(run, train(job, ranks), job.about, config.train.steps)
 
 
 def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
@@ -198,7 +210,8 @@ def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
 
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
-    write_export(run / EXPORT, weights | {f"head.{name}": tensor for name, tensor in head.items()}, about)
+    weights |= {f"head.{name}": tensor for name, tensor in head.items()}
+    write_export(run / EXPORT, weights, about, run / TRAINED_ON)
 
 
 def _probe(model: ECGModel, labelled: LabelledSet, run: Path, about: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import unicodedata
 
 import pytest
 from hypothesis import example, given
@@ -13,8 +15,12 @@ from ecgscale.data.cells import UNKNOWN_WORDS, Cells, has_likelihoods, is_known,
 from ecgscale.errors import InputError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1, max_size=12).filter(
-    lambda text: is_known(text) and not text[:1].isdigit() and text.casefold() not in ("true", "false")
+_SIGNS = st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="\u200b\u2060\ufeff\u00ad")
+NAMES = (
+    st.text(_SIGNS, min_size=1, max_size=12)
+    .map(functools.partial(unicodedata.normalize, "NFC"))
+    .filter(lambda text: is_known(text) and not text[:1].isdigit() and text.casefold() not in ("true", "false"))
+    .filter(lambda text: not text[0] == text[-1] == "'")
 )
 PLAIN = st.from_regex(r"[A-Z][A-Za-z]{1,8}( [a-z]{1,6})?", fullmatch=True).filter(
     lambda text: is_known(text) and text.casefold() not in ("true", "false")
@@ -65,6 +71,18 @@ def identifier(value: object) -> str | None:
 )
 def test_ids(cell: object, read: str) -> None:
     assert identifier(cell) == read
+
+
+def test_blanks_of_any_kind_and_accents_apart_make_no_other_id() -> None:
+    cells = Cells()
+    spellings = ["Jos\xe9", "Jose\u0301", "\u2003Jos\xe9\u200b", "\u3000Jose\u0301\u2028"]
+    assert {cells.identifier(one, "pid") for one in spellings} == {"Jos\xe9"}
+    assert cells.classes(["r\xeave", "re\u0302ve"], "dx") == ["r\xeave"]
+    assert cells.notes == {
+        "pid with accents apart from their letters, read as one": 2,
+        "dx with accents apart from their letters, read as one": 1,
+    }
+    assert cells.identifier("\u2003NA\u2009", "pid") is None
 
 
 @pytest.mark.parametrize("cell", ["9007199254740992.0", "1.2345678901234568e+16", 1e17, "4.27E+08", "1E+05"])
@@ -310,3 +328,17 @@ def test_notes_are_told_with_the_most_frequent_first() -> None:
     ]
     assert told({str(i): i for i in range(30)}, True, 2)[-1] == "and 28 more such lines"
     assert told({}, True) == []
+
+
+@pytest.mark.parametrize("text", ["'AF'", "A\u200bF", "\ufeffAF", '="AF"', "AF\u00a0", "A\u00adF"])
+def test_what_cannot_be_seen_makes_no_other_class_or_patient(text: str) -> None:
+    cells = Cells()
+    assert cells.classes(text, "dx") == ["AF"]
+    assert cells.identifier(text, "patient") == cells.text(text, "age") == "AF"
+
+
+def test_letters_and_blanks_of_two_kinds_are_one() -> None:
+    assert Cells().classes("Mu\u0308ller\u00a0x", "dx") == ["M\u00fcller x"]
+    assert Cells().classes("'AF;SB'", "dx") == ["AF", "SB"]
+    assert Cells().classes("'", "dx") == ["'"]
+    assert Cells().identifier("''", "patient") is None

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ecgscale.data.description import Description
 from ecgscale.data.label_columns import LabelColumns
-from ecgscale.data.label_table import Description, LabelTable, NameMatcher, load_label_table, paths_of
+from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
+from ecgscale.data.matching import NameMatcher
 from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
 from ecgscale.data.sources.catalogue import Catalogue
-from ecgscale.data.sources.listing import left_out
+from ecgscale.data.sources.listing import header_names, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError
 from ecgscale.record import Record
+
+_PASSED_OVER = "a patient id of the header or of --labels passed over, since the data set's own table names another"
 
 Described = Iterator[tuple[str, Description]]
 
@@ -30,7 +34,7 @@ class CataloguedWfdb:
     """WFDB records that were listed when the source was opened.
 
     Where several speak of a record, the user's own table wins over the header, and both over the data set's tables;
-    of the patient the data set's tables know best.
+    of the patient the data set's tables know best, and a note counts where another was named.
     """
 
     tree: Folder | Archive
@@ -42,7 +46,7 @@ class CataloguedWfdb:
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     """What was thought of the tree when it was opened, one line each."""
     others: Callable[[Tree], list[str]] | None = None
     """Lines on what lies in the tree and is not read."""
@@ -66,13 +70,20 @@ class CataloguedWfdb:
             ignore_leads=self.ignore_leads,
             rename_leads=self.rename_leads,
         )
+        notes = Counter(said.notes) + Counter(record.notes)
+        if said.patient is not None and record.patient not in (None, said.patient):
+            notes[_PASSED_OVER] += 1
         return replace(
             plausible(record, self.tree.where / f"{item}.hea"),
             patient=said.patient or record.patient,
             labels=said.labels | record.labels,
             metadata=said.metadata | record.metadata,
-            notes=dict(Counter(said.notes) + Counter(record.notes)),
+            notes=dict(notes),
         )
+
+    def fingerprint(self, item: str) -> bytes:
+        """Its headers, and what the data set's tables say of it."""
+        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace") + self.tree.headers_of(item)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
@@ -81,7 +92,7 @@ class CataloguedWfdb:
 
     def left_out(self) -> list[str]:
         """Lines on what is not read, and why."""
-        return [*self.remarks, *(self.others(self.tree) if self.others else ())]
+        return [*self.hints, *(self.others(self.tree) if self.others else ())]
 
     @functools.cached_property
     def labels(self) -> LabelTable | None:
@@ -98,10 +109,11 @@ def all_headers(tree: Tree) -> list[str]:
 
 
 class Absent:
-    """Records that a table names and that are not there."""
+    """Records that a table names and that are not there; ``remarks`` takes other lines on the tables."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, ""
+        self.remarks: list[str] = []
 
     def add(self, item: str) -> None:
         self.count += 1
@@ -109,7 +121,15 @@ class Absent:
 
     def lines(self) -> list[str]:
         said = f"left out: {self.count} records that the tables name and that are not there; the first is {self.first}"
-        return [said] if self.count else []
+        return [said, *self.remarks] if self.count else self.remarks
+
+
+def not_named(tree: Tree, within: str, table: str, named: Set[str]) -> list[str]:
+    """A line on the WFDB headers of a folder ("" is the root) that a table does not name."""
+    prefix = f"{within}/" if within else ""
+    items = (f"{prefix}{name}" for name in header_names(tree.below(within).contents()))
+    others = [item for item in items if item not in named]
+    return [f"left out: {len(others)} records that {table} does not name; the first is {min(others)}"] if others else []
 
 
 def lies_in(item: str, within: str) -> bool:
@@ -123,7 +143,7 @@ def catalogued(
     described: Described,
     description: str,
     options: SourceOptions,
-    remarks: Sequence[str] = (),
+    hints: Sequence[str] = (),
     others: Callable[[Tree], list[str]] | None = None,
     absent: Absent | None = None,
 ) -> CataloguedWfdb:
@@ -133,7 +153,7 @@ def catalogued(
     """
     catalogue = Catalogue.make(scratch.path / "records.sqlite")
     try:
-        catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
+        repeated = catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
     except InputError as error:
         raise error if str(error).startswith(str(tree.where)) else InputError(f"{tree.where}: {error}") from error
     if not (n := catalogue.n_records()):
@@ -148,7 +168,7 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        (*remarks, *(absent.lines() if absent else ())),
+        (*hints, *repeated, *(absent.lines() if absent else ())),
         others,
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,

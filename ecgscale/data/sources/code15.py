@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.cells import Cells
-from ecgscale.data.label_table import Description, LabelTable
+from ecgscale.data.description import Description
+from ecgscale.data.label_table import LabelTable
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.listing import is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table
 from ecgscale.data.sources.tree import Folder, Tree
-from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.sources.wfdb_listing import stays_inside
 from ecgscale.data.units import parse_unit, to_signal
 from ecgscale.errors import InputError, disk_failed, file_error, unreadable
 from ecgscale.record import LEADS, Record
@@ -77,13 +78,14 @@ class Code15:
         catalogue = Catalogue.make(scratch.path / "exams.sqlite")
         try:
             unnamed: list[str] = []
-            catalogue.add_records(_exams(root, unnamed))
+            repeated = catalogue.add_records(_exams(root, unnamed))
         except InputError as error:
             raise error if str(error).startswith(str(root)) else InputError(f"{root / EXAMS}: {error}") from error
         n = sum(len(_part(root, part).exam_ids) for part in parts)
         description = DESCRIPTION.format(n=n, parts=len(parts), unit=unit)
         if unnamed:
             description += f"; {len(unnamed)} rows of {EXAMS} name no exam and are left out, the first: {unnamed[0]}"
+        description += "".join(f"; {line}" for line in repeated)
         return cls(root, catalogue, scratch, options.dataset or "", description, parts, mv_per_value)
 
     def items(self) -> list[str]:
@@ -114,6 +116,13 @@ class Code15:
         known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
         known["notes"] = said.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
+
+    def fingerprint(self, item: str) -> bytes:
+        """What exams.csv says of it, and the size of its part."""
+        stem, _, place = item.rpartition("/")
+        said = self.catalogue.describe(place.rpartition("_")[2])
+        path = self.root / f"{stem}.hdf5"
+        return f"{said!r} {path.stat().st_size if path.is_file() else 0}".encode(errors="backslashreplace")
 
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""
@@ -153,7 +162,7 @@ def _items_of(root: Path, part: str) -> Iterator[str]:
 
 
 def _padding_removed(values_TL: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    used = np.flatnonzero(values_TL.any(axis=1))
+    used = np.flatnonzero(np.nan_to_num(values_TL).any(axis=1))  # a lead that is NaN throughout is so in the padding
     if not len(used):
         raise InputError("all samples are zero")
     return values_TL[used[0] : used[-1] + 1]
@@ -170,7 +179,7 @@ def _exams(root: Path, unnamed: list[str]) -> Iterator[tuple[str, Description]]:
             row = {name: cells[i] for name, i in table.columns.items()}
             exam_id = Cells().text(row["exam_id"], "exam_id") or ""
             if exam_id.isascii() and exam_id.isdigit():
-                yield str(int(exam_id)), _description(row, table.where())
+                yield str(int(exam_id)), replace(_description(row, table.where()), place=table.place())
             else:
                 unnamed.append(f"{table.where()}: exam_id is {row['exam_id']!r}")
 

@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.data.plausibility import UnlikelyUnitError, questions
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources import archive, cinc2021, code15, mimic_iv_ecg, ptbxl
@@ -103,7 +104,7 @@ def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        remarks=tuple(unrecognised(tree, forced=options.layout == "wfdb")),
+        hints=tuple(unrecognised(tree, forced=options.layout == "wfdb")),
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,
     )
@@ -133,10 +134,10 @@ def _open_archive(tree: Archive, options: SourceOptions) -> OpenedSource:
     if place or options.layout in _FOR_WFDB:
         return _open_known(tree, place, options, tree.disk)
     options.check_for("wfdb")
-    remarks = unrecognised(tree, forced=options.layout == "wfdb")
+    hints = unrecognised(tree, forced=options.layout == "wfdb")
     records = ((item, Description(None, {}, {})) for item in tree.headers())
     description = f"{tree.where}: an archive of {{n}} WFDB records"
-    return catalogued(tree, tree.disk, records, description, options, remarks, all_headers)
+    return catalogued(tree, tree.disk, records, description, options, hints, all_headers)
 
 
 def _open_known(tree: Tree, place: Place | None, options: SourceOptions, scratch: Scratch) -> OpenedSource:
@@ -163,9 +164,10 @@ def _about(place: Place, scratch: Scratch, absent: Absent) -> tuple[Described, s
     """What its tables say of the records, a line for people, and who knows what is left out."""
     tree, within = place.tree, place.within
     if place.layout == "ptbxl":
-        return ptbxl.described(tree, within, absent), ptbxl.DESCRIPTION, ptbxl.left_out
+        return ptbxl.described(tree, within, absent), ptbxl.DESCRIPTION, partial(ptbxl.left_out, within=within)
     if place.layout == "mimic-iv-ecg":
-        return mimic_iv_ecg.described(tree, scratch.path, within, absent), mimic_iv_ecg.description(tree), None
+        described = mimic_iv_ecg.described(tree, scratch.path, within, absent)
+        return described, mimic_iv_ecg.description(tree), partial(mimic_iv_ecg.left_out, within=within)
     return cinc2021.described(tree, within), cinc2021.DESCRIPTION, all_headers
 
 
