@@ -237,6 +237,20 @@ def test_a_warning_to_one_task_of_an_array_leaves_the_others_alone(
     assert stops == [0, 1]
 
 
+def test_a_run_of_a_sweep_goes_on_alone_with_the_code_of_all(cluster, shards, wait_for, over, tmp_path) -> None:
+    """Cancelled and submitted again, it is a job of its own; its packages lie in the folder of the sweep."""
+    job = ["pretrain", *SMALL, f"--data.shards={shards}", "--train.steps=60", "--run.dir", tmp_path / "runs"]
+    launch(cluster, "--cpus_per_task=1", "--sweep", "train.seed", "0", "1", "--", *job)
+    runs = [tmp_path / "runs/seed=0", tmp_path / "runs/seed=1"]
+    wait_for(lambda: all(logged(run, 2) for run in runs))
+    launch("cancel", runs[1])
+    over(runs[1])
+    assert state(runs[1])["phase"] == "stopped"
+    launch("resume", runs[1])
+    assert [over(run) for run in runs] == ["COMPLETED"] * 2
+    assert sorted(tmp_path.rglob("launch/code")) == [tmp_path / "runs/launch/code"]
+
+
 def test_a_chain_whose_first_job_fails_does_not_go_on(cluster, shards, tmp_path, over) -> None:
     first = ["finetune", "--init", tmp_path / "none", f"--data.shards={shards}", "--run.dir", tmp_path / "first"]
     second = ["finetune", "--init", tmp_path / "first", "--task.label=rhythm", f"--data.shards={shards}"]
