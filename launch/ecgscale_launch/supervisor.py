@@ -14,16 +14,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from ecgscale.errors import InputError, MachineError, one_line
-from ecgscale.files import read_json_if_there, read_json_now, write_json
+from ecgscale.files import read_json_if_there, write_json
 from ecgscale.run_folder import newest_step
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S
+from ecgscale_launch.attempt import Attempt, error_of, first_error
 from ecgscale_launch.hangs import HangWatch
 from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.launch_config import LaunchConfig
@@ -45,29 +46,6 @@ class Started(Protocol):
     def codes(self) -> dict[int, int]: ...
     def tell(self, number: signal.Signals) -> None: ...
     def kill(self) -> None: ...
-
-
-@dataclass
-class Attempt:
-    """One start of all ranks."""
-
-    number: int
-    job_id: str | None
-    nodes: list[str]
-    step_from: int
-    began: float = field(default_factory=time.time)
-    first_step: float | None = None
-    """When the first step of this attempt was done, by rank 0's clock."""
-    ended: float | None = None
-    outcome: str | None = None
-    """done, stopped (saved when asked), crashed, hung, killed (did not save in time) or refused (bad input)."""
-    what: str = ""
-    step_to: int = 0
-
-    @property
-    def progress(self) -> bool:
-        """Whether it has left a new checkpoint."""
-        return self.step_to > self.step_from
 
 
 @dataclass
@@ -288,30 +266,3 @@ class Supervisor:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         with suppress(OSError):  # a terminal that has gone
             print(f"ecgscale-launch: {line}", file=sys.stderr, flush=True)
-
-
-def first_error(folder: Path, failures: dict[int, int]) -> dict[str, Any]:
-    """The error that came first and follows from no other; of a rank that could not tell it, how it ended."""
-    told = [about for rank in failures if (about := read_json_now(folder / f"rank-{rank}.error.json"))]
-    own = sorted((about for about in told if about["kind"] != "lost"), key=lambda about: about["time"])
-    if own:
-        return own[0]
-    silent = [rank for rank in sorted(failures) if not (folder / f"rank-{rank}.error.json").exists()]
-    killed = [rank for rank in silent if failures[rank] < 0] or silent
-    if killed:
-        return error_of(f"rank {killed[0]} {how_it_ended(failures[killed[0]])}", "error", killed[0])
-    return min(told, key=lambda about: about["time"])
-
-
-def error_of(line: str, kind: str, rank: int | None = None) -> dict[str, Any]:
-    """An error that no rank has written down, in the form of those."""
-    return {"rank": rank, "host": None, "time": time.time(), "kind": kind, "line": line, "traceback": None}
-
-
-def how_it_ended(code: int) -> str:
-    """An exit code in words."""
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL), by somebody or for want of memory"
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"

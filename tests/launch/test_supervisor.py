@@ -12,10 +12,11 @@ import pytest
 from ecgscale.errors import InputError
 from ecgscale.files import read_json_if_there
 from ecgscale_launch import supervisor as module
+from ecgscale_launch.attempt import first_error
 from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.launch_config import LaunchConfig, NetworkConfig
 from ecgscale_launch.step import codes_in
-from ecgscale_launch.supervisor import Place, Supervisor, first_error
+from ecgscale_launch.supervisor import Place, Supervisor
 from small_jobs import put_checkpoint
 
 KILLED = -int(signal.SIGKILL)
