@@ -32,7 +32,7 @@ from ecgscale.downstream.comparison import (
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
-from ecgscale.downstream.results import Case, Measured, write_results
+from ecgscale.downstream.method_table import Case, Measured, write_results
 from ecgscale.downstream.tasks import load_task
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
