@@ -1,26 +1,21 @@
-"""Run folders: config.yaml, checkpoints/, tensorboard/, events.jsonl, export/."""
+"""Which run a folder holds: its config, and what may differ when the run goes on."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-import time
 from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ecgscale import yaml_text
 from ecgscale.choices import choices_of, current, dotted
 from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST
-from ecgscale.errors import InputError, RankError, file_error, naming_file
-from ecgscale.files import NO_LOCKS, write_whole
+from ecgscale.errors import InputError, naming_file
+from ecgscale.files import write_whole
+from ecgscale.run_folder import CONFIG, lock_run, newest_checkpoint
 from ecgscale.training.ranks import Ranks, first_rank
-from ecgscale.training.state import STATE, checkpoints, read_state
-
-CONFIG = "config.yaml"
+from ecgscale.training.state import STATE, read_state
 
 # What may change when a run continues: how it is computed and written down, how long it goes on (and with it the
 # later part of a schedule that falls to the end of the run).
@@ -75,58 +70,16 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
     return run
 
 
-_WRITER = ".writer"  # in the run folder; locked by the one process that writes there
-_WAIT_S = 15.0  # for the process before, which may just be ending
-_locked: dict[Path, IO[str]] = {}
-
-
-def lock_run(run: Path) -> None:
-    """Lock the run folder until `leave_run` or the end of this process; RankError where another one holds it."""
-    path = run.resolve() / _WRITER
-    if path in _locked:
-        return
-    with naming_file(path, "cannot write"):
-        file = path.open("a+")
-    deadline = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                who = file.read() or "another process"
-                file.close()
-                raise RankError(f"run.dir {run}: {who} trains there; wait for its end") from None
-            time.sleep(0.5)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                file.close()
-                raise file_error(path, "cannot lock", error) from error
-            break
-    with naming_file(path, "cannot write"):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
-    _locked[path] = file
-
-
-def leave_run(run: Path) -> None:
-    """Another process may write into the run folder from now on."""
-    if held := _locked.pop(run.resolve() / _WRITER, None):
-        held.close()
-
-
 def refuse_other_run(run: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:
     """Raises InputError where a run folder holds a run that differs from ``config`` in a key that makes another run.
 
     Its newest checkpoint is asked too: config.yaml can be edited or removed.
     """
     refuse_other_config(run / CONFIG, config, may_change)
-    if saved := checkpoints(run / "checkpoints"):
-        state = read_state(saved[-1])
+    if saved := newest_checkpoint(run):
+        state = read_state(saved)
         lags = {*may_change, *MAY_CHANGE}  # the run may have been started again with others since it was saved
-        _refuse_difference(saved[-1] / STATE, state.get("config", {}), config, lags)
+        _refuse_difference(saved / STATE, state.get("config", {}), config, lags)
 
 
 def refuse_other_config(path: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:

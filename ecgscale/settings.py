@@ -231,7 +231,7 @@ def _from_text(hint: Any, text: str, origin: str) -> Any:
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
     if kinds and all(kind in (str, Path) for kind in kinds):
         return text
-    if any(get_origin(kind) in (list, tuple) for kind in kinds) and not text.startswith("["):
+    if all(get_origin(kind) in (list, tuple) for kind in kinds) and not text.startswith("["):
         return [item for item in text.split(",") if item]
     return yaml_text.parse(text, f"{origin}: cannot read the value {text[:100]!r}")
 
@@ -406,6 +406,9 @@ def _missing(kind: Any, tree: dict[str, Any], prefix: str) -> str:
     return f"the following arguments are required: {', '.join(names)}"
 
 
+_OWN_NAME = option(metavar="VALUE")  # stands for the entries of a mapping, whose names are the user's own
+
+
 # -- names of keys ---------------------------------------------------------------------------------------------------
 
 
@@ -437,7 +440,13 @@ def _key_of(config_type: Any, written: str) -> str:
     for one in fields(config_type):
         if option_of(one).name == written:
             return one.name
-    return written.replace("-", "_")
+    kind, parts = config_type, written.split(".")
+    for place, part in enumerate(parts):
+        if not is_dataclass(kind):
+            break  # names of the user's own
+        parts[place] = part.replace("-", "_")
+        kind = get_type_hints(kind).get(parts[place])
+    return ".".join(parts)
 
 
 def _shown(key: str, one: Field[Any]) -> str:
@@ -451,8 +460,7 @@ def _field_at(config_type: Any, key: str, given: Given) -> tuple[Any, Field[Any]
     one: Field[Any] | None = None
     for name in key.split("."):
         if get_origin(kind) is dict:  # names of the user's own
-            assert one is not None
-            return get_args(kind)[1], one
+            return get_args(kind)[1], _OWN_NAME
         if not is_dataclass(kind):
             raise InputError(f"unknown key {key}; {prefix.rstrip('.')} is no group of keys")
         one = next((other for other in fields(kind) if other.name == name), None)

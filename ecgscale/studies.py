@@ -13,6 +13,7 @@ from ecgscale.export import is_export
 from ecgscale.files import SEAL, finite, parse_json, seal_holds, sealed, write_json
 from ecgscale.objectives import OBJECTIVES
 from ecgscale.run import MAY_CHANGE, refuse_other_run
+from ecgscale.run_folder import CHECKPOINTS, EXPORT
 from ecgscale.training import checkpoint
 
 # In a study, more steps make another run; where the encoder lies does not matter: its weights are compared.
@@ -57,7 +58,7 @@ def check_pretraining(config: PretrainConfig, may_change: Collection[str] = STUD
     shards, run = ShardSet.open(config.data.shards, config.data.cache), Path(config.run.dir)
     OBJECTIVES.find(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
     refuse_other_run(run, config, may_change)
-    if (done := checkpoint.latest(run / "checkpoints")) and done.state["data"] != shards.identity:
+    if (done := checkpoint.latest(run / CHECKPOINTS)) and done.state["data"] != shards.identity:
         raise InputError(f"{run}: was pretrained on other data; remove it or take another run.dir")
     return shards
 
@@ -65,8 +66,8 @@ def check_pretraining(config: PretrainConfig, may_change: Collection[str] = STUD
 def is_pretrained(config: PretrainConfig) -> bool:
     """Whether a pretraining run has come to its end."""
     run = Path(config.run.dir)
-    done = checkpoint.latest(run / "checkpoints")
-    return is_export(run / "export") and done is not None and done.step == config.train.steps
+    done = checkpoint.latest(run / CHECKPOINTS)
+    return is_export(run / EXPORT) and done is not None and done.step == config.train.steps
 
 
 def write_result(path: Path, tree: dict[str, Any]) -> None:

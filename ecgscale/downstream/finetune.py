@@ -29,13 +29,14 @@ from ecgscale.downstream.identification import Identification
 from ecgscale.downstream.metrics import auroc, macro
 from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.errors import InputError
-from ecgscale.export import TRAINED_ON, about_model, amend_export, export_engine, write_export
+from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model import ENCODERS, Encoder, build_encoder
 from ecgscale.model.base import mean_over_time
 from ecgscale.objectives import objective_config
 from ecgscale.objectives.masking import draw_leads
-from ecgscale.run import claim_run, leave_run
+from ecgscale.run import claim_run
+from ecgscale.run_folder import EXPORT, TEST_REPORT, TRAINED_ON, leave_run
 from ecgscale.trained_on import FINE_TUNING, keep_trained_on
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import Ranks, log, start_ranks
@@ -80,7 +81,7 @@ def finetune(config: FinetuneConfig) -> list[Scored] | None:
     if not ranks.first:
         return None
     log(ranks, f"evaluating {run}")
-    report = run / "evaluation-test.json"
+    report = run / TEST_REPORT
     scored = evaluate(run, config.data.shards, "test", out=report, encoder=config.init.encoder)
     show(run, config.train.steps, scored)
     leave_run(run)
@@ -127,7 +128,7 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     elif config.task.protocol == "probe":
         _probe(model, labelled, run, about)
     if config.task.kind == "multilabel":
-        amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export", config.init.encoder), labelled))
+        amend_export(run / EXPORT, thresholds=tuned_thresholds(load(run / EXPORT, config.init.encoder), labelled))
     return run
 
 
@@ -218,7 +219,7 @@ def supervised_flops(encoder: Encoder, rows: int, samples: int) -> int:
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     weights |= {f"head.{name}": tensor for name, tensor in head.items()}
-    write_export(run / "export", weights, about, run / TRAINED_ON)
+    write_export(run / EXPORT, weights, about, run / TRAINED_ON)
 
 
 def _probe(model: ECGModel, labelled: LabelledSet, run: Path, about: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from ecgscale.downstream.comparison import (
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
-from ecgscale.downstream.results import Case, Measured, write_results
+from ecgscale.downstream.method_table import Case, Measured, write_results
 from ecgscale.downstream.tasks import load_task
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
@@ -41,7 +41,8 @@ from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
 from ecgscale.registry import is_code
-from ecgscale.run import first_difference, leave_run, lock_run
+from ecgscale.run import first_difference
+from ecgscale.run_folder import leave_run, lock_run
 from ecgscale.studies import (
     STUDY_MAY_CHANGE,
     check_pretraining,

@@ -23,7 +23,7 @@ from ecgscale.json_lines import read_json_lines
 from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.objectives import OBJECTIVES
 from ecgscale.pretrain import pretrain
-from ecgscale.run import leave_run
+from ecgscale.run_folder import EVENTS, leave_run
 from ecgscale.studies import (
     STUDY_MAY_CHANGE,
     check_pretraining,
@@ -173,7 +173,7 @@ class Cell:
 
     def _note(self, validation: dict[str, float | None]) -> None:
         if not validation:
-            raise InputError(f"{self.folder}/events.jsonl: tells of no validation at the last step; remove the folder")
+            raise InputError(f"{self.folder / EVENTS}: tells of no validation at the last step; remove the folder")
         data = self.pretraining.data
         found = {"validation": validation, "data": ShardSet.open(data.shards, data.cache).identity}
         write_result(self.folder / "result.json", found)
@@ -182,7 +182,7 @@ class Cell:
 def validation_at(run: Path, step: int) -> dict[str, float | None]:
     """Parts of the loss on held-out recordings at a step, as the run has written them down; null where not finite."""
     parts: dict[str, float | None] = {}
-    for event in read_json_lines(run / "events.jsonl"):
+    for event in read_json_lines(run / EVENTS):
         validated = {key.partition("/")[2]: value for key, value in event.items() if key.startswith("validation/")}
         if event.get("step") == step and validated:
             parts = validated

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ecgscale.errors import InputError
 from ecgscale.provenance import versions
+from ecgscale.run_folder import empty_checkpoints
 from ecgscale.training import checkpoint
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import Engine
@@ -14,7 +15,6 @@ from ecgscale.training.following import Standing
 from ecgscale.training.job import Job
 from ecgscale.training.ranks import Ranks, log
 from ecgscale.training.schedule import falls
-from ecgscale.training.state import empty_checkpoints
 
 _VERSIONS_OF = ("ecgscale", "torch", "deepspeed")
 

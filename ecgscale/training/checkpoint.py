@@ -20,21 +20,12 @@ from torch import Tensor, nn
 
 from ecgscale.errors import Diverged, InputError, MachineError, naming_file
 from ecgscale.files import file_sha256, put_in_place, sync
+from ecgscale.run_folder import PARTIAL, checkpoint_name, checkpoints, step_of, unfinished_checkpoints
 from ecgscale.training.engine import Engine
 from ecgscale.training.module_state import persistent_buffers
 from ecgscale.training.optimizers import OptimizerState
 from ecgscale.training.ranks import Ranks, all_succeed, first_rank, log
-from ecgscale.training.state import (
-    PARTIAL,
-    STATE,
-    check_resumable,
-    checkpoint_name,
-    checkpoints,
-    read_state,
-    step_of,
-    unfinished_checkpoints,
-    write_state,
-)
+from ecgscale.training.state import STATE, check_resumable, read_state, write_state
 from ecgscale.weights import open_tensors, save_tensors
 
 _REMOVED = ".removed-"  # in front of the name of a checkpoint that is being deleted

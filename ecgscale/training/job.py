@@ -12,6 +12,7 @@ from torch import nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import TrainStream
+from ecgscale.run_folder import CHECKPOINTS
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.metrics import Work, device_peak
 from ecgscale.training.train_config import TrainConfig
@@ -38,7 +39,7 @@ class Job:
 
     @property
     def checkpoints(self) -> Path:
-        return self.run / "checkpoints"
+        return self.run / CHECKPOINTS
 
     def learning_rate(self, step: int, steps: int = 0) -> float:
         """The rate at ``step`` (from 0) of a run of ``steps``; 0: of as many as it has."""

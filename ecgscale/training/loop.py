@@ -15,6 +15,7 @@ from ecgscale import progress
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import Batches
 from ecgscale.errors import Diverged, InputError, MachineError
+from ecgscale.run_folder import RECORDINGS
 from ecgscale.stopping import Stopped, listening
 from ecgscale.training import checkpoint
 from ecgscale.training.beginning import begin, state_of
@@ -81,7 +82,7 @@ class Trainer:
         job, step = self.job, self.standing.step
         config = yaml.safe_dump(job.config, sort_keys=False)
         with ExitStack() as stack:
-            self.seen = RecordingsLog(job.run / "recordings", self.ranks.rank) if job.train.log_recordings else None
+            self.seen = RecordingsLog(job.run / RECORDINGS, self.ranks.rank) if job.train.log_recordings else None
             if self.seen:
                 stack.enter_context(closing(self.seen))
             work = job.work(self.ranks.device)

@@ -18,9 +18,9 @@ from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes
 from ecgscale.plan.check import predicted_memory
 from ecgscale.plan.memory import Parallel, memory_of, share, sizes_of, state_bytes
 from ecgscale.plan.trial import Trial, peak_bytes
+from ecgscale.run_folder import checkpoints
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import BUCKET, EngineConfig
-from ecgscale.training.state import checkpoints
 from small_jobs import NO_DROPOUT, SMALL
 
 TINY = PRESETS["tiny"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ecgscale.cli import main
 from ecgscale.errors import InputError
 from ecgscale.files import JSON_LIMIT_BYTES, file_sha256
-from ecgscale.run import leave_run
+from ecgscale.run_folder import leave_run
 from ecgscale.training import checkpoint
 from ecgscale.training.state import STATE, read_state, write_state
 from small_jobs import SMALL, events, losses, put_checkpoint
