@@ -32,6 +32,7 @@ from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
 from ecgscale.run_folder import CONFIG
+from ecgscale.settings import option
 from ecgscale.training.engine_config import EngineConfig
 from ecgscale.training.train_config import TrainConfig
 
@@ -42,7 +43,7 @@ Config = TypeVar("Config")
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = ""
+    dir: str = option("", resumable=True)
     """Run folder: config.yaml, checkpoints/, tensorboard/, events.jsonl, export/."""
 
 

@@ -399,6 +399,18 @@ def _in_words(hint: Any) -> str:
     return " or ".join(parts)
 
 
+def resumable_keys(config: Any) -> set[str]:
+    """Dotted keys of a config with which a run may go on changed: how it is computed and written down, how long."""
+    keys: set[str] = set()
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            keys |= {f"{one.name}.{key}" for key in resumable_keys(value)}
+        elif option_of(one).resumable:
+            keys.add(one.name)
+    return keys
+
+
 def _missing(kind: Any, tree: dict[str, Any], prefix: str) -> str:
     without = [one for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
     missing = [one for one in without if one.name not in tree]

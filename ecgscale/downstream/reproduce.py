@@ -44,7 +44,7 @@ from ecgscale.registry import is_code
 from ecgscale.run import first_difference
 from ecgscale.run_folder import leave_run, lock_run
 from ecgscale.studies import (
-    STUDY_MAY_CHANGE,
+    STUDY,
     check_pretraining,
     folder_name,
     is_pretrained,
@@ -207,7 +207,7 @@ class Unit:
         config = self.leaf_config(leaf)
         now = self._made_from(config)
         differs = next((name for name in ("encoder", "data") if made_from.get(name) != now[name]), None)
-        if differs is None and (other := first_difference(made_from.get("config", {}), config, STUDY_MAY_CHANGE)):
+        if differs is None and (other := first_difference(made_from.get("config", {}), config, STUDY)):
             differs = other[0]
         if differs:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")

@@ -25,7 +25,7 @@ from ecgscale.objectives import OBJECTIVES
 from ecgscale.pretrain import pretrain
 from ecgscale.run_folder import EVENTS, leave_run
 from ecgscale.studies import (
-    STUDY_MAY_CHANGE,
+    STUDY,
     check_pretraining,
     folder_name,
     is_pretrained,
@@ -39,7 +39,7 @@ from ecgscale.studies import (
 from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
 
 # The recordings that are scored define L.
-LADDER_MAY_CHANGE = STUDY_MAY_CHANGE - {"train.validation_recordings"}
+LADDER = replace(STUDY, strict=STUDY.strict | {"train.validation_recordings"})
 _DECIDED = ("train.steps", "train.warmup_steps", "train.seed")
 DIVERGED: dict[str, float | None] = {"loss": None}  # the validation loss of a run that did not come to its end
 
@@ -150,7 +150,7 @@ class Cell:
 
     def result(self) -> dict[str, Any]:
         """Parts of the validation loss; nothing where it is not done. Raises InputError for what others have made."""
-        shards = check_pretraining(self.pretraining, LADDER_MAY_CHANGE)
+        shards = check_pretraining(self.pretraining, LADDER)
         found = read_result(self.folder / "result.json")
         if found and found.get("data") != shards.identity:
             raise InputError(f"{self.folder}: was pretrained on other data; remove it or take another run.dir")

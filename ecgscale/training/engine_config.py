@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ecgscale.errors import InputError
+from ecgscale.settings import option
 from ecgscale.training.optimizers import Option, layout_of
 
 _ADAMW = ("beta1", "beta2", "epsilon", "weight_decay")
@@ -18,16 +19,16 @@ _ADAMW = ("beta1", "beta2", "epsilon", "weight_decay")
 class EngineConfig:
     """How a step is computed and spread over ranks."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = option(1, resumable=True)
     """What DeepSpeed ZeRO shares out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
-    whole_below: int = 100_000
+    whole_below: int = option(100_000, resumable=True)
     """At stage 3, parameters with fewer elements stay whole on every rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model. Weights and moments of the optimizer are fp32 in either case."""
-    activation_checkpointing: bool | int = False
+    activation_checkpointing: bool | int = option(False, resumable=True)
     """Recompute transformer layers in the backward pass instead of storing their activations: how many of them, from
     the first. true: all, false: none."""
-    compile: bool = False
+    compile: bool = option(False, resumable=True)
     """Compile the transformer layers with torch.compile, for the shapes that come; on a CPU with a C++ compiler."""
     learning_rate: float = 5e-5
     """Peak learning rate."""
@@ -46,7 +47,7 @@ class EngineConfig:
     """AdamW's weight decay, on all parameters, as in the reference implementation."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; larger ones are scaled down. 0 turns it off."""
-    peak_tflops: float = 0.0
+    peak_tflops: float = option(0.0, resumable=True)
     """Peak rate of one device in 1e12 FLOP/s, of which MFU is a share. 0: by the table of known GPUs."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from ecgscale.training.schedule import learning_rate_factor
 class TrainConfig:
     """How long, with which batches, and what is written down."""
 
-    steps: int = 1000
+    steps: int = option(1000, resumable=True)
     """Updates of the weights."""
     global_batch: int = 512
     """G: recordings per step over all ranks. Pretraining takes two segments of each."""
@@ -32,31 +32,31 @@ class TrainConfig:
     """Share of the peak learning rate at the end of linear, cosine and tri_stage."""
     seed: int = 0
     """Seed of everything that is drawn: order, crops, masks, noise, dropout, initial weights."""
-    log_every: int = 10
+    log_every: int = option(10, resumable=True)
     """Steps between two log lines."""
-    validate_every: int = 0
+    validate_every: int = option(0, resumable=True)
     """Steps between two validations; 0: at the end only."""
-    validation_recordings: int = 0
+    validation_recordings: int = option(0, resumable=True)
     """Recordings of the validation split that are scored, from as few shards as hold them; 0: all."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = option(500, resumable=True)
     """Steps between two checkpoints; there is always one at the end."""
-    checkpoint_every_s: float = 0.0
+    checkpoint_every_s: float = option(0.0, resumable=True)
     """Seconds between two checkpoints, by the first rank's clock, beside those by steps; 0: only by steps."""
-    keep_last: int = 2
+    keep_last: int = option(2, resumable=True)
     """Newest checkpoints that are kept, and the newest whose weights have shown to be good: a later step's gradient was
     finite."""
-    keep_every: int = 0
+    keep_every: int = option(0, resumable=True)
     """Checkpoints at multiples of this step are kept too; 0: none."""
-    max_skipped: int = 10
+    max_skipped: int = option(10, resumable=True)
     """Steps in a row with a non-finite gradient after which the run stops."""
-    projected_recordings: int = 200
+    projected_recordings: int = option(200, resumable=True)
     """Recordings of the validation split whose embeddings TensorBoard's projector shows after pretraining; 0: none."""
-    log_recordings: bool = False
+    log_recordings: bool = option(False, resumable=True)
     """Write the numbers of the recordings that each rank has seen in each step to recordings/rank-N.jsonl."""
-    profile_steps: int = option(0, without_value="3")
+    profile_steps: int = option(0, without_value="3", resumable=True)
     """Steps of this start whose trace is written to profile/, with the ten costliest operations; 0: none. `--profile`
     is `--train.profile_steps 3`."""
-    profile_step: int = 0
+    profile_step: int = option(0, resumable=True)
     """The first of them; 0: the fourth step of this start."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from ecgscale import progress, stopping
 from ecgscale.cli import main
-from ecgscale.run import leave_run
+from ecgscale.run_folder import leave_run
 from ecgscale.training import checkpoint
 from small_jobs import NO_DROPOUT, SMALL, events, losses
 
