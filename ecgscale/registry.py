@@ -32,6 +32,9 @@ class Registry(Generic[Kind]):
         """
         self.key, self._base, self._ours, self._by = key, base, dict(ours), by
 
+    def __repr__(self) -> str:
+        return f"Registry({self.key})"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._ours)
 

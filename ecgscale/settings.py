@@ -77,42 +77,40 @@ class Given:
         self.tree: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.elsewhere = elsewhere
-        for key, value in (tree or {}).items():
-            self.put(key, value, "")
+        for name, value in (tree or {}).items():
+            self._set((name,), value, "")
 
     def put(self, key: str, value: Any, origin: str) -> None:
         """Set a dotted key; a later value wins, and groups are merged."""
+        self._set(tuple(key.split(".")), value, origin)
+
+    def _set(self, path: tuple[str, ...], value: Any, origin: str) -> None:
+        """Set the value at a path of names, of which those of a mapping of the user's own may have dots."""
         if isinstance(value, dict) and value:
             for name, child in value.items():
-                self.put(f"{key}.{name}", child, origin)
+                self._set((*path, name), child, origin)
             return
-        *groups, name = key.split(".")
         into = self.tree
-        for group in groups:
+        for group in path[:-1]:
             if not isinstance(into.get(group), dict):
                 into[group] = {}
             into = into[group]
-        into[name] = value
-        self.origins[key] = origin
-
-    def put_file(self, path: Path) -> None:
-        """Set all keys of a YAML file."""
-        self.update(read_file(path))
+        into[path[-1]] = value
+        self.origins[".".join(map(str, path))] = origin
 
     def update(self, other: Given) -> None:
         """Set all that another one gives."""
-        for key, value in other.leaves():
-            self.put(key, value, other.origins.get(key, ""))
+        for path, value in other._leaves():
+            self._set(path, value, other.origins.get(".".join(map(str, path)), ""))
 
-    def leaves(self) -> Iterator[tuple[str, Any]]:
-        """Dotted keys with their values."""
-        waiting = list(reversed(self.tree.items()))
+    def _leaves(self) -> Iterator[tuple[tuple[str, ...], Any]]:
+        waiting: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in reversed(self.tree.items())]
         while waiting:
-            key, value = waiting.pop()
+            path, value = waiting.pop()
             if isinstance(value, dict) and value:
-                waiting += [(f"{key}.{name}", child) for name, child in reversed(value.items())]
+                waiting += [((*path, name), child) for name, child in reversed(value.items())]
             else:
-                yield str(key), value
+                yield path, value
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key, as it was written."""
@@ -255,6 +253,11 @@ def build(config_type: type[Config], given: Given) -> Config:
     return built
 
 
+def from_tree(kind: type[Config], tree: dict[str, Any]) -> Config:
+    """A dataclass of a JSON object; fields that it leaves out have their defaults. Raises InputError as ``build``."""
+    return build(kind, Given(tree))
+
+
 def refuse_unknown(config_type: Any, given: Given) -> None:
     """Raises InputError for a key that no group of the tree has, wherever it stands."""
     _refuse_unknown_in(config_type, given.tree, given, "")
@@ -394,6 +397,8 @@ def _in_words(hint: Any) -> str:
             parts.append(f"one of {', '.join(map(repr, get_args(kind)))}")
         elif get_origin(kind) in (list, tuple):
             parts.append(f"a list of {_in_words(get_args(kind)[0]).removeprefix('a ')}")
+        elif get_origin(kind) is dict:
+            parts.append(f"names, each with {_in_words(get_args(kind)[1])}")
         else:
             parts.append(_WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}"))
     return " or ".join(parts)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ecgscale.cli import run_as_command
 from ecgscale.errors import InputError
 from ecgscale.files import read_json, write_json
-from ecgscale.typed import from_tree
+from ecgscale.settings import from_tree
 from ecgscale_launch import slurm
 from ecgscale_launch.commands import local_rank_command, rank_command, srun_command
 from ecgscale_launch.job_folder import JobFolder

@@ -15,7 +15,7 @@ from ecgscale import provenance
 from ecgscale.errors import InputError
 from ecgscale.files import read_json_if_there, write_json, write_whole
 from ecgscale.run_folder import LAUNCH
-from ecgscale.typed import from_tree
+from ecgscale.settings import from_tree
 from ecgscale_launch.commands import OF_RANKS, host_python
 from ecgscale_launch.job_folder import JobFolder, make_private
 from ecgscale_launch.launch_config import LaunchConfig

@@ -187,13 +187,13 @@ def test_a_folder_without_a_job_is_named(tmp_path):
     [
         ({"format": "ecgscale-job/9"}, "format 'ecgscale-job/9'; this ecgscale-launch reads ecgscale-job/1"),
         ({"command": []}, "damaged, command is []"),
-        ({"command": [1]}, "damaged, command[0] is 1"),
-        ({"name": None}, "damaged, name is None"),
-        ({"where": "moon"}, "damaged, where is 'moon'"),
-        ({"versions": {"torch": 2}}, "damaged, versions is {'torch': 2}"),
-        ({"cluster": {"nodes": 0}}, "damaged, cluster: nodes 0: give 1 or more"),
-        ({"cluster": {"environment": {"A": "x\n$(y)"}}}, "damaged, cluster: environment.A 'x\\n$(y)'"),
-        ({"cluster": {"colour": 1}}, "damaged, cluster: colour: unknown key"),
+        ({"command": [1]}, "damaged, command '[1]': give a list of text"),
+        ({"name": None}, "damaged, name: a value is missing"),
+        ({"where": "moon"}, "damaged, where 'moon': give one of"),
+        ({"versions": {"torch": 2}}, "damaged, versions \"{'torch': 2}\": give"),
+        ({"cluster": {"nodes": 0}}, "damaged, nodes 0: give 1 or more"),
+        ({"cluster": {"environment": {"A": "x\n$(y)"}}}, "damaged, environment.A 'x\\n$(y)'"),
+        ({"cluster": {"colour": 1}}, "damaged, unknown key cluster.colour"),
     ],
 )
 def test_damaged_jobs_are_named(tmp_path, change, said):

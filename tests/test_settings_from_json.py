@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from ecgscale.errors import InputError
-from ecgscale.typed import from_tree
+from ecgscale.settings import from_tree
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,24 @@ def test_what_was_written_comes_back() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": None}, "name is None"),
-        ({"name": ["x"]}, "name is ['x']"),
-        ({"share": True}, "share is True"),
-        ({"kind": "c"}, "kind is 'c'"),
-        ({"note": 1}, "note is 1"),
-        ({"sure": 1}, "sure is 1"),
-        ({"words": "x"}, "words is 'x'"),
-        ({"words": ["x", 1]}, "words[1] is 1"),
-        ({"of": {"k": 1}}, "of is {'k': 1}"),
-        ({"part": 3}, "part is 3"),
-        ({"part": {"size": 1.0}}, "part: size is 1.0"),
-        ({"part": {"size": -1}}, "part: size -1: give 0 or more"),
-        ({"part": {"sise": 1}}, "part: sise: unknown key"),
-        ({"parts": [{"size": "1"}]}, "parts[0]: size is '1'"),
-        ({"colour": 1}, "colour: unknown key"),
+        ({"name": None}, "name: a value is missing; give one or leave the key out"),
+        ({"name": ["x"]}, "name \"['x']\": give text"),
+        ({"share": True}, "share 'True': give a number (float)"),
+        ({"kind": "c"}, "kind 'c': give one of 'a', 'b'"),
+        ({"note": 1}, "note '1': give text"),
+        ({"sure": 1}, "sure '1': give true or false (bool)"),
+        ({"words": "x"}, "words 'x': give a list of text"),
+        ({"words": ["x", 1]}, "words \"['x', 1]\": give a list of text"),
+        ({"of": {"k": 1}}, "of \"{'k': 1}\": give names, each with text"),
+        ({"part": 3}, "part: a group of keys, not the value 3"),
+        ({"part": {"size": 1.0}}, "part.size '1.0': give a whole number (int)"),
+        ({"part": {"size": -1}}, "size -1: give 0 or more"),
+        ({"part": {"sise": 1}}, "unknown key part.sise; did you mean part.size?"),
+        ({"parts": [{"size": "1"}]}, "parts[0].size '1': give a whole number (int)"),
+        (
+            {"colour": 1},
+            "unknown key colour; known are name, share, kind, note, sure, words, of, part, parts, anything",
+        ),
     ],
 )
 def test_what_is_of_another_type_is_named(change: dict[str, Any], message: str) -> None:
@@ -68,5 +71,5 @@ def test_what_is_of_another_type_is_named(change: dict[str, Any], message: str) 
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(InputError, match=r"^share is missing$"):
+    with pytest.raises(InputError, match=r"^the following arguments are required: --share$"):
         from_tree(Whole, {"name": "x"})
