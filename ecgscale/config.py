@@ -32,8 +32,10 @@ from ecgscale.model import DEFAULT as USUAL_ENCODER
 from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
-from ecgscale.training.engine import EngineConfig
-from ecgscale.training.loop import TrainConfig
+from ecgscale.run_folder import CONFIG
+from ecgscale.settings import option
+from ecgscale.training.engine_config import EngineConfig
+from ecgscale.training.train_config import TrainConfig
 
 Config = TypeVar("Config")
 
@@ -42,7 +44,7 @@ Config = TypeVar("Config")
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = ""
+    dir: str = option("", resumable=True)
     """Run folder: config.yaml, checkpoints/, tensorboard/, events.jsonl, export/."""
 
 
@@ -131,6 +133,14 @@ def _names_given(config_type: type, words: list[str]) -> tuple[list[dict[str, st
     return after_files, names
 
 
+def overridden(config_type: type[Config], tree: dict[str, Any], words: list[str]) -> Config:
+    """A nested dict with ``--any.key value`` on top -> a checked config. Raises InputError as ``load`` does."""
+    given = settings.Given(tree, belonging_elsewhere)
+    kind = resolved(config_type, named(config_type, tree))
+    given.update(settings.from_words(kind, words, _SHORT, elsewhere=belonging_elsewhere))
+    return _built(config_type, given)
+
+
 def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     """A nested dict -> a checked config; ``model.preset`` and ``init.model`` fill in what the tree does not give."""
     return _built(config_type, settings.Given(tree, belonging_elsewhere))
@@ -194,7 +204,7 @@ def _begin_with(given: settings.Given, init: str) -> None:
     Where the run folder holds a run that began with the same model, its config says it: the model is not needed again.
     Raises InputError for a key that contradicts.
     """
-    saved = Path(str(given.get("run.dir") or "")) / "config.yaml"
+    saved = Path(str(given.get("run.dir") or "")) / CONFIG
     before = current(PretrainConfig, settings.read_file(saved).tree) if saved.is_file() else {}
     encoder = given.get("model.encoder", "")
     if before.get("init", {}).get("model") == init:

@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecgscale import run_folder
 from ecgscale.data.selection import Normalisation
 from ecgscale.errors import InputError
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
 from ecgscale.model import DEFAULT, ENCODERS, EncoderConfig, build_encoder
 from ecgscale.record import LEADS
 from ecgscale.registry import is_code
+from ecgscale.run_folder import CHECKPOINTS, EXPORT, TRAINED_ON, newest_checkpoint, step_of
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
-from ecgscale.training.state import checkpoints, step_of
 from ecgscale.weights import open_tensors, refuse_nonfinite, save_tensors
 
 FORMAT = "ecgscale-export/2"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-TRAINED_ON = "trained_on.keys"  # of an export and of a run folder; see ``ecgscale.trained_on``
 _FORMAT_WITHOUT_CHECKSUMS = "ecgscale-export/1"  # as earlier versions wrote it
 _LONGEST_SAMPLES = 1 << 20  # of a segment: attention over its tokens has long gone beyond any memory
 _WEIGHTS_SHA256 = "weights_sha256"  # key of the config
@@ -131,7 +131,7 @@ def about_model(model: EncoderConfig, profile: Profile, **task: Any) -> dict[str
 
 def export_engine(run: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
     """The engine's weights as the export of a run folder. All ranks call it together."""
-    weights, folder = {name: engine.weight(name).cpu() for name in engine.shapes}, run / "export"
+    weights, folder = engine.module_state(), run / EXPORT
     first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}, run / TRAINED_ON))
     return folder
 
@@ -154,9 +154,10 @@ def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     place, about = _newest(path)
     if (place / CONFIG).is_file():
         return place, _read_weights(place, about), about
-    weights = Checkpoint.open(place).tensors("weight")
+    checkpoint = Checkpoint.open(place)
+    weights = checkpoint.tensors("weight")
     _check_numbers(weights, place)
-    return place, weights, about
+    return place, weights | {name: buffer.float() for name, buffer in checkpoint.tensors("buffer").items()}, about
 
 
 def read_about(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -188,7 +189,7 @@ def is_export(folder: Path) -> bool:
 def is_model(path: Path) -> bool:
     """Whether a folder is an export or a run folder; what it holds may still be damaged."""
     place = standing(path)
-    return any((place / name).exists() for name in ("config.json", "config.yaml", "checkpoints"))
+    return any((place / name).exists() for name in (CONFIG, run_folder.CONFIG, CHECKPOINTS))
 
 
 def described(place: Path, about: dict[str, Any], encoder: str = "") -> tuple[EncoderConfig, Profile]:
@@ -267,15 +268,15 @@ def _newest(path: Path) -> tuple[Path, dict[str, Any]]:
     path = standing(path)
     if (path / CONFIG).is_file():
         return path, _read_about(path)
-    export, saved = standing(path / "export"), checkpoints(path / "checkpoints")
+    export, saved = standing(path / EXPORT), newest_checkpoint(path)
     if (export / CONFIG).is_file():
         about = _read_about(export)
-        if not saved or step_of(saved[-1]) <= about.get("step", 0):
+        if saved is None or step_of(saved) <= about.get("step", 0):
             return export, about
-    if not saved:
+    if saved is None:
         raise InputError(f"{path}: neither an export (config.json) nor a run folder with checkpoints")
-    checkpoint = Checkpoint.open(saved[-1], verify=False)
-    return saved[-1], checkpoint.state["about"] | {"step": checkpoint.step}
+    checkpoint = Checkpoint.open(saved, verify=False)
+    return saved, checkpoint.state["about"] | {"step": checkpoint.step}
 
 
 def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:

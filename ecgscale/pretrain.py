@@ -26,12 +26,12 @@ from ecgscale.model import ENCODERS
 from ecgscale.objectives import OBJECTIVES, Objective, build_objective
 from ecgscale.record import LEADS
 from ecgscale.registry import is_code
-from ecgscale.run import claim_run, leave_run
+from ecgscale.run import claim_run
+from ecgscale.run_folder import TENSORBOARD, leave_run, newest_checkpoint, newest_step
 from ecgscale.trained_on import PRETRAINING, keep_trained_on
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
-from ecgscale.training.state import checkpoints, step_of
 from ecgscale.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def pretrain(config: PretrainConfig) -> Path:
         config.model, config.objective, config.train.seed, shards.rate_hz, config.engine.activation_checkpointing
     )
     about["parts"] = [part for part in parts_of(objective.state_dict()) if part not in kind.training_only]
-    if config.init.model and not checkpoints(Path(config.run.dir) / "checkpoints"):
+    if config.init.model and newest_checkpoint(Path(config.run.dir)) is None:
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
     held_out = Selection(shards, config.data, "validation")
@@ -86,7 +86,7 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     engine = train(job, ranks)
     # A run that had gone further is exported as it is, also where fewer steps are asked for now.
-    step = max([config.train.steps, *map(step_of, checkpoints(run / "checkpoints"))])
+    step = max(config.train.steps, newest_step(run))
     export = export_engine(run, engine, job.about, step)
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
@@ -131,7 +131,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
         labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
         names.append(", ".join([f"patient {about['patient']}", *labels]))
     embedding_RD = load(export, encoder).embed_recordings(recordings_of(shown)).record_embedding
-    with board_of(run / "tensorboard") as board:
+    with board_of(run / TENSORBOARD) as board:
         project(board, "validation", embedding_RD, names, train_config.steps)
 
 

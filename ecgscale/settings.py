@@ -77,42 +77,40 @@ class Given:
         self.tree: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.elsewhere = elsewhere
-        for key, value in (tree or {}).items():
-            self.put(key, value, "")
+        for name, value in (tree or {}).items():
+            self._set((name,), value, "")
 
     def put(self, key: str, value: Any, origin: str) -> None:
         """Set a dotted key; a later value wins, and groups are merged."""
+        self._set(tuple(key.split(".")), value, origin)
+
+    def _set(self, path: tuple[str, ...], value: Any, origin: str) -> None:
+        """Set the value at a path of names, of which those of a mapping of the user's own may have dots."""
         if isinstance(value, dict) and value:
             for name, child in value.items():
-                self.put(f"{key}.{name}", child, origin)
+                self._set((*path, name), child, origin)
             return
-        *groups, name = key.split(".")
         into = self.tree
-        for group in groups:
+        for group in path[:-1]:
             if not isinstance(into.get(group), dict):
                 into[group] = {}
             into = into[group]
-        into[name] = value
-        self.origins[key] = origin
-
-    def put_file(self, path: Path) -> None:
-        """Set all keys of a YAML file."""
-        self.update(read_file(path))
+        into[path[-1]] = value
+        self.origins[".".join(map(str, path))] = origin
 
     def update(self, other: Given) -> None:
         """Set all that another one gives."""
-        for key, value in other.leaves():
-            self.put(key, value, other.origins.get(key, ""))
+        for path, value in other._leaves():
+            self._set(path, value, other.origins.get(".".join(map(str, path)), ""))
 
-    def leaves(self) -> Iterator[tuple[str, Any]]:
-        """Dotted keys with their values."""
-        waiting = list(reversed(self.tree.items()))
+    def _leaves(self) -> Iterator[tuple[tuple[str, ...], Any]]:
+        waiting: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in reversed(self.tree.items())]
         while waiting:
-            key, value = waiting.pop()
+            path, value = waiting.pop()
             if isinstance(value, dict) and value:
-                waiting += [(f"{key}.{name}", child) for name, child in reversed(value.items())]
+                waiting += [((*path, name), child) for name, child in reversed(value.items())]
             else:
-                yield str(key), value
+                yield path, value
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key, as it was written."""
@@ -229,9 +227,9 @@ def _take_option(
 def _from_text(hint: Any, text: str, origin: str) -> Any:
     """A word of a command line as YAML would have it, by the type of its field."""
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
-    if any(kind in (str, Path) for kind in kinds):
+    if kinds and all(kind in (str, Path) for kind in kinds):
         return text
-    if any(get_origin(kind) in (list, tuple) for kind in kinds) and not text.startswith("["):
+    if all(get_origin(kind) in (list, tuple) for kind in kinds) and not text.startswith("["):
         return [item for item in text.split(",") if item]
     return yaml_text.parse(text, f"{origin}: cannot read the value {text[:100]!r}")
 
@@ -253,6 +251,11 @@ def build(config_type: type[Config], given: Given) -> Config:
     refuse_unknown(config_type, given)
     built: Config = _group(config_type, given.tree, given, "")
     return built
+
+
+def from_tree(kind: type[Config], tree: dict[str, Any]) -> Config:
+    """A dataclass of a JSON object; fields that it leaves out have their defaults. Raises InputError as ``build``."""
+    return build(kind, Given(tree))
 
 
 def refuse_unknown(config_type: Any, given: Given) -> None:
@@ -394,9 +397,23 @@ def _in_words(hint: Any) -> str:
             parts.append(f"one of {', '.join(map(repr, get_args(kind)))}")
         elif get_origin(kind) in (list, tuple):
             parts.append(f"a list of {_in_words(get_args(kind)[0]).removeprefix('a ')}")
+        elif get_origin(kind) is dict:
+            parts.append(f"names, each with {_in_words(get_args(kind)[1])}")
         else:
             parts.append(_WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}"))
     return " or ".join(parts)
+
+
+def resumable_keys(config: Any) -> set[str]:
+    """Dotted keys of a config with which a run may go on changed: how it is computed and written down, how long."""
+    keys: set[str] = set()
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            keys |= {f"{one.name}.{key}" for key in resumable_keys(value)}
+        elif option_of(one).resumable:
+            keys.add(one.name)
+    return keys
 
 
 def _missing(kind: Any, tree: dict[str, Any], prefix: str) -> str:
@@ -404,6 +421,9 @@ def _missing(kind: Any, tree: dict[str, Any], prefix: str) -> str:
     missing = [one for one in without if one.name not in tree]
     names = [prefix + ("" if option_of(one).positional else "--") + _shown(one.name, one) for one in missing]
     return f"the following arguments are required: {', '.join(names)}"
+
+
+_OWN_NAME = option(metavar="VALUE")  # stands for the entries of a mapping, whose names are the user's own
 
 
 # -- names of keys ---------------------------------------------------------------------------------------------------
@@ -437,7 +457,13 @@ def _key_of(config_type: Any, written: str) -> str:
     for one in fields(config_type):
         if option_of(one).name == written:
             return one.name
-    return written.replace("-", "_")
+    kind, parts = config_type, written.split(".")
+    for place, part in enumerate(parts):
+        if not is_dataclass(kind):
+            break  # names of the user's own
+        parts[place] = part.replace("-", "_")
+        kind = get_type_hints(kind).get(parts[place])
+    return ".".join(parts)
 
 
 def _shown(key: str, one: Field[Any]) -> str:
@@ -450,6 +476,8 @@ def _field_at(config_type: Any, key: str, given: Given) -> tuple[Any, Field[Any]
     hint: Any = None
     one: Field[Any] | None = None
     for name in key.split("."):
+        if get_origin(kind) is dict:  # names of the user's own
+            return get_args(kind)[1], _OWN_NAME
         if not is_dataclass(kind):
             raise InputError(f"unknown key {key}; {prefix.rstrip('.')} is no group of keys")
         one = next((other for other in fields(kind) if other.name == name), None)

@@ -20,19 +20,33 @@ _MAX_DEPTH = 32  # a config has five levels
 _MAX_VALUES = 100_000  # with every alias and merge written out
 
 
-def read(path: Path) -> Any:
-    """What a YAML file holds; raises InputError that names the file, and the line where there is one."""
-    return read_with_lines(path)[0]
+class _AsWritten(yaml.SafeLoader):
+    """Scalars stay text: YAML reads ``time: 1:30:00`` as the number 5400, ``3.10`` as 3.1 and ``0123`` as 83."""
 
 
-def read_with_lines(path: Path) -> tuple[Any, dict[str, int]]:
+_AsWritten.yaml_implicit_resolvers = {
+    first: kept
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    if (kept := [(tag, form) for tag, form in resolvers if tag.endswith((":null", ":merge"))])
+}
+
+
+def read(path: Path, as_written: bool = False) -> Any:
+    """What a YAML file holds; raises InputError that names the file, and the line where there is one.
+
+    ``as_written``: all but lists, mappings and what is left empty is text.
+    """
+    return read_with_lines(path, as_written)[0]
+
+
+def read_with_lines(path: Path, as_written: bool = False) -> tuple[Any, dict[str, int]]:
     """The same, with the line of each dotted key."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise InputError(f"{path}: more than {_MAX_BYTES} bytes; a config is a page of keys")
-        return _parse(content.decode(), str(path))
+        return _parse(content.decode(), str(path), as_written)
     except OSError as error:
         raise file_error(path, "cannot read", error) from error
     except UnicodeDecodeError as error:
@@ -44,10 +58,10 @@ def parse(text: str, place: str) -> Any:
     return _parse(text, place)[0]
 
 
-def _parse(text: str, place: str) -> tuple[Any, dict[str, int]]:
+def _parse(text: str, place: str, as_written: bool = False) -> tuple[Any, dict[str, int]]:
     try:
         _check_depth(text, place)
-        loader = yaml.SafeLoader(text)
+        loader = _AsWritten(text) if as_written else yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
             if node is None:

@@ -10,12 +10,13 @@ import yaml
 
 from ecgscale.config import FinetuneConfig, PretrainConfig, dump, help_text, load
 from ecgscale.downstream.classification import SingleLabel
-from ecgscale.downstream.persons import IdentificationTask
+from ecgscale.downstream.identification_task import IdentificationTask
 from ecgscale.errors import InputError
 from ecgscale.objectives.cmsc import CMSC
 from ecgscale.objectives.wav2vec2 import Wav2Vec2
 from ecgscale.run import refuse_other_config, refuse_other_run
-from ecgscale.training.state import checkpoint_name, write_state
+from ecgscale.run_folder import checkpoint_name
+from ecgscale.training.state import write_state
 
 # What a run of cmsc with --objective.codes=16 has left in its folder before objectives had keys of their own.
 BEFORE = """

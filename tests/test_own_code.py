@@ -26,7 +26,7 @@ from ecgscale.export import write_export
 from ecgscale.inspection import summarise_model
 from ecgscale.simulate import Simulation
 from ecgscale.training.checkpoint import Checkpoint, latest
-from ecgscale_launch.results import figures
+from ecgscale_launch.sweep_table import figures
 from small_jobs import events, losses
 
 OBJECTIVE, ENCODER = "toylab.amplitude:Amplitude", "toylab.recurrent:Recurrent"

@@ -58,6 +58,8 @@ class Ride:
     map: Path | None = None
     """A file."""
     wheel: Wheel = field(default_factory=Wheel)
+    notes: dict[str, int | str] = field(default_factory=dict)
+    """Names of one's own."""
     stops: list[Stop] = field(default_factory=list)
     """Each is {name: NAME, minutes: N}."""
 
@@ -131,6 +133,16 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path: Path, text: st
 )
 def test_what_is_wrong_on_a_command_line_is_named(words: list[str], said: str) -> None:
     assert said in refusal(*words)
+
+
+def test_names_of_ones_own_stay_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "ride.yaml"
+    path.write_text("notes: {a.b: 1, c-d: x}\n")
+    assert ride("home", "--config", str(path), "--notes.e-f", "2").notes == {"a.b": 1, "c-d": "x", "e-f": 2}
+    assert build(Ride, Given({"start": "home", "notes": {"a.b": 1}})).notes == {"a.b": 1}
+    path.write_text("notes: {a: [1]}\n")
+    with pytest.raises(InputError, match=r"ride.yaml, line 1: notes "):
+        ride("home", "--config", str(path))
 
 
 def test_a_tree_without_a_file() -> None:

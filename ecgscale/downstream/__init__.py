@@ -28,7 +28,7 @@ TASKS: Registry[Task] = Registry(
     {
         "multilabel": "ecgscale.downstream.classification:MultiLabel",
         "singlelabel": "ecgscale.downstream.classification:SingleLabel",
-        "identification": "ecgscale.downstream.persons:IdentificationTask",
+        "identification": "ecgscale.downstream.identification_task:IdentificationTask",
     },
     by="evaluate --task NAME",
 )

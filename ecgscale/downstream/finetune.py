@@ -26,13 +26,14 @@ from ecgscale.downstream.evaluate import Scored, evaluate
 from ecgscale.downstream.labelled import LabelledSet
 from ecgscale.downstream.task import Labelling, Task
 from ecgscale.errors import InputError
-from ecgscale.export import TRAINED_ON, about_model, amend_export, export_engine, write_export
+from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, load
 from ecgscale.model import ENCODERS, Encoder, build_encoder
 from ecgscale.objectives import objective_config
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.registry import is_code
-from ecgscale.run import claim_run, leave_run
+from ecgscale.run import claim_run
+from ecgscale.run_folder import EXPORT, TEST_REPORT, TRAINED_ON, leave_run
 from ecgscale.trained_on import FINE_TUNING, keep_trained_on
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import Ranks, log, start_ranks
@@ -49,7 +50,7 @@ def finetune(config: FinetuneConfig) -> list[Scored] | None:
     if not ranks.first:
         return None
     log(ranks, f"evaluating {run}")
-    report = run / "evaluation-test.json"
+    report = run / TEST_REPORT
     encoder, kind = config.init.encoder, config.task.kind
     scored = evaluate(run, config.data.shards, "test", out=report, encoder=encoder, task=kind)
     show(run, config.train.steps, scored)
@@ -98,8 +99,8 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     if config.task.protocol != "finetune":
         head, more = task.fitted(model, labelled)
         _write(run, model, head, about | more)
-    if tuned := task.tuned(load(run / "export", config.init.encoder), labelled):
-        amend_export(run / "export", **tuned)
+    if tuned := task.tuned(load(run / EXPORT, config.init.encoder), labelled):
+        amend_export(run / EXPORT, **tuned)
     return run
 
 
@@ -179,4 +180,4 @@ def supervised_flops(encoder: Encoder, rows: int, samples: int) -> int:
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     weights |= {f"head.{name}": tensor for name, tensor in head.items()}
-    write_export(run / "export", weights, about, run / TRAINED_ON)
+    write_export(run / EXPORT, weights, about, run / TRAINED_ON)

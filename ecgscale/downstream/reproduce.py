@@ -33,7 +33,7 @@ from ecgscale.downstream.comparison import (
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
-from ecgscale.downstream.results import Case, Measured, write_results
+from ecgscale.downstream.method_table import Case, Measured, write_results
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
 from ecgscale.files import write_whole
@@ -41,9 +41,10 @@ from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
 from ecgscale.registry import is_code
-from ecgscale.run import first_difference, leave_run, lock_run
+from ecgscale.run import first_difference
+from ecgscale.run_folder import leave_run, lock_run
 from ecgscale.studies import (
-    STUDY_MAY_CHANGE,
+    STUDY,
     check_pretraining,
     folder_name,
     is_pretrained,
@@ -205,7 +206,7 @@ class Unit:
         config = self.leaf_config(leaf)
         now = self._made_from(config)
         differs = next((name for name in ("encoder", "data") if made_from.get(name) != now[name]), None)
-        if differs is None and (other := first_difference(made_from.get("config", {}), config, STUDY_MAY_CHANGE)):
+        if differs is None and (other := first_difference(made_from.get("config", {}), config, STUDY)):
             differs = other[0]
         if differs:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")

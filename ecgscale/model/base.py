@@ -143,12 +143,14 @@ class Encoder(nn.Module, ABC):
 
 def recomputed_layers(activation_checkpointing: bool | int, depth: int) -> int:
     """How many layers are recomputed: True stands for all of them. Raises InputError for more than there are."""
+    if activation_checkpointing is True:
+        return depth
     if activation_checkpointing > depth:
         raise InputError(
             f"engine.activation_checkpointing {activation_checkpointing}: the model has {depth} layers; give at most "
             "that many, or true for all"
         )
-    return depth if activation_checkpointing is True else int(activation_checkpointing)
+    return int(activation_checkpointing)
 
 
 def kept_values(batch: ECGBatch) -> Tensor:

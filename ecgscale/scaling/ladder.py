@@ -23,9 +23,9 @@ from ecgscale.json_lines import read_json_lines
 from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.objectives import OBJECTIVES
 from ecgscale.pretrain import pretrain
-from ecgscale.run import leave_run
+from ecgscale.run_folder import EVENTS, leave_run
 from ecgscale.studies import (
-    STUDY_MAY_CHANGE,
+    STUDY,
     check_pretraining,
     folder_name,
     is_pretrained,
@@ -39,7 +39,7 @@ from ecgscale.studies import (
 from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
 
 # The recordings that are scored define L.
-LADDER_MAY_CHANGE = STUDY_MAY_CHANGE - {"train.validation_recordings"}
+LADDER = replace(STUDY, strict=STUDY.strict | {"train.validation_recordings"})
 _DECIDED = ("train.steps", "train.warmup_steps", "train.seed")
 DIVERGED: dict[str, float | None] = {"loss": None}  # the validation loss of a run that did not come to its end
 
@@ -150,7 +150,7 @@ class Cell:
 
     def result(self) -> dict[str, Any]:
         """Parts of the validation loss; nothing where it is not done. Raises InputError for what others have made."""
-        shards = check_pretraining(self.pretraining, LADDER_MAY_CHANGE)
+        shards = check_pretraining(self.pretraining, LADDER)
         found = read_result(self.folder / "result.json")
         if found and found.get("data") != shards.identity:
             raise InputError(f"{self.folder}: was pretrained on other data; remove it or take another run.dir")
@@ -173,7 +173,7 @@ class Cell:
 
     def _note(self, validation: dict[str, float | None]) -> None:
         if not validation:
-            raise InputError(f"{self.folder}/events.jsonl: tells of no validation at the last step; remove the folder")
+            raise InputError(f"{self.folder / EVENTS}: tells of no validation at the last step; remove the folder")
         data = self.pretraining.data
         found = {"validation": validation, "data": ShardSet.open(data.shards, data.cache).identity}
         write_result(self.folder / "result.json", found)
@@ -182,7 +182,7 @@ class Cell:
 def validation_at(run: Path, step: int) -> dict[str, float | None]:
     """Parts of the loss on held-out recordings at a step, as the run has written them down; null where not finite."""
     parts: dict[str, float | None] = {}
-    for event in read_json_lines(run / "events.jsonl"):
+    for event in read_json_lines(run / EVENTS):
         validated = {key.partition("/")[2]: value for key, value in event.items() if key.startswith("validation/")}
         if event.get("step") == step and validated:
             parts = validated

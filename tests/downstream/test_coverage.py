@@ -20,7 +20,7 @@ from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.labelled import LabelledSet
 from ecgscale.inference import load, recordings_of
 from ecgscale.record import LEADS, Record
-from ecgscale_launch.results import figures
+from ecgscale_launch.sweep_table import figures
 
 RATE_HZ = 500.0
 WHOLE = round(10 * RATE_HZ)

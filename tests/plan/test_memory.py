@@ -18,9 +18,9 @@ from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes
 from ecgscale.plan.check import predicted_memory
 from ecgscale.plan.memory import Parallel, memory_of, share, sizes_of, state_bytes
 from ecgscale.plan.trial import Trial, peak_bytes
+from ecgscale.run_folder import checkpoints
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import BUCKET, EngineConfig
-from ecgscale.training.state import checkpoints
 from small_jobs import NO_DROPOUT, SMALL
 
 TINY = PRESETS["tiny"]
@@ -207,8 +207,9 @@ def test_state_of_a_rank_is_what_deepspeed_holds():
     for stage in (1, 2, 3):
         trial = Trial(replace(DRY, depth=1), EngineConfig(zero_stage=stage, whole_below=0), rows=2, samples=320)
         engine, batch = engine_of(trial)
-        engine.create_optimizer_state(batch)
-        held = engine._base_optimizer().state.values()
+        engine.backward(engine.forward(batch)[0])
+        engine.step(0.0)
+        held = engine._base_optimizer.state.values()
         sizes = sizes_of(trial.model, trial.objective)
         assert sum(one["exp_avg"].numel() for one in held) == share(sizes, stage, 1)
         assert (

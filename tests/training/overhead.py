@@ -67,7 +67,6 @@ def main() -> None:
     engine = Engine(objective, EngineConfig(precision=options.precision), ranks, 1, options.batch)
     cpu_batch = synthetic_batch(2 * options.batch, SAMPLES)
     cpu_batch = cpu_batch.pin_memory() if ranks.device.type == "cuda" else cpu_batch
-    engine.create_optimizer_state(engine.put(cpu_batch))
 
     def step(monitor: Monitor | None) -> dict[str, Tensor]:
         clock = monitor.clock if monitor else lambda part: nullcontext()

@@ -108,6 +108,20 @@ def test_killed_run_goes_on_with_the_same_bits(shards, jobs, one_process, tmp_pa
     assert sum(event.get("step") == 5 and "train/loss" in event for event in events(run)) == 2
 
 
+def test_an_optimizer_and_a_schedule_of_ones_own_go_on_with_the_same_bits(shards, jobs, tmp_path) -> None:
+    own = ["--engine.optimizer=own_parts:Lion", "--engine.optimizer_options.decay=0.1", "--engine.learning_rate=1e-4"]
+    own += ["--train.schedule=own_parts:steps_down", "--train.checkpoint_every=2"]
+    whole, killed = (job(shards, tmp_path / name, *own) for name in ("whole", "killed"))
+    jobs.run(1, whole)
+    jobs.killed_after(5, tmp_path / "killed", 1, killed)
+    state = checkpoint.latest(tmp_path / "killed" / "checkpoints").state
+    assert state["optimizer"] == {"slots": ["average"], "scalars": {"count": 4}, "group": {"rounds": 4}}
+    jobs.run(1, killed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    rates = [event["train/learning_rate"] for event in events(tmp_path / "whole") if "train/learning_rate" in event]
+    assert rates == pytest.approx([1e-4] * 3 + [1e-5] * 3)
+
+
 def test_checkpoint_goes_on_at_another_world_size_and_stage(shards, jobs, one_process, tmp_path) -> None:
     changed = []
     for stage in (0, 3):
