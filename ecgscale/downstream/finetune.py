@@ -99,8 +99,8 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     if config.task.protocol != "finetune":
         head, more = task.fitted(model, labelled)
         _write(run, model, head, about | more)
-    if tuned := task.tuned(load(run / EXPORT, config.init.encoder), labelled):
-        amend_export(run / EXPORT, **tuned)
+    if task.tuned_keys:
+        amend_export(run / EXPORT, **task.tuned(load(run / EXPORT, config.init.encoder), labelled))
     return run
 
 
