@@ -120,8 +120,7 @@ class Case:
     def flops(self) -> int:
         """Model FLOPs of a rank's forward and backward pass."""
         model, objective = self.config.model, self.config.objective
-        parts = step_flops(model, objective, self.rows, self.samples, self.rows * self.ranks)
-        return sum(part.total for part in parts.values())
+        return step_flops(model, objective, self.rows, self.samples, self.rows * self.ranks)
 
     def build(self) -> Objective:
         """The objective with its initial weights, the same in every process."""

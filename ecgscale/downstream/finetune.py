@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ecgscale import progress
 from ecgscale.config import FinetuneConfig
-from ecgscale.cost import step_flops
+from ecgscale.cost import encoder_flops
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.copies import copies_apart
 from ecgscale.data.stream import TrainStream
@@ -31,7 +31,6 @@ from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.run import claim_run, leave_run
 from ecgscale.training.loop import Job, train
@@ -182,17 +181,9 @@ def _train(
         about=about,
         identity=labelled.shards.identity,
         validate=Validation(held_out, config.train.contrast, 1, seed, target_RC),
-        flops=supervised_flops(encoder, stream.shape[0], selection.samples),
+        flops=encoder_flops(encoder, stream.shape[0], selection.samples),
     )
     export_engine(run / "export", train(job, ranks), job.about, config.train.steps)
-
-
-def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
-    """Model FLOPs of a micro-step of so many rows, forward and backward, without the head: a thousandth of them."""
-    parts = step_flops(encoder.config, ObjectiveConfig(), rows, samples)
-    learned = all(parameter.requires_grad for parameter in encoder.stem.parameters())
-    stem = parts["stem"].total if learned else parts["stem"].forward
-    return stem + sum(parts[part].total for part in ("feature_projection", "position", "attention", "ffn"))
 
 
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
