@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 RUNS ?= runs
 
-.PHONY: help setup demo test lint gpu gpu-run gpu-rehearse gpu-wheels real endurance clean
+.PHONY: help setup demo test lint docs gpu gpu-run gpu-rehearse gpu-wheels real endurance clean
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
 	@echo "make test   the test suite: about 11 minutes on 2 cores"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the pages of docs/ as a site with a search: build/docs/index.html"
 	@echo "make gpu    on a GPU, in 9 minutes at most: the kernels' tests, losses, benchmarks, training; results in $(RUNS)/gpu"
 	@echo "make gpu-run PYTHON=python3       the same with a Python that has torch; what it lacks is taken from $(GPU)/wheels"
 	@echo "make gpu-wheels GPU_PYTHON=3.12   fetch those wheels, for a machine without an index"
@@ -39,6 +40,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 gpu: setup
 	$(MAKE) gpu-run PYTHON=$(BIN)/python

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 # By default threads that wait for each other keep their cores busy for milliseconds: nothing where each has a core to
-# itself, but beside other programs a step then takes up to twenty times as long (ecgscale/training/README.md).
+# itself, but beside other programs a step then takes up to twenty times as long (docs/steps.md).
 _SPINS = "1000"
 
 
@@ -212,6 +212,8 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         print(f"{out}: {line}")
     if done.copies:
         print(f"{out}: all copies stand in {out / COPIES}")
+    if done.near_ids:
+        print(f"{out}: {done.near_ids}")
     if not done.patients_known:
         print(f"{out}: no patient ids found, so each record counts as a person of its own; see --patient-key")
     for line in told(done.notes, done.patients_known):
@@ -335,6 +337,7 @@ def index(argv: list[str]) -> None:
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
     from ecgscale.data.ingest.options import IngestOptions
+    from ecgscale.data.persons import near_ids
     from ecgscale.data.shard_set import ShardSet
 
     rules = Rules(
@@ -356,7 +359,8 @@ def index(argv: list[str]) -> None:
         test_values=listed(options.test_values),
     )
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
-    for line in about_copies(ShardSet.open(options.folder)):
+    shards = ShardSet.open(options.folder)
+    for line in filter(None, (*about_copies(shards), near_ids(shards))):
         print(f"{options.folder}: {line}")
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")

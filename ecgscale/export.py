@@ -7,6 +7,7 @@ its task.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,13 +30,23 @@ from ecgscale.weights import open_tensors, refuse_nonfinite, save_tensors
 FORMAT = "ecgscale-export/2"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+TRAINED_ON = "trained_on.keys"  # of an export and of a run folder; see ``ecgscale.trained_on``
 _FORMAT_WITHOUT_CHECKSUMS = "ecgscale-export/1"  # as earlier versions wrote it
 _LONGEST_SAMPLES = 1 << 20  # of a segment: attention over its tokens has long gone beyond any memory
 _WEIGHTS_SHA256 = "weights_sha256"  # key of the config
 PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds
 
 # What a config says beside model and profile, by the type that its readers rely on.
-_TYPES: dict[str, type] = {"step": int, "classes": list, "task": dict, "codes": dict, "source": dict, "neighbours": int}
+_TYPES: dict[str, type] = {
+    "step": int,
+    "classes": list,
+    "thresholds": list,
+    "leads": list,
+    "task": dict,
+    "codes": dict,
+    "source": dict,
+    "neighbours": int,
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +72,12 @@ class Profile:
             raise InputError(f"profile: leads {self.leads}; this version knows {LEADS}")
 
 
-def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
+def write_export(
+    folder: Path, weights: dict[str, Tensor], about: dict[str, Any], trained_on: Path | None = None
+) -> Path:
     """Write the weights of PREFIXES with what is to be known about them; complete or absent.
 
+    ``trained_on``: the file that says on which recordings, which is copied if it is there.
     Raises InputError for weights that are not finite and where the path is wrong, MachineError where the disk fails;
     an export that stood there then still stands.
     """
@@ -71,6 +85,8 @@ def write_export(folder: Path, weights: dict[str, Tensor], about: dict[str, Any]
     refuse_nonfinite(used, f"{folder}: not exported")
     with whole_folder(folder) as partial:
         save_tensors(partial / WEIGHTS, used)
+        if trained_on is not None and trained_on.is_file():
+            shutil.copyfile(trained_on, partial / TRAINED_ON)
         write_json(partial / CONFIG, _sealed(about | {_WEIGHTS_SHA256: file_sha256(partial / WEIGHTS)}))
     return folder
 
@@ -94,10 +110,10 @@ def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, 
     return {"model": asdict(model), "profile": asdict(profile)} | task
 
 
-def export_engine(folder: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
-    """The engine's weights as an export. All ranks call it together."""
-    weights = {name: engine.weight(name).cpu() for name in engine.shapes}
-    first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}))
+def export_engine(run: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
+    """The engine's weights as the export of a run folder. All ranks call it together."""
+    weights, folder = {name: engine.weight(name).cpu() for name in engine.shapes}, run / "export"
+    first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}, run / TRAINED_ON))
     return folder
 
 
@@ -110,8 +126,8 @@ def export_run(run: Path, out: Path) -> Path:
     """The newest state of a run as an export; refuses to overwrite anything that is no export."""
     if out.exists() and not is_export(out):
         raise InputError(f"{out}: exists and is no export; give a new folder")
-    _, weights, about = read_model(run)
-    return write_export(out, weights, about)
+    place, weights, about = read_model(run)
+    return write_export(out, weights, about, trained_on_file(place))
 
 
 def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -120,13 +136,18 @@ def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     if (place / CONFIG).is_file():
         return place, _read_weights(place, about), about
     weights = Checkpoint.open(place).tensors("weight")
-    refuse_nonfinite(weights, place)
+    _check_numbers(weights, place)
     return place, weights, about
 
 
 def read_about(path: Path) -> tuple[Path, dict[str, Any]]:
     """What ``read_model`` gives but the weights, of which none is read."""
     return _newest(path)
+
+
+def trained_on_file(place: Path) -> Path:
+    """Where it stands of an export, or of a checkpoint in ``checkpoints/`` of a run, whether it is there or not."""
+    return (place if (place / CONFIG).is_file() else place.parents[1]) / TRAINED_ON
 
 
 def weights_sha256(path: Path) -> str:
@@ -240,8 +261,16 @@ def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
         if not name.startswith(PREFIXES):
             known = ", ".join(f"{prefix}*" for prefix in PREFIXES)
             raise InputError(f"{path}: left over {name}; an export holds {known} alone")
-    refuse_nonfinite(weights, path)
+    _check_numbers(weights, path)
     return weights
+
+
+def _check_numbers(weights: dict[str, Tensor], path: Path) -> None:
+    """Raises InputError for weights that are not finite, or of another type than all that ecgscale writes."""
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32:
+            raise InputError(f"{path}: {name} is {tensor.dtype}; ecgscale writes torch.float32 alone")
+    refuse_nonfinite(weights, path)
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

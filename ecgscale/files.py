@@ -224,15 +224,28 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError that names it where it is missing, too large or damaged."""
-    with naming_file(path, "cannot read"), path.open("rb") as file:
-        content = file.read(limit_bytes + 1)
+    """The JSON object in a file.
+
+    Raises InputError that names it where it is missing, too large or damaged, MachineError where the disk fails.
+    """
+    with naming_file(path, "cannot read"):
+        try:
+            content = _beginning(path, limit_bytes + 1)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            content = _beginning(path, limit_bytes + 1)  # NFS: replaced between opening and reading
     if len(content) > limit_bytes:
         raise InputError(f"{path}: more than {limit_bytes} bytes; no file that ecgscale wrote")
     try:
         return parse_json(content)
     except InputError as error:
         raise InputError(f"{path}: damaged, {error}") from error
+
+
+def _beginning(path: Path, most_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most_bytes)
 
 
 def parse_json(content: bytes, allow_nan: bool = False) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ecgscale.data.remarked import NONE, Remarked, lines
 from ecgscale.data.selection import Selection, zscore_gain
 from ecgscale.data.shard_set import lead_positions
 from ecgscale.data.units import mv_per_value
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, one_line
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
@@ -142,8 +142,8 @@ class ECGModel:
     ) -> Embedding:
         """Embeddings of ECGs, in millivolts unless ``unit`` or ``mv_per_count`` says otherwise.
 
-        Their numbers are checked as `ecgscale ingest` checks them: leads without a signal are masked, and what else is
-        odd is logged as a warning, see ``ecgscale.data.plausibility``.
+        Their numbers are checked as `ecgscale ingest` checks them: leads without a signal, or of NaN alone, are masked,
+        and that and what else is odd is logged as a warning, see ``ecgscale.data.plausibility``.
 
         Args:
             signal_mv: (leads, samples) or (recordings, leads, samples).
@@ -154,8 +154,9 @@ class ECGModel:
             unit: of floats: V, mV (also where nothing is said) or uV, with a factor where need be, such as 0.5mV.
             mv_per_count: of integers, which say no unit.
 
-        Raises InputError for unknown leads, a shape that does not fit, NaN, integers without ``mv_per_count``, a rate
-        or a duration that no ECG has, numbers that are no ECG's, and recordings below one token.
+        Raises InputError for unknown leads, a shape that does not fit, NaN in a lead that has numbers too, integers
+        without ``mv_per_count``, a rate or a duration that no ECG has, numbers that are no ECG's, and recordings below
+        one token.
         """
         signal_RLT = np.asarray(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:
@@ -355,11 +356,25 @@ def _head(weights: dict[str, Tensor], about: dict[str, Any], width: int, place: 
         fits = [weights[name].shape for name in ("centre", "bank")] == [(width,), (rows, width)]
         if not fits or weights["target"].ndim != 2 or len(weights["target"]) != rows or k < 1 or kind is None:
             raise InputError(f"{place}: its neighbours are not those of an encoder of width {width}")
+        _check_classes(about, weights["target"].shape[1], place)
         return Neighbours(weights["centre"], weights["bank"], weights["target"], k, kind == "multilabel")
     classes = len(weights["weight"]) if "weight" in weights and weights["weight"].ndim else 1
     head = nn.Linear(width, classes)
     load_weights(head, weights, place)
+    _check_classes(about, classes, place)
     return head
+
+
+def _check_classes(about: dict[str, Any], classes: int, place: Path) -> None:
+    """Raises InputError unless the outputs of a head have a name each, where they have names, and a threshold each."""
+    names = about.get("classes", list(map(str, range(classes))))
+    thresholds = about.get("thresholds", [None] * classes)
+    if len(names) != classes or len(set(map(str, names))) != classes or not all(type(name) is str for name in names):
+        shown = one_line(", ".join(map(str, names)))[:80]
+        raise InputError(f"{place}: its head has {classes} outputs, for which {shown} are no {classes} names")
+    if len(thresholds) != classes or not all(value is None or type(value) is float for value in thresholds):
+        shown = one_line(", ".join(map(str, thresholds)))[:80]
+        raise InputError(f"{place}: its head has {classes} outputs, for which {shown} are no {classes} thresholds")
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -367,7 +382,13 @@ def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load all weights by name; raises InputError that lists what is missing, left over or of another shape."""
+    """Load all weights by name; raises InputError as ``check_weights`` does."""
+    check_weights(module, weights, path)
+    module.load_state_dict(weights)
+
+
+def check_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Raises InputError that lists what is missing, left over or of another shape."""
     ours = module.state_dict()
     wrong = [f"missing {n}" for n in ours.keys() - weights.keys()] + [
         f"left over {n}" for n in weights.keys() - ours.keys()
@@ -375,4 +396,3 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path
     wrong += [f"shape of {n}" for n in ours.keys() & weights.keys() if ours[n].shape != weights[n].shape]
     if wrong:
         raise InputError(f"{path}: weights do not fit the model: {', '.join(sorted(wrong)[:5])}")
-    module.load_state_dict(weights)

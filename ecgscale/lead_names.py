@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from ecgscale.errors import InputError
@@ -47,14 +47,31 @@ def canonical_lead(name: str) -> str:
 
 
 def _unknown(name: str) -> str:
+    if not name.strip():
+        return "a lead without a name (in a WFDB header it is the last field of a signal's line); write it there"
+    if inverted := _inverted(name):
+        return (
+            f"unknown lead {name!r}, which is {inverted} upside down, as in the Cabrera sequence; turn its samples and "
+            f"call it {inverted}"
+        )
     likely = _likely(name)
     hint = f", likely {likely}" if likely else ""
     return f"unknown lead {name!r}{_odd_characters(name)}{hint}; the twelve leads are {' '.join(LEADS)}"
 
 
+def _folded(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())
+
+
 def _read(name: str) -> str | None:
-    folded = " ".join(name.casefold().replace("_", " ").split())
+    folded = _folded(name)
     return _LEAD_BY_FOLDED_NAME.get(_PREFIX.sub("", folded, count=1) if _PREFIX.match(folded) else folded)
+
+
+def _inverted(name: str) -> str | None:
+    """The lead that a name with a minus, such as -aVR, is the negative of."""
+    before, minus, after = name.strip().rpartition("-")
+    return _read(f"{before} {after}") if minus and (not before or _PREFIX.match(_folded(before) + " ")) else None
 
 
 def _odd_characters(name: str) -> str:
@@ -80,7 +97,7 @@ def _likely(name: str) -> str | None:
     plain = _plain(name)
     if lead := _read(plain):
         return lead
-    folded = _PREFIX.sub("", " ".join(plain.casefold().replace("_", " ").split()), count=1)
+    folded = _PREFIX.sub("", _folded(plain), count=1)
     if limb := _LIMB.fullmatch(folded):
         return "I" * (int(limb[1]) if limb[1].isdigit() else len(limb[1]))
     if _STROKES.fullmatch(folded):
@@ -117,21 +134,36 @@ def source_leads(names: Sequence[str], renames: Mapping[str, str], can_ignore: b
     for name in names:
         lead = given.get(name.strip().casefold()) or _read(name)
         if lead is None:
-            rename = f"{name}={_likely(name) or 'LEAD'}"
-            ignore = f", --ignore-leads {name!r} leaves it out" if can_ignore else ""
-            raise InputError(f"{_unknown(name)}; --rename-leads {rename!r} reads it as a lead{ignore}")
+            raise InputError("; ".join([_unknown(name), *_helpful_options(name, can_ignore)]))
         leads.append(lead)
     _check_once(names, leads)
     return tuple(leads)
 
 
+def _helpful_options(name: str, can_ignore: bool) -> Iterator[str]:
+    """With an equals sign, since names may begin with a dash."""
+    if name.strip() and not _inverted(name):
+        rename = f"{name}={_likely(name) or 'LEAD'}"
+        yield f"--rename-leads={rename!r} reads it as a lead"
+    if name.strip() and can_ignore:
+        yield f"--ignore-leads={name!r} leaves it out"
+
+
 def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """``["DI=I"]`` -> ``(("DI", "I"),)``; raises InputError for what is no name and lead, or names one twice."""
+    """``["DI=I"]`` -> ``(("DI", "I"),)``.
+
+    Raises InputError for what is no name and lead, names one twice, or is a lead upside down.
+    """
     renames: dict[str, str] = {}
     for text in texts:
         name, equals, lead = text.rpartition("=")
         if not (equals and name.strip() and _read(lead)):
             raise InputError(f"rename-leads {text!r}: write NAME=LEAD, such as DI=I; the leads are {' '.join(LEADS)}")
+        if inverted := _inverted(name):
+            raise InputError(
+                f"rename-leads {text!r}: {name.strip()} is {inverted} upside down, which a name does not turn; turn "
+                "its samples or leave it out"
+            )
         if name.strip().casefold() in {known.casefold() for known in renames}:
             raise InputError(f"rename-leads {text!r}: the name {name.strip()!r} is given twice; it can be one lead")
         renames[name.strip()] = canonical_lead(lead)

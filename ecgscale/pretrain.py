@@ -13,17 +13,18 @@ from ecgscale import progress
 from ecgscale.config import PretrainConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.copies import copies_apart
+from ecgscale.data.persons import apart
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, described, export_engine, read_model
-from ecgscale.inference import load, recordings_of
+from ecgscale.inference import check_weights, load, recordings_of
 from ecgscale.model.stem import check_kernels
 from ecgscale.objectives import CODES, Objective, build_objective, objective_named
 from ecgscale.record import LEADS
 from ecgscale.run import claim_run, leave_run
+from ecgscale.trained_on import PRETRAINING, keep_trained_on
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
@@ -60,13 +61,14 @@ def pretrain(config: PretrainConfig) -> Path:
     log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
                f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
     log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
-    if ranks.first and (copies := copies_apart(shards)):
-        log(ranks, copies)
+    for line in apart(shards) if ranks.first else ():
+        log(ranks, line)
     log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
     if order.mixture is not None:
         log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
     if config.data.min_record_s < SEGMENTS * config.data.segment_s:
         log(ranks, f"recordings shorter than {SEGMENTS * config.data.segment_s:g} s give shorter segments, padded")
+    keep_trained_on(run, config.init.model, PRETRAINING, selection, ranks)
     stream = TrainStream(selection, order, ranks.rank, ranks.world_size, SEGMENTS)
     contrast_rows = SEGMENTS * config.train.contrast
     flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
@@ -93,7 +95,7 @@ def pretrain(config: PretrainConfig) -> Path:
     engine = train(job, ranks)
     # A run that had gone further is exported as it is, also where fewer steps are asked for now.
     step = max([config.train.steps, *map(step_of, checkpoints(run / "checkpoints"))])
-    export = export_engine(run / "export", engine, job.about, step)
+    export = export_engine(run, engine, job.about, step)
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:
@@ -121,7 +123,7 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
 def _begin_with(objective: Objective, init: Path, rate_hz: float, ranks: Ranks) -> None:
     """Take over a model's weights: those of the encoder, and of each head that has the same tensors of the same shapes.
 
-    Raises InputError for a model of another rate, and for one whose encoder does not fit.
+    Raises InputError for a model of another rate, and for one whose encoder does not fit or holds more.
     """
     place, weights, about = read_model(init)
     _, profile = described(place, about)
@@ -130,14 +132,14 @@ def _begin_with(objective: Objective, init: Path, rate_hz: float, ranks: Ranks) 
             f"data.shards have {rate_hz:g} Hz, the model of init.model {init} takes {profile.rate_hz:g} Hz; "
             "ingest at its rate"
         )
+    below = {name.partition(".")[2]: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    check_weights(objective.encoder, below, place)
     ours = objective.state_dict()
     new = list((about.get("source") or {}).get("absent", []))  # what the file that it was imported from had not
     taken: list[str] = []
     for part in dict.fromkeys(name.split(".")[0] for name in ours):
-        names = [name for name in ours if name.startswith(f"{part}.")]
-        fits = all(name in weights and weights[name].shape == ours[name].shape for name in names)
-        if part == "encoder" and not fits:
-            raise InputError(f"{place}: its encoder does not fit the model that it describes")
+        names, theirs = ({name for name in named if name.startswith(f"{part}.")} for named in (ours, weights))
+        fits = names == theirs and all(weights[name].shape == ours[name].shape for name in names)
         (taken if fits else new).append(part)
         ours |= {name: weights[name] for name in names if fits and name not in new}
     objective.load_state_dict(ours)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -39,6 +41,7 @@ _MV_PER_UNIT |= {"volt": 1000.0, "millivolt": 1.0, "microvolt": 1e-3, "nanovolt"
 _INT16_MAX = 32767
 _DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
 _PIECE = 1 << 18  # samples of a lead that are worked on at once, so that a day's recording needs little beyond itself
+_LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")
 
 Counts = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
@@ -204,6 +207,17 @@ def pieces(n_samples: int) -> Iterator[slice]:
     return (slice(first, min(first + _PIECE, n_samples)) for first in range(0, n_samples, _PIECE))
 
 
+def moments(values_LT: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and standard deviation of each lead, without a copy of all of it."""
+    n = values_LT.shape[1]
+    mean_L1 = sum(values_LT[:, piece].sum(axis=1, dtype=np.float64) for piece in pieces(n))[:, None] / n
+    squares_L = np.zeros(len(values_LT))
+    for piece in pieces(n):
+        centred_LT = values_LT[:, piece] - mean_L1
+        squares_L += np.square(centred_LT, out=centred_LT).sum(axis=1)
+    return mean_L1[:, 0], np.sqrt(squares_L / n)
+
+
 # --- int16 ---
 
 
@@ -354,4 +368,20 @@ def _resample_long(mv_T: Floats, offset: float, up: int, down: int, resampled_T:
 def patient_code(dataset: str, patient: str | None, record_name: str) -> int:
     """A 63-bit number that stands for (data set, patient); for an unknown patient it is unique to the record."""
     person = f"patient\0{dataset}\0{patient}" if patient is not None else f"record\0{dataset}\0{record_name}"
-    return int.from_bytes(hashlib.blake2b(person.encode(), digest_size=8).digest(), "little") >> 1
+    return _hash_63(person)
+
+
+def id_hash(patient: str | None) -> int:
+    """A number that stands for a patient's id alone, whatever its case and the leading zeros of its numbers.
+
+    ``P-007`` and ``p-7`` have one, in data sets of any name: they may be one person, which no program can know. 0 for
+    an unknown patient.
+    """
+    if patient is None:
+        return 0
+    alike = _LEADING_ZEROS.sub("", unicodedata.normalize("NFKC", patient).casefold())
+    return 1 + _hash_63(f"id\0{alike}")
+
+
+def _hash_63(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,4 +52,4 @@ def _of_system(path: Path, doing: str, error: Exception) -> InputError | Machine
     if isinstance(error, OSError) and error.errno is not None:
         return file_error(path, doing, error)
     number = re.search(r"os error (\d+)", str(error))
-    return file_error(path, doing, OSError(int(number[1]), str(error))) if number else None
+    return file_error(path, doing, OSError(int(number[1]), os.strerror(int(number[1])))) if number else None

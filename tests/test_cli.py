@@ -244,7 +244,7 @@ def test_embed_an_npy(command, small_export, ecg_LT, tmp_path):
         (np.zeros(500), ["--rate-hz", "500"], "of shape (500,); give --leads"),
         (np.zeros((3, 500)), ["--rate-hz", "500", "--leads", "I,II"], "shape (1, 3, 500)"),
         (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,X"], "unknown lead 'X'"),
-        (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,D2"], "--rename-leads 'D2=II' reads it as a lead"),
+        (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,D2"], "--rename-leads='D2=II' reads it as a lead"),
         (np.zeros((12, 500)), ["--rate-hz", "500", "--rename-leads", "D2=II"], "is about names in --leads; give both"),
         (np.zeros((2, 500)), ["--rate-hz", "500", "--leads", "I,I"], "lead I stands 2 times"),
         (np.full((12, 500), np.nan), ["--rate-hz", "500"], "NaN"),

@@ -267,6 +267,20 @@ def test_json_has_a_size(tmp_path):
         read_json(tmp_path / "two.json")
 
 
+def test_json_that_is_replaced_while_it_is_opened_is_read_again(tmp_path, monkeypatch):
+    """As NFS says it, where another machine puts a new file in the place of the one that was opened."""
+    write_json(tmp_path / "one.json", {"a": 1})
+    opened, stale = Path.open, [True]
+
+    def open_once_stale(path: Path, *given, **named):
+        if stale and stale.pop():
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", open_once_stale)
+    assert read_json(tmp_path / "one.json") == {"a": 1}
+
+
 def test_numbers_that_are_none_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "one.json", {"a": float("nan")})

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ecgscale import inference
+from ecgscale.data.plausibility import BLANK
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.inference import ECGModel, Recording, load
@@ -182,6 +183,15 @@ def test_what_is_odd_is_logged_and_flat_leads_are_masked(model, ecg_12_s, caplog
     named = "recording 1 (V2), recording 2 (V2), recording 3 (V2) and 1 more"
     assert f"4 records: leads without a signal are left out as absent; {named}" in caplog.messages
     assert any("I + III = II" in message for message in caplog.messages), "its leads are drawn independently"
+
+
+def test_a_lead_of_nan_alone_is_masked(model, ecg_12_s, caplog):
+    blank_LT = ecg_12_s.copy()
+    blank_LT[7] = np.nan
+    embedding = model.embed(np.stack([ecg_12_s, blank_LT]), 500, LEADS).record_embedding
+    alone = model.embed(np.delete(ecg_12_s, 7, axis=0), 500, [lead for lead in LEADS if lead != "V2"]).record_embedding
+    np.testing.assert_allclose(embedding[1], alone[0], **CLOSE)
+    assert f"1 records: {BLANK}; recording 1 (V2)" in caplog.messages
 
 
 @pytest.mark.parametrize(("option", "said"), [({"unit": "mm"}, "unit 'mm'"), ({"mv_per_count": 0.0}, "mv_per_count 0")])
@@ -370,6 +380,23 @@ def damage_weights(change: Callable[[dict], dict]) -> Callable[[Path], None]:
     return damage
 
 
+def of_type(dtype: torch.dtype) -> Callable[[dict], dict]:
+    return lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def with_head(**changes: object) -> Callable[[Path], None]:
+    """A head of three outputs, and what is said of them."""
+
+    def damage(folder: Path) -> None:
+        head = {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}
+        damage_weights(lambda tensors: tensors | head)(folder)
+        damage_config(classes=["a", "b", "c"], thresholds=[0.5, None, 0.1])(folder)
+        assert load(folder).head is not None
+        damage_config(**changes)(folder)
+
+    return damage
+
+
 def deep_config(folder: Path) -> None:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace("{", '{"more": ' + 10**5 * "[" + 10**5 * "]" + ",", 1))
@@ -435,6 +462,20 @@ NEIGHBOURS = ("centre", "bank", "target")
             "head.bias holds",
         ),
         (damage_weights(lambda t: t | {"head.weight": torch.zeros(3, 32)}), "", "missing bias"),
+        *(
+            (damage_weights(of_type(dtype)), "model.safetensors", f"is {dtype}; ecgscale writes torch.float32 alone")
+            for dtype in (torch.float16, torch.float64, torch.int32, torch.complex64)
+        ),
+        *(
+            (with_head(classes=classes), "", "its head has 3 outputs, for which")
+            for classes in (["a"], ["a", "b"], ["a", "b", "a"], [1, 2, 3], ["a", "b", "c", "d"])
+        ),
+        *(
+            (with_head(thresholds=thresholds), "", "are no 3 thresholds")
+            for thresholds in ([0.5], [0.5, 0.5, "0.5"], [0.5, 0.5, 0.5, None])
+        ),
+        (with_head(thresholds="0.5"), "config.json", "thresholds is '0.5', no list"),
+        (with_head(leads="I"), "config.json", "leads is 'I', no list"),
     ],
 )
 def test_a_damaged_export_is_refused_by_name(small_export, without_checksums, damage, named, said):

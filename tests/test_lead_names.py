@@ -27,7 +27,7 @@ def test_lead_names(name: str, lead: str) -> None:
     assert canonical_lead(name) == lead
 
 
-@pytest.mark.parametrize("name", ["", "ECG", "V7", "V1R", "IV", "MLII", "ECG I filtered", "I\0"])
+@pytest.mark.parametrize("name", ["ECG", "V7", "V1R", "IV", "MLII", "ECG I filtered", "I\0"])
 def test_other_leads_are_refused_by_name(name: str) -> None:
     with pytest.raises(InputError, match="unknown lead") as caught:
         canonical_lead(name)
@@ -95,17 +95,34 @@ def test_names_that_need_a_word_of_the_user(name: str, likely: str) -> None:
         assert character.isascii() or f"U+{ord(character):04X}" in str(caught.value)
     with pytest.raises(InputError) as caught:
         source_leads([name], {})
-    assert f"--rename-leads {f'{name}={likely}'!r}" in str(caught.value)
-    assert f"--ignore-leads {name!r}" in str(caught.value)
+    assert f"--rename-leads={f'{name}={likely}'!r}" in str(caught.value)
+    assert f"--ignore-leads={name!r}" in str(caught.value)
     assert source_leads([name], dict(parse_renames([f"{name}={likely}"]))) == (likely,)
 
 
-@pytest.mark.parametrize("name", ["-aVR", "ECG -aVR", "I-II", "ECG 1", "1", "C1", "MCL1", "V1R", "RESP", "LEAD"])
+@pytest.mark.parametrize("name", ["I-II", "ECG 1", "1", "C1", "MCL1", "V1R", "RESP", "LEAD"])
 def test_no_lead_is_guessed_for_other_names(name: str) -> None:
     with pytest.raises(InputError, match="unknown lead") as caught:
         source_leads([name], {})
     assert "likely" not in str(caught.value)
     assert "=LEAD" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["-aVR", "ECG -aVR", " - avr", "lead_-AVR"])
+def test_a_lead_upside_down_is_named_and_not_renamed(name: str) -> None:
+    for refuse in (canonical_lead, lambda name: source_leads([name], {}), lambda name: parse_renames([f"{name}=aVR"])):
+        with pytest.raises(InputError, match="is aVR upside down") as caught:
+            refuse(name)
+        assert "--rename-leads" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        source_leads([name], {})
+    assert f"; --ignore-leads={name!r} leaves it out" in str(caught.value)
+
+
+def test_a_lead_without_a_name() -> None:
+    with pytest.raises(InputError, match="a lead without a name") as caught:
+        source_leads(["I", ""], {})
+    assert "leads=" not in str(caught.value)
 
 
 def test_renaming() -> None:

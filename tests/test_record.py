@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +17,8 @@ from ecgscale.record import (
     Record,
     check_rate,
     fit_counts,
+    id_hash,
+    moments,
     mv_per_unit,
     patient_code,
     quantise,
@@ -211,3 +215,40 @@ def test_patients_are_told_apart() -> None:
     assert len(set(codes)) == len(codes)
     assert patient_code("a", "1", "y") == codes[0]
     assert all(0 <= code < 2**63 for code in codes)
+
+
+def test_ids_that_differ_in_case_or_leading_zeros_alone_have_one_hash() -> None:
+    groups = [
+        ["7", "007", "\uff17"],
+        ["P-7", "p-007"],
+        ["70"],
+        ["0", "00"],
+        ["1.07", "1.7"],
+        ["P7"],
+        ["\xe9", "E\u0301"],
+    ]
+    hashes = [{id_hash(one) for one in group} for group in groups]
+    assert all(len(one) == 1 for one in hashes)
+    assert len(set.union(*hashes)) == len(groups)
+    assert id_hash(None) == 0
+    assert all(0 < code < 2**64 for one in hashes for code in one)
+
+
+@pytest.mark.parametrize("dtype", ["i2", "f4", "f8"])
+def test_moments_are_those_of_all_samples_at_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value_LT = (np.random.default_rng(0).normal(size=(3, 5000)) * 1000 + 4000).astype(dtype)
+    mean_L, deviation_L = moments(value_LT)
+    np.testing.assert_array_equal(mean_L, value_LT.mean(axis=1, dtype=np.float64))
+    np.testing.assert_array_equal(deviation_L, value_LT.std(axis=1, dtype=np.float64))
+    monkeypatch.setattr(record_module, "_PIECE", 777)
+    for whole, by_pieces in zip((mean_L, deviation_L), moments(value_LT), strict=True):
+        np.testing.assert_allclose(by_pieces, whole, rtol=1e-12)
+
+
+def test_moments_of_a_long_recording_take_little_memory() -> None:
+    signal_LT = np.ones((12, 4_000_000), np.int16)  # 96 MB, as float64 384 MB
+    tracemalloc.start()
+    moments(signal_LT)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 80 << 20

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ecgscale.bench.measure import QUICK, make_folder
 from ecgscale.bench.results import Change, Run, Value, by_machine, changes, read_runs, sides
-from ecgscale.files import write_whole
+from ecgscale.files import whole_file, write_whole
 from ecgscale.training.monitor import board_of
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def _plot(runs: Sequence[Run], name: str, where: str, picture: Path) -> list[str
     axes = figure.add_subplot()
     (_efficiency if name == "scaling" else _bars)(axes, bars)
     axes.set_title(f"bench {name}: {metric}\n{where}", fontsize=9)
-    figure.savefig(picture, dpi=100)
+    with whole_file(picture) as partial:
+        figure.savefig(partial, dpi=100, format="png")
     cut = [f"The plot shows the first {len(bars)} of {len(rows)} rows.", ""] if len(bars) < len(rows) else []
     return [f"![{name} on {where}]({picture.name})", "", *cut]
 

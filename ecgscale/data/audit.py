@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import Any
 
@@ -41,7 +41,7 @@ def verify_shard(shards: ShardSet, shard: int) -> None:
     while part := list(islice(found, _TOGETHER)):
         if number + len(part) > last:
             raise InputError(f"{one.place}: holds more than the {one.records} records of its index; ingest it again")
-        _compare(shards, part, number, one.place)
+        _compare(shards, part, number, one.place, _set_of(shards, shard).columns)
         number += len(part)
     if number < last:
         raise InputError(f"{one.place}: holds fewer than the {one.records} records of its index; ingest it again")
@@ -78,10 +78,12 @@ def _set_of(shards: ShardSet, shard: int) -> DataSet:
     raise IndexError(shard)
 
 
-def _compare(shards: ShardSet, found: list[Found], first: int, place: str) -> None:
-    """Raises InputError where the index says something else than the tar."""
+def _compare(shards: ShardSet, found: list[Found], first: int, place: str, indexed: Collection[str]) -> None:
+    """Raises InputError where a column that is ``indexed`` says something else than the tar."""
     number_R = np.arange(first, first + len(found))
     for name, column in as_columns([record.row for record in found]).items():
+        if name not in indexed:
+            continue
         differs_R = (column != shards.take(name, number_R)).reshape(len(found), -1).any(axis=1)
         if differs_R.any() or not _plausible(name, column):
             at = int(np.argmax(differs_R))

@@ -5,6 +5,7 @@
 | one of UNKNOWN_WORDS, in any case: ``NA``, ``None``, ``NULL``, ``nan`` ... and an empty cell | unknown |
 | ``17.0``, ``1e+05``, ``1.5709E4`` | ``17``, ``100000``, ``15709``: whole numbers that a float column made so |
 | ``007``, ``1e5``, ``17.5``, ``P17`` | as it is: ids with leading zeros are others, and ``1e5`` may be hexadecimal |
+| blanks around it, of any kind; ``e`` and an accent as two characters | without; as the one character |
 | ``True``, ``false`` | as a class ``1`` and ``0``, so that 1, 1.0 and True are one class |
 | ``A|B``, ``A;B``, one per line, ``['A', 'B']``, ``['A' 'B']``, ``{A,B}``, ``c("A", "B")`` | the classes A and B |
 | ``426783006,59931005`` and with spaces | two SNOMED CT codes (6 to 18 digits); other commas and spaces are text |
@@ -25,6 +26,7 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -46,7 +48,7 @@ PATIENT_KEYS = ("patient_id", "patientid", "subject_id", "patient")
 """Names, in any case, under which tables, headers and JSON say whose a recording is; the first that is known counts."""
 NOBODY = "a record without a known patient, taken as a person of its own"  # a note of records, not of cells
 
-_STRIPPED = " \t\r\n\f\v\u00a0\ufeff"
+_STRIPPED = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"  # the last have no width
 _WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.(?:0|00|0{4,})")  # 1.000 is a thousand to many
 _WITH_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:\.000|(?:,[0-9]{3})+)")
 _AS_TEXT = re.compile('="([^"]*)"')  # what spreadsheets are given so that they keep leading zeros
@@ -186,7 +188,10 @@ class Cells:
         if text.casefold() not in UNKNOWN_WORDS:
             if _HALF_PAIR.search(text):
                 raise InputError(f"{field[:40]!r} is {_short(text)}, with half of a UTF-16 pair; write it again")
-            return text
+            composed = unicodedata.normalize("NFC", text)
+            if composed != text:
+                self.notes[f"{field} with accents apart from their letters, read as one"] += 1
+            return composed
         if text:
             self.notes[f"{field} {text!r} taken as unknown"] += 1
         return None

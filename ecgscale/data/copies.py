@@ -185,7 +185,7 @@ def copies_apart(shards: ShardSet) -> str | None:
 def about_copies(shards: ShardSet, copies: Copies | None = None) -> list[str]:
     """Lines for people: how many exact copies there are, under how many patients, and whether in different splits.
 
-    ``copies``: those that ``write_copies`` has found.
+    ``copies``: all of them, where they are known already.
     """
     copies = copies_in(shards) if copies is None else copies
     if not len(copies):
@@ -209,13 +209,13 @@ def about_copies(shards: ShardSet, copies: Copies | None = None) -> list[str]:
     return lines
 
 
-def write_copies(shards: ShardSet, folder: Path) -> Copies:
-    """All of them as ``copies.csv``, each with the first record that it equals; no table where there are none."""
-    copies, path = copies_in(shards), folder / COPIES
+def write_copies(shards: ShardSet, folder: Path, copies: Copies) -> None:
+    """``copies.csv``: each with the first record that it equals; no table where there are none."""
+    path = folder / COPIES
     if not len(copies):
         with naming_file(path, "cannot remove"):
             path.unlink(missing_ok=True)
-        return copies
+        return
     split_R, group_R = shards.take("split", copies.number_R), copies.group_R
     with whole_file(path) as partial, partial.open("x", encoding="utf8", newline="") as file:
         table = csv.writer(file)
@@ -226,7 +226,6 @@ def write_copies(shards: ShardSet, folder: Path) -> Copies:
             if group != of_group:
                 original, of_group = about["name"], group
             table.writerow((about["name"], original, about["dataset"], about["patient"] or "", SPLITS[split]))
-    return copies
 
 
 def _under_two_patients(shards: ShardSet, copies: Copies) -> Copies:

@@ -457,7 +457,11 @@ def describe(
         columns = table.columns if table else []
         if patient_key is not None and find_key([*values_of_comment, *columns], patient_key) is None:
             raise InputError(f"no patient {patient_key!r}: neither a comment of the header nor a column of labels")
-        patient = _patient(cells, row, values_of_comment, patient_keys, _patient_columns(table, patient_key))
+        in_table = _patient_columns(table, patient_key)
+        patient = _patient(cells, row, values_of_comment, patient_keys, in_table)
+        named_columns = [column for column in in_table if find_key(columns, column) is not None]
+        if patient is not None and named_columns and _patient(Cells(), row, {}, (), named_columns) is None:
+            cells.notes[f"a patient id of the header, for a record without one in column {named_columns[0]}"] += 1
     metadata: dict[str, str] = {}
     for key in METADATA_KEYS:
         for place in ({column: [cell] for column, cell in row.items()}, values_of_comment):

@@ -10,10 +10,10 @@ import xxhash
 from ecgscale.data.foreign import Described, Rules, describe, foreign_name
 from ecgscale.data.payload import Bytes, header_bytes, npy_shape
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
-from ecgscale.data.shards import index_row
+from ecgscale.data.shards import index_row, person_row
 from ecgscale.data.tar import Member, Sample, samples
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, patient_code
+from ecgscale.record import LEADS
 
 
 class Found(NamedTuple):
@@ -36,8 +36,7 @@ def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator
             described = describe(parse_json(content), rules, leads)
         except InputError as error:
             raise _wrong(place, meta, error) from error
-        patient = patient_code(dataset, described.patient, name)
-        row = _row(described, n_samples, patient, signal, meta)
+        row = _row(described, n_samples, signal, meta) | person_row(dataset, described.patient, name)
         row |= {"checksum": _hash(tar, signal), "json_checksum": xxhash.xxh3_64_intdigest(content)}
         yield Found(name, described, row, max(member.offset + member.size for member in sample.members.values()))
 
@@ -59,8 +58,8 @@ def scan_own(tar: Bytes, place: str, payload: str, dataset: str) -> Iterator[Fou
             raise _wrong(place, meta, error) from error
         if payload == "npy" and _shape(tar, signal, place) != shape:
             raise InputError(f"{place}: member {signal.name!r} is not {shape[0]} x {shape[1]}; ingest it again")
-        patient = patient_code(dataset, described.patient, fields["name"])
-        row = _row(described, fields["samples"], patient, signal, meta)
+        row = _row(described, fields["samples"], signal, meta)
+        row |= person_row(dataset, described.patient, fields["name"])
         length = signal.size if payload == "npy" else min(signal.size, header_bytes(fields["samples"]))
         checked = Member(signal.name, signal.offset, length)
         row |= {"checksum": _hash(tar, checked), "json_checksum": xxhash.xxh3_64_intdigest(content)}
@@ -78,8 +77,8 @@ def _described(fields: dict[str, Any]) -> Described:
     )
 
 
-def _row(described: Described, n_samples: int, patient: int, signal: Member, meta: Member) -> dict[str, Any]:
-    return index_row(described.leads_L, described.scale_L, n_samples, patient) | {
+def _row(described: Described, n_samples: int, signal: Member, meta: Member) -> dict[str, Any]:
+    return index_row(described.leads_L, described.scale_L, n_samples) | {
         "offset": signal.offset,
         "length": signal.size,
         "json_offset": meta.offset,

@@ -21,7 +21,7 @@ from ecgscale.data.remote import CacheConfig
 from ecgscale.data.shard_set import DamagedRecordError, ShardSet, UnreadableShardError, lead_positions
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Counts, chosen_leads
+from ecgscale.record import LEADS, Counts, chosen_leads, moments
 from ecgscale.rng import Purpose, below, random_words
 
 Int64 = npt.NDArray[np.int64]
@@ -310,7 +310,7 @@ def zscore_gain(
     signal_LT: npt.NDArray[np.generic],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Gain and offset that bring each lead to mean 0 and standard deviation 1; gain 0 for a flat lead."""
-    mean_L, std_L = signal_LT.mean(axis=1, dtype=np.float64), signal_LT.std(axis=1, dtype=np.float64)
+    mean_L, std_L = moments(signal_LT)
     gain_L = np.divide(1.0, std_L, out=np.zeros_like(std_L), where=std_L > 0)
     return gain_L.astype(np.float32), mean_L.astype(np.float32)
 

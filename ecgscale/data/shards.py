@@ -16,6 +16,7 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ from ecgscale.data.payload import Payload, decode_member, encode
 from ecgscale.data.schema import INDEX_HEADER_LIMIT_BYTES, check_manifest, data_offsets
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import file_sha256, free_name, parse_json, put_in_place, seal_holds, sealed, whole_file, write_whole
-from ecgscale.record import LEADS, Counts, Record, patient_code
+from ecgscale.record import LEADS, Counts, Record, id_hash, patient_code
 
 FORMAT = "ecgscale-shards/2"
 MANIFEST = "manifest.json"
@@ -41,6 +42,7 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "leads": (np.uint16, ()),  # bit i: the lead LEADS[i] is there
     "scale": (np.float32, (len(LEADS),)),  # mV per count, 0 for an absent lead
     "patient": (np.int64, ()),
+    "id_hash": (np.uint64, ()),  # of the patient's id alone, see ``record.id_hash``
     "split": (np.uint8, ()),  # number in SPLITS
     "checksum": (np.uint64, ()),  # xxh3-64 of the payload member, or of its header where blocks have their own
     "json_checksum": (np.uint64, ()),  # xxh3-64 of the JSON member
@@ -49,6 +51,7 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "json_offset": (np.uint64, ()),
     "json_length": (np.uint32, ()),
 }
+LATER_COLUMNS = frozenset(("id_hash",))  # which the indexes of earlier versions lack
 
 
 # -- tars ------------------------------------------------------------------------------------------------------------
@@ -71,8 +74,8 @@ def write_tar(
         for key, record in records:
             content, checksum = encode(record.signal_LT, payload)
             meta = _metadata_json(record, dataset, xxhash.xxh3_64_intdigest(content))
-            patient = patient_code(dataset, record.patient, record.name)
-            row = index_row(record.leads, record.scale_L, record.n_samples, patient)
+            row = index_row(record.leads, record.scale_L, record.n_samples)
+            row |= person_row(dataset, record.patient, record.name)
             row |= {"checksum": checksum, "json_checksum": xxhash.xxh3_64_intdigest(meta)}
             row |= {"json_offset": tar.add(f"{key}.json", meta), "json_length": len(meta)}
             row |= {"offset": tar.add(f"{key}.{payload}", content), "length": len(content)}
@@ -109,12 +112,17 @@ class _TarWriter:
             self._digest.update(content)
 
 
-def index_row(leads: Sequence[str], scale_L: npt.ArrayLike, samples: int, patient: int) -> dict[str, Any]:
-    """What the index says of a record, but for where its members are and their checksums."""
+def index_row(leads: Sequence[str], scale_L: npt.ArrayLike, samples: int) -> dict[str, Any]:
+    """What the index says of a record's signal, but for where its members are and their checksums."""
     at = [LEADS.index(lead) for lead in leads]
     scale_of_all = np.zeros(len(LEADS), np.float32)
     scale_of_all[at] = scale_L
-    return {"samples": samples, "leads": sum(1 << i for i in at), "scale": scale_of_all, "patient": patient}
+    return {"samples": samples, "leads": sum(1 << i for i in at), "scale": scale_of_all}
+
+
+def person_row(dataset: str, patient: str | None, record_name: str) -> dict[str, Any]:
+    """What the index says of whose a record is."""
+    return {"patient": patient_code(dataset, patient, record_name), "id_hash": id_hash(patient)}
 
 
 def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
@@ -182,6 +190,7 @@ def write_index(folder: Path, columns: Columns) -> dict[str, Any]:
 def write_index_in_parts(folder: Path, records: int, parts: Iterable[Columns]) -> dict[str, Any]:
     """The same from columns over consecutive records, ``records`` in all, of which no two parts are held at once.
 
+    Where the first part is of an older index, which lacks LATER_COLUMNS, all go without them.
     Its name holds its hash: while a set is appended to, the old manifest goes on naming the old index. Raises
     InputError or MachineError that names the folder where it cannot be written.
     """
@@ -198,12 +207,16 @@ def write_index_in_parts(folder: Path, records: int, parts: Iterable[Columns]) -
 
 
 def _write_columns(path: Path, records: int, parts: Iterable[Columns]) -> None:
-    header, place = _index_layout(records)
+    remaining = iter(parts)
+    first_part = next(remaining)
+    names = [name for name in COLUMNS if name in first_part]
+    header, place = _index_layout(records, names)
     with path.open("xb") as file:
         file.write(header)
         first = 0
-        for part in parts:
-            for name, (dtype, shape) in COLUMNS.items():
+        for part in chain([first_part], remaining):
+            for name in names:
+                dtype, shape = COLUMNS[name]
                 file.seek(place[name] + first * _row_bytes(name))
                 assert part[name].dtype == dtype
                 assert part[name].shape[1:] == shape
@@ -212,10 +225,10 @@ def _write_columns(path: Path, records: int, parts: Iterable[Columns]) -> None:
     assert first == records
 
 
-def _index_layout(records: int) -> tuple[bytes, dict[str, int]]:
+def _index_layout(records: int, names: Sequence[str]) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and where in it each column begins. Wide numbers first, so all are aligned."""
     header, place, end = {}, {}, 0
-    for name in sorted(COLUMNS, key=lambda name: (-np.dtype(COLUMNS[name][0]).itemsize, name)):
+    for name in sorted(names, key=lambda name: (-np.dtype(COLUMNS[name][0]).itemsize, name)):
         dtype, shape = np.dtype(COLUMNS[name][0]), COLUMNS[name][1]
         place[name], end = end, end + records * _row_bytes(name)
         kind = f"{dtype.kind.upper()}{8 * dtype.itemsize}"
@@ -245,6 +258,8 @@ def map_index(path: Path, records: int) -> Columns:
     columns: Columns = {}
     for name, (dtype, shape) in COLUMNS.items():
         first, last = data_offsets(header, name)
+        if name in LATER_COLUMNS and last < first:
+            continue
         size = records * _row_bytes(name)
         if last - first != size or not 0 <= first <= last <= mapped.size - 8 - length:
             raise InputError(f"{path}: column {name} is not that of {records} records; ingest the data again")

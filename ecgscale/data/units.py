@@ -47,7 +47,7 @@ def mv_per_value(dtype: np.dtype[Any], unit: str | None, mv_per_count: float | N
 
 
 class Signal(NamedTuple):
-    """Leads in canonical order, without those that hold no signal."""
+    """Leads in canonical order, without those that hold no signal or nothing but NaN."""
 
     fitted: Fitted
     leads: tuple[str, ...]
@@ -57,8 +57,8 @@ class Signal(NamedTuple):
 def to_signal(values_LT: npt.NDArray[np.generic], leads: Sequence[str], mv_per_value: float, rate_hz: float) -> Signal:
     """Floats or integers of leads in any order -> counts.
 
-    Raises InputError for NaN, infinity, a rate or a duration that no ECG has, and for values that are no ECG's: see
-    ``plausibility``.
+    Raises InputError for NaN in a lead that has numbers too, infinity, a rate or a duration that no ECG has, and for
+    values that are no ECG's: see ``plausibility``.
     """
     check_geometry(values_LT.shape[1], rate_hz)
     values_LT = np.ascontiguousarray(values_LT)  # along a transposed array everything takes several times as long

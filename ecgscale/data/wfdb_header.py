@@ -20,14 +20,15 @@ from ecgscale.record import mv_per_unit
 DEFAULT_GAIN = 200.0  # header(5): counts per physical unit where the header leaves the gain out
 MV_PER_COUNT_RANGE = (1e-9, 100.0)  # beyond it a count is no ECG: less than 1 pV, or more than the whole QRS
 
-_RECORD_NAME = re.compile(r"([-\w]+)(?:/(\d{1,9}))?", re.ASCII)
+_RECORD_NAME = re.compile(r"([-\w]+(?:\.[-\w]+)*)(?:/(\d{1,9}))?", re.ASCII)
 _RATE = re.compile(r"([^\s/(]+)(?:/[^\s()]*(?:\([^\s()]*\))?)?")
 _FORMAT = re.compile(r"(\d{1,4})(?:x(\d{1,9}))?(?::(\d{1,9}))?(?:\+(\d{1,18}))?", re.ASCII)
 _GAIN = re.compile(r"([^\s(/]+)(?:\(([^\s()]*)\))?(?:/(\S+))?")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?|[-+]?inf|nan", re.ASCII | re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"-?\d{1,20}", re.ASCII)
-_FILE_NAME = re.compile(r"[-\w]+(?:\.\w+)?", re.ASCII)
-_SEGMENT_NAME = re.compile(r"[-\w]+|~", re.ASCII)
+_FRACTION_OF_0 = re.compile(r"\.0*$")  # 200(0.0)/mV
+_FILE_NAME = re.compile(r"[-\w]+(?:\.[-\w]+)*", re.ASCII)
+_SEGMENT_NAME = re.compile(r"[-\w]+(?:\.[-\w]+)*|~", re.ASCII)
 _BINARY = re.compile(r"[^\t\n\r\x20-\x7e\x80-\U0010ffff]")
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
@@ -136,7 +137,7 @@ def _signal_line(line: str) -> SignalLine:
     if file_name != "~" and not _FILE_NAME.fullmatch(file_name):
         raise InputError(
             f"data file {_short(file_name)}; it must be a plain name in the header's folder "
-            "(letters, digits, - and _, one dot)"
+            "(letters, digits, -, _ and dots between them)"
         )
     matched = _FORMAT.fullmatch(format_field)
     if matched is None or (matched[2] is not None and int(matched[2]) == 0):
@@ -168,7 +169,7 @@ def _gain(field: str | None) -> tuple[float, int | None, str]:
     matched = _GAIN.fullmatch(field)
     if matched is None:
         raise InputError(f"gain {_short(field)}; it must read like 1000(0)/mV")
-    baseline = None if matched[2] is None else _whole(matched[2], "baseline")
+    baseline = None if matched[2] is None else _whole(_FRACTION_OF_0.sub("", matched[2]), "baseline")
     if baseline is not None and abs(baseline) >= 2**32:
         raise InputError(f"baseline {baseline}; no format has samples beyond 32 bits")
     return _number(matched[1], "gain"), baseline, matched[3] or "mV"

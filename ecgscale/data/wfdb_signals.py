@@ -7,7 +7,7 @@ times its size. Shape suffixes: L leads, T samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from ecgscale.data.wfdb_formats import FORMATS, Integers
 from ecgscale.data.wfdb_header import SignalLine
 from ecgscale.errors import InputError
 from ecgscale.record import pieces, source_leads
+
+UNSUMMED = "WFDB headers with 0 for every checksum, as of programs that leave them out: damage is not noticed"
 
 _NO_RENAMES: Mapping[str, str] = {}
 
@@ -30,6 +32,7 @@ class Signals:
     mv_per_count_L: npt.NDArray[np.float64]
     baseline_L: list[int]  # that was subtracted; of segments the first one's
     rate_hz: float
+    unsummed: bool = False  # the header has zeros for checksums, in a segment at least
 
 
 def by_file(lines: Sequence[SignalLine]) -> dict[str, list[SignalLine]]:
@@ -107,15 +110,22 @@ def _narrowest(low: int, high: int) -> np.dtype[np.integer]:
     return np.dtype(np.int64)
 
 
-def check_sums(lines: Sequence[SignalLine], samples: Sequence[Integers]) -> None:
-    """Raises InputError where a header's checksum is not that of the samples (in the order of their file)."""
-    for line, sample_T in zip(lines, samples, strict=True):
-        found = int(sample_T.sum(dtype=np.int64)) % 65_536
-        if line.checksum is not None and line.checksum % 65_536 != found:
+def check_sums(lines: Sequence[SignalLine], samples: Sequence[Integers]) -> bool:
+    """Whether a header's checksums say anything of the samples (in the order of their file).
+
+    They do not where all are 0 and those of the samples are not: some programs leave them out so. Raises InputError
+    where one is not that of the samples.
+    """
+    sums = [int(sample_T.sum(dtype=np.int64)) % 65_536 for sample_T in samples]
+    if any(sums) and all(line.checksum == 0 for line in lines):
+        return False
+    for line, of_samples in zip(lines, sums, strict=True):
+        if line.checksum is not None and line.checksum % 65_536 != of_samples:
             raise InputError(
                 f"checksum of signal {line.name!r}: the header says {line.checksum % 65_536}, "
-                f"the data give {found}; the data are damaged"
+                f"the data give {of_samples}; the data are damaged"
             )
+    return True
 
 
 def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Signals:
@@ -142,6 +152,7 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
     n_samples = per_frame * sum(n_frames for n_frames, _ in segments)
     counts = {lead: np.zeros(n_samples, dtypes[lead]) for lead in scales}
     valid = {lead: np.zeros(n_samples, bool) for lead in scales}
+    unsummed = any(signals.unsummed for signals in present)
     del signals, present
     segments.reverse()
     start = 0
@@ -160,20 +171,40 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
         np.array([*scales.values()]),
         [baselines[lead] for lead in scales],
         rates_hz[0],
+        unsummed,
     )
+
+
+def without_blank(signals: Signals) -> tuple[Signals, tuple[str, ...]]:
+    """Without the leads of which no sample is valid, and their names; raises InputError where that is every lead."""
+    recorded = [i for i, valid_T in enumerate(signals.valid_L) if valid_T is None or valid_T.any()]
+    if len(recorded) == len(signals.leads):
+        return signals, ()
+    if not recorded:
+        raise InputError("all samples of all leads are marked invalid")
+    kept = replace(
+        signals,
+        leads=tuple(signals.leads[i] for i in recorded),
+        counts_L=[signals.counts_L[i] for i in recorded],
+        valid_L=[signals.valid_L[i] for i in recorded],
+        mv_per_count_L=signals.mv_per_count_L[recorded],
+        baseline_L=[signals.baseline_L[i] for i in recorded],
+    )
+    return kept, tuple(lead for i, lead in enumerate(signals.leads) if i not in recorded)
 
 
 def fill_invalid(signals: Signals, max_fraction: float) -> int:
     """Interpolate invalid samples along their lead, in place; returns how many they are.
 
-    Raises InputError for a lead of which more than ``max_fraction``, or all, is invalid.
+    Raises InputError for a lead of which more than ``max_fraction`` is invalid. Each lead has a valid sample (see
+    without_blank).
     """
     n_invalid = 0
     for lead, count_T, valid_T in zip(signals.leads, signals.counts_L, signals.valid_L, strict=True):
         if valid_T is None:
             continue
         n = valid_T.size - int(np.count_nonzero(valid_T))
-        if n and (n > max_fraction * valid_T.size or n == valid_T.size):
+        if n > max_fraction * valid_T.size:
             raise InputError(
                 f"lead {lead}: {n} of {valid_T.size} samples are marked invalid; at most {max_fraction:.3%} may be"
             )

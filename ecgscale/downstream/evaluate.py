@@ -29,6 +29,7 @@ from ecgscale.errors import InputError
 from ecgscale.files import write_json
 from ecgscale.inference import ECGModel, Recording, load, recordings_of
 from ecgscale.record import LEADS, chosen_leads, lead_set_name
+from ecgscale.trained_on import Seen, TrainedOn
 
 Floats = npt.NDArray[np.float32]
 
@@ -154,6 +155,7 @@ class Scored(NamedTuple):
     leads: tuple[str, ...]
     report: Report | IdentificationReport
     coverage: Coverage
+    trained_on: Seen
     thresholds: Thresholds | None  # by which F1 and challenge score decide; None: there are none
     embedding_RD: Floats  # of the recordings that were scored
     label_R: list[str]  # what each of them is, for people
@@ -180,7 +182,11 @@ def evaluate(
     if "task" not in model.about:
         what = "was fine-tuned by another system, for a task that is not known" if model.head else "was not fine-tuned"
         raise InputError(f"{model_path}: {what}; give a run of `ecgscale finetune`")
-    config = replace(TaskConfig(**model.about["task"]), label_fraction=1.0)  # which is for training alone
+    try:
+        config, usual_s = TaskConfig(**model.about["task"]), float(model.about["min_record_s"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{model_path}: does not describe a task of this version ({error})") from error
+    config = replace(config, label_fraction=1.0)  # which is for training alone
     if min_scored_s is not None:
         config = replace(config, min_scored_s=min_scored_s)
     if config.kind == "multilabel" and "thresholds" not in model.about:
@@ -193,11 +199,16 @@ def evaluate(
                 f"leads {','.join(leads)}: {model_path} was fine-tuned without {','.join(unseen)}; "
                 f"give some of {','.join(trained)}"
             )
-    data = DataConfig(shards=shards, min_record_s=model.about["min_record_s"])
+    data = DataConfig(shards=shards, min_record_s=usual_s)
     labelled = LabelledSet.open(model, data, config, _trained(model), [split])
     if lead_sets:
         _refuse_absent(labelled, split, chosen)
-    scored = [_scored(model, labelled.with_leads(leads), config, split, leads, leads == trained) for leads in chosen]
+    trained_on = TrainedOn.of_model(Path(model_path))
+    scored = []
+    for leads in chosen:
+        narrowed = labelled.with_leads(leads)
+        seen = trained_on.among(narrowed.selection(split))
+        scored.append(_scored(model, narrowed, config, split, leads, leads == trained, seen))
     if out is not None:
         about: dict[str, Any] = {"model": str(model_path), "shards": shards, "split": split}
         about["fine_tuned_on"] = model.about.get("coverage")
@@ -208,6 +219,7 @@ def evaluate(
 
 def _to_dict(one: Scored) -> dict[str, Any]:
     fields = {"leads": list(one.leads)} | one.report.to_dict() | {"coverage": one.coverage.to_dict()}
+    fields["trained_on"] = one.trained_on.to_dict()
     return fields if one.thresholds is None else fields | {"thresholds": str(one.thresholds)}
 
 
@@ -221,7 +233,13 @@ def _refuse_absent(labelled: LabelledSet, split: str, lead_sets: Sequence[tuple[
 
 
 def _scored(
-    model: ECGModel, labelled: LabelledSet, config: TaskConfig, split: str, leads: tuple[str, ...], as_trained: bool
+    model: ECGModel,
+    labelled: LabelledSet,
+    config: TaskConfig,
+    split: str,
+    leads: tuple[str, ...],
+    as_trained: bool,
+    seen: Seen,
 ) -> Scored:
     patient_R, recordings, coverage = labelled.patients(split), labelled.recordings(split), labelled.coverage(split)
     if config.kind == "identification":
@@ -230,7 +248,7 @@ def _scored(
         coverage = coverage.leaving_out(report.left_out)
         nothing_RC = np.zeros((len(patient_R), 0), np.float32)
         label_R = [f"patient {code}" for code in patient_R]
-        return Scored(leads, report, coverage, None, embedding_RD, label_R, nothing_RC, nothing_RC)
+        return Scored(leads, report, coverage, seen, None, embedding_RD, label_R, nothing_RC, nothing_RC)
     embedding_RD, logit_RC = model.embed_and_classify(recordings)
     score_RC, target_RC, task = _probabilities(logit_RC, config.kind), labelled.targets(split), labelled.task
     thresholds = None
@@ -248,7 +266,7 @@ def _scored(
     challenge = None if task.challenge is None else (task.classes, task.challenge)
     report_of_classes = evaluate_scores(target_RC, score_RC, prediction_RC, task.classes, patient_R, challenge)
     names = ["|".join(np.array(task.classes)[row > 0]) or "none" for row in target_RC]
-    return Scored(leads, report_of_classes, coverage, thresholds, embedding_RD, names, target_RC, score_RC)
+    return Scored(leads, report_of_classes, coverage, seen, thresholds, embedding_RD, names, target_RC, score_RC)
 
 
 def table(scored: Sequence[Scored]) -> str:
@@ -262,7 +280,7 @@ def table(scored: Sequence[Scored]) -> str:
             lines.append(f"| {lead_set_name(one.leads)} | {' | '.join(cells)} |")
     notes: dict[str, list[str]] = {}  # what is to be said -> lead sets of which it is true
     for one in scored:
-        note = one.coverage.text()
+        note = f"{one.coverage.text()}; {one.trained_on.text()}"
         if one.thresholds is Thresholds.OF_OTHER_LEADS:
             note += f"; thresholds {one.thresholds}"
         notes.setdefault(note, []).append(lead_set_name(one.leads))

@@ -20,7 +20,8 @@ from ecgscale import progress
 from ecgscale.config import FinetuneConfig
 from ecgscale.cost import encoder_flops
 from ecgscale.data.batch import ECGBatch
-from ecgscale.data.copies import copies_apart
+from ecgscale.data.persons import apart
+from ecgscale.data.selection import Selection
 from ecgscale.data.stream import TrainStream
 from ecgscale.downstream.board import show
 from ecgscale.downstream.evaluate import LabelledSet, Scored, evaluate, tuned_thresholds
@@ -28,11 +29,12 @@ from ecgscale.downstream.identification import Identification
 from ecgscale.downstream.metrics import auroc, macro
 from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.errors import InputError
-from ecgscale.export import about_model, amend_export, export_engine, write_export
+from ecgscale.export import TRAINED_ON, about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.run import claim_run, leave_run
+from ecgscale.trained_on import FINE_TUNING, keep_trained_on
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import Ranks, log, start_ranks
 from ecgscale.training.validation import Validation
@@ -94,13 +96,17 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     run = claim_run(config.run.dir, config, ranks)
     patients = labelled.patients("train")
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
+    log(ranks, f"read as the model takes it: {model.profile.rate_hz:g} Hz, segments of {labelled.data.segment_s:g} s, "
+               f"{labelled.data.normalisation}")  # fmt: skip
     log(ranks, labelled.coverage("train").text("used"))
     log(ranks, labelled.coverage("validation").text("used"))
-    if ranks.first and (copies := copies_apart(labelled.shards)):
-        log(ranks, copies)
+    for line in apart(labelled.shards) if ranks.first else ():
+        log(ranks, line)
     if config.init.random:
         torch.manual_seed(config.train.seed)
         model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
+    begun_with = "" if config.init.random else config.init.model
+    keep_trained_on(run, begun_with, FINE_TUNING, _learnt_from(labelled, config.task), ranks)
     about = _about(model, labelled, config)
     if config.task.protocol == "finetune":
         model.encoder.recomputed_layers = recomputed
@@ -117,6 +123,12 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     if config.task.kind == "multilabel":
         amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
     return run
+
+
+def _learnt_from(labelled: LabelledSet, task: TaskConfig) -> Selection:
+    """The recordings that change a model; a probe for identification is the encoder as it was."""
+    selection = labelled.selection("train")
+    return selection.none() if (task.protocol, task.kind) == ("probe", "identification") else selection
 
 
 def _about(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig) -> dict[str, Any]:
@@ -183,12 +195,13 @@ def _train(
         validate=Validation(held_out, config.train.contrast, 1, seed, target_RC),
         flops=encoder_flops(encoder, stream.shape[0], selection.samples),
     )
-    export_engine(run / "export", train(job, ranks), job.about, config.train.steps)
+    export_engine(run, train(job, ranks), job.about, config.train.steps)
 
 
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
-    write_export(run / "export", weights | {f"head.{name}": tensor for name, tensor in head.items()}, about)
+    weights |= {f"head.{name}": tensor for name, tensor in head.items()}
+    write_export(run / "export", weights, about, run / TRAINED_ON)
 
 
 def _probe(model: ECGModel, labelled: LabelledSet, run: Path, about: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from ecgscale.errors import InputError
 from ecgscale.rng import Purpose, random_words
 
 Floats64 = npt.NDArray[np.float64]
+Kind = Literal["multilabel", "singlelabel", "identification"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TaskConfig:
 
     label: str = ""
     """Label of the recordings, a column of the label table at ingest or Dx from the headers."""
-    kind: Literal["multilabel", "singlelabel", "identification"] = "multilabel"
+    kind: Kind = "multilabel"
     """multilabel: any number of classes each. singlelabel: exactly one. identification: who is it, by ArcFace on the
     training patients; scored on test patients, recordings of their later sessions against their first one's."""
     session: str = ""
@@ -77,6 +78,8 @@ class TaskConfig:
     """identification: angle in radians by which a recording must be nearer to its person than to all others."""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InputError(f"task.kind {self.kind!r}: known are {', '.join(get_args(Kind))}")
         if not 0 <= self.lead_mask_probability < 1:
             raise InputError(f"task.lead_mask_probability {self.lead_mask_probability:g}: give a probability below 1")
         if not (self.arcface_scale > 0 and 0 <= self.arcface_margin < math.pi):
@@ -170,6 +173,12 @@ def load_task(
                 "ingest with a split that has some, or lower task.min_positives"
             )
     other = _other_classes(named, split_R, classes)
+    if trained is not None and any(other.values()) and not target_RC.any():
+        theirs = sorted(set().union(*other.values()))
+        raise InputError(
+            f"{config.label!r}: the model tells {', '.join(classes)}, which no recording has; they have "
+            f"{', '.join(theirs)}. Ingest with the names that the model was trained with"
+        )
     return Task(tuple(classes), config.kind, target_RC, reason_R, tuple(reasons), challenge, other_classes=other)
 
 
@@ -253,7 +262,13 @@ def _classes(
 
 
 def _check_classes(config: TaskConfig, codes: list[list[str]]) -> None:
-    """Raises InputError for a class of the config that no recording carries: most likely a slip of the pen."""
+    """Raises InputError for a class of the config that no recording carries: most likely a slip of the pen.
+
+    And for a code that stands in two classes, of which only one could have it.
+    """
+    times = Counter(code for name in config.classes for code in set(sorted_alternatives(name).split("|")))
+    if twice := [code for code, count in times.items() if count > 1]:
+        raise InputError(f"task.classes: {twice[0]!r} stands in {times[twice[0]]} of them; leave it in one")
     known = {code for record in codes for code in record}
     for name in config.classes:
         if known.isdisjoint(name.split("|")):

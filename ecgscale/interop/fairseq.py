@@ -254,8 +254,19 @@ def export_checkpoint(run: Path, out: Path) -> str:
         },
         "last_optimizer_state": None,
     }
-    write_over(out, ".pt", _is_ours, lambda path: torch.save(state, path))
+    write_over(out, ".pt", _is_ours, lambda path: _save(state, path))
     return f"export: {out}, {_kind(contents)}, {len(tensors)} tensors"
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """``torch.save``, which hides behind an error of its own what the system said; raises OSError."""
+    try:
+        with path.open("xb") as file:  # given a path, it would not even hide it
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _is_ours(path: Path) -> bool:

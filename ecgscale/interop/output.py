@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ecgscale.errors import InputError, MachineError
+from ecgscale.errors import InputError
 from ecgscale.files import whole_file
 
 
@@ -16,11 +16,8 @@ def write_over(out: Path, suffix: str, is_ours: Callable[[Path], bool], write: C
     ecgscale; MachineError where the disk does not take it.
     """
     refuse_foreign(out, suffix, is_ours)
-    try:
-        with whole_file(out) as partial:
-            write(partial)
-    except RuntimeError as error:  # how torch.save says that it cannot write
-        raise MachineError(f"{out}: cannot write: {' '.join(str(error).split())}") from error
+    with whole_file(out) as partial:
+        write(partial)
 
 
 def refuse_foreign(out: Path, suffix: str, is_ours: Callable[[Path], bool]) -> None:

@@ -162,7 +162,7 @@ def _assumed(plan: Plan) -> str:
             f"{plan.cluster.watts:g} W per {plan.cluster.device} and {cluster.host_watts:g} W beside it, "
             f"PUE {cluster.pue:g}"
         )
-    return f"Assumed: {'; '.join(said)}. Every figure is a key of cluster.*; see ecgscale/plan/README.md."
+    return f"Assumed: {'; '.join(said)}. Every figure is a key of cluster.*; see docs/planning.md."
 
 
 def _number(value: float) -> str:

@@ -36,7 +36,7 @@ from ecgscale.record import LEADS
 MOST_GPUS = 4096
 LONGEST_INTERVAL_S = 1800.0
 DECODE_S_PER_BYTE = 80e-6 / 60_000
-"""Of one core, for each byte of int16 samples: measured by `ecgscale bench stream` (ecgscale/data/README.md)."""
+"""Of one core, for each byte of int16 samples: measured by `ecgscale bench stream` (docs/stream.md)."""
 _SIMULATED_FAILURES = 100_000
 
 

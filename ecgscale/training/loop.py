@@ -28,7 +28,8 @@ from ecgscale.training.metrics import Work, device_peak
 from ecgscale.training.monitor import Monitor, RecordingsLog
 from ecgscale.training.profile import StepProfiler, steps_to_profile
 from ecgscale.training.ranks import Ranks, log
-from ecgscale.training.schedule import Schedule, learning_rate_factor
+from ecgscale.training.schedule import Schedule, falls, learning_rate_factor
+from ecgscale.training.state import empty_checkpoints
 from ecgscale.training.validation import Validation
 
 _VERSIONS_OF = ("ecgscale", "torch", "deepspeed")
@@ -165,12 +166,16 @@ def train(job: Job, ranks: Ranks) -> Engine:
 
 
 def _train(job: Job, ranks: Ranks) -> Engine:
+    for empty in empty_checkpoints(job.run / "checkpoints"):
+        log(ranks, f"{empty}: empty, so it is passed over; remove it")
     resumed = checkpoint.latest(job.run / "checkpoints")
     engine, step, skipped = _start(job, ranks, resumed)
     if resumed:
         log(ranks, f"going on from {resumed.folder}" + (": nothing to do" if step >= job.train.steps else ""))
         if changed := _changed_versions(resumed.state):
             log(ranks, f"versions have changed since: {changed}")
+        if bent := _bent_schedule(job, resumed):
+            log(ranks, bent)
     config = yaml.safe_dump(job.config, sort_keys=False)
     with ExitStack() as stack:
         seen = RecordingsLog(job.run / "recordings", ranks.rank) if job.train.log_recordings else None
@@ -190,7 +195,7 @@ def _train(job: Job, ranks: Ranks) -> Engine:
         monitor.clock.take()  # what was before is no step
         while step < job.train.steps:
             profiler.begin(step + 1)
-            learning_rate = job.engine.learning_rate * _factor(job.train, step)
+            learning_rate = _learning_rate(job, step, job.train.steps)
             updated, parts = _update(job, engine, monitor, batches, seen, step, learning_rate)
             step += 1
             profiler.end(step)
@@ -318,8 +323,24 @@ def _profiler(job: Job, ranks: Ranks, monitor: Monitor, step: int) -> StepProfil
     return StepProfiler(job.run, ranks, monitor, first, last)
 
 
-def _factor(train: TrainConfig, step: int) -> float:
-    return learning_rate_factor(step, train.steps, train.schedule, train.warmup_steps, train.final_lr_ratio)
+def _learning_rate(job: Job, step: int, steps: int) -> float:
+    """The rate at ``step`` (from 0) of a run of ``steps``."""
+    train = job.train
+    factor = learning_rate_factor(step, steps, train.schedule, train.warmup_steps, train.final_lr_ratio)
+    return job.engine.learning_rate * factor
+
+
+def _bent_schedule(job: Job, resumed: checkpoint.Checkpoint) -> str:
+    """What another train.steps than the checkpoint's does to the learning rate; empty where it does nothing."""
+    before, now, step = resumed.state["config"].get("train", {}).get("steps"), job.train.steps, resumed.step
+    known = type(before) is int and 0 < before < 1 << 63  # it may differ, so nobody has compared it
+    if not known or before == now or step >= now or not falls(job.train.schedule):
+        return ""
+    old_rate, new_rate = (_learning_rate(job, step, steps) for steps in (before, now))
+    return (
+        f"train.steps was {before}, now it is {now}: the learning rate of step {step + 1} was {old_rate:.4g}, "
+        f"now it is {new_rate:.4g} and falls until step {now} ({job.train.schedule})"
+    )
 
 
 def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:

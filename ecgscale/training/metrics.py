@@ -1,4 +1,4 @@
-"""What is measured of steps: throughput, MFU, shares of the time, memory, stragglers. The README beside it names all.
+"""What is measured of steps: throughput, MFU, shares of the time, memory, stragglers. docs/steps.md names all.
 
 Shape suffixes: W ranks.
 """

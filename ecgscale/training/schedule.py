@@ -8,6 +8,11 @@ from typing import Literal
 Schedule = Literal["constant", "linear", "cosine", "tri_stage"]
 
 
+def falls(schedule: Schedule) -> bool:
+    """Whether rates fall towards the last step, so that another number of steps gives other rates."""
+    return schedule != "constant"
+
+
 def learning_rate_factor(step: int, steps: int, schedule: Schedule, warmup_steps: int, final: float) -> float:
     """The share of the peak learning rate at ``step`` (from 0) of ``steps``.
 

@@ -35,8 +35,17 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first. What has not exactly the name that ``save`` gives is not ours."""
-    return _folders(folder, "")
+    """Finished checkpoints of a run, oldest first.
+
+    What has not exactly the name that ``save`` gives is not ours, nor is an empty folder: ``save`` gives the name to a
+    full one. One that holds something, but not all, is damaged, and who opens it says so.
+    """
+    return [path for path in _folders(folder, "") if not _is_empty(path)]
+
+
+def empty_checkpoints(folder: Path) -> list[Path]:
+    """Folders that have a checkpoint's name and nothing in them."""
+    return [path for path in _folders(folder, "") if _is_empty(path)]
 
 
 def unfinished_checkpoints(folder: Path) -> list[Path]:
@@ -51,6 +60,14 @@ def _folders(folder: Path, ending: str) -> list[Path]:
     steps = {path: int(match[1]) for path, match in numbers.items() if match}
     ours = [path for path, step in steps.items() if path.name == checkpoint_name(step) + ending and path.is_dir()]
     return sorted(ours, key=step_of)
+
+
+def _is_empty(folder: Path) -> bool:
+    """A folder that cannot be listed is not taken for empty: who opens it says why."""
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def step_of(checkpoint: Path) -> int:

@@ -1,7 +1,7 @@
 """``lead_masked_conv_stem`` in Triton: counts -> features without the activations of the first block.
 
 Block 0 (24 numbers -> C channels) is so small that it is recomputed wherever it is needed: its norm's statistics come
-from the covariance of the input (see the README), so nothing of it is ever stored. Of the later blocks only the values
+from the covariance of the input (docs/kernels.md), so nothing of it is ever stored. Of the later blocks only the values
 before GELU are kept for the backward. Gradients of weights are cut into a fixed number of shares that are added in a
 fixed order, hence the same bits in every run.
 
@@ -571,7 +571,7 @@ def _conv_stem_grad(
         *first, _taps_first(weights[1]), grad, raw[0], product_BCK, sum_BC,
         *strides, places, channels_in, channels, **launch, **flags,
     )  # fmt: skip
-    # Through the norm (see the README): means over time become sums over the covariance of the inputs.
+    # Through the norm (see docs/kernels.md): means over time become sums over the covariance of the inputs.
     weight_CK = weight_0.flatten(1).float()
     product_BCK, covariance_BKK = product_BCK[..., : 2 * leads], covariance_BKK[:, : 2 * leads, : 2 * leads]
     normed_BC = inverse_std_BC * (product_BCK * weight_CK).sum(2)  # gradient times normed value, summed over time

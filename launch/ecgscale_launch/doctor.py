@@ -26,7 +26,7 @@ from ecgscale.files import write_json
 from ecgscale_launch import slurm
 from ecgscale_launch.checkup import Report
 from ecgscale_launch.diagnosis import Check, Found, judge, node_of, some
-from ecgscale_launch.folder import JobFolder, code_environment, read_json
+from ecgscale_launch.folder import JobFolder, code_environment, read_json_if_there
 from ecgscale_launch.job import Request, shown_id, submit, test
 from ecgscale_launch.launching import Piece, Stage, rank_command, request_for, srun_command, with_processes
 from ecgscale_launch.listing import duration, screen, short_path
@@ -227,11 +227,11 @@ class _Watched:
 
     @property
     def began(self) -> dict[str, Any] | None:
-        return read_json(self.results / "began.json")
+        return read_json_if_there(self.results / "began.json")
 
     @property
     def ended(self) -> dict[str, Any] | None:
-        return read_json(self.results / "ended.json")
+        return read_json_if_there(self.results / "ended.json")
 
     @property
     def nodes(self) -> list[str]:
@@ -320,7 +320,7 @@ def _told(results: Path, nodes: int) -> str:
 
 
 def _reports(results: Path) -> list[Report]:
-    found = [about for path in results.glob("rank-*.json") if (about := read_json(path)) is not None]
+    found = [about for path in results.glob("rank-*.json") if (about := read_json_if_there(path)) is not None]
     return sorted((Report(**about) for about in found), key=lambda report: report.rank)
 
 

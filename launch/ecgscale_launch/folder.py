@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -11,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecgscale.errors import InputError, MachineError, file_error
+from ecgscale.errors import InputError, MachineError
+from ecgscale.files import finite, json_bytes, read_json
 
 
 @dataclass(frozen=True)
@@ -97,40 +96,26 @@ def write_json_or_say(path: Path, tree: Any) -> None:
     """
     partial = path.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(tree, indent=1) + "\n")
+        partial.write_bytes(json_bytes(finite(tree)))
         partial.replace(path)
     except OSError as error:
         print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None where there is no such file.
-
-    Raises InputError where it is damaged, MachineError where the disk fails.
-    """
+def read_json_if_there(path: Path) -> dict[str, Any] | None:
+    """``read_json``, but None where there is no such file."""
     try:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-            content = path.read_bytes()  # NFS: replaced between open and read
-        tree = json.loads(content)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise file_error(path, "cannot read", error) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: damaged, not a JSON object")
-    return tree
+        return read_json(path)
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
 
 
 def read_json_now(path: Path) -> dict[str, Any] | None:
     """A JSON object, None where none can be read at the moment."""
     try:
-        return read_json(path)
+        return read_json_if_there(path)
     except (InputError, MachineError):
         return None
 

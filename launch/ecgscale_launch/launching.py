@@ -19,7 +19,7 @@ from ecgscale.files import write_json
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S, MEETING_TIMEOUT_S, SAVE_S, SUPERVISOR
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder, code_environment, read_json
+from ecgscale_launch.folder import JobFolder, code_environment, read_json_if_there
 from ecgscale_launch.job import Batch, Request, script, submit, test
 from ecgscale_launch.local import LocalRanks, rank_environment
 from ecgscale_launch.place import check_place
@@ -226,7 +226,7 @@ def resubmit(job: Job, overrides: list[str], new_code: bool) -> str:
     """Put a job that has ended into the queue again, as it lies in its folder but for what is given; its number."""
     if job.where == "local":
         raise InputError(f"{job.run}: ran on this machine, not in a queue; the same command with --local goes on")
-    if (read_json(job.folder.state) or {}).get("phase") == "done":
+    if (read_json_if_there(job.folder.state) or {}).get("phase") == "done":
         raise InputError(f"{job.run}: is done; to go on, launch its command again with more --train.steps")
     job = replace(job, cluster=load_cluster(job.folder.cluster, overrides))
     stage = Stage(job.run, [Piece(job.run, job.command)])
@@ -401,15 +401,15 @@ def _number(given: str) -> str | None:
     number = given
     if not re.fullmatch(r"\d+(_\d+)?", given):
         folder = JobFolder.of(Path(given))
-        sweep = read_json(folder.path / SWEEP)
+        sweep = read_json_if_there(folder.path / SWEEP)
         if sweep is not None:
             folder = JobFolder.of(Path(given) / sweep["runs"][0]["run"])
-        submitted = read_json(folder.submitted)
+        submitted = read_json_if_there(folder.submitted)
         if submitted is None:
             raise InputError(f"--after {given}: neither a job's number nor a run folder whose job was submitted")
         number = str(submitted["job_id"])
         number = number.partition("_")[0] if sweep is not None else number
-        if sweep is None and (read_json(folder.state) or {}).get("phase") == "done":
+        if sweep is None and (read_json_if_there(folder.state) or {}).get("phase") == "done":
             return None
     state = slurm.state(number)
     if state == "COMPLETED":

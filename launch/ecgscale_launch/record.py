@@ -23,7 +23,7 @@ from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, file_error
 from ecgscale.files import write_json, write_whole
 from ecgscale.run import refuse_other_run
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json_if_there
 from ecgscale_launch.resources import ClusterConfig, host_python, job_name, refuse_control_characters
 
 FORMAT = "ecgscale-job/1"
@@ -125,13 +125,13 @@ def rewrite(job: Job, new_code: bool) -> None:
     if new_code:
         snapshot(package_folders(), job.folder.code)
     write_whole(job.folder.cluster, dump(job.cluster).encode())
-    write_json(job.folder.job, (read_json(job.folder.job) or {}) | {"cluster": asdict(job.cluster)})
+    write_json(job.folder.job, (read_json_if_there(job.folder.job) or {}) | {"cluster": asdict(job.cluster)})
 
 
 def read_job(run: Path) -> Job:
     """The job of a run folder; raises InputError where there is none or job.json is damaged."""
     folder = JobFolder.of(run)
-    tree = read_json(folder.job)
+    tree = read_json_if_there(folder.job)
     if tree is None:
         raise InputError(f"{run}: no job of ecgscale-launch; give a run folder that it made")
     if tree.get("format") != FORMAT:

@@ -14,7 +14,7 @@ from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import standing, write_whole
 from ecgscale.json_lines import read_json_lines
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json_if_there
 
 SWEEP = "sweep.json"  # in the job folder of the sweep: its runs, and what each was given
 _FIGURES = {"auroc": "AUROC", "auprc": "AUPRC", "f_measure": "F1"}
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def collect(run: Path) -> str:
     """Write RUN/results.csv, a row per run, and RUN/results.md, seeds averaged; the latter's text."""
-    sweep = read_json(JobFolder.of(run).path / SWEEP)
+    sweep = read_json_if_there(JobFolder.of(run).path / SWEEP)
     if sweep is None:
         raise InputError(f"{run}: no sweep of ecgscale-launch; give the run folder that --sweep was given")
     runs = sweep["runs"]
@@ -70,7 +70,7 @@ def collect_above(run: Path) -> None:
 
 def figures(run: Path) -> dict[str, float]:
     """What a finished run came to: its test figures, else its last losses; nothing where it is not finished."""
-    report = read_json(run / "evaluation-test.json")
+    report = read_json_if_there(run / "evaluation-test.json")
     if report is not None:
         of, names = (report["macro"], _FIGURES) if "macro" in report else (report, _OF_PERSONS)
         found = {shown: of[name]["value"] for name, shown in names.items()}

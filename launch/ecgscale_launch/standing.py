@@ -12,7 +12,7 @@ from typing import Any
 
 from ecgscale.errors import InputError, MachineError
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder, read_json, read_json_now
+from ecgscale_launch.folder import JobFolder, read_json_if_there, read_json_now
 from ecgscale_launch.runs import checkpoints, estimated_end, steps_to_do, tail_events
 
 OVER = ("done", "failed", "stopped", "cancelled", "lost", "unsubmitted", "damaged")
@@ -165,7 +165,9 @@ def _read(run: Path) -> tuple[Standing, JobFolder, str | None]:
     """What job.json, submitted.json and state.json say, with the phase of the latter."""
     folder, one = JobFolder.of(run), Standing(str(run))
     try:
-        job, submitted, state = (read_json(path) or {} for path in (folder.job, folder.submitted, folder.state))
+        job, submitted, state = (
+            read_json_if_there(path) or {} for path in (folder.job, folder.submitted, folder.state)
+        )
         one.where = {"slurm": "slurm", "local": "local"}[job["where"]]
     except (InputError, MachineError, KeyError) as error:
         one.reason = f"{folder.job}: damaged" if isinstance(error, KeyError) else str(error)

@@ -23,7 +23,7 @@ from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import write_json
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S
-from ecgscale_launch.folder import JobFolder, read_json, read_json_now
+from ecgscale_launch.folder import JobFolder, read_json_if_there, read_json_now
 from ecgscale_launch.rendezvous import meeting_environment
 from ecgscale_launch.runs import newest_step
 
@@ -101,7 +101,7 @@ class Supervisor:
         self._asked: signal.Signals | None = None
         self._asked_at = 0.0
         self._asked_early = asked
-        before: dict[str, Any] = read_json(folder.state) or {}
+        before: dict[str, Any] = read_json_if_there(folder.state) or {}
         again = job_id is not None and before.get("job_id") == job_id
         requeued = again and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         self._attempts: list[dict[str, Any]] = before.get("attempts", [])

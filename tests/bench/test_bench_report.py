@@ -59,6 +59,20 @@ def test_runs_become_one_table_a_plot_and_hparams(write, capsys):
     assert "machines" not in text
 
 
+def test_a_full_disk_names_the_plot_and_leaves_the_old_one(write, full_disk, capsys):
+    folder = write(OLD, 2.0, 7)
+    assert report(folder) == 0
+    plot = folder / "report" / "step.png"
+    before = plot.read_bytes()
+    write(NEW, 3.0, 8)
+    capsys.readouterr()
+    with full_disk(len(before) // 2):
+        assert report(folder) == 1
+    assert capsys.readouterr().err == f"ecgscale: {plot}: cannot write: File too large\n"
+    assert plot.read_bytes() == before
+    assert [path.name for path in plot.parent.glob("*.png*")] == ["step.png"]
+
+
 def test_hparams_hold_settings_and_numbers_and_are_written_once(write, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData

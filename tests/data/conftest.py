@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +16,9 @@ import pytest
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.record import LEADS, Record
 from ecgscale.simulate import Simulation
+from in_memory import Records
 
 RATE_HZ = 100.0
-
-
-@dataclass(frozen=True)
-class Records:
-    """A source of records that lie in memory already."""
-
-    records: Sequence[Record]
-    dataset: str = "made"
-
-    def items(self) -> list[str]:
-        return [record.name for record in self.records]
-
-    def read(self, item: str) -> Record:
-        return next(record for record in self.records if record.name == item)
 
 
 def _make_record(name: str, n_samples: int = 1000, leads: Sequence[str] = LEADS, **fields: object) -> Record:

@@ -123,6 +123,9 @@ def test_an_archive_equals_its_folder(raw, tmp_path, place, assert_same, kind: s
     assert source.items() == folder.items() == ["p0/long", "p0/r4", "p1/r1", "p1/r3", "p1/r5"]
     for item in source.items():
         assert_same(source.read(item), folder.read(item))
+        assert source.fingerprint(item).endswith(folder.fingerprint(item))
+    segments = [(raw / "p0" / f"{name}.hea").read_bytes() for name in ("long", "r0", "r2")]
+    assert folder.fingerprint("p0/long") == b"\0".join(segments)
     assert "5 WFDB records" in source.description
     assert source.unlabelled() == source.items()
     del source
@@ -291,7 +294,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_archive(raw, tmp_path, kind, monke
     "read",
     [
         *(lambda one: one.file("a"), lambda one: one.headers(""), lambda one: one.children(""), Catalogue.items),
-        *(Catalogue.n_records, lambda one: one.describe("r"), lambda one: one.note(1)),
+        *(Catalogue.n_records, lambda one: one.describe("r"), lambda one: one.text(1)),
     ],
 )
 def test_a_catalogue_that_the_disk_has_lost(tmp_path, read) -> None:

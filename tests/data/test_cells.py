@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import unicodedata
 
 import pytest
 from hypothesis import example, given
@@ -13,8 +15,11 @@ from ecgscale.data.cells import UNKNOWN_WORDS, Cells, has_likelihoods, is_known,
 from ecgscale.errors import InputError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1, max_size=12).filter(
-    lambda text: is_known(text) and not text[:1].isdigit() and text.casefold() not in ("true", "false")
+_SIGNS = st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="\u200b\u2060\ufeff")
+NAMES = (
+    st.text(_SIGNS, min_size=1, max_size=12)
+    .map(functools.partial(unicodedata.normalize, "NFC"))
+    .filter(lambda text: is_known(text) and not text[:1].isdigit() and text.casefold() not in ("true", "false"))
 )
 PLAIN = st.from_regex(r"[A-Z][A-Za-z]{1,8}( [a-z]{1,6})?", fullmatch=True).filter(
     lambda text: is_known(text) and text.casefold() not in ("true", "false")
@@ -65,6 +70,18 @@ def identifier(value: object) -> str | None:
 )
 def test_ids(cell: object, read: str) -> None:
     assert identifier(cell) == read
+
+
+def test_blanks_of_any_kind_and_accents_apart_make_no_other_id() -> None:
+    cells = Cells()
+    spellings = ["Jos\xe9", "Jose\u0301", "\u2003Jos\xe9\u200b", "\u3000Jose\u0301\u2028"]
+    assert {cells.identifier(one, "pid") for one in spellings} == {"Jos\xe9"}
+    assert cells.classes(["r\xeave", "re\u0302ve"], "dx") == ["r\xeave"]
+    assert cells.notes == {
+        "pid with accents apart from their letters, read as one": 2,
+        "dx with accents apart from their letters, read as one": 1,
+    }
+    assert cells.identifier("\u2003NA\u2009", "pid") is None
 
 
 @pytest.mark.parametrize("cell", ["9007199254740992.0", "1.2345678901234568e+16", 1e17, "4.27E+08", "1E+05"])

@@ -105,6 +105,14 @@ def test_records_labels_and_patients(root: Path, ecgs: list[Record]) -> None:
     assert records[2].metadata == {"age": "67", "nn_predicted_age": "79.62", "sex": "female"}
 
 
+def test_fingerprints_tell_other_rows_of_the_table(root: Path) -> None:
+    before = open_source(root, SourceOptions())
+    (root / "exams.csv").write_text((root / "exams.csv").read_text().replace("1724173", "1724174"))
+    after = open_source(root, SourceOptions())
+    changed = [item for item in before.items() if before.fingerprint(item) != after.fingerprint(item)]
+    assert changed == ["exams_part0/1_7"]
+
+
 def test_a_disk_that_fails_is_named_with_the_exam(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(root, SourceOptions())
     items = source.items()
@@ -135,9 +143,10 @@ def test_many_rows_sort_as_they_stand_in_the_file(root: Path, ecgs: list[Record]
 )
 def test_units(root: Path, ecgs: list[Record], unit: str, factor: float) -> None:
     def scale(file: h5py.File) -> None:
-        file["tracings"][...] *= 1000 if unit == "uV" else 1  # no ECG else
+        file["tracings"][...] *= per_mv  # no ECG else
 
-    factor *= 1000 if unit == "uV" else 1
+    per_mv = round(1 / factor) if factor < 0.5 else 1
+    factor *= per_mv
     source = open_source(change(root, scale), SourceOptions(unit=unit))
     np.testing.assert_allclose(source.read("exams_part0/0_11").millivolts(), ecgs[0].millivolts() * factor, atol=0.001)
     assert f"values taken as {unit}" in source.description
@@ -207,6 +216,15 @@ def test_microvolts_are_noticed(root: Path, tmp_path, capsys) -> None:
     assert cli.main(["ingest", str(root), str(tmp_path / "out"), "--workers=1"]) == 0  # the other part is right
     assert "are they microvolts?" in capsys.readouterr().out
     assert "are they microvolts?" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_a_lead_of_nan_alone_keeps_no_padding(root: Path, ecgs: list[Record]) -> None:
+    def damage(file: h5py.File) -> None:
+        file["tracings"][0, :, 3] = np.nan
+
+    record = open_source(change(root, damage), SourceOptions()).read("exams_part0/0_11")
+    assert record.leads == tuple(lead for lead in LEADS if lead != "aVR")
+    np.testing.assert_allclose(record.millivolts(), np.delete(ecgs[0].millivolts(), 3, axis=0), atol=0.001)
 
 
 # --- rows that are refused ---

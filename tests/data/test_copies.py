@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +20,11 @@ from ecgscale.errors import InputError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.record import Record
 from ecgscale.simulate import Simulation
+from in_memory import Records
 from small_jobs import SMALL
 
 RATE_HZ = 100.0
 HALVES = IngestOptions(rate_hz=RATE_HZ, records_per_shard=7, validation_fraction=0.3, test_fraction=0.3)
-
-
-@dataclass(frozen=True)
-class Records:
-    """A source of records that lie in memory already."""
-
-    records: list[Record]
-    dataset: str = "made"
-
-    def items(self) -> list[str]:
-        return [record.name for record in self.records]
-
-    def read(self, item: str) -> Record:
-        return next(record for record in self.records if record.name == item)
 
 
 @pytest.fixture

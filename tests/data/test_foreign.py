@@ -515,7 +515,7 @@ def test_options_that_contradict_are_refused(tmp_path, rules, why) -> None:
 def test_leads_of_the_json_are_renamed(tmp_path) -> None:
     samples = [{"npy": counts(i), "json": ABOUT | {"leads": ["DI", "ECG_II", *LEADS[2:]]}} for i in range(6)]
     folder = write_tars(tmp_path / "set", samples)
-    text = refused(folder, "'DI', likely I", "--rename-leads 'DI=I'")
+    text = refused(folder, "'DI', likely I", "--rename-leads='DI=I'")
     assert "--ignore-leads" not in text
     index(folder, rename_leads=("DI=I",))
     shards = ShardSet.open(folder)

@@ -25,11 +25,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ecgscale.cli import main
-from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, merge_parts
+from ecgscale.data.ingest import IngestOptions, ingest, ingest_part, job, merge_parts
 from ecgscale.data.ingest.slice import part_file
 from ecgscale.data.remarked import Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
+from ecgscale.data.sources import WfdbFolder
 from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import verify_dataset
 from ecgscale.record import Record, Remark
@@ -335,6 +336,60 @@ def test_parts_in_any_order_give_the_same_bytes(tmp_path, n) -> None:
     result = merge_parts(FIRST, out, OPTIONS)
     assert (result.records, result.rejected, result.shards) == (6, 3, 4)
     assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def headers(tmp_path, write_record, make_record) -> WfdbFolder:
+    """Eight records in a folder of WFDB."""
+    for i in range(8):
+        write_record(tmp_path / "in", f"r{i}", make_record(f"r{i}", scale_L=np.full(12, 1e-3, np.float32)))
+    return WfdbFolder(tmp_path / "in", "in")
+
+
+def mend_gain(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text.replace(" 16 999.", " 16 499."))
+    assert path.read_text() != text
+
+
+def test_parts_of_records_whose_headers_changed_since(tmp_path, headers) -> None:
+    out, options = tmp_path / "out", replace(OPTIONS, split_by="", validation_values=())
+    ingest_part(headers, out, options, (1, 2))
+    mend_gain(tmp_path / "in" / "r2.hea")
+    ingest_part(headers, out, options, (2, 2))
+    said = r"out: 1 of 4 shards were made before .* changed, the first is shard-000001\.tar of --part 1/2; run its part"
+    with pytest.raises(InputError, match=said):
+        merge_parts(headers, out, options)
+    kept = stamps(out, ["shard-000000.tar", "shard-000002.tar"])
+    ingest_part(headers, out, options, (1, 2))
+    assert stamps(out, kept) == kept, "the other slices stay"
+    merge_parts(headers, out, options)
+    ingest(headers, tmp_path / "undisturbed", options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_an_interrupted_ingest_makes_records_anew_whose_headers_changed(tmp_path, headers) -> None:
+    out, options = tmp_path / "out", replace(OPTIONS, split_by="", validation_values=())
+    ingest_part(headers, out, options, (1, 2))
+    mend_gain(tmp_path / "in" / "r0.hea")
+    ingest(headers, out, options)
+    ingest(headers, tmp_path / "undisturbed", options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_parts_on_machines_that_have_copies_of_the_records(tmp_path, headers) -> None:
+    out, options = tmp_path / "out", replace(OPTIONS, split_by="", validation_values=())
+    shutil.copytree(tmp_path / "in", tmp_path / "elsewhere" / "in", copy_function=shutil.copyfile)
+    ingest_part(headers, out, options, (1, 2))
+    ingest_part(WfdbFolder(tmp_path / "elsewhere" / "in", "in"), out, options, (2, 2))
+    assert merge_parts(headers, out, options).records == 8
+
+
+def test_parts_of_another_version(tmp_path, monkeypatch) -> None:
+    ingest_part(FIRST, tmp_path / "out", OPTIONS, (1, 2))
+    monkeypatch.setattr(job, "__version__", "9.9.9")
+    with pytest.raises(InputError, match=r"has ecgscale \d.*, this one 9\.9\.9; give the same, or --restart"):
+        ingest_part(FIRST, tmp_path / "out", OPTIONS, (2, 2))
 
 
 def test_a_missing_part_is_named_and_plain_ingest_does_it(tmp_path) -> None:

@@ -165,6 +165,18 @@ def test_the_ids_of_two_columns_are_not_mixed(tmp_path: Path) -> None:
     assert [describe((), table, item, patient_key="ID").patient for item in ("a/x", "a/y")] == ["7", "8"]
 
 
+def test_ids_of_the_header_beside_those_of_a_table_are_counted(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,patient_id\na/x,5\na/y,NA\n")
+    note = "a patient id of the header, for a record without one in column patient_id"
+    both = [describe(("PatientID: P5",), table, item) for item in ("a/x", "a/y", "r1")]
+    assert [one.patient for one in both] == ["5", "P5", "P5"]
+    assert [one.notes.get(note, 0) for one in both] == [0, 1, 1]
+    assert note not in describe((), table, "a/y").notes
+    without = load(tmp_path, "record,n\na/x,5\n")
+    for key in (None, "PatientID"):
+        assert describe(("PatientID: P5",), without, "a/x", patient_key=key).notes == {}
+
+
 # --- headers ---
 
 

@@ -162,6 +162,15 @@ def test_ptbxl(ptbxl: Path, ecgs: list[Record], kind: str) -> None:
     assert one.rate_hz == 500
 
 
+def test_fingerprints_of_ptbxl_tell_other_rows_of_its_table(ptbxl: Path) -> None:
+    before = opened(ptbxl)
+    (ptbxl / "ptbxl_database.csv").write_text(PTBXL.replace("3,15709.0", "3,15710.0"))
+    after = opened(ptbxl)
+    changed = [item for item in before.items() if before.fingerprint(item) != after.fingerprint(item)]
+    assert changed == [item for item in before.items() if before.read(item).patient != after.read(item).patient]
+    assert 0 < len(changed) < len(before.items())
+
+
 def test_ptbxl_at_100_hz_where_500_is_absent(ptbxl: Path) -> None:
     (ptbxl / "records500").rename(ptbxl.parent / "elsewhere")
     source = opened(ptbxl)
@@ -184,6 +193,16 @@ def test_ptbxl_with_labels_of_ones_own(ptbxl: Path, tmp_path) -> None:
     assert labels["scp"] == ["MINE"]  # the user's own word counts
     assert labels["superclass"] == ["NORM"]
     assert source.unlabelled() == source.items()[1:]
+
+
+def test_patients_of_ones_own_for_ptbxl_are_passed_over_and_counted(ptbxl: Path, tmp_path) -> None:
+    names = [f"records500/00000/0000{i}_hr" for i in (1, 2, 3)]
+    (tmp_path / "mine.csv").write_text(f"record,patient_id\n{names[0]},A\n{names[1]},13243\n")
+    source = opened(ptbxl, labels_csv=tmp_path / "mine.csv")
+    records = [source.read(name) for name in names]
+    assert [record.patient for record in records] == ["15709", "13243", "15709"]
+    told = [any("passed over, since the data set's own table" in note for note in record.notes) for record in records]
+    assert told == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ecgscale import cli
+from ecgscale.data.plausibility import BLANK
 from ecgscale.data.sources import OpenedSource, SourceOptions, implausible_unit, open_source
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS
@@ -72,6 +73,18 @@ def test_one_array(tmp_path, mv_NLT: np.ndarray, samples_first: bool) -> None:
     assert source.items() == ["0", "1", "2", "3"]
     np.testing.assert_allclose(source.read("2").millivolts(), mv_NLT[2], atol=0.001)
     assert len(pickle.dumps(source)) < 1000
+
+
+def test_fingerprints_tell_other_numbers_of_the_same_shape(tmp_path, folder: Path, mv_NLT: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", mv_NLT)
+    before = [opened(folder).fingerprint("b/c"), opened(tmp_path / "x.npy").fingerprint("2")]
+    assert before[1] == opened(tmp_path / "x.npy").fingerprint("2")
+    np.save(folder / "b/c.npy", 2 * np.load(folder / "b/c.npy"))
+    np.save(tmp_path / "x.npy", mv_NLT * np.array([1, 1, 2, 1])[:, None, None])
+    after = [opened(folder).fingerprint("b/c"), opened(tmp_path / "x.npy").fingerprint("2")]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    (folder / "b/c.npy").write_bytes(b"")
+    assert opened(folder).fingerprint("b/c") == b""
 
 
 def test_names_of_many_rows_sort(tmp_path) -> None:
@@ -220,6 +233,30 @@ def test_a_folder_of_arrays_and_headers_is_one_of_wfdb(folder: Path) -> None:
     assert opened(folder, layout="npy").items()[0] == "a"
 
 
+@pytest.mark.parametrize(("factor", "unit"), [(10, "0.1mV"), (0.1, "10mV")])
+def test_a_set_that_is_off_tenfold_is_asked_about(tmp_path, mv_NLT, capsys, factor: float, unit: str) -> None:
+    path, out = tmp_path / "x.npy", tmp_path / "out"
+    np.save(path, mv_NLT * factor)
+    command = ["ingest", str(path), str(out), "--source-rate-hz=250", "--workers=1"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"Then give --unit {unit}, or ") == 2, "before and after"
+    assert f"{out}: 4 records: most leads swing by " in said
+    assert implausible_unit(opened(path, unit=unit)) is None
+
+
+def test_a_lead_of_nan_alone_is_left_out(tmp_path, mv_NLT, capsys) -> None:
+    mv_NLT = mv_NLT.copy()
+    mv_NLT[1:, 4] = np.nan
+    np.save(tmp_path / "x.npy", mv_NLT)
+    record = opened(tmp_path / "x.npy").read("2")
+    assert record.leads == tuple(lead for lead in LEADS if lead != "aVL")
+    np.testing.assert_allclose(record.millivolts(), np.delete(mv_NLT[2], 4, axis=0), atol=0.001)
+    command = ["ingest", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--source-rate-hz=250", "--workers=1"]
+    assert cli.main(command) == 0
+    assert f"3 records: {BLANK}; 1, 2, 3 (see" in capsys.readouterr().out
+
+
 # --- what is refused ---
 
 
@@ -229,8 +266,9 @@ def test_a_folder_of_arrays_and_headers_is_one_of_wfdb(folder: Path) -> None:
         (np.ones((12, 12)), "of shape (12, 12): leads and samples cannot be told apart"),
         (np.ones((8, 500)), "of shape (8, 500); a record is (leads, samples) or reverse, with 12 leads"),
         (np.ones(500), "of shape (500,)"),
-        (np.ones((1, 12, 500)), "of shape (1, 12, 500)"),
-        (np.full((12, 500), np.nan), "NaN or infinity"),
+        (np.ones((7, 12, 500)), "of shape (7, 12, 500), 7 records in one array; give this file by itself"),
+        (np.full((12, 500), np.nan), "all samples are NaN"),
+        (np.where(np.arange(500) < 499, np.nan, np.ones((12, 1))), "NaN or infinity"),
         (np.full((12, 500), np.inf), "NaN or infinity"),
         (np.zeros((12, 500)), "all samples are zero"),
         (np.ones((12, 500), complex), "of type complex128"),

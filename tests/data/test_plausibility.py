@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ecgscale.data import plausibility
+from ecgscale import record as record_module
 from ecgscale.data.plausibility import (
     APART,
+    BLANK,
     FLAT,
+    LARGE,
     LOOSE,
     LOUD,
+    REACHES_1,
     SCALED,
+    SMALL,
     STUCK,
     UNEQUAL,
     UnlikelyUnitError,
@@ -295,8 +299,59 @@ def test_questions_are_of_most_records() -> None:
     assert questions({}, 0) == []
 
 
+@pytest.mark.parametrize("leads", [("I",), ("II", "V5"), LEADS])
+@pytest.mark.parametrize(("factor", "kind"), [(10, LARGE), (0.1, SMALL)])
+def test_ten_times_as_much_or_a_tenth(mv_LT, leads, factor, kind) -> None:
+    some_LT = mv_LT[[LEADS.index(lead) for lead in leads]]
+    drift_T = 3 * np.sin(np.linspace(0, 9, mv_LT.shape[1]))
+    assert kind in kinds(some_LT * factor, leads=leads)
+    assert kind in kinds(np.rint(some_LT * factor * 1000).astype(np.int32), 1e-3, leads)
+    assert {LARGE, SMALL}.isdisjoint(kinds(some_LT + drift_T, leads=leads))
+
+
+def test_ten_times_as_much_is_seen_in_real_sets(shared_data: Path) -> None:
+    source = WfdbFolder(shared_data / "cinc2021", "c")
+    for item in source.items()[:20]:
+        record = source.read(item)
+        mv_LT = record.millivolts()
+        assert LARGE in kinds(mv_LT * 10, leads=record.leads)
+        assert SMALL in kinds(mv_LT / 10, leads=record.leads) or np.median(np.ptp(mv_LT, axis=1)) > 3
+
+
+def test_a_short_strip_is_not_called_small(mv_LT) -> None:
+    for first in range(0, 3000, 500):
+        assert SMALL not in kinds(mv_LT[:, first : first + 600])  # 1.2 s
+
+
+@pytest.mark.parametrize("leads", [("I", "II"), LEADS])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_leads_whose_largest_number_is_1(mv_LT, leads, dtype) -> None:
+    rows = [LEADS.index(lead) for lead in leads]
+    peak_LT = (mv_LT / np.abs(mv_LT).max(axis=1, keepdims=True))[rows].astype(dtype)
+    assert kinds(peak_LT, leads=leads) == {SCALED: "each reaches exactly 1 or -1"}
+    assert SCALED not in kinds(1.001 * peak_LT, leads=leads)
+    counts_LT = np.rint(peak_LT * 5000).astype(np.int16)
+    assert kinds(counts_LT, 1 / 5000, leads) == {SCALED: "each reaches exactly 1 or -1"}
+
+
+@pytest.mark.parametrize("leads", [("I",), LEADS])
+def test_records_whose_largest_number_is_1(mv_LT, leads) -> None:
+    some_LT = mv_LT[[LEADS.index(lead) for lead in leads]]
+    assert kinds(some_LT / np.abs(some_LT).max(), leads=leads) == {REACHES_1: ""}
+
+
+def test_leads_of_nan_alone_are_absent(mv_LT) -> None:
+    blank_LT = changed(changed(mv_LT, "aVF", np.nan), "V3", 4.0)
+    kept, remarks = checked(blank_LT, 1.0, LEADS)
+    assert [LEADS[row] for row in kept] == [lead for lead in LEADS if lead not in ("aVF", "V3")]
+    assert remarks == ((BLANK, "aVF"), (FLAT, "V3"))
+    assert kinds(changed(mv_LT, "V6", np.nan) * 1000, np.full(12, 1e-3)) == {BLANK: "V6"}
+    assert refusal(np.full_like(mv_LT, np.nan)) == "all samples are NaN"
+    assert "NaN or infinity" in refusal(changed(changed(mv_LT, "I", np.nan), "II", np.nan, 4))
+
+
 def test_long_records_are_judged_in_blocks(mv_LT, monkeypatch) -> None:
     z_LT = (mv_LT - mv_LT.mean(axis=1, keepdims=True)) / mv_LT.std(axis=1, keepdims=True)
     whole = judge(z_LT, 1.0, LEADS)
-    monkeypatch.setattr(plausibility, "_BLOCK", 777)
+    monkeypatch.setattr(record_module, "_PIECE", 777)
     assert judge(z_LT, 1.0, LEADS) == whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -16,9 +17,11 @@ import pytest
 from ecgscale import record as record_module
 from ecgscale.data import wfdb_formats
 from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.data.sources import Source, WfdbFolder, read_wfdb, wfdb
+from ecgscale.data.plausibility import BLANK
+from ecgscale.data.sources import Source, SourceOptions, WfdbFolder, open_source, read_wfdb, wfdb
 from ecgscale.data.wfdb_formats import FLAC_FORMATS
 from ecgscale.data.wfdb_header import parse_header
+from ecgscale.data.wfdb_signals import UNSUMMED
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, OFFSET, Record, resample_millivolts
 
@@ -214,7 +217,7 @@ def test_lead_names_are_normalised_and_sorted(tmp_path: Path) -> None:
 def test_leads_are_renamed(tmp_path: Path) -> None:
     counts_TL = random_counts(n_leads=3)
     path = write_wfdb(tmp_path, counts_TL, sig_name=["DII", "\u0406", "LEAD_V1"])
-    with pytest.raises(InputError, match=r"'DII', likely II; .* --rename-leads 'DII=II'.*--ignore-leads 'DII'"):
+    with pytest.raises(InputError, match=r"'DII', likely II; .* --rename-leads='DII=II'.*--ignore-leads='DII'"):
         read_wfdb(path)
     with pytest.raises(InputError, match=r"U\+0406, not I"):
         read_wfdb(path, rename_leads=[("dii", "II")])
@@ -421,13 +424,28 @@ def test_few_invalid_samples_are_interpolated_and_counted(tmp_path: Path, format
     assert record.invalid_samples == 4
 
 
-@pytest.mark.parametrize(("n_invalid", "limit"), [(5, 0.01), (1, 0.0), (400, 1.0)])
+@pytest.mark.parametrize(("n_invalid", "limit"), [(5, 0.01), (1, 0.0), (399, 0.99)])
 def test_many_invalid_samples_are_refused(tmp_path: Path, n_invalid: int, limit: float) -> None:
     counts_TL = np.zeros((400, 2), int)
     counts_TL[:n_invalid, 1] = -32768
     path = write_wfdb(tmp_path, counts_TL)
     with pytest.raises(InputError, match=rf"r.hea: lead II: {n_invalid} of 400 samples are marked invalid"):
         read_wfdb(path, max_invalid_fraction=limit)
+
+
+@pytest.mark.parametrize("format_", ["16", "24", "32", "61", "80", "160", "212", "310", "311", "516"])
+def test_a_lead_without_a_valid_sample_is_left_out(tmp_path: Path, format_: str) -> None:
+    counts_TL = np.random.default_rng(0).integers(-100, 100, (390, 3))
+    damaged_TL = counts_TL.copy()
+    damaged_TL[:, 1] = -(1 << (BITS[format_] - 1))
+    path = write_any(tmp_path, damaged_TL, format_, baseline=5)
+    for record in (read_wfdb(path), WfdbFolder(tmp_path, "set").read("r")):
+        assert (record.leads, record.invalid_samples) == (("I", "III"), 0)
+        np.testing.assert_array_equal(record.signal_LT, counts_TL[:, [0, 2]].T - 5)
+        assert (BLANK, "II") in record.remarks
+    path = write_any(tmp_path, np.full((390, 3), -(1 << (BITS[format_] - 1))), format_)
+    with pytest.raises(InputError, match=r"r.hea: all samples of all leads are marked invalid"):
+        read_wfdb(path)
 
 
 # --- multi-segment records ---
@@ -533,7 +551,7 @@ def test_broken_segments(tmp_path: Path, header: str, reason: str) -> None:
         ("r 1 500 1000\nr.dat 16 200(0)/NU 16 0 0 0 0 I\n", "unknown unit 'NU'"),
         ("r 1 500 1000\nr.dat 16 200(0)/mmHg 16 0 0 0 0 I\n", "unknown unit 'mmHg'"),
         ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0 ABP\n", "unknown lead 'ABP'"),
-        ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0\n", "unknown lead ''"),
+        ("r 1 500 1000\nr.dat 16 200(0)/mV 16 0 0 0 0\n", "a lead without a name"),
         ("r 2 500 500\n" + 2 * (LINE + " 0 0 V1\n"), "lead V1 stands 2 times"),
         ("r 2 500 500\n" + LINE + " 0 0 V1\n" + LINE + " 0 0 ecg v1\n", "lead V1 stands 2 times"),
         ("r 2 500 300\nr.dat 16x2 200/mV 16 0 0 0 0 I\n" + LINE + " 0 0 II\n", "'I' 1000 Hz, 'II' 500 Hz"),
@@ -580,6 +598,24 @@ def test_truncated_and_damaged_data(tmp_path: Path, format_: str) -> None:
     data_path.write_bytes(damaged)
     with pytest.raises(InputError, match=r"r.hea: "):
         read_wfdb(path)
+
+
+def test_checksums_of_0_are_none(tmp_path: Path) -> None:
+    counts_TL = random_counts()
+    path = write_wfdb(tmp_path, counts_TL)
+    sums = [int(count_T.sum()) % 65536 for count_T in counts_TL.T]
+    assert read_wfdb(path).remarks == ()
+    edit(path, lambda text: text.replace(f" {sums[0]} 0 I\n", " 0 0 I\n"))
+    with pytest.raises(InputError, match=f"checksum of signal 'I': the header says 0, the data give {sums[0]}"):
+        read_wfdb(path)
+    for value, lead in zip(sums[1:], LEADS[1:], strict=False):
+        edit(path, lambda text, old=f" {value} 0 {lead}\n", new=f" 0 0 {lead}\n": text.replace(old, new))
+    (tmp_path / "whole.hea").write_text("whole/1 3 500 301\nr 301\n")
+    for record in (read_wfdb(path), read_wfdb(tmp_path / "whole.hea")):
+        np.testing.assert_array_equal(record.signal_LT, counts_TL.T)
+        assert record.remarks == ((UNSUMMED, ""),)
+    flat = write_wfdb(tmp_path / "flat", np.zeros((301, 3), int))
+    assert read_wfdb(flat).remarks == (), "its sums are 0"
 
 
 def test_flac_that_claims_too_much(tmp_path: Path) -> None:
@@ -687,6 +723,42 @@ def test_mutated_headers_and_data_give_a_record_or_an_input_error(tmp_path: Path
 
 
 # --- folders ---
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    """As those of timestamps and DICOM's identifiers, beside one that is the beginning of another."""
+    counts = {name: random_counts(seed=i) for i, name in enumerate(("1.2.840", "1.2", "2026-11-30.x"))}
+    for name, counts_TL in counts.items():
+        path = write_wfdb(tmp_path / "in", counts_TL)
+        text = path.read_text().replace("r.dat", f"{name}.dat").replace("r 3", f"{name} 3", 1)
+        (tmp_path / "in" / f"{name}.hea").write_text(text)
+        path.with_name("r.dat").rename(path.with_name(f"{name}.dat"))
+        path.unlink()
+    (tmp_path / "in" / "whole.1.hea").write_text("whole.1/1 3 500 301\n1.2 301\n")
+    table = tmp_path / "labels.csv"
+    table.write_text("record,rhythm\n1.2.840,a\n2026-11-30.x.dat,c\n")
+    source = WfdbFolder(tmp_path / "in", "set", labels_csv=table)
+    assert source.items() == ["1.2.840", "2026-11-30.x", "whole.1"]
+    assert [source.read(item).labels for item in source.items()] == [{"rhythm": ["a"]}, {"rhythm": ["c"]}, {}]
+    for item in (*counts, "whole.1"):
+        record = read_wfdb(tmp_path / "in" / item)
+        assert record.name == item
+        np.testing.assert_array_equal(record.signal_LT, counts.get(item, counts["1.2"]).T)
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "in")
+    packed = open_source(tmp_path / "packed.zip", SourceOptions())
+    assert packed.items() == source.items()
+    for item in source.items():
+        np.testing.assert_array_equal(packed.read(item).signal_LT, source.read(item).signal_LT)
+
+
+def test_a_baseline_that_is_written_as_a_float(tmp_path: Path) -> None:
+    path = write_wfdb(tmp_path, random_counts(), baseline=[7, 7, 7])
+    expected = read_wfdb(path).signal_LT
+    edit(path, lambda text: text.replace("(7)", "(7.0)"))
+    np.testing.assert_array_equal(read_wfdb(path).signal_LT, expected)
+    edit(path, lambda text: text.replace("(7.0)", "(7.5)"))
+    with pytest.raises(InputError, match=r"baseline '7\.5' is not a whole number"):
+        read_wfdb(path)
 
 
 def test_items_of_a_folder(tmp_path: Path) -> None:

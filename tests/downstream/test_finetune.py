@@ -90,6 +90,25 @@ def test_many_labels_then_evaluate_again_and_elsewhere(small_export, shards, tmp
     assert two["macro"] != report["macro"]
 
 
+def test_a_task_that_is_not_whole_is_refused(small_export, shards, without_checksums, tmp_path, capsys) -> None:
+    finetune(small_export, shards, tmp_path / "run", "--task.protocol=probe")
+    export = without_checksums(tmp_path / "run" / "export")
+    whole = json.loads((export / "config.json").read_text())
+    without_one = {key: value for key, value in whole.items() if key != "min_record_s"}
+    for about in (without_one, whole | {"task": whole["task"] | {"colour": "red"}}):
+        (export / "config.json").write_text(json.dumps(about))
+        assert main(["evaluate", str(export), f"--data.shards={shards}"]) == 2
+        assert f"{export}: does not describe a task of this version" in capsys.readouterr().err
+
+
+def test_the_preprocessing_is_the_models_which_is_said(small_export, shards, tmp_path, capsys) -> None:
+    profile = load(small_export).profile
+    asked = ["--task.protocol=probe", "--data.segment_s=1.5", "--data.normalisation=zscore"]
+    finetune(small_export, shards, tmp_path / "run", *asked)
+    line = f"read as the model takes it: 500 Hz, segments of {profile.segment_s:g} s, {profile.normalisation}"
+    assert line in capsys.readouterr().err.splitlines()
+
+
 @pytest.mark.parametrize("protocol", ["finetune", "probe"])
 def test_leads_that_are_masked_do_not_matter(protocol, small_export, shards, tmp_path, capsys) -> None:
     """The report is that of recordings which lack them; `evaluate` masks what was masked in training."""

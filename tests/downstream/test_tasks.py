@@ -77,9 +77,9 @@ def shards(shards_of) -> ShardSet:
     return shards_of(ROWS)
 
 
-def refusal(shards: ShardSet, config: TaskConfig, classes: list[str] | None = None) -> str:
+def refusal(shards: ShardSet, config: TaskConfig, trained: TrainedTask | None = None) -> str:
     with pytest.raises(InputError) as refused:
-        load_task(shards, config, classes)
+        load_task(shards, config, trained)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -137,6 +137,17 @@ def test_classes_of_a_trained_model_come_first_and_may_be_absent_here(shards):
     task = load_task(shards, config, TrainedTask(["pacing", "flutter"], None))
     assert task.classes == ("pacing", "flutter")
     assert task.target_RC.sum(axis=0).tolist() == [0, 3]
+
+
+def test_a_set_of_other_names_for_the_classes_of_a_trained_model_is_refused(shards, shards_of):
+    """All would count as negatives."""
+    said = refusal(shards, TaskConfig("rhythm"), TrainedTask(["AFL", "SR"], None))
+    assert said == (
+        "'rhythm': the model tells AFL, SR, which no recording has; they have flutter, rare, sinus. "
+        "Ingest with the names that the model was trained with"
+    )
+    healthy = shards_of([(split, {"rhythm": []}) for split in SPLITS], "healthy")
+    assert not load_task(healthy, TaskConfig("rhythm"), TrainedTask(["AFL", "SR"], None)).target_RC.any()
 
 
 def test_several_data_sets_are_one(shards_of, tmp_path):
@@ -254,6 +265,8 @@ def test_the_official_weights_fit_real_recordings(shared_data, tmp_path):
         (TaskConfig("rhythm", classes=["sinus", "fluter"]), "task.classes 'fluter': no recording has it in 'rhythm'"),
         (TaskConfig("rhythm", classes=["sinus", "fluter"]), "did you mean 'flutter'?"),
         (TaskConfig("rhythm", classes=["xyz"]), "it has flutter, rare, sinus"),
+        (TaskConfig("rhythm", classes=["sinus", "rare", "sinus"]), "'sinus' stands in 2 of them; leave it in one"),
+        (TaskConfig("rhythm", classes=["sinus|rare", "rare"]), "'rare' stands in 2 of them; leave it in one"),
         (TaskConfig("site", classes=["a"]), "the validation split has no recording with 'site' among a"),
         (TaskConfig("rhythm", kind="singlelabel", classes=["sinus"]), "the test split has no recording"),
     ],
@@ -269,6 +282,11 @@ def test_recordings_without_any_label_are_named(shards_of):
 def test_a_class_that_stands_for_alternatives_is_known_by_one_of_them(shards):
     task = load_task(shards, TaskConfig("rhythm", classes=["fibrillation|flutter", "sinus"]))
     assert task.target_RC[:, 0].tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 1, 0]
+
+
+def test_a_kind_that_is_none_is_refused():
+    with pytest.raises(InputError, match=r"task\.kind 'several': known are multilabel, singlelabel, identification"):
+        TaskConfig("rhythm", kind="several")
 
 
 def test_min_positives_below_one_is_refused():

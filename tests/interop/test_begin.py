@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ecgscale.config import PretrainConfig, dump, load
 from ecgscale.errors import InputError
@@ -82,6 +82,21 @@ def test_what_does_not_fit_starts_anew(jobs, shards, init, make_export, tmp_path
     assert differ == {"encoder.mask.token"}
     assert mine["local_head.quantizer.codebook"].shape == (640, 128), "the usual size, since the file has no heads"
     assert not any(name.startswith("local_head") for name in weights(tmp_path / "c"))
+
+
+def test_what_an_encoder_has_no_place_for_is_refused_and_such_a_head_starts_anew(
+    jobs, shards, init, without_checksums, tmp_path
+):
+    """As low-rank adapters leave it, which nobody has added to the weights: without them it is another model."""
+    path, run = without_checksums(init) / "model.safetensors", tmp_path / "run"
+    whole = load_file(path)
+    save_file(whole | {"encoder.layers.0.lora_A": torch.ones(4, 32)}, path)
+    said = jobs.run(1, job(shards, init, run, "--train.steps=1"), code=2)
+    assert f"{init}: weights do not fit the model: left over layers.0.lora_A" in said
+    assert not run.exists()
+    save_file(whole | {"local_head.lora_A": torch.ones(4, 32)}, path)
+    said = jobs.run(1, job(shards, init, run, "--train.steps=1"))
+    assert f"begins with {init}, step 7: encoder; new: local_head" in said
 
 
 def test_shards_of_another_rate_are_refused(jobs, shards, make_export, tmp_path):

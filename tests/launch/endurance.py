@@ -30,7 +30,7 @@ import torch
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.simulate import Simulation
 from ecgscale_launch import devcluster, slurm
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json_if_there
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_jobs import events, losses, recordings
@@ -91,11 +91,11 @@ def launch(*arguments: object) -> None:
 
 
 def number(folder: JobFolder) -> str:
-    return str((read_json(folder.submitted) or {})["job_id"])
+    return str((read_json_if_there(folder.submitted) or {})["job_id"])
 
 
 def state(folder: JobFolder) -> dict:
-    return read_json(folder.state) or {"phase": "queued", "attempts": []}
+    return read_json_if_there(folder.state) or {"phase": "queued", "attempts": []}
 
 
 def until(condition: Callable[[], bool], limit_s: float = 1800) -> None:
@@ -230,7 +230,7 @@ def kills(trials: Trials, times: int, every_s: float, after_failure: str) -> Non
         time.sleep(max(0.0, began + (turn + 1) * every_s - time.time()))
         attempt = folder.latest_attempt()
         assert attempt is not None
-        about = read_json(attempt / f"rank-{chosen.randrange(2)}.alive.json")
+        about = read_json_if_there(attempt / f"rank-{chosen.randrange(2)}.alive.json")
         before = events(run)[-1]["time"]
         os.kill(about["pid"], signal.SIGKILL)
         until(lambda turn=turn: len(state(folder)["attempts"]) == turn + 2)

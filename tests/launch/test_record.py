@@ -18,7 +18,7 @@ from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import write_json
 from ecgscale_launch import record
-from ecgscale_launch.folder import JobFolder, code_environment, read_json, read_json_now
+from ecgscale_launch.folder import JobFolder, code_environment, read_json_if_there, read_json_now, write_json_or_say
 from ecgscale_launch.record import (
     describe_clone,
     make_job_folder,
@@ -218,11 +218,11 @@ def test_damaged_jobs_are_named(tmp_path, change, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"a": NaN}', b'{"a": 1, "a": 2}'])
 def test_files_that_are_no_json_are_named(tmp_path, content):
     (tmp_path / "state.json").write_bytes(content)
     with pytest.raises(InputError, match=r"state\.json: damaged, not"):
-        read_json(tmp_path / "state.json")
+        read_json_if_there(tmp_path / "state.json")
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
@@ -234,7 +234,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_user(tmp_path, monkeypatch, number
         raise OSError(number, os.strerror(number), str(folder.path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_bytes", fails)
+        patched.setattr(Path, "open", fails)
         with pytest.raises(MachineError, match=f"^{folder.job}: cannot read: {os.strerror(number)}"):
             read_job(tmp_path / "run")
         assert read_json_now(folder.state) is None
@@ -254,11 +254,13 @@ def test_a_disk_that_fails_is_no_fault_of_the_user(tmp_path, monkeypatch, number
 
 def test_json_is_written_whole(tmp_path):
     path = tmp_path / "state.json"
-    assert read_json(path) is None
+    assert read_json_if_there(path) is None
     write_json(path, {"text": "ü\udc80\n"})
-    assert read_json(path) == {"text": "ü\udc80\n"}
+    assert read_json_if_there(path) == {"text": "ü\udc80\n"}
     assert list(tmp_path.iterdir()) == [path]
-    assert read_json(path / "below") is None
+    assert read_json_if_there(path / "below") is None
+    write_json_or_say(path, {"mfu": float("nan")})
+    assert read_json_if_there(path) == {"mfu": None}
 
 
 def test_what_a_job_relies_on_is_flushed(tmp_path, monkeypatch):

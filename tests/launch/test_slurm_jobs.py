@@ -17,7 +17,7 @@ from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.simulate import Simulation
 from ecgscale_launch import slurm
 from ecgscale_launch.cli import main
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json_if_there
 from small_jobs import NO_DROPOUT, SMALL, logged, losses, recordings
 
 TOLERANCE = 2e-5  # fp32 sums over more ranks are added up in another order
@@ -59,16 +59,16 @@ def launch(*arguments: object) -> None:
 
 
 def number(run: Path) -> str:
-    return str((read_json(JobFolder.of(run).submitted) or {})["job_id"])
+    return str((read_json_if_there(JobFolder.of(run).submitted) or {})["job_id"])
 
 
 def state(run: Path) -> dict:
-    return read_json(JobFolder.of(run).state) or {"attempts": []}
+    return read_json_if_there(JobFolder.of(run).state) or {"attempts": []}
 
 
 def pid_of(run: Path, rank: int) -> int:
     attempt = JobFolder.of(run).latest_attempt()
-    return int((read_json(attempt / f"rank-{rank}.alive.json") or {})["pid"])
+    return int((read_json_if_there(attempt / f"rank-{rank}.alive.json") or {})["pid"])
 
 
 def test_a_run_in_spite_of_everything(cluster, long_job, undisturbed, wait_for, over, tmp_path) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from ecgscale.errors import InputError
 from ecgscale_launch import supervisor as module
-from ecgscale_launch.folder import JobFolder, read_json
+from ecgscale_launch.folder import JobFolder, read_json_if_there
 from ecgscale_launch.runs import newest_step
 from ecgscale_launch.step import codes_in
 from ecgscale_launch.supervisor import Limits, Supervisor, first_error
+from small_jobs import put_checkpoint
 
 KILLED = -int(signal.SIGKILL)
 
@@ -86,7 +87,7 @@ class Trial:
         return code
 
     def checkpoint(self, step: int) -> None:
-        (self.folder.run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        put_checkpoint(self.folder.run / "checkpoints", step)
 
     def error(self, attempt: int, rank: int, kind: str, line: str, time: float) -> None:
         path = self.folder.attempt(attempt) / f"rank-{rank}.error.json"
@@ -96,7 +97,7 @@ class Trial:
 
     @property
     def state(self) -> dict:
-        return read_json(self.folder.state) or {}
+        return read_json_if_there(self.folder.state) or {}
 
     @property
     def outcomes(self) -> list[str]:
@@ -271,8 +272,10 @@ def test_the_first_error_that_follows_from_no_other(trial) -> None:
 
 
 def test_newest_step_counts_whole_checkpoints(tmp_path) -> None:
-    for name in ("step-00000003", "step-00000012", "step-00000099.partial", "other"):
+    for name in ("step-00000098", "step-00000099.partial", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for step in (3, 12):
+        put_checkpoint(tmp_path / "checkpoints", step)
     assert newest_step(tmp_path) == 12
     assert newest_step(tmp_path / "none") == 0
 

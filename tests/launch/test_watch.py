@@ -29,6 +29,7 @@ from ecgscale_launch.runs import estimated_end, find_runs, steps_to_do, tail_eve
 from ecgscale_launch.slurm import Known
 from ecgscale_launch.standing import Standing, is_process, local_word, slurm_word, standings
 from ecgscale_launch.watch import cancel, check_resumable, logs, refuse_active, resume, status
+from small_jobs import put_checkpoint
 
 NOW = time.time()
 
@@ -187,7 +188,7 @@ def test_pace_is_that_of_the_current_attempt(tmp_path: Path, slurm_says: dict[st
     write_state(folder, "running", NOW - 300, attempts=[before, attempt(2, began, step_from=50)])
     write_rank(folder, 2, step=72)
     (run / "config.yaml").write_text("train: {steps: 100}\n")
-    (run / "checkpoints" / "step-00000050").mkdir(parents=True)
+    put_checkpoint(run / "checkpoints", 50)
     os.utime(run / "checkpoints" / "step-00000050", (NOW - 77, NOW - 77))
     (run / "checkpoints" / "step-00000070.partial").mkdir()
     first = [step_event(NOW - 3900 + i, i) for i in range(10, 60, 10)]

@@ -88,6 +88,21 @@ def test_length_of_embeddings_does_not_matter_and_zero_is_finite():
     assert torch.isfinite(embedding_BD.grad).all()
 
 
+@pytest.mark.parametrize("length", [1.0, 4.0])
+@pytest.mark.parametrize(("nt_xent", "pull"), [(False, 0.5 / (1 + math.e)), (True, 1 / (2 + math.e))])
+def test_the_norm_is_a_constant_in_the_gradient(nt_xent, pull, length):
+    """Two patients at a right angle, segment A equal to segment B, temperature 1.
+
+    Each segment is pushed towards the other patient and away from its own, by the same amount. If the norm carried
+    gradient, the push along the segment itself would be gone.
+    """
+    embedding_BD = (length * torch.eye(2)).repeat(2, 1).requires_grad_(True)
+    patient_B, segment_B = torch.arange(2).repeat(2), torch.arange(2).repeat_interleave(2)
+    cmsc_loss(embedding_BD, patient_B, segment_B, 1.0, nt_xent).backward()
+    expected_BD = pull / length * torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).repeat(2, 1)
+    torch.testing.assert_close(embedding_BD.grad, expected_BD)
+
+
 def test_half_precision_is_computed_in_float32():
     embedding_BD = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     rows = torch.arange(4).repeat(2), torch.arange(2).repeat_interleave(4)

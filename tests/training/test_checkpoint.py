@@ -23,7 +23,7 @@ from ecgscale.files import JSON_LIMIT_BYTES, file_sha256
 from ecgscale.run import leave_run
 from ecgscale.training import checkpoint
 from ecgscale.training.state import STATE, read_state, write_state
-from small_jobs import SMALL, events
+from small_jobs import SMALL, events, put_checkpoint
 
 TENSORS = "tensors-00000-of-00001.safetensors"
 
@@ -305,7 +305,7 @@ def test_a_state_that_is_no_file_is_not_waited_for(tmp_path) -> None:
 
 def test_old_checkpoints_are_pruned_and_nothing_else(tmp_path) -> None:
     for step in (2, 4, 6, 8, 10):
-        (tmp_path / f"step-{step:08d}").mkdir()
+        put_checkpoint(tmp_path, step)
     others = ["step-00000012.partial", "step-00000002-backup", "step-00000099-backup", "step-4", "step-000000004"]
     others += ["step-00000004 copy", "step-0000000x", "steps", "step-99999999999999999999"]
     for name in others:
@@ -323,7 +323,7 @@ def test_old_checkpoints_are_pruned_and_nothing_else(tmp_path) -> None:
 
 def test_checkpoints_are_in_order_of_steps(tmp_path) -> None:
     for step in (100_000_000, 99_999_999, 5):
-        (tmp_path / f"step-{step:08d}").mkdir()
+        put_checkpoint(tmp_path, step)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
 
 
@@ -331,7 +331,8 @@ def test_what_killed_saves_left_is_removed_once_a_later_one_is_whole(tmp_path) -
     """Saves by the clock come at other steps in each start, so that nobody else would."""
     others = ["step-00000009.partial", "step-5.partial", "step-000000005.partial", "step-00000005.partial.bak"]
     others += ["step-00000005-backup.partial", "step-0000000x.partial"]
-    for name in ("step-00000008", "step-00000005.partial", "step-00000007.partial", *others):
+    put_checkpoint(tmp_path, 8)
+    for name in ("step-00000005.partial", "step-00000007.partial", *others):
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000005.partial" / TENSORS).touch()
     (tmp_path / "step-00000006.partial").touch()  # no folder
@@ -340,8 +341,8 @@ def test_what_killed_saves_left_is_removed_once_a_later_one_is_whole(tmp_path) -
 
 
 def test_a_removal_that_was_killed_is_finished(tmp_path) -> None:
-    for name in ("step-00000002", ".removed-step-00000001"):
-        (tmp_path / name).mkdir()
+    put_checkpoint(tmp_path, 2)
+    (tmp_path / ".removed-step-00000001").mkdir()
     checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
@@ -352,6 +353,24 @@ def test_a_backup_beside_the_checkpoints_does_not_disturb(run, shards) -> None:
     assert main(job(shards, run, "--train.steps=8")) == 0
     assert steps_left(run) == ["step-00000004-backup", "step-00000006", "step-00000008"]
     assert is_finite(backup)
+
+
+def test_an_empty_folder_with_a_checkpoints_name_is_passed_over(run, shards, tmp_path, capsys) -> None:
+    empty = run / "checkpoints" / "step-99999999"
+    empty.mkdir()
+    assert main(job(shards, run, "--train.steps=8", "--train.keep_last=1")) == 0
+    assert f"{empty}: empty, so it is passed over; remove it" in capsys.readouterr().err.splitlines()
+    assert steps_left(run) == ["step-00000006", "step-00000008", empty.name], "6 and 8: proven, and the newest"
+    assert json.loads((run / "export/config.json").read_text())["step"] == 8
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["step"] == 8
+
+
+def test_a_checkpoint_that_lacks_its_state_is_not_passed_over(run, shards, capsys) -> None:
+    state = run / "checkpoints" / "step-00000004" / STATE
+    state.unlink()
+    line = told(capsys, job(shards, run, "--train.steps=8"))
+    assert line == f"ecgscale: {state}: missing, so {state.parent} is no complete checkpoint; remove the folder"
 
 
 # --- what the disk does ---
@@ -520,6 +539,36 @@ def test_versions_that_have_changed_are_told(run, shards, capsys) -> None:
     assert main(job(shards, run, "--train.steps=8")) == 0
     line = f"versions have changed since: ecgscale 0.0.9 -> {versions['ecgscale']}, torch 2.4.1 -> {versions['torch']}"
     assert line in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "becomes"),
+    [
+        ("linear", 8, "the learning rate of step 5 was 0.0005, now it is 0.0006667 and falls until step 8 (linear)"),
+        ("linear", 5, "the learning rate of step 5 was 0.0005, now it is 0.0003333 and falls until step 5 (linear)"),
+        ("linear", 4, None),
+        ("constant", 8, None),
+    ],
+)
+def test_what_another_number_of_steps_does_to_the_rate_is_told(
+    schedule, steps, becomes, shards, tmp_path, capsys
+) -> None:
+    """The expected rates are those of a line from step 2 to the end, from 0.001 to 0."""
+    run = tmp_path / "run"
+    of_rate = [f"--train.schedule={schedule}", "--train.warmup_steps=2", "--train.final_lr_ratio=0"]
+    again = [*job(shards, run), *of_rate]
+    assert main([*again, "--train.steps=6"]) == 0
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    leave_run(run)
+    assert main([*again, "--train.steps=6"]) == 0
+    assert "train.steps was" not in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    assert main([*again, f"--train.steps={steps}"]) == 0
+    told_of = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.steps was")]
+    assert told_of == ([f"train.steps was 6, now it is {steps}: {becomes}"] if becomes else [])
+    if becomes:
+        trained_at = [event for event in events(run) if event.get("step") == 5 and "train/learning_rate" in event]
+        assert f"now it is {trained_at[-1]['train/learning_rate']:.4g} " in becomes
 
 
 def test_a_config_that_is_nested_for_long_is_told_in_a_line(run, shards, capsys) -> None:

@@ -289,6 +289,7 @@ def test_run_folder_holds_what_it_should(one_process) -> None:
         "tensorboard",
         "events.jsonl",
         "export",
+        "trained_on.keys",
     }
     assert {path.name for path in run.iterdir()} == expected
     state = json.loads((run / "checkpoints" / "step-00000003" / "state.json").read_text())

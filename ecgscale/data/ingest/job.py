@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ecgscale import __version__
 from ecgscale.data.ingest.mark import NAMES, UNFINISHED, Asked, read_base, tidied, version
 from ecgscale.data.ingest.options import SPLIT_OPTIONS, IngestOptions
-from ecgscale.data.ingest.slice import Held, Part, Slice, check_utf8, read_part
+from ecgscale.data.ingest.slice import Held, Part, Slice, check_utf8, inputs_sha256, read_part
 from ecgscale.data.payload import Payload
 from ecgscale.data.schema import parse_json
 from ecgscale.data.shards import MANIFEST, Columns, map_index
@@ -55,15 +56,9 @@ class Job:
         return self.out / f"shard-{self.first_shard + number:06d}.tar"
 
     def slice(self, number: int) -> Slice:
-        items, others = self.items_of(number), self.other_datasets
+        items = self.items_of(number)
         held = self._held([item for item in items if item in self.held])
-        return Slice(self.source, items, self.tar(number), self.options, self.identity, held, others)
-
-    @property
-    def other_datasets(self) -> tuple[str, ...]:
-        """Names of those in the set that is appended to, but for the source's own."""
-        names = {shard["dataset"] for shard in self.base["shards"]} if self.base and not self.finished else set()
-        return tuple(sorted(names - {self.source.dataset}))
+        return Slice(self.source, items, self.tar(number), self.options, self.identity, held)
 
     def old_tars(self) -> Iterator[tuple[Path, Payload, Columns]]:
         """Each tar of the set that is appended to, with its payload and its columns."""
@@ -93,6 +88,11 @@ class Job:
     def numbers_of_part(self, i: int, n: int) -> range:
         """The slices of part i of n, counted from 1: consecutive ones, as sources are read fastest."""
         return range(len(self) * (i - 1) // n, len(self) * i // n)
+
+    def is_done(self, number: int) -> bool:
+        """Whether a slice is converted, from records as they are now."""
+        part = read_part(self.tar(number), self.identity)
+        return part is not None and part.inputs == inputs_sha256(self.source, self.items_of(number))
 
     def parts(self) -> Iterator[tuple[Path, Part | None]]:
         """Each tar with what is known of it; None: not converted yet."""
@@ -183,7 +183,7 @@ def _asked(dataset: str, items: Sequence[str], options: IngestOptions, arguments
         digest.update(item.encode(errors="surrogateescape") + b"\0")
     said = {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in vars(options).items()}
     splits = {name.replace("_", "-"): said.pop(name) for name in SPLIT_OPTIONS}
-    conversion = {"dataset": dataset, "records": str(len(items)), NAMES: digest.hexdigest()}
+    conversion = {"ecgscale": __version__, "dataset": dataset, "records": str(len(items)), NAMES: digest.hexdigest()}
     return {
         "conversion": conversion | {name.replace("_", "-"): value for name, value in said.items()} | dict(arguments),
         "splits": splits,

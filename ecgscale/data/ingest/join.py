@@ -10,7 +10,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,9 +23,10 @@ from ecgscale.data.copies import Copies, about_copies, content_keys, is_flat, wr
 from ecgscale.data.ingest.job import Job
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.slice import PATIENT_ELSEWHERE, PATIENT_KNOWN, SPLIT_VALUE, Part, read_columns
+from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
+from ecgscale.data.persons import near_ids
 from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import (
@@ -37,7 +38,7 @@ from ecgscale.data.shards import (
     write_index_in_parts,
     write_manifest,
 )
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, MachineError
 from ecgscale.files import whole_file
 
 _CHUNK = 1 << 20  # records of an old index that are copied at once
@@ -45,6 +46,10 @@ _REJECTED, _REMARKS = "rejected.csv", "remarks.csv"
 _OLDER_IDS = (
     "a record of an older version, whose patient's id stands as it was written (17.0, NA); where such occur, ingest "
     "all anew"
+)
+_UNTOLD_IDS = (
+    "a record of an older version, whose patient's id is not compared with others; where people may stand under two "
+    "ids, ingest all anew"
 )
 
 
@@ -61,14 +66,15 @@ class Ingested:
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
     copies: list[str] = field(default_factory=list)  # lines on all that the set holds; copies.csv lists them
+    near_ids: str | None = None  # a line on ids that may be one patient's, of all that the set holds
 
     @staticmethod
-    def of(described: dict[str, Any], copies: list[str]) -> Ingested:
+    def of(described: dict[str, Any], copies: list[str], near_ids: str | None) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
         later = {name: described[name] for name in ("held", "shared_ids", "notes") if name in described}
         remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
-        return Ingested(**always, **later, remarked=remarked, copies=copies)
+        return Ingested(**always, **later, remarked=remarked, copies=copies, near_ids=near_ids)
 
 
 def finish(job: Job, mark: Mark) -> Ingested:
@@ -86,18 +92,18 @@ def finish(job: Job, mark: Mark) -> Ingested:
             )
         first = f", the first because: {found.first_reason}" if found.first_reason else ""
         raise InputError(f"{job.out}: none of the {len(job.items)} records could be read{first}")
+    records = _Records.read(job, found)
     try:
         check_not_empty(found.split_values, job.options)
-        united = _united(job, found)
-        _check_patients(job, found, united)
+        copies = _copies(job, found, records)
+        split_N = _splits(job, records, copies)
+        _check_patients(job, found, records, split_N)
     except InputError:
         mark.allow_other_splits()
         raise
     base = job.base or {"records": 0, "shards": [], "sources": []}
-    older = [one for one in base["sources"] if one.get("patients_known") and "notes" not in one]
-    if older:
-        found.notes[_OLDER_IDS] = sum(one["records"] for one in older)
-    index = write_index_in_parts(job.out, base["records"] + found.records, _columns(job, found, united))
+    _note_older_ids(job, found, records)
+    index = write_index_in_parts(job.out, len(split_N), _columns(job, found, split_N))
     described = {
         "dataset": job.source.dataset,
         "options": {name: value for name, value in vars(job.options).items() if value},
@@ -109,26 +115,43 @@ def finish(job: Job, mark: Mark) -> Ingested:
         "notes": dict(found.notes),
         "items_sha256": job.items_sha256,
         "held": found.held,
-        "shared_ids": _shared_ids(job, found),
+        "shared_ids": _shared_ids(job, records),
     }
     write_manifest(job.out, job.options.rate_hz, index, base["shards"] + found.entries, [*base["sources"], described])
     shards = ShardSet.open(job.out)
-    copies = write_copies(shards, job.out)
+    write_copies(shards, job.out, copies)
     sweep(job.out)
     mark.remove()
-    return Ingested.of(described, about_copies(shards, copies))
+    return Ingested.of(described, about_copies(shards, copies), near_ids(shards))
+
+
+def _note_older_ids(job: Job, found: _Found, records: _Records) -> None:
+    """Say of how many old records the patients' ids are not those of this version, or are not compared with others."""
+    named = [one for one in job.base["sources"] if one.get("patients_known")] if job.base else []
+    if as_written := sum(one["records"] for one in named if "notes" not in one):
+        found.notes[_OLDER_IDS] = as_written
+    if named and job.base and not records.id_N[: job.base["records"]].any():
+        found.notes[_UNTOLD_IDS] = job.base["records"]
 
 
 def check_all_there(job: Job, mark: Mark) -> None:
-    """Raises InputError that names the part of the first slice that is missing."""
+    """Raises InputError that names the part of the first slice that is missing, or whose records changed since."""
     missing = [number for number, (_, part) in enumerate(job.parts()) if part is None]
     if missing:
-        n = mark.parts()
-        i = next(i for i in range(1, n + 1) if missing[0] in job.numbers_of_part(i, n))
-        raise InputError(
-            f"{job.out}: {len(missing)} of {len(job)} shards are not there yet, the first is "
-            f"{job.tar(missing[0]).name} of --part {i}/{n}; run what is missing, or leave --merge out to do it here"
-        )
+        raise _not_there(job, mark, missing, "are not there yet", "run what is missing")
+    older = [number for number in range(len(job)) if not job.is_done(number)]
+    if older:
+        why = "were made before their records' headers or tables changed"
+        raise _not_there(job, mark, older, why, "run its part again")
+
+
+def _not_there(job: Job, mark: Mark, numbers: Sequence[int], why: str, what_to_do: str) -> InputError:
+    n = mark.parts()
+    i = next(i for i in range(1, n + 1) if numbers[0] in job.numbers_of_part(i, n))
+    return InputError(
+        f"{job.out}: {len(numbers)} of {len(job)} shards {why}, the first is {job.tar(numbers[0]).name} of "
+        f"--part {i}/{n}; {what_to_do}, or leave --merge out to do it here"
+    )
 
 
 # -- what the parts say ----------------------------------------------------------------------------------------------
@@ -213,16 +236,29 @@ def _table(
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _columns(job: Job, found: _Found, united: United) -> Iterator[Columns]:
-    """Of all records, those of the old index first."""
-    if job.base is not None:
-        old = map_index(job.out / job.base["index"]["file"], job.base["records"])
-        for first in range(0, job.base["records"], _CHUNK):
-            yield {name: column[first : first + _CHUNK] for name, column in old.items()}
-    for entry in found.entries:
-        columns, values = read_columns(job.out / entry["file"])
-        split_B = united.applied(columns["patient"], _split(columns, values, job.options))
-        yield columns | {"split": split_B}
+@dataclass(frozen=True)
+class _Records:
+    """What decides on copies and splits, of all N records of the set, those of the old one first."""
+
+    key_N: npt.NDArray[np.uint64]
+    """See ``content_keys``."""
+    patient_N: npt.NDArray[np.int64]
+    id_N: npt.NDArray[np.uint64]
+    """See ``record.id_hash``; 0 also for those of an index of an older version, which does not say it."""
+    split_N: Splits
+    """Of the old records as they stand, of the new ones as the options say."""
+
+    @staticmethod
+    def read(job: Job, found: _Found) -> _Records:
+        """Goes through the old index and the part files once."""
+        each = []
+        for _, _, old in job.old_tars():
+            id_B = old.get("id_hash", np.zeros(len(old["patient"]), np.uint64))
+            each.append((content_keys(old), old["patient"], id_B, old["split"]))
+        for entry in found.entries:
+            new, values = read_columns(job.out / entry["file"])
+            each.append((content_keys(new), new["patient"], new["id_hash"], _split(new, values, job.options)))
+        return _Records(*(np.concatenate(column) for column in zip(*each, strict=True)))
 
 
 def _split(columns: Columns, values: list[str], options: IngestOptions) -> Splits:
@@ -231,13 +267,25 @@ def _split(columns: Columns, values: list[str], options: IngestOptions) -> Split
     return splits_by_hash(columns["patient"], options)
 
 
-def _check_patients(job: Job, found: _Found, united: United) -> None:
+def _columns(job: Job, found: _Found, split_N: Splits) -> Iterator[Columns]:
+    """Of the index, those of the old one first."""
+    first = 0
+    if job.base is not None:
+        old, first = map_index(job.out / job.base["index"]["file"], job.base["records"]), job.base["records"]
+        for start in range(0, first, _CHUNK):
+            yield {name: column[start : min(start + _CHUNK, first)] for name, column in old.items()}
+    for entry in found.entries:
+        columns, _ = read_columns(job.out / entry["file"])
+        last = first + entry["records"]
+        yield columns | {"split": split_N[first:last]}
+        first = last
+
+
+def _check_patients(job: Job, found: _Found, records: _Records, split_N: Splits) -> None:
     """Raises InputError where a patient stands in two splits."""
     if job.base is None and not job.options.split_by:
         return  # a hash puts no patient into two
-    pairs = [(columns["patient"].copy(), columns["split"].copy()) for columns in _columns(job, found, united)]
-    patient, split = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    if torn := torn_patients(patient, split):
+    if torn := torn_patients(records.patient_N, split_N):
         codes, both = torn
         how = f" by {job.options.split_by}" if job.options.split_by else ""
         hint = "; append with the split options of the earlier records" if job.base else ""
@@ -250,24 +298,38 @@ def _check_patients(job: Job, found: _Found, united: United) -> None:
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
-def _united(job: Job, found: _Found) -> United:
-    """Whose split others decide, of old persons and new ones. None where values name the splits: they are kept."""
+def _copies(job: Job, found: _Found, records: _Records) -> Copies:
+    """Of all records that are not flat."""
+    copies = Copies.find(records.key_N)
+    return copies.only(_not_flat(job, found, copies.one_of_each))
+
+
+def _splits(job: Job, records: _Records, copies: Copies) -> Splits:
+    """(N,) with exact copies in one split, where a hash decides; where values name the splits, they are kept."""
     if job.options.split_by:
-        return United.none()
-    told = [(content_keys(one), one["patient"].copy(), _known(one)) for _, _, one in _tars(job, found)]
-    key_N, patient_N, known_N = (np.concatenate(column) for column in zip(*told, strict=True))
-    copies = Copies.find(key_N)
-    copies = copies.only(copies.differing(patient_N[copies.number_R]))
-    copies = copies.only(_not_flat(job, found, copies.one_of_each))
-    patient_R = patient_N[copies.number_R]
-    kept = _known_splits(job, np.unique(patient_R))
-    return United.by_copies(copies, patient_R, known_N[copies.number_R], job.options, kept)
+        return records.split_N
+    linking = copies.only(copies.differing(records.patient_N[copies.number_R]))
+    patient_R, known_R = records.patient_N[linking.number_R], records.id_N[linking.number_R] > 0
+    old = job.base["records"] if job.base else 0
+    stands_N = np.isin(records.patient_N[:old], patient_R)
+    kept = dict(zip(records.patient_N[:old][stands_N].tolist(), records.split_N[:old][stands_N].tolist(), strict=True))
+    united = United.by_copies(linking, patient_R, known_R, job.options, kept)
+    new_B = united.applied(records.patient_N[old:], records.split_N[old:])
+    return np.concatenate([records.split_N[:old], new_B])
 
 
-def _known(columns: Columns) -> npt.NDArray[np.bool_]:
-    """Whether each record names its patient; an index does not say it, so those of an older set count as unknown."""
-    unknown = np.zeros(len(columns["samples"]), np.uint8)
-    return columns.get(PATIENT_KNOWN, unknown).astype(bool)
+def _not_flat(job: Job, found: _Found, number_G: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Of some records, whether any lead changes. Of one that cannot be read nobody knows: it counts as a copy."""
+    result_G, first = np.ones(len(number_G), bool), 0
+    for tar, payload, columns in _tars(job, found) if len(number_G) else ():
+        last = first + len(columns["samples"])
+        for g in np.flatnonzero((number_G >= first) & (number_G < last)).tolist():
+            at = int(number_G[g]) - first
+            with suppress(InputError, MachineError):
+                signal_LT = read_signal(tar, payload, int(columns["offset"][at]), int(columns["length"][at]))
+                result_G[g] = not is_flat(signal_LT)
+        first = last
+    return result_G
 
 
 def _tars(job: Job, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:
@@ -277,43 +339,19 @@ def _tars(job: Job, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:
         yield job.out / entry["file"], entry["payload"], read_columns(job.out / entry["file"])[0]
 
 
-def _not_flat(job: Job, found: _Found, number_G: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Of some records, whether any lead changes."""
-    result_G, first = np.ones(len(number_G), bool), 0
-    for tar, payload, columns in _tars(job, found) if len(number_G) else ():
-        last = first + len(columns["samples"])
-        for g in np.flatnonzero((number_G >= first) & (number_G < last)).tolist():
-            at = int(number_G[g]) - first
-            result_G[g] = not is_flat(read_signal(tar, payload, int(columns["offset"][at]), int(columns["length"][at])))
-        first = last
-    return result_G
-
-
-def _known_splits(job: Job, code_P: npt.NDArray[np.int64]) -> dict[int, int]:
-    """Patient code -> split, of those that stand in the old set."""
-    known: dict[int, int] = {}
-    if job.base is None or not len(code_P):
-        return known
-    old = map_index(job.out / job.base["index"]["file"], job.base["records"])
-    for first in range(0, job.base["records"], _CHUNK):
-        patient, split = (old[name][first : first + _CHUNK] for name in ("patient", "split"))
-        here = np.isin(patient, code_P)
-        known |= dict(zip(patient[here].tolist(), split[here].tolist(), strict=True))
-    return known
-
-
-def _shared_ids(job: Job, found: _Found) -> dict[str, int]:
+def _shared_ids(job: Job, records: _Records) -> dict[str, int]:
     """Other data set of the old set -> how many patient ids of the new records it has too."""
-    if not job.other_datasets or not found.patients_known:
+    if job.base is None:
         return {}
-    assert job.base is not None
-    old = map_index(job.out / job.base["index"]["file"], job.base["records"])["patient"]
-    parts = [read_columns(job.out / entry["file"])[0][PATIENT_ELSEWHERE] for entry in found.entries]
-    shared = {}
-    for dataset, code_B in zip(job.other_datasets, np.concatenate(parts).T, strict=True):
-        if n := len(np.intersect1d(code_B, old)):
-            shared[dataset] = n
-    return shared
+    ids_of: dict[str, list[npt.NDArray[np.uint64]]] = {}
+    first = 0
+    for shard in job.base["shards"]:
+        ids_of.setdefault(shard["dataset"], []).append(records.id_N[first : first + shard["records"]])
+        first += shard["records"]
+    ids_of.pop(job.source.dataset, None)
+    new_ids = np.setdiff1d(records.id_N[first:], [0])
+    shared = {dataset: len(np.intersect1d(np.concatenate(ids), new_ids)) for dataset, ids in sorted(ids_of.items())}
+    return {dataset: count for dataset, count in shared.items() if count}
 
 
 def _name_of(job: Job, found: _Found, code: int) -> str:

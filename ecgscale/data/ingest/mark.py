@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ecgscale.data.copies import write_copies
+from ecgscale.data.copies import copies_in, write_copies
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, read_manifest
 from ecgscale.errors import InputError, file_error, naming_file
@@ -177,7 +177,8 @@ def tidied(out: Path) -> Asked | None:
     if said is not None and said["base"] == version(read_base(out)):
         return None  # an --append that goes on
     with _locked(out, None):
-        write_copies(ShardSet.open(out), out)
+        shards = ShardSet.open(out)
+        write_copies(shards, out, copies_in(shards))
         sweep(out)
         (out / UNFINISHED).unlink()
     return said["asked"] if said else None

@@ -26,7 +26,8 @@ from ecgscale.data.ingest.job import Job, open_job
 from ecgscale.data.ingest.join import Ingested, check_all_there, finish
 from ecgscale.data.ingest.mark import Mark, claimed, sweep
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.slice import Part, Slice, convert, read_part
+from ecgscale.data.ingest.slice import Part, Slice, convert
+from ecgscale.data.persons import near_ids
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
 
@@ -121,7 +122,8 @@ def _open(
 
 def _finished(job: Job) -> Ingested:
     assert job.base is not None
-    return Ingested.of(job.base["sources"][-1], about_copies(ShardSet.open(job.out)))
+    shards = ShardSet.open(job.out)
+    return Ingested.of(job.base["sources"][-1], about_copies(shards), near_ids(shards))
 
 
 def _abandon(job: Job, mark: Mark) -> None:
@@ -134,7 +136,7 @@ def _abandon(job: Job, mark: Mark) -> None:
 
 def _convert(job: Job, numbers: range, workers: int) -> None:
     """Convert those of the slices that are not done."""
-    to_do = [number for number in numbers if read_part(job.tar(number), job.identity) is None]
+    to_do = [number for number in numbers if not job.is_done(number)]
     total, left = (sum(len(job.items_of(number)) for number in some) for some in (numbers, to_do))
     finished = _run(map(job.slice, to_do), min(workers, len(to_do)))
     with tqdm(total=total, initial=total - left, unit="rec", desc="ingest", disable=None) as bar, closing(finished):

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from ecgscale.data.cells import NOBODY
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
 from ecgscale.data.payload import Payload
-from ecgscale.data.shards import Columns, index_row, read_signal, write_tar
+from ecgscale.data.shards import COLUMNS, Columns, index_row, read_signal, write_tar
 from ecgscale.errors import InputError
 from ecgscale.files import whole_file
 from ecgscale.record import Record, Remark, patient_code
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 _DIGEST = "sha256"  # key of a part file's checksum; without one (of an older version) the slice is converted again
 SPLIT_VALUE = "split_value"  # column of a part file: place of the record's value in Part.split_values
-PATIENT_KNOWN = "patient_known"  # column (B,) of a part file: whether the record names its patient
-PATIENT_ELSEWHERE = "patient_elsewhere"  # column (B, D) of a part file: the code of the patient's id in other data sets
 
 
 class Held(NamedTuple):
@@ -53,7 +51,7 @@ class Held(NamedTuple):
 
     def equals(self, record: Record) -> bool:
         """Whether that record has these samples, leads and scales."""
-        row = index_row(record.leads, record.scale_L, record.n_samples, 0)
+        row = index_row(record.leads, record.scale_L, record.n_samples)
         if row["leads"] != self.leads or not np.array_equal(row["scale"], self.scale):
             return False
         return np.array_equal(read_signal(self.tar, self.payload, self.offset, self.length), record.signal_LT)
@@ -71,8 +69,6 @@ class Slice:
     """Of the ingest: a part file of another one is no part of this."""
     held: Mapping[str, Held]
     """Items whose names the data set has already in the set that is added to."""
-    other_datasets: tuple[str, ...]
-    """D names of the other data sets there."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,12 @@ class Part:
     """Records that are in the set already, under the same name and with the same samples."""
     notes: dict[str, int] = field(default_factory=dict)
     """What was done to labels and ids (see ``Cells``) -> how often."""
+    inputs: str = ""
+    """What the records were made from: see ``inputs_sha256``."""
 
 
 _PART_FIELDS = {one.name for one in fields(Part)}
+_PART_COLUMNS = COLUMNS.keys() - {"split"} | {SPLIT_VALUE}
 
 
 def part_file(tar: Path) -> Path:
@@ -143,7 +142,7 @@ def _read(tar: Path) -> tuple[Part, Columns]:
     if digest != _digest(said, columns):
         raise _DamagedError
     told = json.loads(said)
-    if told.keys() != _PART_FIELDS:
+    if told.keys() != _PART_FIELDS or columns.keys() != _PART_COLUMNS:
         raise _DamagedError  # another version's
     return Part(**told), columns
 
@@ -157,20 +156,41 @@ def _digest(said: str, columns: Columns) -> str:
     return digest.hexdigest()
 
 
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source of files, which may change while they are ingested."""
+
+    def fingerprint(self, item: str) -> bytes:
+        """What is quickly read of a record and decides how its samples and labels are taken, such as its header.
+
+        The same wherever the files are copied to. Empty where they cannot be read: ``read`` says why.
+        """
+
+
+def inputs_sha256(source: Source, items: Sequence[str]) -> str:
+    """Changes with the headers and the like of these records; "" for a source that is not made of files."""
+    if not isinstance(source, Fingerprinted):
+        return ""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(hashlib.sha256(source.fingerprint(item)).digest())
+    return digest.hexdigest()
+
+
 def convert(task: Slice) -> Part:
     """Write the tar and the part file; raises InputError where the disk does not take them."""
+    inputs = inputs_sha256(task.source, task.items)
     rejected: list[tuple[str, str]] = []
     place_of_value: dict[str, int] = {}
     places: list[int] = []
-    patient_known: list[bool] = []
+    patients_known = False
     remarks: list[tuple[str, str, str]] = []
     held = 0
-    elsewhere: list[list[int]] = []
     notes = Counter[str]()
     split_by = task.options.split_by
 
     def records() -> Iterator[tuple[str, Record]]:
-        nonlocal held
+        nonlocal held, patients_known
         for item in task.items:
             try:
                 check_utf8(item)
@@ -197,9 +217,8 @@ def convert(task: Slice) -> Part:
             if split_by and not value:
                 notes[f"a record that has no {split_by}, put into training"] += 1
             places.append(place_of_value.setdefault(value, len(place_of_value)))
-            patient_known.append(record.patient is not None)
+            patients_known |= record.patient is not None
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
-            elsewhere.append([_code_in(dataset, record) for dataset in task.other_datasets])
             notes.update(record.notes)
             if record.patient is None:
                 notes[NOBODY] += 1
@@ -212,20 +231,14 @@ def convert(task: Slice) -> Part:
     if not places:
         task.tar.unlink()
     values = list(place_of_value)
-    counted = (len(places), size, digest.hexdigest(), rejected, values, any(patient_known), remarks, held)
-    part = Part(task.identity, *counted, dict(notes))
+    counted = (len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
+    part = Part(task.identity, *counted, dict(notes), inputs)
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
-    columns |= {SPLIT_VALUE: np.array(places, np.uint32), PATIENT_KNOWN: np.array(patient_known, np.uint8)}
-    columns |= {PATIENT_ELSEWHERE: np.array(elsewhere, np.int64).reshape(len(places), len(task.other_datasets))}
+    columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
     path = part_file(task.tar)
     with whole_file(path, sweep=False) as partial:
         partial.write_bytes(save(columns, {"part": said, _DIGEST: _digest(said, columns)}))
     return part
-
-
-def _code_in(dataset: str, record: Record) -> int:
-    """The code of the record's patient id in another data set; 0 for an unknown one."""
-    return 0 if record.patient is None else patient_code(dataset, record.patient, "")
 
 
 def _by_kind(remarks: Sequence[Remark]) -> Iterator[Remark]:

@@ -31,14 +31,14 @@ from tqdm import tqdm
 from ecgscale.data.sources.catalogue import TAR, Catalogue, Member
 from ecgscale.data.sources.listing import Contents, header_names, is_junk
 from ecgscale.data.sources.scratch import Scratch
-from ecgscale.data.sources.wfdb_source import (
+from ecgscale.data.sources.wfdb_listing import (
     MAX_HEADER_BYTES,
     PEEK_BYTES,
     is_multi_segment,
     known_header,
-    read_wfdb,
     segment_names,
 )
+from ecgscale.data.sources.wfdb_source import read_wfdb
 from ecgscale.errors import InputError, MachineError, file_error, naming_file, unreadable
 from ecgscale.record import Record
 
@@ -160,6 +160,12 @@ class Archive:
             file.seek(0)
             with io.TextIOWrapper(cast("IO[bytes]", file), encoding="utf-8-sig", newline="") as stream:
                 yield stream
+
+    def headers_of(self, item: str) -> bytes:
+        try:
+            return b"\0".join(self._header(name) for name in (item, *self._segments_of(item)))
+        except InputError:
+            return b""  # read will say why
 
     def read(self, item: str, **options: Any) -> Record:
         shown = self.where / f"{item}.hea"

@@ -19,7 +19,7 @@ from ecgscale.errors import InputError
 _SCHEMA = """
 CREATE TABLE files (name TEXT PRIMARY KEY, offset INT, packed INT, size INT, method INT, crc INT) WITHOUT ROWID;
 CREATE TABLE records (item TEXT PRIMARY KEY, said TEXT) WITHOUT ROWID;
-CREATE TABLE notes (key INTEGER PRIMARY KEY, said TEXT);
+CREATE TABLE texts (key INTEGER PRIMARY KEY, said TEXT);
 """
 _NOTHING = Description(None, {}, {})
 _LAST = "\U0010ffff"  # sorts behind every other character
@@ -64,10 +64,10 @@ class Catalogue:
         rows = ((item, "" if said == _NOTHING else json.dumps(list(vars(said).values()))) for item, said in described)
         self._insert("INSERT INTO records VALUES (?, ?)", rows, "a record stands twice")
 
-    def add_notes(self, notes: Iterable[tuple[int, list[str]]]) -> None:
+    def add_texts(self, texts: Iterable[tuple[int, list[str]]]) -> None:
         """Lines of text by number, for tables whose rows have to find each other; of a repeated number the first."""
-        rows = ((key, json.dumps(lines)) for key, lines in notes)
-        self._insert("INSERT OR IGNORE INTO notes VALUES (?, ?)", rows, "")
+        rows = ((key, json.dumps(lines)) for key, lines in texts)
+        self._insert("INSERT OR IGNORE INTO texts VALUES (?, ?)", rows, "")
 
     def _insert(self, statement: str, rows: Iterable[tuple[object, ...]], conflict: str) -> None:
         with being_filled(self.path) as tables:
@@ -130,7 +130,7 @@ class Catalogue:
         row = next(rows_of(self.path, "SELECT said FROM records WHERE item = ?", item), None)
         return Description(*json.loads(row[0])) if row is not None and row[0] else _NOTHING
 
-    def note(self, key: int) -> list[str]:
-        row = next(rows_of(self.path, "SELECT said FROM notes WHERE key = ?", key), None)
+    def text(self, key: int) -> list[str]:
+        row = next(rows_of(self.path, "SELECT said FROM texts WHERE key = ?", key), None)
         lines: list[str] = json.loads(row[0]) if row else []
         return lines

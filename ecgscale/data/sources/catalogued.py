@@ -22,6 +22,8 @@ from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError
 from ecgscale.record import Record
 
+_PASSED_OVER = "a patient id of the header or of --labels passed over, since the data set's own table names another"
+
 Described = Iterator[tuple[str, Description]]
 
 
@@ -30,7 +32,7 @@ class CataloguedWfdb:
     """WFDB records that were listed when the source was opened.
 
     Where several speak of a record, the user's own table wins over the header, and both over the data set's tables;
-    of the patient the data set's tables know best.
+    of the patient the data set's tables know best, and a note counts where another was named.
     """
 
     tree: Folder | Archive
@@ -42,7 +44,7 @@ class CataloguedWfdb:
     record_column: str | None = None
     patient_key: str | None = None
     ignore_leads: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     """What was thought of the tree when it was opened, one line each."""
     others: Callable[[Tree], list[str]] | None = None
     """Lines on what lies in the tree and is not read."""
@@ -66,13 +68,20 @@ class CataloguedWfdb:
             ignore_leads=self.ignore_leads,
             rename_leads=self.rename_leads,
         )
+        notes = Counter(said.notes) + Counter(record.notes)
+        if said.patient is not None and record.patient not in (None, said.patient):
+            notes[_PASSED_OVER] += 1
         return replace(
             plausible(record, self.tree.where / f"{item}.hea"),
             patient=said.patient or record.patient,
             labels=said.labels | record.labels,
             metadata=said.metadata | record.metadata,
-            notes=dict(Counter(said.notes) + Counter(record.notes)),
+            notes=dict(notes),
         )
+
+    def fingerprint(self, item: str) -> bytes:
+        """Its headers, and what the data set's tables say of it."""
+        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace") + self.tree.headers_of(item)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
@@ -81,7 +90,7 @@ class CataloguedWfdb:
 
     def left_out(self) -> list[str]:
         """Lines on what is not read, and why."""
-        return [*self.remarks, *(self.others(self.tree) if self.others else ())]
+        return [*self.hints, *(self.others(self.tree) if self.others else ())]
 
     @functools.cached_property
     def labels(self) -> LabelTable | None:
@@ -123,7 +132,7 @@ def catalogued(
     described: Described,
     description: str,
     options: SourceOptions,
-    remarks: Sequence[str] = (),
+    hints: Sequence[str] = (),
     others: Callable[[Tree], list[str]] | None = None,
     absent: Absent | None = None,
 ) -> CataloguedWfdb:
@@ -148,7 +157,7 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        (*remarks, *(absent.lines() if absent else ())),
+        (*hints, *(absent.lines() if absent else ())),
         others,
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,

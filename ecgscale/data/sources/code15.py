@@ -32,7 +32,7 @@ from ecgscale.data.sources.listing import is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table
 from ecgscale.data.sources.tree import Folder, Tree
-from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.sources.wfdb_listing import stays_inside
 from ecgscale.data.units import parse_unit, to_signal
 from ecgscale.errors import InputError, disk_failed, file_error, unreadable
 from ecgscale.record import LEADS, Record
@@ -115,6 +115,13 @@ class Code15:
         known["notes"] = said.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
 
+    def fingerprint(self, item: str) -> bytes:
+        """What exams.csv says of it, and the size of its part."""
+        stem, _, place = item.rpartition("/")
+        said = self.catalogue.describe(place.rpartition("_")[2])
+        path = self.root / f"{stem}.hdf5"
+        return f"{said!r} {path.stat().st_size if path.is_file() else 0}".encode(errors="backslashreplace")
+
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""
         return self.items()
@@ -153,7 +160,7 @@ def _items_of(root: Path, part: str) -> Iterator[str]:
 
 
 def _padding_removed(values_TL: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    used = np.flatnonzero(values_TL.any(axis=1))
+    used = np.flatnonzero(np.nan_to_num(values_TL).any(axis=1))  # a lead that is NaN throughout is so in the padding
     if not len(used):
         raise InputError("all samples are zero")
     return values_TL[used[0] : used[-1] + 1]

@@ -92,7 +92,7 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
     """
     reports = Catalogue.make(scratch / "reports.sqlite")
     if MEASUREMENTS in tree.children(""):
-        reports.add_notes(_reports(tree))
+        reports.add_texts(_reports(tree))
     if RECORDS not in tree.children(""):
         yield from _by_folders(tree, reports, within)
         return
@@ -119,7 +119,7 @@ def _description(subject: str, study: str, time: str, reports: Catalogue, where:
     try:
         patient = cells.identifier(subject, "subject_id")
         number = cells.text(study, "study_id")
-        lines = [] if number is None else reports.note(whole_number(number, "study_id"))
+        lines = [] if number is None else reports.text(whole_number(number, "study_id"))
         ecg_time = cells.text(time, "ecg_time")
     except InputError as error:
         return Description(None, {}, {}, fault=f"{where}: {error}")
@@ -131,7 +131,7 @@ def _by_folders(tree: Tree, reports: Catalogue, within: str) -> Described:
     for item in header_names(tree.contents()):
         if lies_in(item, within):
             match = _PATIENT_FOLDER.search(item)
-            lines = reports.note(int(match[2])) if match else []
+            lines = reports.text(int(match[2])) if match else []
             yield item, Description(str(int(match[1])) if match else None, {"report": lines} if lines else {}, {})
 
 

@@ -19,10 +19,12 @@ from ecgscale.data.label_table import LabelTable, NameMatcher, RowMatcher, descr
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch
-from ecgscale.data.sources.wfdb_source import stays_inside
+from ecgscale.data.sources.wfdb_listing import stays_inside
 from ecgscale.data.units import mv_per_value, parse_unit, to_signal
 from ecgscale.errors import InputError, unreadable
 from ecgscale.record import LEADS, Record, canonical_leads, check_rate
+
+_TELLING = 64  # samples that tell an array from one in another unit
 
 _BROKEN: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError)
 _BROKEN += (RecursionError, SyntaxError, tokenize.TokenError)
@@ -98,7 +100,7 @@ class NpyTable:
         path = self.path if self.is_stacked else self.path / f"{item}.npy"
         shown = f"{path}: row {int(item)}" if self.is_stacked else str(path)
         try:
-            array = _stacked(path)[int(item)] if self.is_stacked else _array(path, self.path)
+            array = self._array_of(item)
             signal = to_signal(self._leads_first(array), self.leads, self._mv_per_value(array), self.rate_hz)
             folder = Path(item).parent.name or None
             known = describe((), self.labels, item, self.patient_key, folder)
@@ -107,6 +109,14 @@ class NpyTable:
         told: dict[str, Any] = {"patient": known.patient, "labels": known.labels, "metadata": known.metadata}
         told["notes"] = known.notes
         return Record.of(item, signal.fitted, self.rate_hz, signal.leads, remarks=signal.remarks, **told)
+
+    def fingerprint(self, item: str) -> bytes:
+        """Its shape and type, and its first samples."""
+        try:
+            array = self._array_of(item)
+        except InputError:
+            return b""
+        return f"{array.shape} {array.dtype} ".encode() + array.reshape(-1)[:_TELLING].tobytes()
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
@@ -123,8 +133,16 @@ class NpyTable:
         n = len(_stacked(self.path))
         return [f"{row:0{len(str(n))}d}" for row in range(n)]
 
+    def _array_of(self, item: str) -> npt.NDArray[np.generic]:
+        if self.is_stacked:
+            row: npt.NDArray[np.generic] = _stacked(self.path)[int(item)]
+            return row
+        return _array(self.path / f"{item}.npy", self.path)
+
     def _leads_first(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         n = len(self.leads)
+        if array.ndim == 3 and not self.is_stacked:
+            raise InputError(f"of shape {array.shape}, {len(array)} records in one array; give this file by itself")
         if array.ndim != 2 or n not in array.shape or not array.size:
             raise InputError(f"of shape {array.shape}; a record is (leads, samples) or reverse, with {n} leads")
         if array.shape[0] == array.shape[1]:

@@ -103,7 +103,7 @@ def _open_folder(path: Path, options: SourceOptions) -> OpenedSource:
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        remarks=tuple(unrecognised(tree, forced=options.layout == "wfdb")),
+        hints=tuple(unrecognised(tree, forced=options.layout == "wfdb")),
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,
     )
@@ -133,10 +133,10 @@ def _open_archive(tree: Archive, options: SourceOptions) -> OpenedSource:
     if place or options.layout in _FOR_WFDB:
         return _open_known(tree, place, options, tree.disk)
     options.check_for("wfdb")
-    remarks = unrecognised(tree, forced=options.layout == "wfdb")
+    hints = unrecognised(tree, forced=options.layout == "wfdb")
     records = ((item, Description(None, {}, {})) for item in tree.headers())
     description = f"{tree.where}: an archive of {{n}} WFDB records"
-    return catalogued(tree, tree.disk, records, description, options, remarks, all_headers)
+    return catalogued(tree, tree.disk, records, description, options, hints, all_headers)
 
 
 def _open_known(tree: Tree, place: Place | None, options: SourceOptions, scratch: Scratch) -> OpenedSource:

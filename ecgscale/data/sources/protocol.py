@@ -29,6 +29,9 @@ class OpenedSource(Source, Protocol):
     def description(self) -> str:
         """One line for people: what was recognised, and what its labels are good for."""
 
+    def fingerprint(self, item: str) -> bytes:
+        """As in ``Fingerprinted`` of ingest."""
+
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in the user's table of labels; all of them where there is none."""
 

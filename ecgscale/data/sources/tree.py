@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ecgscale.data.sources.listing import Contents, contents_below, header_names, is_junk
-from ecgscale.data.sources.wfdb_source import headers_below, read_wfdb, stays_inside, without_segments
+from ecgscale.data.sources.wfdb_listing import all_headers_of, headers_below, stays_inside, without_segments
+from ecgscale.data.sources.wfdb_source import read_wfdb
 from ecgscale.errors import InputError, file_error
 from ecgscale.record import Record
 
@@ -46,6 +47,9 @@ class Tree(Protocol):
 
     def read(self, item: str, **options: Any) -> Record:
         """The WFDB record of that name; options as in read_wfdb."""
+
+    def headers_of(self, item: str) -> bytes:
+        """The headers of a record and of its segments, as far as they can be read."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,9 @@ class Folder:
             raise file_error(path, "cannot be read", error) from error
         with stream:
             yield stream
+
+    def headers_of(self, item: str) -> bytes:
+        return all_headers_of(self.where, item)
 
     def read(self, item: str, **options: Any) -> Record:
         return read_wfdb(self.where / f"{item}.hea", name=item, root=self.where, **options)

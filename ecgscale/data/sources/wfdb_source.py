@@ -8,7 +8,6 @@ InputError that names the file. wfdb decodes FLAC; the plain formats are read by
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,22 +18,29 @@ import numpy as np
 
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table, paths_of
-from ecgscale.data.plausibility import check_codes, plausible
-from ecgscale.data.sources.listing import contents_below, header_names, left_out
+from ecgscale.data.plausibility import absent_remark, check_codes, plausible
+from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch
+from ecgscale.data.sources.wfdb_listing import all_headers_of, check_place, headers_below, read_header, without_segments
 from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
-from ecgscale.data.wfdb_header import Header, SignalLine, parse_header
-from ecgscale.data.wfdb_signals import Signals, by_file, check_sums, fill_invalid, join, to_signals
-from ecgscale.errors import InputError, MachineError, disk_failed, file_error, naming_file
-from ecgscale.record import LEADS, MAX_VALUES, Record, check_rate, fit_counts, in_canonical_order
+from ecgscale.data.wfdb_header import Header, SignalLine
+from ecgscale.data.wfdb_signals import (
+    UNSUMMED,
+    Signals,
+    by_file,
+    check_sums,
+    fill_invalid,
+    join,
+    to_signals,
+    without_blank,
+)
+from ecgscale.errors import InputError, MachineError, disk_failed, file_error
+from ecgscale.record import LEADS, MAX_VALUES, Record, Remark, check_rate, fit_counts, in_canonical_order
 
 with warnings.catch_warnings():
     # wfdb 4.3.1 does so while it is imported; pandas 3 warns.
     warnings.filterwarnings("ignore", "The inplace keyword in DataFrame.set_index", DeprecationWarning)
     import wfdb as wfdb
-
-MAX_HEADER_BYTES = 1 << 24
-PEEK_BYTES = 4096
 
 # What wfdb and the libraries below it raise for damaged files. Its own HeaderSyntaxError is a ValueError,
 # soundfile's LibsndfileError a RuntimeError, as is RecursionError.
@@ -65,7 +71,7 @@ class WfdbFolder:
     """Of a lead, that may be interpolated. 1 % of 10 s is 100 ms, too short to swallow a heartbeat."""
     verify_checksums: bool = True
     """Refuse data that miss the header's checksums; of 2,843 real records 9 do, all truly damaged."""
-    remarks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     """What was thought of the folder when it was opened, one line each."""
     label_columns: LabelColumns = ()
     """Columns of flags that are classes of one label."""
@@ -106,6 +112,10 @@ class WfdbFolder:
         )
         return plausible(record, path)
 
+    def fingerprint(self, item: str) -> bytes:
+        """Its headers; the user's tables are known by their content."""
+        return all_headers_of(self.root, item)
+
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
         labels = self.labels
@@ -113,7 +123,7 @@ class WfdbFolder:
 
     def left_out(self) -> list[str]:
         """Lines on what below the folder is not read, and why."""
-        return [*self.remarks, *left_out(contents_below(self.root), ".hea")]
+        return [*self.hints, *left_out(contents_below(self.root), ".hea")]
 
     @functools.cached_property
     def labels(self) -> LabelTable | None:
@@ -142,14 +152,15 @@ def read_wfdb(
     ``signal_LT`` holds counts minus the baseline, exact where they fit into int16; ``scale_L`` mV per count. A lead
     that does not fit loses its median first, an electrode offset, which ``offset_mv`` keeps (see fit_counts).
     Where the header leaves the gain out it is 200 counts per mV, as header(5) defines; gain 0 is refused.
-    Samples that are marked as invalid are interpolated along the lead and counted in ``invalid_samples``. If
-    ``root`` is given, files outside of it are refused. ``name`` (default: the file's) finds the record's row
-    in ``labels``. ``shown`` is what errors call the header; None: its path.
+    Samples that are marked as invalid are interpolated along the lead and counted in ``invalid_samples``; a lead
+    without any valid one is left out as absent, and remarked. If ``root`` is given, files outside of it are refused.
+    ``name`` (default: the file's) finds the record's row in ``labels``. ``shown`` is what errors call the header; None:
+    its path.
 
     Raises InputError that names the header and the reason: unreadable or implausible header, missing or
     truncated data, leads that are unknown, repeated or sampled at unequal rates, unknown units, a checksum
     that does not match, a code for missing samples (see check_codes), or more than ``max_invalid_fraction`` invalid
-    samples in a lead.
+    samples in a lead that has valid ones.
     """
     if not path.name:
         raise InputError(f"{path}: not the path of a record")
@@ -158,8 +169,9 @@ def read_wfdb(
     ignored = tuple(lead.strip().casefold() for lead in ignore_leads)
     reader = _Reader(root, ignored, verify_checksums, tuple(rename_leads))
     with _naming(shown or header_path):
-        header = reader.header(header_path)
+        header = read_header(header_path, root)
         signals = reader.signals(header, header_path)
+        signals, blank = without_blank(signals)
         n_invalid = fill_invalid(signals, max_invalid_fraction)
         for lead, count_T, baseline in zip(signals.leads, signals.counts_L, signals.baseline_L, strict=True):
             check_codes(count_T, baseline, lead)
@@ -176,6 +188,7 @@ def read_wfdb(
             metadata=known.metadata,
             invalid_samples=n_invalid,
             notes=known.notes,
+            remarks=(*([absent_remark(blank)] if blank else ()), *([Remark(UNSUMMED)] if signals.unsummed else ())),
         )
 
 
@@ -197,60 +210,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise file_error(path, "cannot be read", error) from error
 
 
-# --- finding records ---
-
-
-def headers_below(root: Path) -> list[str]:
-    """Sorted names of all headers, segments included."""
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
-
-    return sorted(header_names(contents_below(root)))
-
-
-def stays_inside(path: Path, root: Path) -> bool:
-    # realpath, because Path.resolve raises RuntimeError for links that lead in a circle
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-
-
-def without_segments(root: Path, names: list[str]) -> list[str]:
-    """The names without those of records that are segments of another."""
-    segments = {segment for name in names for segment in _segments_of(root, name)}
-    return [name for name in names if name not in segments]
-
-
-def _segments_of(root: Path, name: str) -> list[str]:
-    """Names of the segments if the record has such, as far as they are plain records."""
-    path = root / f"{name}.hea"
-    if not path.is_file():
-        return []
-    with naming_file(path, "cannot be read"), path.open("rb") as file:
-        if not is_multi_segment(file.read(PEEK_BYTES)):
-            return []
-    try:
-        return segment_names(_Reader(root).header(path), name)
-    except InputError:
-        return []  # read() will say why
-
-
-def is_multi_segment(beginning: bytes) -> bool:
-    """Whether a header that begins so is that of a record with segments."""
-    lines = beginning.splitlines()
-    record_line = next((line for line in lines if line.strip() and not line.lstrip().startswith(b"#")), b"")
-    return b"/" in record_line.split(b" ", 1)[0]
-
-
-def segment_names(header: Header, name: str) -> list[str]:
-    """Names of the segments of the record ``name``; gaps are named "~", and a record is no segment of itself."""
-    folder = name.rpartition("/")[0]
-    names = [f"{folder}/{segment}" if folder else segment for segment, _ in header.segments]
-    return [segment for segment in names if segment != name]
-
-
 # --- samples ---
-
-# An archive needs a record's header to know which files to unpack, and then it is read from there.
-known_header = functools.lru_cache(maxsize=4)(parse_header)
 
 
 @dataclass(frozen=True)
@@ -261,14 +221,6 @@ class _Reader:
     ignored: tuple[str, ...] = ()  # casefolded names of signals
     verify_checksums: bool = True
     renames: tuple[tuple[str, str], ...] = ()
-
-    def header(self, path: Path) -> Header:
-        self._check_place(path)
-        if not path.is_file():
-            raise InputError("no such header")
-        if (size := path.stat().st_size) > MAX_HEADER_BYTES:
-            raise InputError(f"{size} bytes; a header has at most {MAX_HEADER_BYTES}")
-        return known_header(path.read_bytes())
 
     def signals(self, header: Header, path: Path) -> Signals:
         if not header.segments:
@@ -288,7 +240,7 @@ class _Reader:
 
     def _segment(self, path: Path, length: int, rate_hz: float) -> Signals:
         with _naming(Path(path.name)):
-            header = self.header(path)
+            header = read_header(path, self.root)
             if header.segments:
                 raise InputError("a segment that has segments itself; segments must be plain records")
             if header.n_frames not in (None, length):
@@ -310,9 +262,8 @@ class _Reader:
         check_rate(rate_hz)
         n_frames = self._check_data_files(header, path)
         samples = _decode(header, path, kept, n_frames)
-        if self.verify_checksums:
-            check_sums(lines, samples)
-        return to_signals(lines, samples, rate_hz, dict(self.renames))
+        unsummed = self.verify_checksums and not check_sums(lines, samples)
+        return replace(to_signals(lines, samples, rate_hz, dict(self.renames)), unsummed=unsummed)
 
     def _ignores(self, line: SignalLine) -> bool:
         return line.name.casefold() in self.ignored
@@ -324,7 +275,7 @@ class _Reader:
             if all(map(self._ignores, lines)):
                 continue
             with _naming(Path(file_name)):
-                self._check_place(path.with_name(file_name))
+                check_place(path.with_name(file_name), self.root)
                 available = frames_in(path.with_name(file_name), lines)
                 if n_frames is None:
                     n_frames, given_by = available, f"the header says no number and {file_name} holds"
@@ -336,10 +287,6 @@ class _Reader:
         if n_frames * sum(line.samples_per_frame for line in header.signals) > MAX_VALUES:
             raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {MAX_VALUES} in all")
         return n_frames
-
-    def _check_place(self, path: Path) -> None:
-        if self.root is not None and not stays_inside(path, self.root):
-            raise InputError(f"lies outside of {self.root}; links may not lead out")
 
 
 def _decode(header: Header, path: Path, channels: Sequence[int], n_frames: int) -> list[Integers]:

@@ -1,4 +1,4 @@
-"""What launch/README.md promises for five minutes, as it stands there, on a SLURM of its own."""
+"""What docs/launching.md promises for five minutes, as it stands there, on a SLURM of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "launch/README.md").read_text()
+README = (ROOT / "docs/launching.md").read_text()
 
 
 @pytest.mark.usefixtures("slurm_installed")

@@ -1,0 +1,96 @@
+"""Headers of WFDB records below a folder: which are there, which are segments of others, and what stands in them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from ecgscale.data.sources.listing import contents_below, header_names
+from ecgscale.data.wfdb_header import Header, parse_header
+from ecgscale.errors import InputError, naming_file
+
+MAX_HEADER_BYTES = 1 << 24
+PEEK_BYTES = 4096
+
+# An archive needs a record's header to know which files to unpack, and then it is read from there.
+known_header = functools.lru_cache(maxsize=4)(parse_header)
+
+
+def headers_below(root: Path) -> list[str]:
+    """Sorted names of all headers, segments included."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; a folder with WFDB records is needed")
+
+    return sorted(header_names(contents_below(root)))
+
+
+def stays_inside(path: Path, root: Path) -> bool:
+    # realpath, because Path.resolve raises RuntimeError for links that lead in a circle
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def without_segments(root: Path, names: list[str]) -> list[str]:
+    """The names without those of records that are segments of another."""
+    segments = {segment for name in names for segment in _segments_of(root, name)}
+    return [name for name in names if name not in segments]
+
+
+def _segments_of(root: Path, name: str) -> list[str]:
+    """Names of the segments if the record has such, as far as they are plain records."""
+    path = root / f"{name}.hea"
+    if not path.is_file():
+        return []
+    with naming_file(path, "cannot be read"), path.open("rb") as file:
+        if not is_multi_segment(file.read(PEEK_BYTES)):
+            return []
+    try:
+        return segment_names(read_header(path, root), name)
+    except InputError:
+        return []  # read() will say why
+
+
+def is_multi_segment(beginning: bytes) -> bool:
+    """Whether a header that begins so is that of a record with segments."""
+    lines = beginning.splitlines()
+    record_line = next((line for line in lines if line.strip() and not line.lstrip().startswith(b"#")), b"")
+    return b"/" in record_line.split(b" ", 1)[0]
+
+
+def segment_names(header: Header, name: str) -> list[str]:
+    """Names of the segments of the record ``name``; gaps are named "~", and a record is no segment of itself."""
+    folder = name.rpartition("/")[0]
+    names = [f"{folder}/{segment}" if folder else segment for segment, _ in header.segments]
+    return [segment for segment in names if segment != name]
+
+
+def all_headers_of(root: Path, item: str) -> bytes:
+    """The headers of a record and of its segments, as far as they can be read."""
+    return b"\0".join(_bytes_or_none(root / f"{name}.hea", root) for name in (item, *_segments_of(root, item)))
+
+
+def _bytes_or_none(path: Path, root: Path) -> bytes:
+    try:
+        return _header_bytes(path, root)
+    except (InputError, OSError):
+        return b""
+
+
+def read_header(path: Path, root: Path | None = None) -> Header:
+    """A header that does not lie outside of ``root``; raises InputError without the path's name."""
+    return known_header(_header_bytes(path, root))
+
+
+def _header_bytes(path: Path, root: Path | None) -> bytes:
+    check_place(path, root)
+    if not path.is_file():
+        raise InputError("no such header")
+    if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+        raise InputError(f"{size} bytes; a header has at most {MAX_HEADER_BYTES}")
+    return path.read_bytes()
+
+
+def check_place(path: Path, root: Path | None) -> None:
+    """Raises InputError, without the path's name, where a link leads out of ``root``."""
+    if root is not None and not stays_inside(path, root):
+        raise InputError(f"lies outside of {root}; links may not lead out")
