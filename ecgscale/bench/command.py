@@ -166,7 +166,6 @@ def _add_kernel(parts: Any) -> None:
     kernel.add_argument("--seconds", type=float, help="of each way in each round (default 0.03 on a GPU, else 0.15)")
     kernel.add_argument("--only", choices=("patches", "stems", "logits", "steps"), nargs="+", help="measure only these")
     kernel.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    kernel.add_argument("--tune", action="store_true", help="only try other launches of the Triton kernels")
     _add_quick(kernel)
     _add_out(kernel)
 
@@ -190,7 +189,7 @@ def _kernel(options: argparse.Namespace, keys: list[str]) -> None:
     if options.seconds is not None:
         effort = replace(effort, seconds=options.seconds)
     chosen = effort.only(options.only) if options.only else effort
-    print(bench_kernel(options.out, device, chosen, options.tune).markdown())
+    print(bench_kernel(options.out, device, chosen).markdown())
 
 
 # -- report ----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Effort:
         return replace(self, **left_out)
 
 
-def bench_kernel(out: Path, device_name: str, effort: Effort, tune: bool = False) -> Report:
+def bench_kernel(out: Path, device_name: str, effort: Effort) -> Report:
     """Measure and write to ``out``; what was measured before an error is written too.
 
     Raises InputError where there is no GPU but one is asked for.
@@ -90,28 +90,18 @@ def bench_kernel(out: Path, device_name: str, effort: Effort, tune: bool = False
     cuda = device_name == "cuda"
     if cuda and not torch.cuda.is_available():
         raise InputError("bench kernel: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
-    if tune and not cuda:
-        raise InputError("bench kernel: --tune measures Triton kernels and needs a GPU")
     title = "Kernels on a CPU: plain PyTorch alone; the Triton kernels are not measured here, `make gpu` does that"
     title = f"Kernels on {torch.cuda.get_device_name()}" if cuda else title
-    name = "kernel_tune" if tune else "kernel"
-    with reporting(name, title, out, effort.quick) as report, nullcontext() if cuda else one_core():
-        for section in _sections(Device(device_name), effort, tune):
+    with reporting("kernel", title, out, effort.quick) as report, nullcontext() if cuda else one_core():
+        for section in _sections(Device(device_name), effort):
             report.sections.append(section)
     return report
 
 
-def _sections(device: Device, effort: Effort, tune: bool) -> Iterator[Section]:
+def _sections(device: Device, effort: Effort) -> Iterator[Section]:
     torch.manual_seed(0)
     ceilings = device.ceilings(effort.copied_bytes, effort.product_side, effort.rounds, effort.seconds)
     yield _ceilings(device, ceilings, effort)
-    if tune:
-        from ecgscale.bench.kernel_tune import tuned  # needs Triton
-
-        held = [_patch_size(shape, device, effort) for shape in effort.patches[:2]]
-        yield from (tuned(size, device, effort.seconds) for size in held)
-        yield from (tuned(_stem_size(shape, device, effort), device, effort.seconds) for shape in effort.stems[:1])
-        return
     yield from (_patch_embed(shape, device, ceilings, effort) for shape in effort.patches)
     yield from (_conv_stem(shape, device, ceilings, effort) for shape in effort.stems)
     yield from (_info_nce(rows, device, effort) for rows in effort.logits)

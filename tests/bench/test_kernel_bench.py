@@ -82,9 +82,8 @@ def test_only_some_parts_and_what_needs_a_gpu(tmp_path, capsys):
     effort = Effort.usual(cuda=False).only(["logits"])
     assert (effort.patches, effort.stems, effort.steps) == ((), (), ())
     assert effort.logits
-    for option in ("--device=cuda", "--tune"):
-        assert main(["bench", "kernel", option, f"--out={tmp_path}"]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert main(["bench", "kernel", "--device=cuda", f"--out={tmp_path}"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 # --- what is timed ---
@@ -126,18 +125,6 @@ def test_half_of_the_leads_of_each_row_are_kept():
     _, gain_BL, _ = problem.exact.args
     assert gain_BL.ne(0).sum(dim=1).tolist() == [6, 6, 6]
     assert gain_BL.ne(0).unique(dim=0).shape[0] > 1
-
-
-def test_a_replaced_launch_is_put_back():
-    pytest.importorskip("triton")
-    from ecgscale.bench.kernel_tune import Tuned, replaced
-
-    table = {"forward": lambda patches: {"BLOCK_N": patches, "num_stages": 3}}
-    tried = Tuned("forward", "forward", {"BLOCK_N": (32, 128), "num_warps": (8,)}).launches()
-    assert tried == [{"BLOCK_N": 32, "num_warps": 8}, {"BLOCK_N": 128, "num_warps": 8}]
-    with replaced(table, "forward", tried[0]):
-        assert table["forward"](64) == {"BLOCK_N": 32, "num_stages": 3, "num_warps": 8}
-    assert table["forward"](64) == {"BLOCK_N": 64, "num_stages": 3}
 
 
 # --- counts, of a segment of 12 × 2,500 samples with six leads kept, in bf16 ---

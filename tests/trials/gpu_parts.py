@@ -237,14 +237,6 @@ def kernels_compiled(place: Place) -> None:
     _bench_kernel(place, *(("--only", "patches", "stems") if place.cuda else ("--only", "stems")))
 
 
-def tune(place: Place) -> None:
-    """Other block sizes, which only a GPU can measure."""
-    if not place.cuda:
-        place.tell("nothing to try without a GPU")
-        return
-    _bench_kernel(place, "--tune")
-
-
 def _bench_kernel(place: Place, *arguments: object) -> None:
     out = place.folder / "bench"
     try:
@@ -428,7 +420,7 @@ PARTS: dict[str, Callable[[Place], None]] = {
     part.__name__: part
     for part in (
         device, kernel_tests, losses, kernels, pretrain, batches, ways, waits, plan, sanitizer, kernels_compiled,
-        cuda_tests, tune,
+        cuda_tests,
     )
 }  # fmt: skip
 

@@ -70,7 +70,6 @@ PARTS = (
     Part("sanitizer", 80, 200),
     Part("kernels_compiled", 120, 300),
     Part("cuda_tests", 120, 200),
-    Part("tune", 240, 60),
 )
 BUDGET_S = {"cuda": 540.0, "cpu": 2400.0}
 GOOD = ("ok", "earlier")
