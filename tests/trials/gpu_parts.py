@@ -151,7 +151,7 @@ def kernel_tests(place: Place) -> None:
 
 
 def compiled_for_sm_90(place: Place) -> None:
-    script = ROOT / "tests" / "kernels" / "compile_without_gpu.py"
+    script = ROOT / "tests" / "trials" / "compile_without_gpu.py"
     command = [sys.executable, str(script), "90", "bfloat16", "float16", "--blocks=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)
