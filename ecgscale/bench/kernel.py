@@ -21,6 +21,7 @@ from ecgscale.bench.kernel_measure import Costs, Measured, measure, share_of_flo
 from ecgscale.bench.kernel_ways import BOTH, CONV, FORWARD, REFERENCE, conv_stem, info_nce, patch_embed
 from ecgscale.bench.measure import (
     Check,
+    Meaning,
     Report,
     Section,
     interleaved,
@@ -116,8 +117,9 @@ def _ceilings(device: Device, ceilings: Ceilings, effort: Effort) -> Section:
         "smallest launch, µs": 1e6 * ceilings.launch_s,
     }
     section = Section("The device", ("what", "best round"), [(what, f"{value:,.4g}") for what, value in found.items()])
-    labels = ("device/copy_gb_per_s", "device/product_tflop_per_s", "device/launch_us")
-    section.scalars = dict(zip(labels, found.values(), strict=True))
+    labels = {"copy_gb_per_s": "GB/s", "product_tflop_per_s": "TFLOP/s", "launch_us": "µs"}
+    for (label, unit), value in zip(labels.items(), found.values(), strict=True):
+        section.scalar(f"device/{label}", value, Meaning(unit, ours=False))
     section.notes = [
         "The GPU's events around each call, after its cache was flushed for longer than the host needs to launch the "
         "call: gaps between launches do not count, as in training, where the host runs ahead. The smallest launch does."
@@ -236,9 +238,9 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
         peak = device.peak(works[name])
         memory = "not counted" if peak is None else f"{peak / 1e6:,.0f}"
         section.rows.append((name, took_ms.text(1), f"{1e3 * rows / took_ms.median:,.0f}", memory))
-        section.scalars[f"step/{name}/ms"] = took_ms.median
+        section.scalar(f"step/{name}/ms", took_ms.median, Meaning("ms", "lower"))
         if peak is not None:
-            section.scalars[f"step/{name}/peak_mb"] = peak / 1e6
+            section.scalar(f"step/{name}/peak_mb", peak / 1e6, Meaning("MB", "lower"))
     section.keep(done)
     if device.cuda:
         faster = ratios(done["triton"], done["reference"])

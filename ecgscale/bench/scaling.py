@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ecgscale.bench.measure import Report, Section, ratios, reporting, spread
+from ecgscale.bench.measure import Meaning, Report, Section, ratios, reporting, spread
 from ecgscale.bench.step_case import Case
 from ecgscale.bench.step_turns import Effort, take_turns
 from ecgscale.bench.step_ways import OURS
@@ -63,12 +63,12 @@ def _section(kind: str, cases: Sequence[Case], effort: Effort) -> Section:
         step_ms = spread([1e3 * one.wall_s / effort.steps for one in rounds])
         label, efficient = f"{kind}/{case.key}/ecgscale", "unknown"
         section.settings[label] = case.settings() | {"way": OURS, "scaling": kind}
-        section.scalar(f"{label}/ecg_per_s", per_s)
-        section.scalar(f"{label}/step_ms", step_ms)
+        section.scalar(f"{label}/ecg_per_s", per_s, Meaning("recordings/s", "higher"))
+        section.scalar(f"{label}/step_ms", step_ms, Meaning("ms", "lower"))
         if "1" in taken.rounds:
             faster = ratios(rounds, taken.rounds["1"])
             efficiency = type(faster)(*(part / case.ranks for part in faster))
-            section.scalar(f"{label}/efficiency", efficiency)
+            section.scalar(f"{label}/efficiency", efficiency, Meaning("share", "higher"))
             efficient = efficiency.text(3)
         peak_gb = taken.peak_bytes[name] / 1e9
         section.rows.append((*start, per_s.text(2), step_ms.text(1), efficient, f"{peak_gb:.2f}"))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ecgscale.bench.largest_batch import NothingFitsError, largest_batch
-from ecgscale.bench.measure import Check, Report, Section, ratios, reporting, spread
+from ecgscale.bench.measure import Check, Meaning, Report, Section, ratios, reporting, spread
 from ecgscale.bench.step_batches import shard_stream
 from ecgscale.bench.step_case import Case, StepConfig
 from ecgscale.bench.step_ranks import FailedError, equality_of
@@ -64,7 +66,8 @@ def bench_step(
                     held[known_as] = equal_checks(chosen)
                 _add_equal(section, held[known_as])
             if find_within_gb is not None:
-                section.scalars[f"{chosen.key}/ecgscale/largest_batch"] = chosen.batch
+                name = f"{chosen.key}/ecgscale/largest_batch"
+                section.scalar(name, chosen.batch, Meaning("recordings", "higher", case=chosen.key))
                 where = f"{find_within_gb:g} GB" if find_within_gb else "the GPU"
                 section.notes.insert(0, f"{chosen.batch} recordings per rank are the most that fit into {where}.")
             report.sections.append(section)
@@ -92,7 +95,8 @@ def measure_case(case: Case, baselines: Sequence[str], effort: Effort, alone: bo
             f"A product of {PRODUCT_SIDE[case.device]:,}² matrices in {case.config.engine.precision} took turns with "
             f"the steps: {product_flops / 1e12:.3g} TFLOP/s per rank."
         )
-        section.scalars[f"{case.key}/product/tflops"] = product_flops / 1e12
+        meaning = Meaning("TFLOP/s", "higher", ours=False, case=case.key)
+        section.scalar(f"{case.key}/product/tflops", product_flops / 1e12, meaning)
     if case.overrides:
         section.notes.append(f"With {case.overrides}.")
     left_out = [TITLES[way] for way in baselines if way not in ways]
@@ -119,15 +123,18 @@ def _row(section: Section, case: Case, way: str, taken: Taken, product_flops: fl
     # The straightforward way computes in fp32 whatever the case's precision is.
     comparable = way != STRAIGHTFORWARD or case.config.engine.precision == "fp32"
     section.settings[label] = case.settings() | {"way": way}
-    section.scalar(f"{label}/ecg_per_s", per_s)
-    section.scalar(f"{label}/step_ms", step_ms)
-    section.scalars[f"{label}/tflops"] = flop_per_s / 1e12
-    section.scalars[f"{label}/peak_gb"] = taken.peak_bytes[way] / 1e9
+    means = partial(Meaning, ours=way in (OURS, SHARDS), case=case.key)
+    # A step with a larger batch takes longer and more memory, which is no loss where it is the largest that fits.
+    less: Literal["lower", ""] = "" if case.found else "lower"
+    section.scalar(f"{label}/ecg_per_s", per_s, means("recordings/s", "higher"))
+    section.scalar(f"{label}/step_ms", step_ms, means("ms", less))
+    section.scalar(f"{label}/tflops", flop_per_s / 1e12, means("TFLOP/s of a rank", "higher"))
+    section.scalar(f"{label}/peak_gb", taken.peak_bytes[way] / 1e9, means("GB of a rank", less))
     shares = []
     for name, most in (("of_product", product_flops), ("mfu", peak)):
         shares.append(f"{flop_per_s / most:.1%}" if most and comparable else "unknown")
         if most and comparable:
-            section.scalars[f"{label}/{name}"] = flop_per_s / most
+            section.scalar(f"{label}/{name}", flop_per_s / most, means("share", "higher"))
     peak_gb = f"{taken.peak_bytes[way] / 1e9:.2f}"
     return TITLES[way], per_s.text(2), step_ms.text(1), f"{flop_per_s / 1e12:.3g}", *shares, peak_gb
 
@@ -136,15 +143,16 @@ def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None
     """How many times as fast ecgscale is, round by round, and whether the project's bounds are reached."""
     if OURS not in taken.rounds:
         return
+    times = Meaning("times as fast", "higher", case=case.key)
     for way in (DDP, STRAIGHTFORWARD):
         if way not in taken.rounds:
             continue
         faster = ratios(taken.rounds[OURS], taken.rounds[way])
-        section.scalar(f"{case.key}/ecgscale_over_{way}", faster)
+        section.scalar(f"{case.key}/ecgscale_over_{way}", faster, times)
         said = f"ecgscale is {faster.text(2)} times as fast as {TITLES[way]}"
         if case.device == "cpu":
             by_cpu = ratios(taken.rounds[OURS], taken.rounds[way], cpu=True)
-            section.scalar(f"{case.key}/ecgscale_over_{way}_cpu", by_cpu)
+            section.scalar(f"{case.key}/ecgscale_over_{way}_cpu", by_cpu, times)
             said += f"; by CPU time {by_cpu.text(2)}"
         section.notes.append(f"{said}.")
         bound = None if effort.quick else bound_of(case, way)
@@ -152,7 +160,7 @@ def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None
             section.checks.append(Check(f"times as fast as {TITLES[way]}", faster.median, bound))
     if SHARDS in taken.rounds:
         kept = ratios(taken.rounds[SHARDS], taken.rounds[OURS])
-        section.scalar(f"{case.key}/shards_over_ecgscale", kept)
+        section.scalar(f"{case.key}/shards_over_ecgscale", kept, times)
         section.notes.append(f"Reading {case.shards} it is {kept.text(3)} times as fast as with synthetic batches.")
         if not effort.quick and _is_h100(case):
             section.checks.append(Check("times as fast from shards as from synthetic batches", kept.median, 0.97))

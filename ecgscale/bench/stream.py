@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ecgscale.bench.measure import (
     Check,
+    Meaning,
     Report,
     Round,
     Section,
@@ -119,9 +120,13 @@ def _reading(sets: Sets, payload: Payload, effort: Effort, core: int) -> Section
     ]
     labels = {BARE: "bare", STREAM: "ecgscale", HALVES: "ecgscale_halves", FIRST: "ecgscale_first_epoch"}
     for title, label in (labels | {tuned: "webdataset", SHUFFLED: "webdataset_shuffled"}).items():
-        section.scalars[f"{name}/{label}/records_per_s"] = spread([one.per_s for one in done[title]]).median
-        section.scalars[f"{name}/{label}/cpu_us_per_record"] = spread([one.cpu_us for one in done[title]]).median
-    section.scalars |= {f"{name}/ratio/{title.replace('/', '_over_')}": value.median for title, value in ratio.items()}
+        ours = label.startswith("ecgscale")
+        per_s, cpu_us = (spread([getattr(one, part) for one in done[title]]) for part in ("per_s", "cpu_us"))
+        section.scalar(f"{name}/{label}/records_per_s", per_s.median, Meaning("recordings/s", "higher", ours))
+        section.scalar(f"{name}/{label}/cpu_us_per_record", cpu_us.median, Meaning("CPU µs", "lower", ours))
+    for title, value in ratio.items():
+        meaning = Meaning("times as fast, by CPU time", "higher", ours=not title.startswith("bare"))
+        section.scalar(f"{name}/ratio/{title.replace('/', '_over_')}", value.median, meaning)
     return section
 
 
@@ -148,6 +153,7 @@ def _workers(sets: Sets, effort: Effort) -> Section:
         for count, rounds in done.items():
             per_s, cpu_us = (spread([getattr(one, part) for one in rounds]) for part in ("per_s", "cpu_us"))
             section.rows.append((name, count, per_s.text(), cpu_us.text(1)))
-            section.scalars[f"{name}/{count}_threads/records_per_s"] = per_s.median
+            meaning = Meaning("recordings/s", "higher")
+            section.scalar(f"{name}/{count}_threads/records_per_s", per_s.median, meaning)
         section.keep(done, f"{name}, ")
     return section

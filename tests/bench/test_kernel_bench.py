@@ -49,6 +49,7 @@ def test_report_holds_every_part_with_finite_positive_numbers(out):
         assert {len(row) for row in section["rows"]} == {len(section["header"])}
         assert all(math.isfinite(value) and value > 0 for value in section["scalars"].values())
         assert all(check["passed"] for check in section["checks"]), "a result is wrong"
+        assert set(section["meanings"]) == set(section["scalars"])
     assert report["machine"]["versions"]["torch"]
 
 

@@ -244,6 +244,21 @@ def test_a_found_batch_is_a_number_of_a_case_that_its_limit_names(turns, tmp_pat
     (section,) = bench_step(tmp_path, cases, [], Effort.least(), find_within_gb=2.0).sections
     assert section.scalars["tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1/ecgscale/largest_batch"] == 40
     assert all("/largest_in_2gb/" in name for name in section.scalars)
+    better = {name.rpartition("/")[2]: meaning.better for name, meaning in section.meanings.items()}
+    assert (better["step_ms"], better["peak_gb"]) == ("", ""), "of a larger batch they are more"
+    assert (better["ecg_per_s"], better["largest_batch"]) == ("higher", "higher")
+
+
+def test_every_number_says_what_it_means(turns, tmp_path):
+    for way in (OURS, DDP, PRODUCT):
+        turns.rounds[way], turns.peak_bytes[way] = [Round(8, 1.0, 1.0)], 10**9
+    (case,) = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
+    section = measure_case(case, [DDP], Effort.least())
+    assert set(section.meanings) == set(section.scalars)
+    baselines = {name for name, meaning in section.meanings.items() if not meaning.ours}
+    assert baselines == {name for name in section.scalars if "/ddp/" in name or "/product/" in name}
+    assert {meaning.case for meaning in section.meanings.values()} == {case.key}
+    assert section.meanings[f"{case.key}/ecgscale/step_ms"].better == "lower"
 
 
 def test_a_product_alone_is_no_measurement(turns, tmp_path):

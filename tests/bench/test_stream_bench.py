@@ -35,6 +35,7 @@ def test_report_holds_every_part_with_units_and_finite_positive_numbers(written)
         assert {len(row) for row in section["rows"]} == {len(section["header"])}
         assert all(math.isfinite(value) and value > 0 for value in section["scalars"].values())
         assert all(math.isfinite(check["value"]) for check in section["checks"])
+        assert set(section["meanings"]) == set(section["scalars"])
         for rounds in section["raw"].values():
             assert all(one["units"] > 0 and one["wall_s"] > 0 for one in rounds)
     assert "CPU µs per record" in report["sections"][0]["header"]
