@@ -14,7 +14,7 @@ from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
     from ecgscale.bench.step_case import Case
-    from ecgscale.bench.step_turns import Effort
+    from ecgscale.bench.step_ranks import Effort
 
 _OUT = Path("runs/bench")
 _KEYS = "--model.KEY, --objective.KEY and --engine.KEY VALUE, as of `ecgscale pretrain`, hold for all cases"
@@ -107,7 +107,7 @@ def _step(options: argparse.Namespace, keys: list[str]) -> None:
 def _scaling(options: argparse.Namespace, keys: list[str]) -> None:
     import torch
 
-    from ecgscale.bench.scaling import bench_scaling
+    from ecgscale.bench.step import bench_scaling
 
     device = _device(options)
     most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
@@ -128,7 +128,7 @@ def _cases(options: argparse.Namespace, keys: list[str], device: str, ranks: lis
 
 
 def _effort(options: argparse.Namespace, device: str) -> Effort:
-    from ecgscale.bench.step_turns import Effort
+    from ecgscale.bench.step_ranks import Effort
 
     effort = Effort.least() if options.quick else Effort.usual(device == "cuda")
     for name in ("rounds", "steps"):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ecgscale.bench.step_batches import shard_stream, synthetic_batches
-from ecgscale.bench.step_case import Case
+from ecgscale.bench.step_case import Case, shard_stream, synthetic_batches
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import Copied

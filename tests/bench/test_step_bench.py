@@ -16,14 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecgscale.bench.largest_batch import NothingFitsError, largest
 from ecgscale.bench.measure import Round
-from ecgscale.bench.scaling import STRONG, WEAK, scaled
-from ecgscale.bench.step import bench_step, bound_of, measure_case, mfu_bound
-from ecgscale.bench.step_batches import shard_stream
-from ecgscale.bench.step_case import Axes, Case, StepConfig
-from ecgscale.bench.step_ranks import FailedError, Group, TooLargeError, _Failed, tells_of_memory
-from ecgscale.bench.step_turns import Effort, Taken
+from ecgscale.bench.step import (
+    STRONG,
+    WEAK,
+    NothingFitsError,
+    bench_step,
+    bound_of,
+    largest,
+    measure_case,
+    mfu_bound,
+    scaled,
+)
+from ecgscale.bench.step_case import Axes, Case, StepConfig, shard_stream
+from ecgscale.bench.step_ranks import Effort, FailedError, Group, Taken, TooLargeError, _Failed, tells_of_memory
 from ecgscale.bench.step_ways import DDP, OURS, PRODUCT, STRAIGHTFORWARD, equality
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.cli import main

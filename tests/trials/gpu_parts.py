@@ -328,8 +328,7 @@ def batches(place: Place) -> None:
     """ECG/s, MFU and memory by batch, doubled until memory runs out."""
     import torch
 
-    from ecgscale.bench.step_batches import synthetic_batches
-    from ecgscale.bench.step_case import Axes
+    from ecgscale.bench.step_case import Axes, synthetic_batches
     from ecgscale.training.engine import Engine
     from ecgscale.training.metrics import device_peak
     from ecgscale.training.ranks import start_ranks
