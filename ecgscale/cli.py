@@ -200,8 +200,7 @@ def _run_ingest(source: Source, out: Path, options: argparse.Namespace) -> None:
         done = ingest(source, out, chosen, options.workers, restart=options.restart, **about)
     if done.held:
         print(
-            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples; "
-            "their labels stay as they are"
+            f"{out}: {done.held} records left out: the set has them already, by the same names and with equal samples"
         )
     for dataset, n in done.shared_ids.items():
         print(
@@ -264,6 +263,8 @@ def ingest(argv: list[str]) -> None:
         about += [f"{options.source}: {line}" for line in source.left_out()]
         if options.patient_key == "@folder" and (line := shared_names(source.items())):
             about.append(f"{options.source}: {line}")
+        if source.labels is not None:
+            about += source.labels.remarks
     if warning := implausible_unit(source):
         about.append(f"{options.source}: {warning}")
     print("\n".join(about).encode(errors="backslashreplace").decode())  # paths may be in an old encoding
@@ -272,6 +273,8 @@ def ingest(argv: list[str]) -> None:
         names = " and ".join(map(str, options.labels))
         if without := source.unlabelled():
             print(f"{len(without)} records have no row in {names}, such as {without[0]}")
+        for line in source.labels.coverage(source.items()):
+            print(line)
         if source.labels.rows_of_none:
             print(f"{source.labels.rows_of_none} rows of {names} name no record, such as {source.labels.row_of_none}")
 
@@ -306,7 +309,7 @@ def index(argv: list[str]) -> None:
     """Tars that others wrote with the webdataset library become a data set, by an index beside them.
 
     A sample is KEY.npy, int16 counts (leads, samples), and KEY.json with the rate (rate_hz, fs, sampling_rate ...), the
-    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV), patient and labels.
+    leads (leads, sig_name ...), the scale (mv_per_count, or gain in counts per mV or units), patient and labels.
     """
     parser = _parser("index", index.__doc__)
     parser.add_argument("folder", type=Path, help="folder of the *.tar files, which are not changed")

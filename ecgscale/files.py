@@ -267,7 +267,7 @@ def parse_json_value(content: bytes, allow_nan: bool = False) -> Any:
             content.decode(),
             parse_constant=float if allow_nan else _refuse_constant,
             parse_float=_finite,
-            object_pairs_hook=_without_repeats,
+            object_pairs_hook=without_repeats,
         )
     except RecursionError as error:
         raise InputError("not JSON of ours: nested too deeply") from error
@@ -289,7 +289,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``object_pairs_hook``: raises ValueError for an object in which a key stands twice; json takes the last."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)

@@ -4,6 +4,8 @@
 |---|---|
 | one of UNKNOWN_WORDS, in any case: ``NA``, ``None``, ``NULL``, ``nan`` ... and an empty cell | unknown |
 | ``17.0``, ``1e+05``, ``1.5709E4`` | ``17``, ``100000``, ``15709``: whole numbers that a float column made so |
+| blanks that do not break, characters of no width within it | as a blank, as nothing |
+| ``'AF'``, ``="007"`` | ``AF``, ``007`` |
 | ``007``, ``1e5``, ``17.5``, ``P17`` | as it is: ids with leading zeros are others, and ``1e5`` may be hexadecimal |
 | blanks around it, of any kind; ``e`` and an accent as two characters | without; as the one character |
 | ``True``, ``false`` | as a class ``1`` and ``0``, so that 1, 1.0 and True are one class |
@@ -17,7 +19,8 @@
 A class that is really called None or Unknown is unknown here, and counted as that: give it another name. What could
 mean two things is an InputError: a row of flags without names (``[0, 1, 0]``), shares of 1, numbers of which some are 0
 and that are no likelihoods, lists in lists, ids whose last digits a float has lost (beyond 2^53, or as spreadsheets
-show them: ``4.27E+08``), ids that may have separators of thousands (``1.000``, ``1,101``).
+show them: ``4.27E+08``), ids that may have separators of thousands (``1.000``, ``1,101``) or
+decimal commas (``17,0``).
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ NOBODY = "a record without a known patient, taken as a person of its own"  # a n
 _STRIPPED = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"  # the last have no width
 _WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.(?:0|00|0{4,})")  # 1.000 is a thousand to many
 _WITH_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:\.000|(?:,[0-9]{3})+)")
-_AS_TEXT = re.compile('="([^"]*)"')  # what spreadsheets are given so that they keep leading zeros
+_WITH_COMMA = re.compile(r"-?[0-9]+,[0-9]+")
+_AS_TEXT = re.compile(r"""="(?P<kept>[^"]*)"|'(?P<quoted>[^']*)'""")  # ="007" keeps its zeros in spreadsheets
+_INVISIBLE = {ord(one): None for one in "\u200b\u2060\ufeff\u00ad"} | {0xA0: " "}
 _EXACT = re.compile(r"-?[0-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R, Python and numpy, Java
 _AS_SHOWN = re.compile(r"-?[1-9](?:[.,][0-9]+)?E\+[0-9]{2,3}")  # spreadsheets: as many digits as the column is wide
 _LARGEST_EXACT = 2**53
@@ -110,6 +115,8 @@ class Cells:
             raise InputError(f"{field} is {value}; write the id, as text or as a whole number")
         if _WITH_THOUSANDS.fullmatch(text):
             raise InputError(f"{field} {text!r} may have a separator of thousands; write whole numbers without")
+        if _WITH_COMMA.fullmatch(text):
+            raise InputError(f"{field} {text!r} has a comma in its number; write whole numbers without")
         if _lost_digits(text):
             raise InputError(f"{field} {text!r} is a number that has lost its last digits; write ids as text")
         return self._whole(text, field)
@@ -183,8 +190,10 @@ class Cells:
         if not isinstance(value, str | int | float):
             raise InputError(f"{field[:40]!r} is {_short(str(value))}; write text, a number, or a list of these")
         text = (value if isinstance(value, str) else json.dumps(value)).strip(_STRIPPED)
+        if not text.isascii():
+            text = text.translate(_INVISIBLE).strip(_STRIPPED)
         if as_text := _AS_TEXT.fullmatch(text):
-            text = as_text[1].strip(_STRIPPED)
+            text = (as_text["kept"] or as_text["quoted"] or "").strip(_STRIPPED)
         if text.casefold() not in UNKNOWN_WORDS:
             if _HALF_PAIR.search(text):
                 raise InputError(f"{field[:40]!r} is {_short(text)}, with half of a UTF-16 pair; write it again")

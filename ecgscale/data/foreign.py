@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
+from ecgscale.data.units import parse_unit
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS, canonical_leads, in_canonical_order, parse_renames, source_leads
 from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ, check_rate
@@ -27,7 +28,9 @@ from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ, check_rate
 RATE_KEYS = ("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency")
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
 SCALE_KEYS = ("scale_mv", "mv_per_count")
-GAIN_KEYS = ("gain",)  # counts per mV
+GAIN_KEYS = ("gain", "adc_gain")  # counts per mV, or per what the units say
+UNIT_KEYS = ("units", "unit")  # of which a gain gives the counts
+ZERO_KEYS = ("baseline", "adc_zero")  # the count of 0 mV; the first that is there counts, as in WFDB headers
 _OLDER_PATIENT_KEYS = ["patient", "patient_id", "subject_id"]  # of manifests that do not say theirs
 
 T = TypeVar("T")
@@ -141,6 +144,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
     else:
         usual |= {*patient_keys}
         told = _under_names(fields, usual)
+    told |= _under_names(fields, {*UNIT_KEYS})
     leads_L = _leads(told, rules, n_leads)
     rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
     scale_L = _scale(told, rules, len(leads_L))
@@ -164,6 +168,31 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         frozenset(key for key, value in values.items() if has_likelihoods(value)),
         patient_key,
     )
+
+
+def check_zero(fields: Fields, n_leads: int) -> None:
+    """Raises InputError where 0 mV is another count than 0: the tars are read as they are.
+
+    Words under these names, such as of a visit, say nothing of counts.
+    """
+    told = _under_names(fields, {*ZERO_KEYS})
+    for key in ZERO_KEYS:
+        said = told.get(key)
+        counts = said if isinstance(said, list) else [said]
+        if not counts or not all(_is_number(count) for count in counts):
+            continue
+        if any(count != 0 for count in counts):
+            raise InputError(
+                f"its {key} is {str(said)[:60]}, so that 0 mV is not the count 0; subtract it from the counts, and "
+                "write 0 or leave it out"
+            )
+        return
+
+
+def keys_of(fields: Fields) -> frozenset[str]:
+    """The keys under which --label-keys and --label-columns find something."""
+    within = _under_names(fields, {"labels"}).get("labels")
+    return frozenset((*fields, *(within if isinstance(within, dict) else ())))
 
 
 def as_own(described: Described, name: str, dataset: str, samples: int) -> Fields:
@@ -256,16 +285,16 @@ def _scale(fields: Fields, rules: Rules, n_leads: int) -> tuple[float, ...]:
     """mV per count of each row."""
     option = None if rules.mv_per_count is None else (rules.mv_per_count,) * n_leads
     said, gain = _only(fields, SCALE_KEYS), _only(fields, GAIN_KEYS)
-    values = _numbers(said if said is not None else gain, n_leads)
-    if said is not None and gain is not None:
-        gains = _numbers(gain, n_leads)
-        if not (
-            values and gains and all(abs(one * other - 1) < 1e-3 for one, other in zip(values, gains, strict=True))
-        ):
-            raise InputError(
-                f"it says a scale of {str(said)[:40]} mV per count and a gain of {str(gain)[:40]} counts per mV, which "
-                "is another; leave one out"
-            )
+    scale_L, gain_L = _numbers(said, n_leads), _numbers(gain, n_leads)
+    of_gain_L = None
+    if gain_L is not None:
+        of_gain_L = tuple(unit / one for unit, one in zip(_mv_per_unit(fields, n_leads), gain_L, strict=True))
+    if said is not None and gain is not None and not _are_close(scale_L, of_gain_L):
+        raise InputError(
+            f"it says a scale of {str(said)[:40]} mV per count and a gain of {str(gain)[:40]} counts per "
+            f"{str(_only(fields, UNIT_KEYS) or 'mV')[:40]}, which is another; leave one out"
+        )
+    values = of_gain_L if said is None else scale_L
     if values is None:
         if option is None:
             raise InputError(
@@ -273,7 +302,36 @@ def _scale(fields: Fields, rules: Rules, n_leads: int) -> tuple[float, ...]:
                 f"per mV, one number above 0 or {n_leads}, into the JSON or give --mv-per-count"
             )
         return option
-    return _agreed("mv-per-count", option, values if said is not None else tuple(1 / value for value in values))
+    return _agreed("mv-per-count", option, values)
+
+
+def _are_close(one_L: tuple[float, ...] | None, other_L: tuple[float, ...] | None) -> bool:
+    if one_L is None or other_L is None:
+        return False
+    return all(abs(one / other - 1) < 1e-3 for one, other in zip(one_L, other_L, strict=True))
+
+
+def _mv_per_unit(fields: Fields, n_leads: int) -> tuple[float, ...]:
+    """Of each row, what a gain gives counts of: mV where nothing is said.
+
+    A word under ``unit`` that is no unit, such as a ward, says nothing. Raises InputError for other ``units``.
+    """
+    names_a_unit = _is_unit(fields.get("unit"))
+    said = _only(fields, UNIT_KEYS if names_a_unit else UNIT_KEYS[:1])
+    units = said if isinstance(said, list) else ["mV" if said is None else said] * n_leads
+    if len(units) != n_leads or not all(map(_is_unit, units)):
+        raise InputError(f"its units are {str(said)[:60]}; write mV, uV or V, once or for each of {n_leads} rows")
+    return tuple(parse_unit(unit) for unit in units)
+
+
+def _is_unit(said: Any) -> bool:
+    if isinstance(said, list):
+        return all(isinstance(one, str) and _is_unit(one) for one in said)
+    try:
+        parse_unit(str(said))
+    except InputError:
+        return False
+    return isinstance(said, str)
 
 
 def _numbers(said: Any, n_leads: int) -> tuple[float, ...] | None:

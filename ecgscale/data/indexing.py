@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ecgscale.data.cells import NOBODY
+from ecgscale.data.cells import NOBODY, find_key
 from ecgscale.data.copies import Copies, content_keys, is_flat
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, split_value, splits_by_hash, splits_by_value
+from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.payload import Bytes
 from ecgscale.data.plausibility import FLAT, UnlikelyUnitError, check_geometry, judge
 from ecgscale.data.remarked import NONE, Remarked
@@ -79,6 +81,8 @@ class _Tar:
     remarked: dict[str, Remarked] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     likelihoods: set[str] = field(default_factory=set)
+    label_keys: set[str] = field(default_factory=set)  # those of the options that some record has
+    some_keys: frozenset[str] = frozenset()  # of the first record
 
 
 def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
@@ -95,6 +99,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
         rate_hz = _only_rate(found)
         _check_patient_keys(found)
+        _check_label_keys(found, rules)
         likelihoods = sorted({label for one in found for label in one.likelihoods})
         rules = replace(rules, lead_order=_lead_order(found), likelihoods=tuple(likelihoods))
         splits = _splits(found, options)
@@ -187,6 +192,7 @@ def _index_tar(
     tar = np.memmap(path, np.uint8, "r").view(np.ndarray)
     digest, hashed = hashlib.sha256(), 0
     done, rows = _Tar(path, {}, {}, []), []
+    asked_keys = _asked_keys(rules)
     for record in scan_foreign(tar, str(path), rules, dataset):
         # Hashed as it is read: each page comes from the disk once.
         digest.update(tar[hashed : record.end].data)
@@ -196,6 +202,8 @@ def _index_tar(
         about = record.described
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
+        done.label_keys |= asked_keys & record.keys
+        done.some_keys = done.some_keys or record.keys
         if about.patient_key:
             done.patient_keys.setdefault(about.patient_key, record.name)
         done.patient_known.append(about.patient is not None)
@@ -263,6 +271,23 @@ def _check_patient_keys(found: Sequence[_Tar]) -> None:
             f"{second}, {first}; ids under two keys may be of two kinds: give all records one --patient-key, null "
             "where it is unknown"
         )
+
+
+def _asked_keys(rules: Rules) -> set[str]:
+    """Those of --label-keys and --label-columns."""
+    return {*rules.label_keys, *(key for _, keys in parse_label_columns(rules.label_columns) for key in keys)}
+
+
+def _check_label_keys(found: Sequence[_Tar], rules: Rules) -> None:
+    """Raises InputError for a key of the options that no record has: most likely a slip of the pen."""
+    for key in sorted(_asked_keys(rules)):
+        if any(key in one.label_keys for one in found):
+            continue
+        keys = sorted({key for one in found for key in one.some_keys})
+        near = find_key(keys, key) or next(iter(get_close_matches(key, keys, 1)), None)
+        hint = f"did you mean {near!r}?" if near else f"the first have {', '.join(keys)[:200]}"
+        option = "--label-keys" if key in rules.label_keys else "--label-columns"
+        raise InputError(f"{_folder(found)}: {option} {key!r}: no record has that key; {hint}")
 
 
 def _lead_order(found: Sequence[_Tar]) -> tuple[str, ...]:

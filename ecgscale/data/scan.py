@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ecgscale.data.foreign import Described, Rules, describe, foreign_name
+from ecgscale.data.foreign import Described, Rules, check_zero, describe, foreign_name, keys_of
 from ecgscale.data.payload import Bytes, header_bytes, npy_shape
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
 from ecgscale.data.shards import index_row, person_row
@@ -23,6 +23,7 @@ class Found(NamedTuple):
     described: Described
     row: dict[str, Any]  # of the index; all columns but the split
     end: int  # of its last member, bytes from the tar's begin
+    keys: frozenset[str] = frozenset()  # of a foreign tar's JSON, under which labels may stand
 
 
 def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator[Found]:
@@ -33,12 +34,15 @@ def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator
         leads, n_samples = _shape(tar, signal, place)
         content = _json_bytes(tar, meta, place)
         try:
-            described = describe(parse_json(content), rules, leads)
+            fields = parse_json(content, unique=True)
+            check_zero(fields, leads)
+            described = describe(fields, rules, leads)
         except InputError as error:
             raise _wrong(place, meta, error) from error
         row = _row(described, n_samples, signal, meta) | person_row(dataset, described.patient, name)
         row |= {"checksum": _hash(tar, signal), "json_checksum": xxhash.xxh3_64_intdigest(content)}
-        yield Found(name, described, row, max(member.offset + member.size for member in sample.members.values()))
+        end = max(member.offset + member.size for member in sample.members.values())
+        yield Found(name, described, row, end, keys_of(fields))
 
 
 def scan_own(tar: Bytes, place: str, payload: str, dataset: str) -> Iterator[Found]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ecgscale.data.payload import PAYLOADS
 from ecgscale.errors import InputError
+from ecgscale.files import without_repeats
 from ecgscale.record import LEADS
 
 JSON_LIMIT_BYTES = 1 << 22  # of a record's JSON, which is parsed into twenty times as much memory
@@ -91,10 +92,13 @@ def data_offsets(header: Any, column: str) -> tuple[int, int]:
     return 0, -1
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
-    """A record's JSON. Raises InputError unless it is one object of plain text."""
+def parse_json(content: bytes, unique: bool = False) -> dict[str, Any]:
+    """A record's JSON. Raises InputError unless it is one object of plain text.
+
+    ``unique``: also where a key stands twice. It takes longer; what is read again and again has been asked before.
+    """
     try:
-        fields = json.loads(content.decode())
+        fields = json.loads(content.decode(), object_pairs_hook=without_repeats if unique else None)
         if b"\\u" in content:  # half a UTF-16 pair could be neither hashed nor printed
             json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, NamedTuple
@@ -242,6 +242,31 @@ def session_day(text: str) -> int:
     except ValueError:
         pass
     raise InputError(f"session {text!r}: give a date as 2005-03-15 or 15.03.2005, or a whole number")
+
+
+def session_days(texts: Iterable[str], datasets: Iterable[str]) -> list[int]:
+    """``session_day`` of each text, of recordings of these data sets.
+
+    Raises InputError where one data set writes its sessions in two notations: numbers of visits do not sort among days,
+    and whoever mixes 2005-03-15 and 15.03.2005 may mean the month first in some.
+    """
+    first_text: dict[str, dict[str, str]] = {}
+    days = []
+    for text, dataset in zip(texts, datasets, strict=True):
+        days.append(session_day(text))
+        notations = first_text.setdefault(dataset, {})
+        notations.setdefault(_notation(text.strip()), text)
+        if len(notations) > 1:
+            one, other = notations.values()
+            raise InputError(
+                f"sessions of {dataset!r} are written as {one!r} and as {other!r}; write all in one way, best as "
+                "2005-03-15"
+            )
+    return days
+
+
+def _notation(text: str) -> str:
+    return "number" if _NUMBER.fullmatch(text) else "year first" if _YEAR_FIRST.fullmatch(text) else "day first"
 
 
 class _Comparison(NamedTuple):

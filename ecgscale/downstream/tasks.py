@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.downstream.coverage import REASONS
-from ecgscale.downstream.identification import session_day
+from ecgscale.downstream.identification import session_days
 from ecgscale.downstream.metrics import labels_for_classes, load_challenge_weights, sorted_alternatives
 from ecgscale.errors import InputError
 from ecgscale.rng import Purpose, random_words
@@ -200,8 +200,13 @@ def _persons(shards: ShardSet, config: TaskConfig, splits: Sequence[str], seed: 
     if config.session:
         sessions = _values(shards, config.session, "task.session")
         reasons.append("no_session")
-        leave_out(reason_R, np.array([not values for values in sessions]), "no_session")
-        session_R = np.array([session_day("|".join(values)) if values else 0 for values in sessions])
+        dated_R = np.array([bool(values) for values in sessions])
+        leave_out(reason_R, ~dated_R, "no_session")
+        texts = ["|".join(values) for values in sessions if values]
+        dataset_S = np.array([shard.dataset for shard in shards.shards])
+        datasets = dataset_S[shards.shard_of(np.flatnonzero(dated_R))].tolist()
+        session_R = np.zeros(len(shards), np.int64)
+        session_R[dated_R] = session_days(texts, datasets)
     leave_out(reason_R, ~_drawn(shards, reason_R == 0, config.label_fraction, seed), "not_drawn")
     reasons += ["not_drawn"] if config.label_fraction < 1 else []
     split_R = shards.column("split")

@@ -15,11 +15,12 @@ from ecgscale.data.cells import UNKNOWN_WORDS, Cells, has_likelihoods, is_known,
 from ecgscale.errors import InputError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-_SIGNS = st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="\u200b\u2060\ufeff")
+_SIGNS = st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="\u200b\u2060\ufeff\u00ad")
 NAMES = (
     st.text(_SIGNS, min_size=1, max_size=12)
     .map(functools.partial(unicodedata.normalize, "NFC"))
     .filter(lambda text: is_known(text) and not text[:1].isdigit() and text.casefold() not in ("true", "false"))
+    .filter(lambda text: not text[0] == text[-1] == "'")
 )
 PLAIN = st.from_regex(r"[A-Z][A-Za-z]{1,8}( [a-z]{1,6})?", fullmatch=True).filter(
     lambda text: is_known(text) and text.casefold() not in ("true", "false")
@@ -327,3 +328,17 @@ def test_notes_are_told_with_the_most_frequent_first() -> None:
     ]
     assert told({str(i): i for i in range(30)}, True, 2)[-1] == "and 28 more such lines"
     assert told({}, True) == []
+
+
+@pytest.mark.parametrize("text", ["'AF'", "A\u200bF", "\ufeffAF", '="AF"', "AF\u00a0", "A\u00adF"])
+def test_what_cannot_be_seen_makes_no_other_class_or_patient(text: str) -> None:
+    cells = Cells()
+    assert cells.classes(text, "dx") == ["AF"]
+    assert cells.identifier(text, "patient") == cells.text(text, "age") == "AF"
+
+
+def test_letters_and_blanks_of_two_kinds_are_one() -> None:
+    assert Cells().classes("Mu\u0308ller\u00a0x", "dx") == ["M\u00fcller x"]
+    assert Cells().classes("'AF;SB'", "dx") == ["AF", "SB"]
+    assert Cells().classes("'", "dx") == ["'"]
+    assert Cells().identifier("''", "patient") is None

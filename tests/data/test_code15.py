@@ -339,11 +339,22 @@ def test_the_folder_must_be_whole(root: Path) -> None:
     assert "no exams.csv beside the parts" in refusal(root / "exams_part1.hdf5")
 
 
+def test_exams_that_stand_twice(root: Path) -> None:
+    lines = EXAMS.splitlines(keepends=True)
+    (root / "exams.csv").write_text("".join([*lines, lines[1], lines[2].replace("1724173", "99")]))
+    source = open_source(root, SourceOptions())
+    assert (
+        "; 1 rows repeat others and count once; the first is exams.csv: line 5, of the record 11" in source.description
+    )
+    assert source.read("exams_part0/0_11").patient == "523632"
+    with pytest.raises(InputError, match=r"exams.csv: line 3 and exams.csv: line 6 contradict each other"):
+        source.read("exams_part0/1_7")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
         ("exam_id", "id", "no column exam_id"),
-        ("7,73", "11,73", "a record stands twice: '11'"),
         ("9,67,", "9,67", "line 4 has 14 fields"),
     ],
 )

@@ -287,6 +287,27 @@ def test_records_that_are_there_are_left_out_and_counted(originals, ingest_recor
     assert not (out / "ingest.unfinished").exists()
 
 
+def test_other_labels_of_records_that_are_there_are_counted(originals, make_record, ingest_records, tmp_path) -> None:
+    labelled = [replace(record, labels={"rhythm": ["AF", "ä"]}, metadata={"age": "7"}) for record in originals[:4]]
+    out = ingest_records(tmp_path / "out", labelled, **vars(HALVES))
+    changed = [
+        replace(labelled[0], labels={"rhythm": ["SR"]}),
+        replace(labelled[1], labels={}),
+        replace(labelled[2], metadata={"age": "8"}),
+        labelled[3],
+    ]
+    with pytest.raises(InputError, match="3 records of 'made' are in it already; append others; 2 x a record that is"):
+        add(out, changed[:2] + changed[3:])
+    done = add(out, [*changed, make_record("new", 60, ("I",))])
+    assert (done.records, done.held) == (1, 4)
+    (note,) = (note for note in done.notes if "has other labels or metadata now" in note)
+    assert done.notes[note] == 3
+    assert "ingest all anew" in note
+    assert ShardSet.open(out).metadata(0)["labels"] == {"rhythm": ["AF", "ä"]}
+    with pytest.raises(InputError, match="append others, or ingest all anew if their labels have changed"):
+        add(out, [*changed, make_record("new", 60, ("I",))])
+
+
 def test_another_recording_of_that_name_is_rejected(originals, make_record, ingest_records, tmp_path) -> None:
     out = ingest_records(tmp_path / "out", originals, **vars(HALVES))
     changed = replace(originals[3], signal_LT=originals[4].signal_LT)

@@ -135,6 +135,71 @@ def test_what_is_no_ecg_is_counted_and_named(tmp_path, capsys) -> None:
     assert f"remarked    {unequal}: 1" in summarise(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("about", "scale_mv"),
+    [
+        ({"gain": 200, "units": "mV", "baseline": [0] * 12}, 0.005),
+        ({"gain": 0.2, "units": ["uV"] * 12, "adc_zero": 0}, 0.005),
+        ({"adc_gain": [200.0] * 12, "Unit": "mV", "baseline": "second visit"}, 0.005),
+        ({"gain": 200, "unit": "ICU", "baseline": True}, 0.005),
+        ({"gain": 0.2, "units": "µV", "scale_mv": 0.005, "baseline": 0, "adc_zero": 1024}, 0.005),
+    ],
+)
+def test_units_of_a_gain(tmp_path, about: dict, scale_mv: float) -> None:
+    samples = [{"npy": counts(0), "json": {"rate_hz": 100, "patient": "p"} | about}]
+    record = index(write_tars(tmp_path / "set", samples)).record(0)
+    np.testing.assert_array_equal(record.scale_L, np.full(12, scale_mv, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("about", "reason"),
+    [
+        ({"gain": 200, "baseline": 1024}, "its baseline is 1024, so that 0 mV is not the count 0; subtract it"),
+        ({"gain": 200, "Baseline": [0] * 11 + [7]}, "its baseline is [0, 0"),
+        ({"gain": 200, "adc_zero": -3.5}, "its adc_zero is -3.5"),
+        ({"gain": 200, "units": "counts"}, "its units are counts; write mV, uV or V, once or for each of 12 rows"),
+        ({"gain": 200, "units": ["mV"] * 11}, "its units are ['mV', "),
+        ({"gain": 200, "units": "mV", "unit": "uV"}, "it says units 'mV' and unit 'uV'; leave one out"),
+        ({"gain": 200, "units": "uV", "scale_mv": 0.005}, "and a gain of 200 counts per uV, which is another"),
+        ({"gain": 200, "adc_gain": 100}, "it says gain '200' and adc_gain '100'"),
+    ],
+)
+def test_units_and_zeros_that_cannot_be_used(tmp_path, about: dict, reason: str) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": {"rate_hz": 100, "patient": "p"} | about}])
+    assert reason in refused(folder, "s000.json")
+
+
+@pytest.mark.parametrize(
+    ("inner", "key"),
+    [('"patient": "a", "patient": "b"', "patient"), ('"patient": "a", "labels": {"AF": 1, "AF": 0}', "AF")],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, inner: str, key: str) -> None:
+    text = f'{{"rate_hz": 100, "gain": 200, {inner}}}'
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": text.encode()}])
+    assert f"the key {key!r} stands twice" in refused(folder, "s000.json")
+
+
+def test_label_keys_that_no_record_has_are_refused(tmp_path) -> None:
+    about = {"rate_hz": 100, "gain": 200, "rhythm": None, "AF": 1, "Labels": {"inner": 0}}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(i), "json": about | {"patient": i}} for i in range(6)])
+    assert "--label-keys 'rythm': no record has that key; did you mean 'rhythm'?" in refused(
+        folder, label_keys=("rythm",)
+    )
+    assert "--label-columns 'af': no record has that key; did you mean 'AF'?" in refused(
+        folder, label_columns=("x=inner,af",)
+    )
+    assert "the first have AF, Labels, gain, inner, patient" in refused(folder, label_keys=("diagnosis",))
+    shards = index(folder, label_keys=("rhythm",), label_columns=("x=inner,AF",))  # all unknown, which is another thing
+    assert shards.metadata(0)["labels"] == {"x": ["AF"]}
+
+
+def test_a_flag_that_one_record_lacks_is_unknown_there(tmp_path) -> None:
+    flags = ({"AF": 1}, {"AF": 1, "SB": 0})
+    folder = write_tars(tmp_path / "set", [{"npy": counts(i), "json": ABOUT | flags[i]} for i in range(2)])
+    shards = index(folder, label_columns=("AF,SB",))
+    assert [shards.metadata(i)["labels"] for i in range(2)] == [{}, {"labels": ["AF"]}]
+
+
 @pytest.mark.parametrize("normalisation", ["mv", "zscore"])
 @pytest.mark.parametrize("order", [LEADS, MIMIC])
 def test_the_stream_gives_the_samples_that_were_put_in(tmp_path, order, normalisation) -> None:
@@ -262,7 +327,6 @@ def test_options_say_what_the_json_does_not(tmp_path) -> None:
         ({"labels": ["A", "A", "nan"]}, {}, {"labels": ["A"]}),
         ({"AF": 1, "SB": 0.0}, {"label_columns": ("rhythm=AF,SB",)}, {"rhythm": ["AF"]}),
         ({"labels": {"AF": 0, "SB": 0, "n": 1}}, {"label_columns": ("AF,SB",)}, {"labels": [], "n": ["1"]}),
-        ({"AF": 1}, {"label_columns": ("AF,SB",)}, {}),
     ],
 )
 def test_flags_lists_and_unknown_words(tmp_path, json_of_labels: dict, options: dict, labels: dict) -> None:

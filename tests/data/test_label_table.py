@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from ecgscale import cli
+from ecgscale.data.description import describe
 from ecgscale.data.label_columns import parse_label_columns
-from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table
+from ecgscale.data.label_table import LabelTable, load_label_table
+from ecgscale.data.matching import NameMatcher
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
 from ecgscale.data.sources.scratch import Scratch
@@ -69,6 +71,20 @@ def test_patients_in_columns_of_two_names_are_refused(tmp_path: Path) -> None:
     assert describe((), one_of_them, "a/x").patient == "1"
 
 
+def test_one_letter_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    composed, apart = "Müller", "Mu\u0308ller"
+    (tmp_path / "labels.csv").write_text(
+        f"record,patient_id,dx\n{composed}.npy,{apart},{composed}\na/x,{composed},{apart}"
+    )
+    matcher = NameMatcher(tmp_path, ["a/x", f"b/{apart}", "b/y"])
+    table = load_label_table([tmp_path / "labels.csv"], matcher, Scratch.make())
+    known = [describe((), table, item) for item in ("a/x", f"b/{apart}")]
+    assert [one.patient for one in known] == [composed, composed]
+    assert [one.labels["dx"] for one in known] == [[composed], [composed]]
+    both = NameMatcher(tmp_path, [composed, apart])
+    assert [list(both.records(name, tmp_path)) for name in (composed, apart)] == [[composed], [apart]]
+
+
 def test_a_base_name_that_several_share_is_refused(tmp_path: Path) -> None:
     assert "line 2: record 'x' could be a/x or b/x; give the path" in refusal(tmp_path, "record,n\nx,1\n")
 
@@ -83,6 +99,104 @@ def test_the_column_that_names_most_records_counts(tmp_path: Path) -> None:
     assert load(tmp_path, "record,filename,n\n17,r1,0\nr1,17,1\n", record_column="filename").row("17")["n"] == "1"
 
 
+# --- how a CSV is written ---
+
+
+def load_bytes(tmp_path: Path, content: bytes) -> LabelTable:
+    (tmp_path / "labels.csv").write_bytes(content)
+    return load_label_table([tmp_path / "labels.csv"], NameMatcher(tmp_path, ITEMS), Scratch.make())
+
+
+def refusal_of_bytes(tmp_path: Path, content: bytes) -> str:
+    with pytest.raises(InputError) as caught:
+        load_bytes(tmp_path, content)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'labels.csv'}: ")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "inner_line"),
+    [
+        ('record,dx\na/x,"AF\na/y,SR\nr1,"\n', 2, 3),
+        ('record,dx\na/y,SR\n"a/x","AF\nnobody, SR\nr1.npy,SR"\n', 3, 5),
+        ('record,patient_id,dx\na/x,1,"AF\nq,2,SR\np,3,"\n', 2, 3),
+    ],
+)
+def test_rows_that_an_open_quote_swallows_are_named(tmp_path: Path, text: str, line: int, inner_line: int) -> None:
+    said = refusal(tmp_path, text)
+    assert f'line {line}: a quote (") is opened and not closed, so that line {inner_line} became part of a cell' in said
+
+
+@pytest.mark.parametrize("rest", ['a/y,"SR"\n', "a/y,SR\n", 'a/y,"SR"\nr1,"SR"\n'])
+def test_a_quote_that_breaks_the_csv_is_named_by_its_line(tmp_path: Path, rest: str) -> None:
+    said = refusal(tmp_path, f'record,dx\nr1,"A"\na/x,"AF\n{rest}')
+    assert "line 3: not a readable CSV" in said
+    assert "the row goes to line 4" in said or "the row goes to line 5" in said
+
+
+def test_line_breaks_in_cells_are_kept(tmp_path: Path) -> None:
+    text = 'record,patient_id,dx,report\na/x,1,"AF\nSB","Sinus, normal\naxis, left"\na/y,2,ST,\n'
+    table = load(tmp_path, text)
+    assert describe((), table, "a/x").labels["dx"] == ["AF", "SB"]
+    assert table.row("a/x")["report"] == "Sinus, normal\naxis, left"
+    assert table.place("a/y").endswith("line 5")
+
+
+GERMAN = "record;patient_id;Rhythmus;Größe\r\na/x;17,0;Überleitung;1,80\r\na/y;18,0;SR;12\r\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "delimiter", "remark"),
+    [
+        ("cp1252", ";", "as Windows-1252 text, with semicolons between the cells, with decimal"),
+        ("utf-8-sig", ";", "with semicolons between the cells, with decimal"),
+        ("utf-16", "\t", "as UTF-16, with tabs between the cells, with decimal"),
+    ],
+)
+def test_what_spreadsheets_write(tmp_path: Path, encoding: str, delimiter: str, remark: str) -> None:
+    table = load_bytes(tmp_path, GERMAN.replace(";", delimiter).encode(encoding))
+    known = describe((), table, "a/x")
+    assert known.patient == "17"
+    assert known.labels == {"Rhythmus": ["Überleitung"], "Größe": ["1.80"]}
+    assert table.remarks == [f"{tmp_path / 'labels.csv'}: read {remark} commas (72,5 is 72.5) in patient_id, Größe"]
+    assert describe((), pickle.loads(pickle.dumps(table)), "a/y").patient == "18"
+
+
+def test_commas_that_are_no_decimal_ones_stay(tmp_path: Path) -> None:
+    table = load_bytes(
+        tmp_path,
+        b"record;patient_id;dx;n;m;codes\na/x;1,101;426783006,59931005;-0,250;12,500;1,2\na/y;2;12,5;NA;7,5;1,2,3\n",
+    )
+    row = {"record": "a/x", "patient_id": "1,101", "dx": "426783006,59931005", "n": "-0.250", "m": "12.500"}
+    assert table.row("a/x") == row | {"codes": "1,2"}
+    assert table.remarks[0].endswith("with decimal commas (72,5 is 72.5) in n, m")
+    with pytest.raises(InputError, match="may have a separator of thousands"):
+        describe((), table, "a/x")
+    assert load(tmp_path, 'record,n\na/x,"1,5"\n').row("a/x")["n"] == "1,5"
+    with pytest.raises(InputError, match="patient_id '17,0' has a comma in its number"):
+        describe((), load(tmp_path, 'record,patient_id\na/x,"17,0"\n'), "a/x")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("record,n\na/x,ü\n".encode("mac-roman"), "line 2: the byte 0x9F is no UTF-8, and which letter it is depends"),
+        ("record,n\na/x,ł\n".encode("cp1250"), "line 2: the byte 0xB3 is no UTF-8"),
+        ("record,n\na/x,норма\n".encode("cp1251"), "line 2: the byte 0xED is no UTF-8"),
+        ("record,n\na/x,ü\n".encode() + b"a/y,\xfc\n", "line 3: the byte 0xFC is no UTF-8, and other lines are UTF-8"),
+        ("record,n\na/x,1\n".encode("utf-16-le"), "line 1: not a readable CSV of labels, it has zero bytes"),
+        (b"PK\x03\x04\x14\x00", "a spreadsheet's own file; save it as CSV UTF-8"),
+        (b"record;dx,n\na/x;1,2\n", "its first line has 2 columns with ',' between them, and with ';'"),
+        (b"\xff\xfer\x00e", "not a readable CSV of labels ('utf-16-le' codec .* truncated data); save it as CSV UTF-8"),
+        (b"record|n\na/x|1\n", "no column record or filename .* the columns are record|n"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    said = refusal_of_bytes(tmp_path, content)
+    assert all(part in said for part in reason.split(" .* ")), said
+
+
 # --- several files ---
 
 
@@ -95,6 +209,17 @@ def test_several_files_are_one_table(tmp_path: Path) -> None:
     }
     assert [describe((), table, item).patient for item in ("a/x", "a/y", "r1", "17")] == ["1", "2", "3", None]
     assert table.columns == ["record", "patient_id", "n", "name", "m"]
+
+
+def test_files_may_not_spell_a_column_in_two_ways(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "record,Rhythm\na/x,AF\n", "record,rhythm\na/x,SR\n")
+    assert "labels1.csv: column 'rhythm' is 'Rhythm' in" in said
+    table = load(tmp_path, "record,Patient_ID\na/x,1\n", "record,patient_id\na/x,1\n")
+    assert describe((), table, "a/x").patient == "1"
+
+
+def test_a_mark_where_files_were_joined_is_no_part_of_a_name(tmp_path: Path) -> None:
+    assert load(tmp_path, "record,n\na/x,1\n\ufeffa/y,2\n").row("a/y")["n"] == "2"
 
 
 def test_files_may_not_contradict_each_other(tmp_path: Path) -> None:
@@ -237,6 +362,18 @@ def test_a_patient_is_one_person_however_a_batch_writes_the_id(tmp_path: Path, b
     assert splits[:5] == splits[6:11]
 
 
+def test_how_a_table_is_written_is_said(tmp_path: Path, batch, capsys) -> None:
+    folder = batch("in", "record;patient_id\n" + "".join(f"in{i};{i},0\n" for i in range(6)))
+    assert ingest(folder, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert (
+        f"{folder / 'labels.csv'}: read with semicolons between the cells, with decimal commas (72,5 is 72.5) in "
+        in said
+    )
+    assert "records have a row in" not in said
+    assert ShardSet.open(tmp_path / "out").metadata(3)["patient"] == "3"
+
+
 def test_ids_of_older_versions_are_pointed_out(tmp_path: Path, batch, capsys) -> None:
     one, two = (batch(name, f"record,patient_id\n{name}0,17\n") for name in ("one", "two"))
     out = tmp_path / "out"
@@ -267,6 +404,8 @@ def test_unknown_patients_are_persons_of_their_own_and_everything_is_counted(tmp
         "1 records have no row in",
         "1 rows of",
         "labels.csv: line 7: 'nobody'",
+        f"5 of 6 records have a row in {folder / 'labels.csv'}",
+        f"1 of 6 records have a row in {more}",
     ):
         assert line in said, line
     shards = ShardSet.open(out)

@@ -210,7 +210,6 @@ def test_patients_of_ones_own_for_ptbxl_are_passed_over_and_counted(ptbxl: Path,
     [
         ("ptbxl_database.csv", "patient_id", "pid", "no column patient_id; the columns are ecg_id, pid"),
         ("ptbxl_database.csv", ",3,records100", ",3,x,records100", "line 2 has 11 fields"),
-        ("ptbxl_database.csv", "00002_hr", "00001_hr", "a record stands twice: 'records500/00000/00001_hr'"),
         ("ptbxl_database.csv", "records500", "records", "no WFDB record"),
         ("scp_statements.csv", "rhythm", "r", "no column rhythm"),
         ("scp_statements.csv", STATEMENTS, "", "no column diagnostic; the columns are none"),
@@ -224,6 +223,43 @@ def test_broken_tables_of_ptbxl(ptbxl: Path, file: str, old: str, new: str, reas
         with pytest.raises(InputError, match=reason) as caught:
             opened(as_kind(ptbxl, kind))
         assert str(caught.value).startswith(str(as_kind(ptbxl, kind)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_equal_rows_of_one_record_count_once(ptbxl: Path, kind: str) -> None:
+    table = ptbxl / "ptbxl_database.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([*lines, lines[1], lines[2]]))
+    source = opened(as_kind(ptbxl, kind))
+    assert len(source.items()) == 3
+    assert source.read("records500/00000/00001_hr").labels["superclass"] == ["NORM"]
+    line = "2 rows repeat others and count once; the first is ptbxl_database.csv: line 6, of the record records500/"
+    assert [one for one in source.left_out() if one.startswith(line)]
+
+
+def test_codes_and_studies_that_stand_twice(ptbxl: Path, mimic: Path) -> None:
+    statements, measurements = ptbxl / "scp_statements.csv", mimic / "machine_measurements.csv"
+    twice = STATEMENTS.replace("IMI,inferior", "NORM,inferior")
+    statements.write_text(twice)
+    assert "scp_statements.csv: line 3: the code 'NORM' stands twice" in refusal(ptbxl)
+    other = MEASUREMENTS.splitlines(keepends=True)[1].replace("Sinus rhythm", "Paced")
+    measurements.write_text(MEASUREMENTS + other)
+    source = opened(mimic)
+    assert source.read(source.items()[0]).labels["report"] == ["Sinus rhythm", "Borderline | ECG"]
+    line = (
+        "1 rows of machine_measurements.csv say other reports than an earlier row, which counts; the first is of study"
+    )
+    assert [one for one in source.left_out() if one == f"{line} 40689238"]
+
+
+def test_contradicting_rows_of_one_record_cost_that_record(ptbxl: Path) -> None:
+    table = ptbxl / "ptbxl_database.csv"
+    table.write_text(table.read_text().replace("00002_hr", "00001_hr"))
+    source = opened(ptbxl)
+    item, other = source.items()
+    with pytest.raises(InputError, match=r"ptbxl_database.csv: line 2 and ptbxl_database.csv: line 3 contradict each"):
+        source.read(item)
+    assert source.read(other).patient
 
 
 @pytest.mark.parametrize(
@@ -278,6 +314,19 @@ def test_mimic(mimic: Path, ecgs: list[Record], kind: str) -> None:
     for record, made in zip(records, ecgs, strict=False):
         assert record.leads == LEADS
         np.testing.assert_array_equal(record.signal_LT, made.signal_LT)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_records_that_the_list_of_mimic_does_not_name_are_counted(mimic: Path, kind: str) -> None:
+    items = opened(mimic).items()
+    lines = RECORD_LIST.splitlines(keepends=True)
+    (mimic / "record_list.csv").write_text("".join([lines[0], lines[2]]))
+    source = opened(as_kind(mimic, kind))
+    assert source.items() == [items[1]]
+    assert source.left_out() == [f"left out: 2 records that record_list.csv does not name; the first is {items[0]}"]
+    if kind == "folder":
+        part = opened(mimic / "files")
+        assert part.left_out()[-1] == source.left_out()[0]
 
 
 def test_mimic_without_measurements(mimic: Path) -> None:

@@ -882,7 +882,10 @@ def test_paths_below_the_folder_of_the_table(tmp_path: Path) -> None:
         ("file,n\na/x,1\n", "the columns are file, n"),
         ("record,n\n", "names no record"),
         ("record,n\nc/x,1\n", "names no record .* it says 'c/x', a record is called 'a/x'"),
-        ("record,n\na/x,1\na/y,1\na/x.hea,2\n", "line 4: record a/x stands twice"),
+        (
+            "record,n\na/x,1\na/y,1\na/x.hea,2\n",
+            "line 4: record a/x stands twice, first in line 2; each may have one row",
+        ),
         ("record,n\na/x,1,2\n", "line 2 has 3 fields"),
         ("record,n,n\na/x,1,2\n", "column 'n' stands 2 times"),
         ('record,n\n"a/x,1\n', "not a readable CSV"),
@@ -901,9 +904,9 @@ def test_other_broken_tables(tmp_path: Path) -> None:
         source.items()
     with pytest.raises(InputError, match=r"gone.csv: not a readable CSV"):
         WfdbFolder(source.root, "set", tmp_path / "gone.csv").items()
-    (tmp_path / "latin.csv").write_bytes(b"record,n\na/x,\xfc\n")
-    with pytest.raises(InputError, match=r"latin.csv: not a readable CSV"):
-        WfdbFolder(source.root, "set", tmp_path / "latin.csv").items()
+    (tmp_path / "mac.csv").write_bytes(b"record,n\na/x,\x9f\n")
+    with pytest.raises(InputError, match=r"mac.csv: line 2: the byte 0x9F is no UTF-8.*: not a readable CSV of labels"):
+        WfdbFolder(source.root, "set", tmp_path / "mac.csv").items()
     with_comments(source.root / "c", name="x")
     (tmp_path / "twice.csv").write_text("record,n\nx,1\n")
     with pytest.raises(InputError, match=r"line 2: record 'x' could be a/x or c/x"):

@@ -24,6 +24,7 @@ from ecgscale.downstream.identification import (
     arcface_loss,
     identify,
     session_day,
+    session_days,
 )
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ECGEncoder
@@ -380,6 +381,21 @@ def test_days_of_sessions_sort_as_time_runs():
     assert days[3] == days[4]
     assert days[1] - days[0] == 21
     assert [session_day(text) for text in ("2", "10", "20050315")] == [2, 10, 20050315]
+
+
+@pytest.mark.parametrize(
+    ("texts", "one", "other"),
+    [
+        (["2004-12-07", "2005-01-03", "01.03.2005"], "2004-12-07", "01.03.2005"),
+        (["01.03.2005", "20050301"], "01.03.2005", "20050301"),
+        (["1", "2", "2005-03-01 10:00"], "1", "2005-03-01 10:00"),
+    ],
+)
+def test_sessions_of_a_data_set_are_written_in_one_way(texts, one, other):
+    with pytest.raises(InputError, match=f"sessions of 'a' are written as '{one}' and as '{other}'; write all in one"):
+        session_days(texts, ["a"] * len(texts))
+    datasets = [f"{text == other}" for text in texts]
+    assert session_days(texts, datasets) == [session_day(text) for text in texts]
 
 
 @pytest.mark.parametrize("text", ["", "15/03/05", "15.3.05", "2005-02-30", "32.01.2005", "monday", "-3", "2005-03"])

@@ -77,7 +77,8 @@ class Job:
                         int(columns[name][number - first]) for name in ("offset", "length", "leads")
                     )
                     scale, patient = columns["scale"][number - first].copy(), int(columns["patient"][number - first])
-                    held[item] = Held(tar, payload, offset, length, leads, scale, patient)
+                    json_place = (int(columns[name][number - first]) for name in ("json_offset", "json_length"))
+                    held[item] = Held(tar, payload, offset, length, leads, scale, patient, *json_place)
             first = last
         return held
 
@@ -171,7 +172,10 @@ def _check_appendable(out: Path, base: dict[str, Any], asked: Asked, options: In
     conversion = asked["conversion"]
     for source in base["sources"]:
         if (source["dataset"], source.get("items_sha256")) == (conversion["dataset"], conversion[NAMES]):
-            raise InputError(f"{out}: these records of {source['dataset']!r} are in it already; append others")
+            raise InputError(
+                f"{out}: these records of {source['dataset']!r} are in it already; append others, or ingest all anew "
+                "if their labels have changed"
+            )
     index = out / base["index"]["file"]
     if not index.is_file() or file_sha256(index) != base["index"]["sha256"]:
         raise InputError(f"{index}: missing or damaged, its sha256 differs from the manifest; ingest the data again")

@@ -23,7 +23,7 @@ from ecgscale.data.copies import Copies, about_copies, content_keys, is_flat, wr
 from ecgscale.data.ingest.job import Job
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.slice import SPLIT_VALUE, Part, read_columns
+from ecgscale.data.ingest.slice import OTHER_LABELS, SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
 from ecgscale.data.persons import near_ids
@@ -89,6 +89,7 @@ def finish(job: Job, mark: Mark) -> Ingested:
         if found.held:
             raise InputError(
                 f"{job.out}: {found.held} records of {job.source.dataset!r} are in it already; append others"
+                + (f"; {found.notes[OTHER_LABELS]} x {OTHER_LABELS}" if found.notes[OTHER_LABELS] else "")
             )
         first = f", the first because: {found.first_reason}" if found.first_reason else ""
         raise InputError(f"{job.out}: none of the {len(job.items)} records could be read{first}")

@@ -23,8 +23,9 @@ from ecgscale.data.cells import NOBODY
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value
 from ecgscale.data.payload import Payload
+from ecgscale.data.schema import parse_json
 from ecgscale.data.shards import COLUMNS, Columns, index_row, read_signal, write_tar
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, naming_file
 from ecgscale.files import whole_file
 from ecgscale.record import Record, Remark, patient_code
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 _DIGEST = "sha256"  # key of a part file's checksum; without one (of an older version) the slice is converted again
 SPLIT_VALUE = "split_value"  # column of a part file: place of the record's value in Part.split_values
+OTHER_LABELS = (
+    "a record that is there already and has other labels or metadata now: the old ones stay; for the new ones ingest "
+    "all anew into a new folder"
+)  # a note of records that are left out
 
 
 class Held(NamedTuple):
@@ -48,6 +53,8 @@ class Held(NamedTuple):
     """As in the index."""
     patient: int
     """Code, as in the index."""
+    json_offset: int
+    json_length: int
 
     def equals(self, record: Record) -> bool:
         """Whether that record has these samples, leads and scales."""
@@ -55,6 +62,13 @@ class Held(NamedTuple):
         if row["leads"] != self.leads or not np.array_equal(row["scale"], self.scale):
             return False
         return np.array_equal(read_signal(self.tar, self.payload, self.offset, self.length), record.signal_LT)
+
+    def says_the_same(self, record: Record) -> bool:
+        """Whether it has the labels and metadata of that record."""
+        with naming_file(self.tar, "cannot read"), self.tar.open("rb") as file:
+            file.seek(self.json_offset)
+            fields = parse_json(file.read(self.json_length))
+        return (fields["labels"], fields["metadata"]) == (record.labels, record.metadata)
 
 
 @dataclass(frozen=True)
@@ -205,6 +219,8 @@ def convert(task: Slice) -> Part:
                         )
                     if known.equals(record):
                         held += 1
+                        if not known.says_the_same(record):
+                            notes[OTHER_LABELS] += 1
                         continue
                     raise InputError(
                         f"{task.source.dataset!r} has a record {item!r} already, with other samples; put this one into "

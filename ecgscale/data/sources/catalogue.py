@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ecgscale.data.label_table import Description, being_filled, rows_of
+from ecgscale.data.description import Description
+from ecgscale.data.disk_tables import being_filled, rows_of
 from ecgscale.errors import InputError
 
 _SCHEMA = """
@@ -57,19 +58,6 @@ class Catalogue:
     def add_files(self, members: Iterable[tuple[str, Member]]) -> None:
         """Raises InputError for a name that stands twice."""
         rows = ((name, *member) for name, member in members)
-        self._insert("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", rows, "two files have the same name")
-
-    def add_records(self, described: Iterable[tuple[str, Description]]) -> None:
-        """Raises InputError for a record that stands twice."""
-        rows = ((item, "" if said == _NOTHING else json.dumps(list(vars(said).values()))) for item, said in described)
-        self._insert("INSERT INTO records VALUES (?, ?)", rows, "a record stands twice")
-
-    def add_texts(self, texts: Iterable[tuple[int, list[str]]]) -> None:
-        """Lines of text by number, for tables whose rows have to find each other; of a repeated number the first."""
-        rows = ((key, json.dumps(lines)) for key, lines in texts)
-        self._insert("INSERT OR IGNORE INTO texts VALUES (?, ?)", rows, "")
-
-    def _insert(self, statement: str, rows: Iterable[tuple[object, ...]], conflict: str) -> None:
         with being_filled(self.path) as tables:
             latest = ""
 
@@ -81,9 +69,44 @@ class Catalogue:
 
             try:
                 with tables:
-                    tables.executemany(statement, remembered())
+                    tables.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", remembered())
             except sqlite3.IntegrityError as error:
-                raise InputError(f"{conflict}: {latest!r}") from error
+                raise InputError(f"two files have the same name: {latest!r}") from error
+
+    def add_records(self, described: Iterable[tuple[str, Description]]) -> list[str]:
+        """Returns a line on rows that say again what an earlier one says; those count once.
+
+        Of a record whose rows contradict each other, that is kept as its fault.
+        """
+        repeated, first = 0, ""
+        with being_filled(self.path) as tables, tables:
+            for item, said in described:
+                if tables.execute("INSERT OR IGNORE INTO records VALUES (?, ?)", (item, _packed(said))).rowcount:
+                    continue
+                ((packed,),) = tables.execute("SELECT said FROM records WHERE item = ?", (item,))
+                earlier = _unpacked(packed)
+                if _content(said) == _content(earlier):
+                    repeated += 1
+                    first = first or f"{said.place}, of the record {item}"
+                    continue
+                fault = f"{earlier.place} and {said.place} contradict each other; a record may have one row"
+                kept = _packed(replace(earlier, fault=fault))
+                tables.execute("UPDATE records SET said = ? WHERE item = ?", (kept, item))
+        return [f"{repeated} rows repeat others and count once; the first is {first}"] if repeated else []
+
+    def add_texts(self, texts: Iterable[tuple[int, list[str]]]) -> list[int]:
+        """Lines of text by number, for tables whose rows have to find each other; of a repeated number the first.
+
+        Returns the numbers of which others were said later.
+        """
+        contradicted = []
+        with being_filled(self.path) as tables, tables:
+            for key, lines in texts:
+                packed = json.dumps(lines)
+                if not tables.execute("INSERT OR IGNORE INTO texts VALUES (?, ?)", (key, packed)).rowcount:
+                    ((earlier,),) = tables.execute("SELECT said FROM texts WHERE key = ?", (key,))
+                    contradicted += [key] if earlier != packed else []
+        return contradicted
 
     def file(self, name: str) -> Member | None:
         row = next(rows_of(self.path, "SELECT * FROM files WHERE name = ?", name), None)
@@ -128,9 +151,22 @@ class Catalogue:
     def describe(self, item: str) -> Description:
         """What is known of a record; nothing for one that is not there."""
         row = next(rows_of(self.path, "SELECT said FROM records WHERE item = ?", item), None)
-        return Description(*json.loads(row[0])) if row is not None and row[0] else _NOTHING
+        return _NOTHING if row is None else _unpacked(row[0])
 
     def text(self, key: int) -> list[str]:
         row = next(rows_of(self.path, "SELECT said FROM texts WHERE key = ?", key), None)
         lines: list[str] = json.loads(row[0]) if row else []
         return lines
+
+
+def _packed(said: Description) -> str:
+    return "" if said == _NOTHING else json.dumps(list(vars(said).values()))
+
+
+def _unpacked(text: str) -> Description:
+    return Description(*json.loads(text)) if text else _NOTHING
+
+
+def _content(said: Description) -> tuple[object, ...]:
+    """What two rows of one record must agree in."""
+    return said.patient, said.labels, said.metadata, bool(said.fault)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ecgscale.data.description import Description
 from ecgscale.data.label_columns import LabelColumns
-from ecgscale.data.label_table import Description, LabelTable, NameMatcher, load_label_table, paths_of
+from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
+from ecgscale.data.matching import NameMatcher
 from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
 from ecgscale.data.sources.catalogue import Catalogue
-from ecgscale.data.sources.listing import left_out
+from ecgscale.data.sources.listing import header_names, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError
@@ -107,10 +109,11 @@ def all_headers(tree: Tree) -> list[str]:
 
 
 class Absent:
-    """Records that a table names and that are not there."""
+    """Records that a table names and that are not there; ``remarks`` takes other lines on the tables."""
 
     def __init__(self) -> None:
         self.count, self.first = 0, ""
+        self.remarks: list[str] = []
 
     def add(self, item: str) -> None:
         self.count += 1
@@ -118,7 +121,15 @@ class Absent:
 
     def lines(self) -> list[str]:
         said = f"left out: {self.count} records that the tables name and that are not there; the first is {self.first}"
-        return [said] if self.count else []
+        return [said, *self.remarks] if self.count else self.remarks
+
+
+def not_named(tree: Tree, within: str, table: str, named: Set[str]) -> list[str]:
+    """A line on the WFDB headers of a folder ("" is the root) that a table does not name."""
+    prefix = f"{within}/" if within else ""
+    items = (f"{prefix}{name}" for name in header_names(tree.below(within).contents()))
+    others = [item for item in items if item not in named]
+    return [f"left out: {len(others)} records that {table} does not name; the first is {min(others)}"] if others else []
 
 
 def lies_in(item: str, within: str) -> bool:
@@ -142,7 +153,7 @@ def catalogued(
     """
     catalogue = Catalogue.make(scratch.path / "records.sqlite")
     try:
-        catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
+        repeated = catalogue.add_records(tqdm(described, desc="list", unit="rec", disable=None))
     except InputError as error:
         raise error if str(error).startswith(str(tree.where)) else InputError(f"{tree.where}: {error}") from error
     if not (n := catalogue.n_records()):
@@ -157,7 +168,7 @@ def catalogued(
         options.record_column,
         options.patient_key,
         options.ignore_leads,
-        (*hints, *(absent.lines() if absent else ())),
+        (*hints, *repeated, *(absent.lines() if absent else ())),
         others,
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,

@@ -5,7 +5,7 @@ Diagnoses, age and sex stand in the headers. No record names a patient.
 
 from __future__ import annotations
 
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.data.sources.catalogued import Described, lies_in
 from ecgscale.data.sources.tree import Tree
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.cells import Cells
-from ecgscale.data.label_table import Description, LabelTable
+from ecgscale.data.description import Description
+from ecgscale.data.label_table import LabelTable
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.listing import is_junk
@@ -77,13 +78,14 @@ class Code15:
         catalogue = Catalogue.make(scratch.path / "exams.sqlite")
         try:
             unnamed: list[str] = []
-            catalogue.add_records(_exams(root, unnamed))
+            repeated = catalogue.add_records(_exams(root, unnamed))
         except InputError as error:
             raise error if str(error).startswith(str(root)) else InputError(f"{root / EXAMS}: {error}") from error
         n = sum(len(_part(root, part).exam_ids) for part in parts)
         description = DESCRIPTION.format(n=n, parts=len(parts), unit=unit)
         if unnamed:
             description += f"; {len(unnamed)} rows of {EXAMS} name no exam and are left out, the first: {unnamed[0]}"
+        description += "".join(f"; {line}" for line in repeated)
         return cls(root, catalogue, scratch, options.dataset or "", description, parts, mv_per_value)
 
     def items(self) -> list[str]:
@@ -177,7 +179,7 @@ def _exams(root: Path, unnamed: list[str]) -> Iterator[tuple[str, Description]]:
             row = {name: cells[i] for name, i in table.columns.items()}
             exam_id = Cells().text(row["exam_id"], "exam_id") or ""
             if exam_id.isascii() and exam_id.isdigit():
-                yield str(int(exam_id)), _description(row, table.where())
+                yield str(int(exam_id)), replace(_description(row, table.where()), place=table.place())
             else:
                 unnamed.append(f"{table.where()}: exam_id is {row['exam_id']!r}")
 

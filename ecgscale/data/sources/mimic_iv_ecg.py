@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ecgscale.data.cells import Cells, is_known
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.data.sources.catalogue import Catalogue
-from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
+from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in, not_named
 from ecgscale.data.sources.listing import header_names
 from ecgscale.data.sources.tables import Table, unreadable_row, whole_number
 from ecgscale.data.sources.tree import Tree
@@ -91,8 +92,11 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
     Raises InputError for tables that are not MIMIC-IV-ECG's.
     """
     reports = Catalogue.make(scratch / "reports.sqlite")
-    if MEASUREMENTS in tree.children(""):
-        reports.add_texts(_reports(tree))
+    if MEASUREMENTS in tree.children("") and (contradicted := reports.add_texts(_reports(tree))):
+        absent.remarks.append(
+            f"{len(contradicted)} rows of {MEASUREMENTS} say other reports than an earlier row, which counts; the "
+            f"first is of study {contradicted[0]}"
+        )
     if RECORDS not in tree.children(""):
         yield from _by_folders(tree, reports, within)
         return
@@ -101,7 +105,7 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
         table = Table(stream, str(tree.where / RECORDS), _COLUMNS)
         subject, study, time, path = (table.columns[name] for name in _COLUMNS)
         for row in table:
-            item = (Cells().text(row[path], "path") or "").removesuffix(".hea")
+            item = _item(row[path])
             parts = item.split("/")
             if len(parts) < 3:
                 yield unreadable_row(table, f"path {row[path]!r}; it must read like files/p1000/p10000032/s1/1")
@@ -110,7 +114,24 @@ def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Describ
             elif "/".join(parts[:-2]) not in there:
                 absent.add(item)
             else:
-                yield item, _description(row[subject], row[study], row[time], reports, table.where())
+                said = _description(row[subject], row[study], row[time], reports, table.where())
+                yield item, replace(said, place=table.place())
+
+
+def left_out(tree: Tree, within: str) -> list[str]:
+    """A line on records, or those of a folder, that the list does not name; none where there is no list."""
+    if RECORDS not in tree.children(""):
+        return []
+    with tree.table(RECORDS) as stream:
+        table = Table(stream, str(tree.where / RECORDS), _COLUMNS)
+        path = table.columns["path"]
+        named = {_item(row[path]) for row in table}
+    return not_named(tree, within, RECORDS, named)
+
+
+def _item(path: str) -> str:
+    """The record that a cell names."""
+    return (Cells().text(path, "path") or "").removesuffix(".hea")
 
 
 def _description(subject: str, study: str, time: str, reports: Catalogue, where: str) -> Description:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.description import describe
 from ecgscale.data.label_columns import LabelColumns
-from ecgscale.data.label_table import LabelTable, NameMatcher, RowMatcher, describe, load_label_table, paths_of
+from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
+from ecgscale.data.matching import NameMatcher, RowMatcher
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch

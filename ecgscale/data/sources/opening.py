@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ecgscale.data.label_table import Description
+from ecgscale.data.description import Description
 from ecgscale.data.plausibility import UnlikelyUnitError, questions
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources import archive, cinc2021, code15, mimic_iv_ecg, ptbxl
@@ -163,9 +164,10 @@ def _about(place: Place, scratch: Scratch, absent: Absent) -> tuple[Described, s
     """What its tables say of the records, a line for people, and who knows what is left out."""
     tree, within = place.tree, place.within
     if place.layout == "ptbxl":
-        return ptbxl.described(tree, within, absent), ptbxl.DESCRIPTION, ptbxl.left_out
+        return ptbxl.described(tree, within, absent), ptbxl.DESCRIPTION, partial(ptbxl.left_out, within=within)
     if place.layout == "mimic-iv-ecg":
-        return mimic_iv_ecg.described(tree, scratch.path, within, absent), mimic_iv_ecg.description(tree), None
+        described = mimic_iv_ecg.described(tree, scratch.path, within, absent)
+        return described, mimic_iv_ecg.description(tree), partial(mimic_iv_ecg.left_out, within=within)
     return cinc2021.described(tree, within), cinc2021.DESCRIPTION, all_headers
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ecgscale.data.cells import Cells
-from ecgscale.data.label_table import Description
-from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in
-from ecgscale.data.sources.listing import header_names
+from ecgscale.data.description import Description
+from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in, not_named
 from ecgscale.data.sources.tables import Table, unreadable_row, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -62,19 +62,17 @@ def described(tree: Tree, within: str, absent: Absent) -> Described:
             elif f"{item}.hea" not in there:
                 absent.add(item)
             else:
-                yield item, _description({name: row[at[name]] for name in _COLUMNS}, statements, table.where())
+                said = _description({name: row[at[name]] for name in _COLUMNS}, statements, table.where())
+                yield item, replace(said, place=table.place())
 
 
-def left_out(tree: Tree) -> list[str]:
-    """A line on records that the table does not name."""
+def left_out(tree: Tree, within: str) -> list[str]:
+    """A line on records, or those of a folder, that the table does not name."""
     with tree.table(DATABASE) as stream:
         table = Table(stream, str(tree.where / DATABASE), ())
         at = [table.columns[name] for name in _FOLDERS if name in table.columns]
         named = {row[i].strip() for row in table for i in at}
-    others = sorted(item for item in header_names(tree.contents()) if item not in named)
-    return (
-        [f"left out: {len(others)} records that {DATABASE} does not name; the first is {others[0]}"] if others else []
-    )
+    return not_named(tree, within, DATABASE, named)
 
 
 def _description(row: Mapping[str, str], statements: Mapping[str, Mapping[str, str]], where: str) -> Description:
@@ -129,5 +127,7 @@ def _statements(tree: Tree) -> dict[str, dict[str, str]]:
             if is_a["diagnostic"]:
                 labels["superclass"] = row[at["diagnostic_class"]].strip()
                 labels["subclass"] = row[at["diagnostic_subclass"]].strip()
+            if code in statements:
+                raise InputError(f"{table.where()}: the code {code!r} stands twice; each may have one row")
             statements[code] = {label: value for label, value in labels.items() if value}
     return statements

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ecgscale.data.description import describe
 from ecgscale.data.label_columns import LabelColumns
-from ecgscale.data.label_table import LabelTable, NameMatcher, describe, load_label_table, paths_of
+from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
+from ecgscale.data.matching import NameMatcher
 from ecgscale.data.plausibility import absent_remark, check_codes, plausible
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch
