@@ -164,7 +164,7 @@ def _add_kernel(parts: Any) -> None:
     kernel.set_defaults(run=_kernel)
     kernel.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
     kernel.add_argument("--seconds", type=float, help="of each way in each round (default 0.03 on a GPU, else 0.15)")
-    kernel.add_argument("--only", choices=("patches", "stems", "logits", "steps"), nargs="+", help="measure only these")
+    kernel.add_argument("--only", choices=("patches", "stems", "steps"), nargs="+", help="measure only these")
     kernel.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     _add_quick(kernel)
     _add_out(kernel)

@@ -18,7 +18,7 @@ import torch
 
 from ecgscale.bench.device import Ceilings, Device
 from ecgscale.bench.kernel_measure import Costs, Measured, measure, share_of_floor, write_rates, written
-from ecgscale.bench.kernel_ways import BOTH, CONV, FORWARD, REFERENCE, conv_stem, info_nce, patch_embed
+from ecgscale.bench.kernel_ways import BOTH, CONV, FORWARD, REFERENCE, conv_stem, patch_embed
 from ecgscale.bench.measure import (
     Check,
     Meaning,
@@ -38,10 +38,9 @@ from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale_kernels import Backend, counts, forced
 from ecgscale_kernels.counts import ConvStemSize, PatchEmbedSize
 
-PARTS = ("patches", "stems", "logits", "steps")  # fields of Effort
+PARTS = ("patches", "stems", "steps")  # fields of Effort
 _KEPT = 6  # of 12 leads, the mean of random lead masking
 _NOT_SLOWER = 0.97  # so far from 1 lies what one code measures against itself
-_PLACES, _NEGATIVES, _CODE_WIDTH = 55, 100, 256  # of the local objective: 0.35 of 156 tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Effort:
     rounds: int
     patches: tuple[tuple[int, int, int], ...]  # rows, samples of a patch, width
     stems: tuple[tuple[int, int], ...]  # rows, channels
-    logits: tuple[int, ...]  # rows
     steps: tuple[tuple[str, int], ...]  # preset, rows
     copied_bytes: int
     product_side: int
@@ -65,17 +63,17 @@ class Effort:
         """Shapes of real models. On a GPU the bounds hold for the first two patches and the first stem."""
         if not cuda:
             patches = ((32, 16, 768), (32, 25, 768), (32, 50, 768))
-            return Effort(0.15, 9, patches, ((8, 256),), (16,), (("tiny", 16),), 1 << 28, 2048)
+            return Effort(0.15, 9, patches, ((8, 256),), (("tiny", 16),), 1 << 28, 2048)
         held = ((512, 16, 768), (512, 50, 768))
         others = ((512, 25, 768), (256, 16, 768), (64, 16, 768), (512, 16, 256), (512, 16, 1024))
-        stems, logits, steps = ((256, 256), (64, 256)), (64, 256, 512), (("base", 64),)
-        return Effort(0.03, 9, held + others, stems, logits, steps, 1 << 30, 8192)
+        stems, steps = ((256, 256), (64, 256)), (("base", 64),)
+        return Effort(0.03, 9, held + others, stems, steps, 1 << 30, 8192)
 
     @staticmethod
     def least() -> Effort:
         """Shows that everything runs; the numbers are worth nothing, so no bound is held against them."""
         patches, stems = ((2, 16, 64), (2, 50, 64)), ((2, 32),)
-        return Effort(0.0, 2, patches, stems, (2,), (("tiny", 4),), 1 << 20, 128, samples=1000, quick=True)
+        return Effort(0.0, 2, patches, stems, (("tiny", 4),), 1 << 20, 128, samples=1000, quick=True)
 
     def only(self, parts: Sequence[str]) -> Effort:
         """Nothing but some of PARTS."""
@@ -105,7 +103,6 @@ def _sections(device: Device, effort: Effort) -> Iterator[Section]:
     yield _ceilings(device, ceilings, effort)
     yield from (_patch_embed(shape, device, ceilings, effort) for shape in effort.patches)
     yield from (_conv_stem(shape, device, ceilings, effort) for shape in effort.stems)
-    yield from (_info_nce(rows, device, effort) for rows in effort.logits)
     yield from (_step(preset, rows, device, effort) for preset, rows in effort.steps)
 
 
@@ -201,11 +198,6 @@ def _not_slower(found: Measured) -> list[Check]:
         Check(f"{mode}, times as fast as {CONV}", found.ratio(mode, REFERENCE, CONV).median, _NOT_SLOWER)
         for mode in (FORWARD, BOTH)
     ]
-
-
-def _info_nce(rows: int, device: Device, effort: Effort) -> Section:
-    problem = info_nce(rows, _PLACES, _NEGATIVES, _CODE_WIDTH, device)
-    return written(measure(problem, device, effort.rounds, effort.seconds))
 
 
 # -- a step ----------------------------------------------------------------------------------------------------------
