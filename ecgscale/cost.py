@@ -24,7 +24,8 @@ import torch
 from ecgscale import dry_run
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ, synthetic_batch
 from ecgscale.dry_run import LAYERS, PARTS, Device, Flops, counted_flops
-from ecgscale.model.encoder import ECGEncoder, ModelConfig
+from ecgscale.model import Encoder, EncoderConfig, build_encoder
+from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import Objective, ObjectiveConfig, build_objective
 from ecgscale.objectives.gather import Sent
 
@@ -179,7 +180,7 @@ def costs_of(model: ModelConfig, objective: ObjectiveConfig, samples: int) -> Co
 
 
 def step_flops(
-    model: ModelConfig, objective: ObjectiveConfig, rows: int, samples: int, contrast_rows: int | None = None
+    model: EncoderConfig, objective: ObjectiveConfig, rows: int, samples: int, contrast_rows: int | None = None
 ) -> int:
     """Forward and backward pass of one rank's micro-step.
 
@@ -189,13 +190,17 @@ def step_flops(
         contrast_rows: segments of all ranks, among which the objective contrasts; the rank's own by default.
     """
     ranks = (contrast_rows or rows) // rows
-    return sum(count.total for count in costs_of(model, objective, samples).flops(rows, ranks).values())
+    if isinstance(model, ModelConfig):
+        return sum(count.total for count in costs_of(model, objective, samples).flops(rows, ranks).values())
+    # Whose layers are all alike, one cannot know of other encoders: they are measured as they are.
+    counts = dry_run.flops_of(lambda: build_objective(model, objective, 0, SYNTHETIC_RATE_HZ), rows, samples, ranks)
+    return sum(count.total for count in counts.values())
 
 
-def encoder_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
+def encoder_flops(encoder: Encoder, rows: int, samples: int) -> int:
     """Forward and backward pass of an encoder by itself; what it does not learn has no gradient."""
     with torch.device("meta"):
-        twin = ECGEncoder(encoder.config)
+        twin = build_encoder(encoder.config)
     for own, given in zip(twin.parameters(), encoder.parameters(), strict=True):
         own.requires_grad_(given.requires_grad)
     with torch.random.fork_rng(devices=[]):
@@ -203,8 +208,8 @@ def encoder_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
     return sum(count.total for count in counted_flops(twin, lambda: twin(batch)[0]).values())
 
 
-def parameters(model: ModelConfig, objective: ObjectiveConfig | None = None) -> dict[str, int]:
+def parameters(model: EncoderConfig, objective: ObjectiveConfig | None = None) -> dict[str, int]:
     """Elements of each parameter of an encoder, or of an objective with its heads, by name. Nothing is allocated."""
     with torch.device("meta"):
-        module = build_objective(model, objective, 0, SYNTHETIC_RATE_HZ) if objective else ECGEncoder(model)
+        module = build_objective(model, objective, 0, SYNTHETIC_RATE_HZ) if objective else build_encoder(model)
     return {name: parameter.numel() for name, parameter in module.named_parameters()}

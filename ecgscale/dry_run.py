@@ -155,7 +155,7 @@ def held_by(
     with pretended_ranks(ranks) as sent:
         given = [_drawn(objective, rows, samples, fake.from_tensor if fake else lambda tensor: tensor.to(_META))]
         if not fake:
-            objective.encoder.register_module("stem", _as_fused(objective.encoder.stem))
+            objective.encoder.register_module("stem", _as_fused(objective.encoder.get_submodule("stem")))
         tracker = _Tracker(objective, *given[0])
         sent.clear()  # what is drawn together
         with fake or _as_on_gpu(), tracker, torch.autograd.graph.saved_tensors_hooks(tracker.keep, lambda saved: saved):
@@ -229,7 +229,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, module in objective.named_modules():
             module.register_forward_pre_hook(partial(self._enter, part_of(name)))
             module.register_forward_hook(self._leave)
-        layers = objective.encoder.layers
+        layers = list(objective.encoder.get_submodule("layers").children())
         layers[0].register_forward_pre_hook(self._into_layers)
         layers[-1].register_forward_hook(self._out_of_layers)
 

@@ -17,8 +17,9 @@ from ecgscale.data.batch import ECGBatch, synthetic_batch
 from ecgscale.dry_run import held_by, part_of
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import OBJECTIVES, Objective, ObjectiveConfig, build_objective
+from ecgscale.objectives import OBJECTIVES, Objective, ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.gather import pretended_ranks
+from small_jobs import config_of
 
 ROWS, SAMPLES = 4, 2500
 TINY = PRESETS["tiny"]
@@ -44,7 +45,7 @@ def test_encoder_of_each_preset(preset, stem, make_batch) -> None:
         encoder = ECGEncoder(config)
     found = counted(lambda: encoder(batch)[0].sum().backward())
     expected = {
-        name: count.total for name, count in Costs(config, ObjectiveConfig("cmsc"), SAMPLES).flops(ROWS).items()
+        name: count.total for name, count in Costs(config, objective_config("cmsc"), SAMPLES).flops(ROWS).items()
     }
     assert found["stem"] == expected["stem"]
     assert found["feature_projection"] == expected["rest"]
@@ -61,7 +62,7 @@ def test_position(kernel) -> None:
     weight = torch.zeros(config.width, config.width // config.position_groups, kernel, device="meta")
     with FlopCounterMode(display=False) as counter:
         F.conv1d(x_BDN, weight, groups=config.position_groups)
-    position = Costs(config, ObjectiveConfig(), SAMPLES).flops(ROWS)["position"]
+    position = Costs(config, objective_config(), SAMPLES).flops(ROWS)["position"]
     assert position == (counter.get_total_flops(), 2 * counter.get_total_flops())
 
 
@@ -69,7 +70,7 @@ def test_position(kernel) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_step_of_each_objective(name, form, small_model_config, make_batch) -> None:
     model = replace(small_model_config, position_kernel=15)
-    config = ObjectiveConfig(name=name, global_form=form, augmentations=["none"])
+    config = config_of(name, global_form=form, augmentations=["none"])
     module = build_objective(model, config, seed=0, rate_hz=500.0)
     row = torch.arange(ROWS)
     batch = module.view(
@@ -98,7 +99,7 @@ class Given(nn.Module):
 
 
 def test_contrast_of_all_ranks_and_rows() -> None:
-    costs = Costs(PRESETS["base"], ObjectiveConfig(), SAMPLES)
+    costs = Costs(PRESETS["base"], objective_config(), SAMPLES)
     one, two = costs.flops(16, ranks=64), costs.flops(32, ranks=32)
     assert one["loss"] == two["loss"] == (2 * 512 * 512 * 768, 4 * 512 * 512 * 768)
     assert all(two[part].total == 2 * one[part].total for part in one if part != "loss")
@@ -107,13 +108,13 @@ def test_contrast_of_all_ranks_and_rows() -> None:
 def test_counting_draws_nothing_from_the_generator_that_training_uses() -> None:
     torch.manual_seed(3)
     encoder, before = ECGEncoder(DRY), torch.get_rng_state()
-    step_flops(TINY, ObjectiveConfig(negatives=7), ROWS, SAMPLES)
+    step_flops(TINY, objective_config(negatives=7), ROWS, SAMPLES)
     encoder_flops(encoder, 2, SAMPLES)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_parameters() -> None:
-    base = parameters(ModelConfig(), ObjectiveConfig())
+    base = parameters(ModelConfig(), objective_config())
     assert sum(base.values()) == 90_883_072  # of the reference implementation
     assert base["encoder.mask.token"] == 768
     heads = {name.partition(".")[0] for name in base if not name.startswith("encoder.")}
@@ -124,17 +125,17 @@ def test_parameters() -> None:
 # --- bytes ---
 
 CASES = {
-    "fp32": (TINY, ObjectiveConfig(), "fp32"),
-    "no dropout": (DRY, ObjectiveConfig(), "fp32"),
-    "bf16": (TINY, ObjectiveConfig(), "bf16"),
-    "patch stem": (replace(TINY, stem="patch", patch_samples=25), ObjectiveConfig(), "fp32"),
-    "norm first": (replace(TINY, pre_norm=True), ObjectiveConfig(), "fp32"),
-    "direct convolution": (replace(TINY, position_kernel=15), ObjectiveConfig(), "fp32"),
-    "local alone": (TINY, ObjectiveConfig(name="wav2vec2"), "fp32"),
-    "global alone": (TINY, ObjectiveConfig(name="cmsc"), "fp32"),
-    "nt-xent": (TINY, ObjectiveConfig(name="cmsc", global_form="nt_xent"), "fp32"),
-    "simclr": (TINY, ObjectiveConfig(name="simclr"), "fp32"),
-    "3kg": (TINY, ObjectiveConfig(name="3kg"), "fp32"),
+    "fp32": (TINY, objective_config(), "fp32"),
+    "no dropout": (DRY, objective_config(), "fp32"),
+    "bf16": (TINY, objective_config(), "bf16"),
+    "patch stem": (replace(TINY, stem="patch", patch_samples=25), objective_config(), "fp32"),
+    "norm first": (replace(TINY, pre_norm=True), objective_config(), "fp32"),
+    "direct convolution": (replace(TINY, position_kernel=15), objective_config(), "fp32"),
+    "local alone": (TINY, objective_config(name="wav2vec2"), "fp32"),
+    "global alone": (TINY, objective_config(name="cmsc"), "fp32"),
+    "nt-xent": (TINY, objective_config(name="cmsc", global_form="nt_xent"), "fp32"),
+    "simclr": (TINY, objective_config(name="simclr"), "fp32"),
+    "3kg": (TINY, objective_config(name="3kg"), "fp32"),
 }
 
 
@@ -179,7 +180,7 @@ def test_activations_are_what_autograd_keeps(case, ranks):
 
 def test_a_large_contrast_keeps_what_is_counted():
     for form in ("reference", "nt_xent"):
-        objective = ObjectiveConfig(name="cmsc", global_form=form)
+        objective = objective_config(name="cmsc", global_form=form)
         costs, many = Costs(DRY, objective, 320), 256
         predicted = costs.kept("cpu", "fp32", 4, many).parts["loss"]
         embeddings, similarities, masks = (2, 3, 3) if form == "nt_xent" else (1, 2, 1)
@@ -190,8 +191,8 @@ def test_a_large_contrast_keeps_what_is_counted():
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_recomputed_layers_keep_their_input_only(layers):
-    predicted = Costs(TINY, ObjectiveConfig(), 1250).kept("cpu", "fp32", 4, recomputed=layers)
-    assert predicted.total == sum(kept_for_backward(TINY, ObjectiveConfig(), "fp32", layers=layers).values())
+    predicted = Costs(TINY, objective_config(), 1250).kept("cpu", "fp32", 4, recomputed=layers)
+    assert predicted.total == sum(kept_for_backward(TINY, objective_config(), "fp32", layers=layers).values())
 
 
 def test_fused_attention_keeps_no_weights():
@@ -209,26 +210,26 @@ def test_fused_attention_keeps_no_weights():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         q, k, v = linear(x_BND).view(2, 78, 3, DRY.heads, -1).permute(2, 0, 3, 1, 4)
         F.scaled_dot_product_attention(q, k, v)
-    costs = Costs(DRY, ObjectiveConfig("cmsc"), 1250)
-    one = Costs(replace(DRY, depth=1), ObjectiveConfig("cmsc"), 1250)
+    costs = Costs(DRY, objective_config("cmsc"), 1250)
+    one = Costs(replace(DRY, depth=1), objective_config("cmsc"), 1250)
     layer = (costs.kept("cuda", "fp32", 2).parts["layers"] - one.kept("cuda", "fp32", 2).parts["layers"]) // 2
     without = 2 * 78 * (DRY.width + 2 * DRY.ffn_width) * 4 + 2 * 2 * (78 * (DRY.width + 2) * 4)
     assert layer - without == pytest.approx(sum(seen.values()), abs=100)  # seeds of the dropout
 
 
 def test_a_gpu_keeps_less():
-    costs = Costs(TINY, ObjectiveConfig(), 1250)
+    costs = Costs(TINY, objective_config(), 1250)
     assert costs.kept("cuda", "fp32", 4).total < 0.6 * costs.kept("cpu", "fp32", 4).total
 
 
 def test_a_fused_stem_keeps_the_counts_and_its_later_blocks():
     for stem, channels in (("conv", 2500 // 4 + 2500 // 8 + 2500 // 16), ("patch", 0)):
-        costs = Costs(replace(TINY, stem=stem), ObjectiveConfig("cmsc"), SAMPLES)
+        costs = Costs(replace(TINY, stem=stem), objective_config("cmsc"), SAMPLES)
         assert costs.kept("cuda", "bf16", 4).parts["stem"] == 4 * (12 * SAMPLES + channels * TINY.stem_channels) * 2
 
 
 def test_peaks_hold_what_is_kept_and_what_comes_beside_it():
-    costs = Costs(TINY, ObjectiveConfig(), 1250)
+    costs = Costs(TINY, objective_config(), 1250)
     for recomputed in (0, 1, 3):
         kept = costs.kept("cpu", "fp32", 8, recomputed=recomputed)
         assert kept.total <= kept.forward_peak < 2 * kept.total
@@ -237,14 +238,14 @@ def test_peaks_hold_what_is_kept_and_what_comes_beside_it():
 
 def test_a_pass_holds_the_same_each_time():
     def held() -> list[int]:
-        return held_by(lambda: build_objective(DRY, ObjectiveConfig(), 0, 500.0), torch.float32, "cpu", 4, 320).peaks
+        return held_by(lambda: build_objective(DRY, objective_config(), 0, 500.0), torch.float32, "cpu", 4, 320).peaks
 
     assert held() == held()
 
 
 def test_what_is_sent_grows_with_the_rows_of_all_ranks_or_not_at_all():
-    few, many = (Costs(TINY, ObjectiveConfig(), 1250).sent(4, ranks) for ranks in (2, 8))
-    assert Costs(TINY, ObjectiveConfig(), 1250).sent(4, 1) == []
+    few, many = (Costs(TINY, objective_config(), 1250).sent(4, ranks) for ranks in (2, 8))
+    assert Costs(TINY, objective_config(), 1250).sent(4, 1) == []
     embeddings = [one.bytes for one in many if one.kind == "all-gather"]
     assert embeddings == [4 * one.bytes for one in few if one.kind == "all-gather"]
     assert max(embeddings) == 32 * TINY.width * 4

@@ -34,7 +34,7 @@ from ecgscale.bench.measure import (
 from ecgscale.data.batch import synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import build_objective, objective_config
 from ecgscale_kernels import Backend, counts, forced
 from ecgscale_kernels.counts import ConvStemSize, PatchEmbedSize
 
@@ -209,7 +209,8 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
         f"Pretraining, preset {preset}, {rows} segments",
         ("kernels", "forward + backward, ms", "segments/s", "peak, MB"),
     )
-    objective = build_objective(PRESETS[preset], ObjectiveConfig(), seed=0, rate_hz=500).to(device.torch, device.dtype)
+    objective = build_objective(PRESETS[preset], objective_config(), seed=0, rate_hz=500)
+    objective.to(device.torch, device.dtype)
     batch = synthetic_batch(rows, effort.samples).to(device.torch)
     backends: tuple[Backend, ...] = ("triton", "reference") if device.cuda else ("reference",)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import write_json, write_whole
-from ecgscale.provenance import package_version
+from ecgscale.provenance import commit_of, package_version
 from ecgscale.training.monitor import board_of
 
 _QUIET = 0.3  # load per core
@@ -125,7 +124,7 @@ def machine() -> dict[str, Any]:
         "load": [round(load, 2) for load in os.getloadavg()],
         "threads": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))},
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parents[1]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["ecgscale", *sys.argv[1:]]),
     }
@@ -134,22 +133,6 @@ def machine() -> dict[str, Any]:
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a plus where it was changed since; None outside of a checkout of ours."""
-    package = Path(__file__).parents[1]
-    try:
-        if _git(package, "ls-files", "errors.py") != "errors.py":
-            return None
-        return _git(package, "rev-parse", "HEAD") + ("+" if _git(package, "status", "--porcelain", "..") else "")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 # -- report ----------------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.source_options import listed
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig, build_objective, objective_named
+from ecgscale.model.base import recomputed_layers
+from ecgscale.model.encoder import ModelConfig, refuse_others
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.objective import Objective
-from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
 
@@ -39,7 +39,7 @@ class StepConfig:
     """The keys of `ecgscale pretrain` that a step depends on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=objective_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -61,9 +61,9 @@ class Case:
         for name in ("batch", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
+        refuse_others(self.config.model, "a bench of steps")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
-        objective_named(self.config.objective.name)
         recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
@@ -73,7 +73,7 @@ class Case:
     @property
     def rows(self) -> int:
         """Segments of a rank."""
-        return SEGMENTS * self.batch
+        return OBJECTIVES.find(self.config.objective.name).segments * self.batch
 
     def settings(self) -> Settings:
         """What tells cases apart, by stable names."""
@@ -109,7 +109,7 @@ class Case:
         own = self.settings()
         rest = [f"{name}_{own[name]}" for name in ("activation_checkpointing", "compile") if own[name]]
         rest += [f"samples_{self.samples}"] if self.samples != Case.samples else []
-        rest += [str(own["objective"])] if own["objective"] != ObjectiveConfig.name else []
+        rest += [str(own["objective"])] if own["objective"] != DEFAULT else []
         rest += [self._overrides_in_short] if self.overrides else []
         batch = self.found or f"b{self.batch}"
         first = [str(own["preset"]), str(own["stem"]), batch, str(own["precision"])]
@@ -214,8 +214,8 @@ def shard_stream(case: Case, rank: int) -> TrainStream:
     places = list(listed(case.shards))
     data = DataConfig(shards=places)
     shards = ShardSet.open(places, data.cache)
-    segment_s = case.samples / shards.rate_hz
-    data = DataConfig(shards=places, segment_s=segment_s, min_record_s=SEGMENTS * segment_s)
+    segment_s, segments = case.samples / shards.rate_hz, OBJECTIVES.find(case.config.objective.name).segments
+    data = DataConfig(shards=places, segment_s=segment_s, min_record_s=segments * segment_s)
     selection = Selection(shards, data, "train")
     order = TrainConfig(global_batch=case.batch * case.ranks).order(selection, case.ranks)
-    return TrainStream(selection, order, rank, case.ranks, SEGMENTS)
+    return TrainStream(selection, order, rank, case.ranks, segments)

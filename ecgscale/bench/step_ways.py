@@ -17,6 +17,7 @@ from ecgscale.bench.straightforward import Straightforward, can_be_written, name
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import Copied
 from ecgscale.errors import InputError
+from ecgscale.objectives.keys import TimeMasking
 from ecgscale.record import LEADS
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import Ranks
@@ -78,7 +79,7 @@ def _ours(case: Case, ranks: Ranks, begin: Callable[[Copied], Iterator[ECGBatch]
 def _ddp(case: Case, ranks: Ranks, batches: Iterator[ECGBatch]) -> Step:
     """DistributedDataParallel, autocast for bf16, PyTorch's fused AdamW, nothing compiled."""
     # Only the local loss learns from what stands for masked tokens.
-    unused = not case.config.objective.name.startswith("wav2vec2")
+    unused = not isinstance(case.config.objective, TimeMasking)
     module = _distributed(case.build(), ranks, unused)
     optimizer = _adamw(module, case.config.engine)
     bf16 = case.config.engine.precision == "bf16"

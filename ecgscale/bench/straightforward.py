@@ -24,6 +24,7 @@ from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import BLOCKS
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.objective import Draws
+from ecgscale.objectives.wav2vec2_cmsc import Wav2Vec2CMSC
 from ecgscale.record import LEADS
 
 
@@ -38,9 +39,11 @@ class PlainDraws(NamedTuple):
 
 def can_be_written(model: ModelConfig, objective: ObjectiveConfig) -> bool:
     """Whether this is the method of the paper, the only one that is written here."""
+    if not isinstance(objective, Wav2Vec2CMSC.Config):
+        return False
     plain = objective.time_mask_rule == "fixed" and objective.global_form == "reference"
     noise = objective.augmentations and objective.augmentations != ["none"]
-    return model.stem == "conv" and objective.name == "wav2vec2+cmsc" and plain and not noise
+    return model.stem == "conv" and plain and not noise
 
 
 class Straightforward(nn.Module):
@@ -48,6 +51,7 @@ class Straightforward(nn.Module):
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
+        assert isinstance(objective, Wav2Vec2CMSC.Config)
         self.model, self.objective = model, objective
         self.mask_emb = nn.Parameter(torch.empty(model.width).uniform_())
         self.feature_extractor = FeatureExtractor(model.stem_channels, model.stem_bias)
@@ -216,7 +220,7 @@ class SelfAttention(nn.Module):
 class Quantizer(nn.Module):
     """Straight-through Gumbel-softmax over the codes of each group."""
 
-    def __init__(self, channels: int, objective: ObjectiveConfig) -> None:
+    def __init__(self, channels: int, objective: Wav2Vec2CMSC.Config) -> None:
         super().__init__()
         self.groups, self.codes = objective.code_groups, objective.codes
         width = objective.code_width // self.groups
@@ -276,6 +280,7 @@ class _Contents(Contents):
 
 def named_as_here(tensors: dict[str, Tensor], model: ModelConfig, objective: ObjectiveConfig) -> dict[str, Tensor]:
     """Weights or gradients of ecgscale's objective under this file's names and in its shapes."""
+    assert isinstance(objective, Wav2Vec2CMSC.Config)
     codes = Codes(objective.code_groups, objective.codes, objective.code_width)
     return to_theirs(tensors, _Contents(model, codes=codes))
 

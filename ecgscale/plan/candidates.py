@@ -11,12 +11,12 @@ from typing import NoReturn
 from ecgscale.cost import costs_of
 from ecgscale.data.order import check_world_size
 from ecgscale.errors import InputError
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.plan.cluster import Cluster
 from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.memory import Memory, Parallel, memory_of
 from ecgscale.plan.network import collectives_of, communication_s
 from ecgscale.plan.speed import micro_step, update_s
-from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.loop import TrainConfig
 
 _MOST_ROWS = 1 << 16
@@ -104,13 +104,14 @@ def candidate(
     """Memory and time of one way. The contrast batch is kept: it is part of the method."""
     train, engine, gpus = config.train, config.engine, cluster.gpus
     costs = costs_of(config.model, config.objective, samples)
-    rows = SEGMENTS * train.contrast // gpus
+    segments = OBJECTIVES.find(config.objective.name).segments
+    rows = segments * train.contrast // gpus
     parallel = Parallel(
         zero_stage, gpus, engine.precision, cluster.kind, engine.whole_below, train.accumulation, offload
     )
 
     def fits(pairs: int) -> bool:
-        return memory_of(costs, parallel, SEGMENTS * pairs, checkpointed_layers).peak <= cluster.memory_bytes
+        return memory_of(costs, parallel, segments * pairs, checkpointed_layers).peak <= cluster.memory_bytes
 
     done = micro_step(costs, parallel, cluster.rates, rows, checkpointed_layers)
     collectives = collectives_of(costs, parallel, rows)
@@ -134,7 +135,7 @@ def candidate(
         train.accumulation,
         memory_of(costs, parallel, rows, checkpointed_layers),
         cluster.memory_bytes,
-        SEGMENTS * largest(fits, _MOST_ROWS // SEGMENTS),
+        segments * largest(fits, _MOST_ROWS // segments),
         step,
     )
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from ecgscale.cost import Costs, costs_of
 from ecgscale.dry_run import Device
-from ecgscale.model.encoder import recomputed_layers
+from ecgscale.model.base import recomputed_layers
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.measure import measure_rates
 from ecgscale.plan.memory import Memory, Parallel, memory_of
 from ecgscale.plan.report import table
@@ -113,7 +113,7 @@ def check_all() -> tuple[Rates, list[Checked]]:
         _log(f"memory of {trial.model.preset}: {found[-1].off:+.1%}")
     pairs: list[list[tuple[float, float]]] = [[] for _ in TIME_CASES]
     for _ in tqdm(range(ROUNDS), desc="time", unit="round", disable=None):
-        rates = measure_rates(PRESETS[CALIBRATED], ObjectiveConfig(), EngineConfig())
+        rates = measure_rates(PRESETS[CALIBRATED], objective_config(), EngineConfig())
         for known, trial in zip(pairs, TIME_CASES, strict=True):
             known.append((predicted_s(trial, rates, device), timed(trial).total))
             _log(f"step of {trial.model.preset}: {known[-1][0] / known[-1][1] - 1:+.1%}")

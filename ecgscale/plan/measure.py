@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ecgscale.cost import Costs, costs_of
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ, synthetic_batch
 from ecgscale.dry_run import LAYERS, LOSS, POSITION, REST, STEM
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.objectives import ObjectiveConfig, build_objective
 from ecgscale.plan.speed import KERNELS_OF_LAYER, Rates, width_of
 from ecgscale.plan.trial import Times, Trial, now_s, timed
@@ -130,6 +130,7 @@ def _alone(
 ) -> float:
     """Seconds of the stem or of the positional convolution, forward and backward."""
     encoder = build_objective(model, objective, 0, SYNTHETIC_RATE_HZ).to(device, dtype).encoder
+    assert isinstance(encoder, ECGEncoder)
     batch = synthetic_batch(rows, samples).to(device)
     tokens = samples // model.patch_samples
     given = torch.randn(rows, tokens, model.width, device=device).to(dtype).requires_grad_()

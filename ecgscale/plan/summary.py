@@ -14,7 +14,7 @@ from ecgscale.data.order import default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
-from ecgscale.objectives import objective_named
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.plan.candidates import (
     Candidate,
     best,
@@ -190,7 +190,7 @@ def make_plan(config: PlanConfig, cluster: Cluster) -> Plan:
     """Raises InputError where the config cannot be run on the cluster: what is wrong, by how much, and what would be
     right."""
     length = _length(config)
-    objective_named(config.objective.name).check(config.model, config.objective, config.data, length.rate_hz)
+    OBJECTIVES.find(config.objective.name).check(config.model, config.objective, config.data, length.rate_hz)
     check_batch(config, cluster.gpus)
     samples = samples_of(config, length.rate_hz)
     ways = candidates(config, cluster, samples)

@@ -36,7 +36,7 @@ from ecgscale.cli import main
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import synthetic_batch
 from ecgscale.errors import InputError
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import build_objective, objective_config
 from ecgscale.training.ranks import Ranks
 
 SMALL = [
@@ -44,7 +44,7 @@ SMALL = [
     "--model.position_kernel=16", "--model.position_groups=4", "--objective.codes=16", "--objective.code_width=16",
     "--objective.negatives=20",
 ]  # fmt: skip
-OBJECTIVE = ObjectiveConfig(codes=16, code_width=16, negatives=20)
+OBJECTIVE = objective_config(codes=16, code_width=16, negatives=20)
 HERE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -139,10 +139,10 @@ def test_what_the_straightforward_way_draws_is_what_the_method_asks_for(small_mo
 
 
 def test_only_the_method_of_the_paper_is_written_straightforwardly(small_model_config):
-    assert can_be_written(small_model_config, ObjectiveConfig())
-    assert not can_be_written(replace(small_model_config, stem="patch"), ObjectiveConfig())
+    assert can_be_written(small_model_config, objective_config())
+    assert not can_be_written(replace(small_model_config, stem="patch"), objective_config())
     for other in ({"name": "cmsc"}, {"global_form": "nt_xent"}, {"augmentations": ["emg"]}):
-        assert not can_be_written(small_model_config, ObjectiveConfig(**other))
+        assert not can_be_written(small_model_config, objective_config(**other))
 
 
 # --- cases ---

@@ -14,7 +14,7 @@ from ecgscale.cost import Costs, costs_of
 from ecgscale.dry_run import PARTS
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan import check, command, measure
 from ecgscale.plan.config import ClusterConfig, PlanConfig
 from ecgscale.plan.memory import Parallel
@@ -33,12 +33,12 @@ def quick(monkeypatch):
 
 
 def test_rates_are_measured(quick):
-    rates = measure.measure_rates(PRESETS["tiny"], ObjectiveConfig(), EngineConfig(), samples=320, rows=2)
+    rates = measure.measure_rates(PRESETS["tiny"], objective_config(), EngineConfig(), samples=320, rows=2)
     assert set(rates.products_flops_per_s) == {64, 128}
     assert min(rates.products_flops_per_s.values()) > 0
     assert set(PARTS) <= set(rates.seconds_per_byte)
     assert rates.update_s_per_parameter > 0
-    assert micro_step(Costs(PRESETS["tiny"], ObjectiveConfig(), 320), ONE, rates, 2).total > 0
+    assert micro_step(Costs(PRESETS["tiny"], objective_config(), 320), ONE, rates, 2).total > 0
 
 
 def test_rows_are_enough_when_a_row_takes_no_less():
@@ -65,7 +65,7 @@ def test_what_is_short_is_done_often_between_two_looks_at_the_clock(monkeypatch)
 def test_what_a_step_takes_beyond_its_products_is_found_again():
     model = replace(PRESETS["tiny"], depth=1, pre_norm=True)
     seconds = {"stem": 3.0, "position": 2.0, "layers": 5.0, "rest": 7.0}
-    costs = Costs(model, ObjectiveConfig(), 2500)
+    costs = Costs(model, objective_config(), 2500)
     rates = measure.rates_of(costs, "cpu", "fp32", 8, {64: 1e15}, seconds)
     parts = micro_step(costs, ONE, rates, 8).parts
     rest = parts["rest"] + parts["loss"]
@@ -85,7 +85,7 @@ def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
     ("stage", "precision", "device"), [(0, "bf16", "cuda"), (1, "bf16", "cuda"), (0, "fp32", "cuda")]
 )
 def test_only_stage_0_in_bf16_reads_each_parameter_back(stage, precision, device):
-    sizes, free = Costs(PRESETS["base"], ObjectiveConfig(), 2500).sizes, Rates("", {64: 1e12}, {}, 0.0)
+    sizes, free = Costs(PRESETS["base"], objective_config(), 2500).sizes, Rates("", {64: 1e12}, {}, 0.0)
     read = len(sizes) * READ_S if stage == 0 and precision == "bf16" else 0.0
     assert update_s(sizes, Parallel(stage, 8, precision, device), free) == pytest.approx(read)
     assert update_s(sizes, Parallel(stage, 8, precision, "cpu"), free) == 0
@@ -123,7 +123,7 @@ def test_an_unknown_gpu_is_refused_before_it_is_measured(monkeypatch):
 
 
 def test_contrast_is_in_fp32_and_everything_that_is_kept_costs_time():
-    costs, parallel = Costs(replace(PRESETS["base"], pre_norm=True), ObjectiveConfig(name="cmsc"), 2500), MANY
+    costs, parallel = Costs(replace(PRESETS["base"], pre_norm=True), objective_config(name="cmsc"), 2500), MANY
     rates = Rates.of_device("x", 1000e12, 0.5, 1e12, 0.0, True, fp32_slower=15.0)
     parts = micro_step(costs, parallel, rates, 8).parts
     kept = costs.kept("cuda", "bf16", 8, ranks=2048)

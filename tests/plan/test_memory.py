@@ -9,13 +9,13 @@ import pytest
 from ecgscale.cost import Costs, parameters
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.check import predicted_memory
 from ecgscale.plan.memory import Parallel, memory_of, share, state_bytes
 from ecgscale.plan.trial import Trial, peak_bytes
+from ecgscale.run_folder import checkpoints
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import BUCKET, EngineConfig
-from ecgscale.training.state import checkpoints
 from small_jobs import NO_DROPOUT, SMALL
 
 TINY = PRESETS["tiny"]
@@ -49,7 +49,7 @@ def test_shares_are_padded_to_equal_ones(stage, ranks):
 
 
 def test_peaks_grow_with_rows_and_shrink_with_checkpointing_and_stage():
-    costs = Costs(PRESETS["huge"], ObjectiveConfig(), 2500)
+    costs = Costs(PRESETS["huge"], objective_config(), 2500)
 
     def peak(stage: int, rows: int, layers: int = 0) -> int:
         return memory_of(costs, Parallel(stage, 64, "bf16", "cuda"), rows, layers).peak
@@ -71,7 +71,7 @@ def test_optimizer_state_and_checkpoint_are_exact(shards, jobs, tmp_path):
                  "--train.steps=1"])  # fmt: skip
     state = Checkpoint.open(checkpoints(run / "checkpoints")[-1])
     model = ModelConfig(**state.state["config"]["model"])
-    objective = ObjectiveConfig(**state.state["config"]["objective"])
+    objective = objective_config(**state.state["config"]["objective"])
     n = sum(parameters(model, objective).values())
     assert sum(t.numel() for t in state.tensors("weight").values()) == n
     tensor_bytes = 0
@@ -87,8 +87,9 @@ def test_state_of_a_rank_is_what_deepspeed_holds():
     for stage in (1, 2, 3):
         trial = Trial(replace(DRY, depth=1), EngineConfig(zero_stage=stage, whole_below=0), rows=2, samples=320)
         engine, batch = engine_of(trial)
-        engine.create_optimizer_state(batch)
-        held = engine._base_optimizer().state.values()
+        engine.backward(engine.forward(batch)[0])
+        engine.step(0.0)
+        held = engine._base_optimizer.state.values()
         sizes = tuple(parameters(trial.model, trial.objective).values())
         assert sum(one["exp_avg"].numel() for one in held) == share(sizes, stage, 1)
         assert (

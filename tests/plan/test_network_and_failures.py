@@ -16,14 +16,14 @@ import pytest
 
 from ecgscale.cost import Costs
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.failures import daly_interval_s, effective_share, simulated_share, young_interval_s
 from ecgscale.plan.memory import Parallel
 from ecgscale.plan.network import Network, collective_s, collectives_of, communication_s
 
 WITHIN = Network(1, 8, 1e-6, 100e9, 0.0, 1.0)
-GLOBAL = Costs(PRESETS["base"], ObjectiveConfig(name="cmsc"), 2500)
-LOCAL, BOTH = (Costs(PRESETS["base"], ObjectiveConfig(name=name), 2500) for name in ("wav2vec2", "wav2vec2+cmsc"))
+GLOBAL = Costs(PRESETS["base"], objective_config(name="cmsc"), 2500)
+LOCAL, BOTH = (Costs(PRESETS["base"], objective_config(name=name), 2500) for name in ("wav2vec2", "wav2vec2+cmsc"))
 
 
 def volume(stage: int, accumulation: int = 1, ranks: int = 8) -> dict[tuple[str, str], int]:
@@ -82,7 +82,7 @@ def test_two_ranks_send_what_is_predicted():
     command = [sys.executable, str(Path(__file__).parent / "sent_bytes.py"), json.dumps(ways)]
     environment = os.environ | {"MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
     said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=120, check=True).stdout
-    costs = Costs(replace(PRESETS["tiny"], depth=2), ObjectiveConfig(), 320)
+    costs = Costs(replace(PRESETS["tiny"], depth=2), objective_config(), 320)
     for (stage, accumulation), line in zip(ways, said.splitlines(), strict=True):
         sent = json.loads(line)
         parallel = Parallel(stage, 2, "fp32", "cpu", whole_below=1000, accumulation=accumulation)

@@ -12,7 +12,7 @@ from ecgscale.cli import main
 from ecgscale.config import PretrainConfig
 from ecgscale.cost import Costs, step_flops
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.failures import effective_share
 from ecgscale.plan.memory import Parallel
 from ecgscale.plan.speed import Rates, micro_step, update_s
@@ -55,7 +55,7 @@ def test_a_plan_adds_up(planned):
     assert survival["effective"] == effective_share(1800, save_s, 300, survival["between_failures_s"])
     train = plan["pretraining"]["train"]
     assert (train["checkpoint_every_s"], train["checkpoint_every"]) == (1800, train["keep_every"])
-    flops = step_flops(PRESETS["base"], ObjectiveConfig(), 64, 2500, 1024)
+    flops = step_flops(PRESETS["base"], objective_config(), 64, 2500, 1024)
     assert way["mfu"] == pytest.approx(flops / way["step_s"] / 989.5e12)
     assert way["fits"]
     assert {(one["zero_stage"], one["offload"]) for one in plan["ways"]} >= {(0, False), (3, False), (3, True)}
@@ -179,7 +179,7 @@ def test_refusals(refusal, arguments, expected):
 
 
 def test_time_follows_from_rates():
-    costs, parallel = Costs(PRESETS["base"], ObjectiveConfig(), 2500), Parallel(1, 4, "bf16", "cuda")
+    costs, parallel = Costs(PRESETS["base"], objective_config(), 2500), Parallel(1, 4, "bf16", "cuda")
     slow = Rates.of_device("x", 1e12, 0.5, 1e12, 0.0, True)
     fast = Rates.of_device("x", 4e12, 0.5, 4e12, 0.0, True)
     one, quick = micro_step(costs, parallel, slow, 8), micro_step(costs, parallel, fast, 8)

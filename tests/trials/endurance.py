@@ -28,9 +28,10 @@ from pathlib import Path
 import torch
 
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.files import read_json_if_there
 from ecgscale.simulate import Simulation
 from ecgscale_launch import devcluster, slurm
-from ecgscale_launch.folder import JobFolder, read_json_if_there
+from ecgscale_launch.job_folder import JobFolder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_jobs import events, losses, recordings

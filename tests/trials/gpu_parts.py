@@ -189,7 +189,7 @@ def losses(place: Place) -> None:
 
     from ecgscale.data.batch import synthetic_batch
     from ecgscale.model.presets import PRESETS
-    from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+    from ecgscale.objectives import OBJECTIVES, build_objective, objective_config
     from ecgscale.training.ranks import exact_fp32
     from ecgscale_kernels import forced
 
@@ -206,7 +206,8 @@ def losses(place: Place) -> None:
         return loss.item(), {n: p.grad.double().cpu() for n, p in objective.named_parameters() if p.grad is not None}
 
     for name in OBJECTIVES:
-        config = ObjectiveConfig(name=name, codes=16, code_width=16, negatives=20)
+        small_codes = {"codes": 16, "code_width": 16, "negatives": 20} if "wav2vec2" in name else {}
+        config = objective_config(name, **small_codes)
         objective = build_objective(small, config, seed=3, rate_hz=500).eval()
         loss, gradients = found(objective, "cpu", "reference")
         largest = max(float(gradient.norm()) for gradient in gradients.values())
@@ -391,7 +392,7 @@ def plan(place: Place) -> None:
     import torch
 
     from ecgscale.model.presets import PRESETS
-    from ecgscale.objectives import ObjectiveConfig
+    from ecgscale.objectives import objective_config
     from ecgscale.plan.check import check_memory, predicted_s
     from ecgscale.plan.measure import measure_rates
     from ecgscale.plan.trial import Trial, timed
@@ -406,7 +407,7 @@ def plan(place: Place) -> None:
         f"{memory.measured[0] / 1e9:.3g} GB measured ({memory.off:+.1%})",
         peak_off=memory.off,
     )
-    rates = measure_rates(PRESETS["small" if place.cuda else "tiny"], ObjectiveConfig(), engine)
+    rates = measure_rates(PRESETS["small" if place.cuda else "tiny"], objective_config(), engine)
     planned_s, measured_s = predicted_s(trial, rates, place.device), timed(trial).total
     place.tell(
         f"a step: {1e3 * planned_s:.4g} ms planned, {1e3 * measured_s:.4g} ms measured "

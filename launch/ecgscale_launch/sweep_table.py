@@ -12,11 +12,11 @@ from typing import Any
 
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, MachineError, one_line
-from ecgscale.files import standing, write_whole
+from ecgscale.files import read_json_if_there, standing, write_whole
 from ecgscale.json_lines import read_json_lines
-from ecgscale_launch.folder import JobFolder, read_json_if_there
+from ecgscale.run_folder import EVENTS, EXPORT, TEST_REPORT
+from ecgscale_launch.job_folder import JobFolder
 
-SWEEP = "sweep.json"  # in the job folder of the sweep: its runs, and what each was given
 _FIGURES = {"auroc": "AUROC", "auprc": "AUPRC", "f_measure": "F1"}
 _OF_PERSONS = {"top1": "top-1", "top5": "top-5", "eer": "equal error rate"}
 _LOSSES = ("validation/loss", "train/loss")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def collect(run: Path) -> str:
     """Write RUN/results.csv, a row per run, and RUN/results.md, seeds averaged; the latter's text."""
-    sweep = read_json_if_there(JobFolder.of(run).path / SWEEP)
+    sweep = read_json_if_there(JobFolder.of(run).sweep)
     if sweep is None:
         raise InputError(f"{run}: no sweep of ecgscale-launch; give the run folder that --sweep was given")
     runs = sweep["runs"]
@@ -61,7 +61,7 @@ def collect(run: Path) -> str:
 
 def collect_above(run: Path) -> None:
     """Write the table of the sweep that a run belongs to, if to any. The run is done, whatever comes of this."""
-    if (run.parent / "launch" / SWEEP).exists():
+    if JobFolder.of(run.parent).sweep.exists():
         try:
             collect(run.parent)
         except (InputError, MachineError, OSError) as error:
@@ -70,17 +70,17 @@ def collect_above(run: Path) -> None:
 
 def figures(run: Path) -> dict[str, float]:
     """What a finished run came to: its test figures, else its last losses; nothing where it is not finished."""
-    report = read_json_if_there(run / "evaluation-test.json")
+    report = read_json_if_there(run / TEST_REPORT)
     if report is not None:
         of, names = (report["macro"], _FIGURES) if "macro" in report else (report, _OF_PERSONS)
         found = {shown: of[name]["value"] for name, shown in names.items()}
         if report.get("challenge_score"):
             found["challenge score"] = report["challenge_score"]["value"]
         return {name: value for name, value in found.items() if value is not None}
-    if not standing(run / "export").is_dir():
+    if not standing(run / EXPORT).is_dir():
         return {}
     last: dict[str, Any] = {}
-    for event in read_json_lines(run / "events.jsonl"):
+    for event in read_json_lines(run / EVENTS):
         last |= {name: value for name, value in event.items() if name in _LOSSES and value is not None}
     return {name: last[name] for name in _LOSSES if name in last}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ecgscale_launch.results import figures
+from ecgscale_launch.sweep_table import figures
 
 
 def test_a_run_has_ended_also_where_its_export_stands_aside(tmp_path) -> None:

@@ -14,21 +14,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecgscale.config import dump
 from ecgscale.errors import InputError
-from ecgscale_launch.resources import (
-    ClusterConfig,
-    ContainerConfig,
-    NetworkConfig,
-    container_prefix,
-    container_srun_options,
-    dump,
-    host_python,
-    job_name,
-    load_cluster,
-    minutes,
-    rank_python,
-    script_lines,
-)
+from ecgscale_launch.batch import login_environment, script_lines
+from ecgscale_launch.commands import host_python, rank_command, rank_python, srun_command
+from ecgscale_launch.job_record import job_name
+from ecgscale_launch.launch_config import ContainerConfig, LaunchConfig, NetworkConfig, load_cluster
+from ecgscale_launch.slurm_words import minutes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "cluster").glob("*.yaml"))
 HOSTILE = ["a'b", 'a"b', "$(touch pwned)", "`touch pwned`", "; touch pwned", "a\\", "${HOME}", "& | > pwned", "!x", " "]
@@ -54,8 +46,14 @@ def refusal(path: Path | None, overrides: list[str]) -> str:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_supervisor_does_not_wait_for_slow_imports() -> None:
+    code = "import ecgscale_launch.places, sys; print(*{'torch', 'ecgscale.config', 'jsonargparse'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
 def test_nothing_given_is_one_process_here():
-    assert load_cluster(None, []) == ClusterConfig()
+    assert load_cluster(None, []) == LaunchConfig()
 
 
 def test_text_is_what_was_written(write):
@@ -115,15 +113,15 @@ def test_there_are_files_to_start_from():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("node: 2", "unknown key node; did you mean nodes?"),
-        ("interface: ib0", "unknown key interface; did you mean network.interface?"),
-        ("container: {img: x}", "unknown key container.img; did you mean container.image?"),
+        ("node: 2", "line 1: unknown key node; did you mean nodes?"),
+        ("interface: ib0", "line 1: unknown key interface; did you mean network.interface?"),
+        ("container: {img: x}", "line 1: unknown key container.img; did you mean container.image?"),
         ("nodes: 0", "nodes 0: give 1 or more"),
-        ("nodes: two", '"nodes": Expected int. Got value: two'),
+        ("nodes: two", "nodes 'two': give a whole number (int)"),
         ("nodes: [2]", "nodes ['2']: give one value"),
         ("nodes:", "nodes: a value is missing; give one or leave the key out"),
         ("container:", "container: a value is missing; give one or leave the key out"),
-        ("container: pyxis", "container: a group of keys, not the value 'pyxis'"),
+        ("container: pyxis", "line 1: container: a group of keys, not the value 'pyxis'"),
         ("modules: cuda", "modules 'cuda': give texts, like [one, two]"),
         ("setup: |\n  a\n  b\n", "setup 'a\\nb\\n': give texts, like [one, two]"),
         ("setup: [[a]]", "setup [['a']]: give texts, like [one, two]"),
@@ -131,13 +129,13 @@ def test_there_are_files_to_start_from():
         ("environment: {A: {B: c}}", "environment {'A': {'B': 'c'}}: give names with a text each, like {name: text}"),
         ("environment: &a {A: *a}", "line 1: a value that contains itself; write it out"),
         ("- nodes", "a config is a mapping of keys, this is list"),
-        ("shared_folder: no", "\"shared_folder\": Expected one of 'checked', 'trusted'. Got value: False"),
+        ("shared_folder: no", "shared_folder 'no': give one of 'checked', 'trusted'"),
     ],
 )
 def test_slips_in_the_file_name_the_file(write, text, said):
     path = write(text)
-    assert refusal(path, []) == f"{path}: {said}"
-    assert refusal(path, ["--retries", "4"]) == f"{path}: {said}"
+    for overrides in ([], ["--retries", "4"]):
+        assert refusal(path, overrides).replace(f"{path}, line", f"{path}: line") == f"{path}: {said}"
 
 
 def test_slips_on_the_command_line_do_not_name_the_file(write):
@@ -146,6 +144,11 @@ def test_slips_on_the_command_line_do_not_name_the_file(write):
     assert refusal(path, ["--nodse", "3"]) == "unknown key nodse; did you mean nodes?"
     assert refusal(path, ["--environment.A"]) == "--environment.A: a value is missing; give --environment.A VALUE"
     assert refusal(path, ["--environment.A", "--nodes"]).startswith("--environment.A: a value is missing")
+
+
+def test_keys_that_stand_twice_are_refused(write):
+    path = write("nodes: 2\ntime: 5\nnodes: 3\n")
+    assert refusal(path, []) == f"{path}: line 3: 'nodes' stands there twice, first on line 1"
 
 
 def test_a_file_may_be_completed_on_the_command_line(write):
@@ -219,7 +222,7 @@ def test_all_forms_of_a_time_agree(days, hours, minute, second):
     ],
 )
 def test_names_of_slurm_are_taken(key, value):
-    assert getattr(replace(ClusterConfig(), **{key: value}), key) == value
+    assert getattr(replace(LaunchConfig(), **{key: value}), key) == value
 
 
 NAMES = ["partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation", "name", "mem", "time"]
@@ -231,7 +234,7 @@ NAMES = ["partition", "account", "qos", "constraint", "exclude", "nodelist", "re
 )
 def test_names_with_other_characters_are_refused(key, value):
     with pytest.raises(InputError) as refused:
-        replace(ClusterConfig(), **{key: value})
+        replace(LaunchConfig(), **{key: value})
     assert str(refused.value).startswith(f"{key} {value!r}: give ")
 
 
@@ -239,14 +242,14 @@ def test_names_with_other_characters_are_refused(key, value):
 @pytest.mark.parametrize(
     ("key", "made"),
     [
-        ("environment.A", lambda bad: ClusterConfig(environment={"A": bad})),
-        ("sbatch.comment", lambda bad: ClusterConfig(sbatch={"comment": bad})),
-        ("srun", lambda bad: ClusterConfig(srun=[f"--mpi={bad}"])),
-        ("setup", lambda bad: ClusterConfig(setup=[bad])),
-        ("modules", lambda bad: ClusterConfig(modules=[bad])),
-        ("environment", lambda bad: ClusterConfig(environment={bad: "x"})),
-        ("sbatch", lambda bad: ClusterConfig(sbatch={bad: "x"})),
-        ("python", lambda bad: ClusterConfig(python=bad)),
+        ("environment.A", lambda bad: LaunchConfig(environment={"A": bad})),
+        ("sbatch.comment", lambda bad: LaunchConfig(sbatch={"comment": bad})),
+        ("srun", lambda bad: LaunchConfig(srun=[f"--mpi={bad}"])),
+        ("setup", lambda bad: LaunchConfig(setup=[bad])),
+        ("modules", lambda bad: LaunchConfig(modules=[bad])),
+        ("environment", lambda bad: LaunchConfig(environment={bad: "x"})),
+        ("sbatch", lambda bad: LaunchConfig(sbatch={bad: "x"})),
+        ("python", lambda bad: LaunchConfig(python=bad)),
         ("container.image", lambda bad: ContainerConfig("pyxis", bad)),
         ("container.mounts", lambda bad: ContainerConfig("pyxis", "image", [f"/{bad}:/x"])),
         ("network.interface", lambda bad: NetworkConfig(bad)),
@@ -264,21 +267,21 @@ def test_control_characters_are_refused_everywhere(key, made, bad):
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda: ClusterConfig(tasks_per_node=0), "tasks_per_node 0: give 1 or more"),
-        (lambda: ClusterConfig(gpus_per_node=-1), "gpus_per_node -1: give 0 or more"),
-        (lambda: ClusterConfig(retries=-1), "retries -1: give 0 or more"),
-        (lambda: ClusterConfig(hang_s=-1), "hang_s -1: give 0 or more"),
-        (lambda: ClusterConfig(save_s=0), "save_s 0: give 1 to 65535"),
-        (lambda: ClusterConfig(time="1"), "save_s 90: not within time 1; give less, or more time"),
-        (lambda: ClusterConfig(gpus_per_node=8), "tasks_per_node 1: differs from gpus_per_node 8"),
-        (lambda: ClusterConfig(environment={"RANK": "0"}), "environment.RANK: ecgscale-launch sets it for each rank"),
-        (lambda: ClusterConfig(environment={"UID": "0"}), "environment.UID: cannot be set"),
-        (lambda: ClusterConfig(environment={"A-B": "0"}), "environment 'A-B': give a name of letters"),
-        (lambda: ClusterConfig(sbatch={"mail_type": "END"}), "sbatch 'mail_type': give an option's long name"),
-        (lambda: ClusterConfig(sbatch={"comment": "it's"}), 'sbatch.comment "it\'s": sbatch cannot take quotes'),
-        (lambda: ClusterConfig(srun=["true"]), "srun 'true': give --option=value"),
-        (lambda: ClusterConfig(srun=["-n4"]), "srun '-n4': give --option=value"),
-        (lambda: ClusterConfig(srun=["--ntasks=4"]), "srun '--ntasks=4': ecgscale-launch sets --ntasks itself"),
+        (lambda: LaunchConfig(tasks_per_node=0), "tasks_per_node 0: give 1 or more"),
+        (lambda: LaunchConfig(gpus_per_node=-1), "gpus_per_node -1: give 0 or more"),
+        (lambda: LaunchConfig(retries=-1), "retries -1: give 0 or more"),
+        (lambda: LaunchConfig(hang_s=-1), "hang_s -1: give 0 or more"),
+        (lambda: LaunchConfig(save_s=0), "save_s 0: give 1 to 65535"),
+        (lambda: LaunchConfig(time="1"), "save_s 90: not within time 1; give less, or more time"),
+        (lambda: LaunchConfig(gpus_per_node=8), "tasks_per_node 1: differs from gpus_per_node 8"),
+        (lambda: LaunchConfig(environment={"RANK": "0"}), "environment.RANK: ecgscale-launch sets it for each rank"),
+        (lambda: LaunchConfig(environment={"UID": "0"}), "environment.UID: cannot be set"),
+        (lambda: LaunchConfig(environment={"A-B": "0"}), "environment 'A-B': give a name of letters"),
+        (lambda: LaunchConfig(sbatch={"mail_type": "END"}), "sbatch 'mail_type': give an option's long name"),
+        (lambda: LaunchConfig(sbatch={"comment": "it's"}), 'sbatch.comment "it\'s": sbatch cannot take quotes'),
+        (lambda: LaunchConfig(srun=["true"]), "srun 'true': give --option=value"),
+        (lambda: LaunchConfig(srun=["-n4"]), "srun '-n4': give --option=value"),
+        (lambda: LaunchConfig(srun=["--ntasks=4"]), "srun '--ntasks=4': ecgscale-launch sets --ntasks itself"),
         (lambda: ContainerConfig("pyxis"), "container.image is missing; container.kind pyxis needs one"),
         (lambda: ContainerConfig(image="a.sif"), "container.image 'a.sif': give container.kind too"),
         (lambda: ContainerConfig("apptainer", "--help"), "container.image '--help': give a path"),
@@ -315,7 +318,7 @@ def test_values_out_of_range_are_named(made, said):
 )
 def test_own_options_of_sbatch_are_refused_with_the_key_to_use(option, instead):
     with pytest.raises(InputError) as refused:
-        ClusterConfig(sbatch={option: "x"})
+        LaunchConfig(sbatch={option: "x"})
     assert str(refused.value).startswith(f"sbatch.{option}: ecgscale-launch sets --")
     assert str(refused.value).endswith(instead)
 
@@ -324,13 +327,13 @@ def test_own_options_of_sbatch_are_refused_with_the_key_to_use(option, instead):
     "option", ["mail-type", "comment", "nice", "gres", "licenses", "exclusive", "time-min", "begin"]
 )
 def test_other_options_of_sbatch_are_taken(option):
-    assert ClusterConfig(sbatch={option: "x $(y)"}).sbatch == {option: "x $(y)"}
+    assert LaunchConfig(sbatch={option: "x $(y)"}).sbatch == {option: "x $(y)"}
 
 
 # -- shell -----------------------------------------------------------------------------------------------------------
 
 
-def run_lines(config: ClusterConfig, folder: Path) -> dict[str, str]:
+def run_lines(config: LaunchConfig, folder: Path) -> dict[str, str]:
     """The environment after the lines, by a real bash in an empty folder, where nothing may be left."""
     script = "\n".join([*script_lines(config), f"exec {shutil.which('env')} -0"])
     done = subprocess.run(["bash", "-c", script], cwd=folder, env={"PATH": os.environ["PATH"]}, capture_output=True)
@@ -348,7 +351,7 @@ one_line = st.one_of(
 
 @given(st.dictionaries(variable_names, one_line, max_size=4))
 def test_environment_reaches_the_job_as_it_is_and_is_never_executed(tmp_path_factory, environment):
-    found = run_lines(ClusterConfig(environment=environment), tmp_path_factory.mktemp("empty"))
+    found = run_lines(LaunchConfig(environment=environment), tmp_path_factory.mktemp("empty"))
     assert environment.items() <= found.items()
 
 
@@ -356,7 +359,7 @@ def test_environment_reaches_the_job_as_it_is_and_is_never_executed(tmp_path_fac
 def test_modules_are_quoted_or_refused(tmp_path_factory, module):
     folder = tmp_path_factory.mktemp("empty")
     try:
-        config = ClusterConfig(modules=[module])
+        config = LaunchConfig(modules=[module])
     except InputError:
         return
     stand_in = "module() { LOADED=$2; export LOADED; }"
@@ -367,14 +370,14 @@ def test_modules_are_quoted_or_refused(tmp_path_factory, module):
 
 
 def test_a_module_that_cannot_be_loaded_ends_the_script():
-    script = ["module() { return 1; }", *script_lines(ClusterConfig(modules=["cuda"])), "echo reached"]
+    script = ["module() { return 1; }", *script_lines(LaunchConfig(modules=["cuda"])), "echo reached"]
     done = subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True)
     assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_interfaces_then_environment_then_the_users_lines(tmp_path):
     network = NetworkConfig(interface="ib0")
-    config = ClusterConfig(network=network, environment={"A": "1 2"}, setup=['export B="$A $(echo 3)"'])
+    config = LaunchConfig(network=network, environment={"A": "1 2"}, setup=['export B="$A $(echo 3)"'])
     found = run_lines(config, tmp_path)
     assert found["NCCL_SOCKET_IFNAME"] == found["GLOO_SOCKET_IFNAME"] == "ib0"
     assert found["B"] == "1 2 3"
@@ -383,7 +386,16 @@ def test_interfaces_then_environment_then_the_users_lines(tmp_path):
 
 
 def test_nothing_asked_for_is_no_line():
-    assert script_lines(ClusterConfig()) == []
+    assert script_lines(LaunchConfig()) == []
+
+
+def test_a_job_launched_from_a_job_gets_nothing_of_it_but_what_the_site_says(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_CONF", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS", "RANK", "MINE"):
+        monkeypatch.setenv(name, "x")
+    kept = login_environment(LaunchConfig(qos="long"))
+    assert {name for name in kept if name.startswith(("SLURM", "SBATCH"))} == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+    assert "RANK" not in kept
+    assert kept["MINE"] == "x"
 
 
 # -- containers and names --------------------------------------------------------------------------------------------
@@ -391,46 +403,49 @@ def test_nothing_asked_for_is_no_line():
 WORK, RUN = Path("/home/me/work dir"), Path("/scratch/run $(x)")
 
 
+def in_container(config: LaunchConfig, run: Path = RUN) -> tuple[list[str], list[str]]:
+    """What a container adds to the options of srun and to the command of a rank."""
+    bare = replace(config, container=ContainerConfig())
+    srun, rank = (make(config, run, WORK) for make in (srun_command, rank_command))
+    added = [option for option in srun if option not in srun_command(bare, run, WORK)]
+    assert rank[-4:] == [rank_python(config), "-u", "-m", "ecgscale_launch.rank"]
+    return added, rank[len(rank_command(bare, run, WORK)) - 4 : -4]
+
+
 def test_apptainer_goes_before_python():
-    config = ClusterConfig(container=ContainerConfig("apptainer", "ecg.sif", ["/data:/data:ro"]))
-    assert container_prefix(config, WORK, [RUN]) == [
-        "apptainer", "exec", "--bind", f"{RUN}:{RUN}", "--bind", "/data:/data:ro", "--pwd", str(WORK), "ecg.sif",
-    ]  # fmt: skip
-    assert "--nv" in container_prefix(replace(config, gpus_per_node=1), WORK, [])
-    assert container_srun_options(config, WORK, [RUN]) == []
+    config = LaunchConfig(container=ContainerConfig("apptainer", "ecg.sif", ["/data:/data:ro"]))
+    binds = ["--bind", f"{WORK}:{WORK}", "--bind", f"{RUN}:{RUN}", "--bind", "/data:/data:ro"]
+    assert in_container(config) == ([], ["apptainer", "exec", *binds, "--pwd", str(WORK), "ecg.sif"])
+    assert "--nv" in in_container(replace(config, gpus_per_node=1))[1]
 
 
 def test_pyxis_is_an_option_of_srun():
-    config = ClusterConfig(container=ContainerConfig("pyxis", "nvcr.io#nvidia/pytorch:25.06-py3", ["/data:/data"]))
-    assert container_srun_options(config, WORK, [RUN]) == [
+    config = LaunchConfig(container=ContainerConfig("pyxis", "nvcr.io#nvidia/pytorch:25.06-py3", ["/data:/data"]))
+    options = [
         "--container-image=nvcr.io#nvidia/pytorch:25.06-py3",
-        f"--container-mounts={RUN}:{RUN},/data:/data",
+        f"--container-mounts={WORK}:{WORK},{RUN}:{RUN},/data:/data",
         f"--container-workdir={WORK}",
     ]
-    assert container_prefix(config, WORK, [RUN]) == []
-
-
-def test_no_container_is_nothing():
-    assert container_prefix(ClusterConfig(), WORK, [RUN]) == container_srun_options(ClusterConfig(), WORK, [RUN]) == []
+    assert in_container(config) == (options, [])
 
 
 @pytest.mark.parametrize("folder", ["/a,b", "/a:b"])
 def test_folders_that_cannot_be_mounted_are_named(folder):
-    config = ClusterConfig(container=ContainerConfig("apptainer", "ecg.sif"))
-    with pytest.raises(InputError, match=folder):
-        container_prefix(config, WORK, [Path(folder)])
+    for kind in ("apptainer", "pyxis"):
+        with pytest.raises(InputError, match=folder):
+            in_container(LaunchConfig(container=ContainerConfig(kind, "ecg.sif")), Path(folder))
 
 
 def test_pythons():
     container = ContainerConfig("apptainer", "ecg.sif")
-    assert host_python(ClusterConfig()) == rank_python(ClusterConfig()) == sys.executable
-    assert host_python(ClusterConfig(python="/p")) == rank_python(ClusterConfig(python="/p")) == "/p"
-    assert host_python(ClusterConfig(container=container, python="/p")) == sys.executable
-    assert rank_python(ClusterConfig(container=container, python="/p")) == "/p"
-    assert rank_python(ClusterConfig(container=container)) == "python3"
+    assert host_python(LaunchConfig()) == rank_python(LaunchConfig()) == sys.executable
+    assert host_python(LaunchConfig(python="/p")) == rank_python(LaunchConfig(python="/p")) == "/p"
+    assert host_python(LaunchConfig(container=container, python="/p")) == sys.executable
+    assert rank_python(LaunchConfig(container=container, python="/p")) == "/p"
+    assert rank_python(LaunchConfig(container=container)) == "python3"
 
 
 @given(st.text(st.characters(exclude_characters="/"), min_size=1))
 def test_any_run_folder_gives_a_job_name(folder):
     name = job_name("pretrain", Path("runs") / folder)
-    assert ClusterConfig(name=name).name == name
+    assert LaunchConfig(name=name).name == name

@@ -10,13 +10,13 @@ import psutil
 
 from ecgscale.errors import InputError
 from ecgscale_launch import slurm
-from ecgscale_launch.resources import ClusterConfig
+from ecgscale_launch.launch_config import LaunchConfig
 
 # File systems of one machine alone.
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "vfat", "f2fs", "squashfs"}
 
 
-def check_place(run: Path, cluster: ClusterConfig) -> None:
+def check_place(run: Path, cluster: LaunchConfig) -> None:
     """Raises InputError, one line that says what would be right; asks SLURM, submits nothing."""
     if "%" in str(run.absolute()) or "\\" in str(run.absolute()):
         raise InputError(f"run folder {run}: SLURM replaces % and \\ in paths; give a folder without them")
