@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig) -> Path:
             kind.segments,
             config.train.seed,
         ),
-        flops=sum(part.total for part in flops.values()),
+        flops=flops,
         picture=lambda batch: masked_picture(batch, objective, config.data.segment_s),
     )
     engine = train(job, ranks)

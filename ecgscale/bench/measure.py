@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -158,9 +158,18 @@ class Check:
         return f"{self.what}: {self.value:.3g}, must be {sign} {self.bound:g}: **{word}**"
 
 
+class Meaning(NamedTuple):
+    """What a scalar is, for whoever compares two results."""
+
+    unit: str
+    better: Literal["higher", "lower", ""] = ""  # empty: neither, or nobody knows
+    ours: bool = True  # it says something of ecgscale, and not of a baseline or the device alone
+    case: str = ""  # what was measured in several ways, of which this is one
+
+
 @dataclass
 class Section:
-    """A table with what it says. ``scalars`` go to TensorBoard, under stable names.
+    """A table with what it says. ``scalars`` go to TensorBoard, under stable names; ``meanings`` says what they are.
 
     ``spreads`` holds the quartiles of some scalars. ``settings`` tells what was measured: of ``a/b`` for scalars
     ``a/b/...``; they become TensorBoard's hparams.
@@ -175,10 +184,13 @@ class Section:
     raw: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
     spreads: dict[str, tuple[float, float]] = field(default_factory=dict)
+    meanings: dict[str, Meaning] = field(default_factory=dict)
 
-    def scalar(self, name: str, value: Spread) -> None:
-        """A scalar with its quartiles."""
-        self.scalars[name], self.spreads[name] = value.median, (value.low, value.high)
+    def scalar(self, name: str, value: float | Spread, meaning: Meaning) -> None:
+        """A number, with its quartiles where there are several."""
+        self.scalars[name], self.meanings[name] = value if isinstance(value, float | int) else value.median, meaning
+        if isinstance(value, Spread):
+            self.spreads[name] = (value.low, value.high)
 
     def keep(self, rounds: Mapping[str, list[Round]], prefix: str = "") -> None:
         """Keep every raw round."""
@@ -277,7 +289,10 @@ def _warn_of_load(report: Report) -> None:
 
 
 def _plain(section: Section) -> dict[str, Any]:
-    return asdict(section) | {"checks": [asdict(check) | {"passed": check.passed} for check in section.checks]}
+    return asdict(section) | {
+        "meanings": {name: meaning._asdict() for name, meaning in section.meanings.items()},
+        "checks": [asdict(check) | {"passed": check.passed} for check in section.checks],
+    }
 
 
 def make_folder(folder: Path) -> None:

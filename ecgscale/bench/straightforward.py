@@ -211,7 +211,7 @@ class SelfAttention(nn.Module):
         q_BHNd, k_BHNd, v_BHNd = (
             project(x_BND).view(head).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        weight_BHNN = (q_BHNd @ k_BHNd.transpose(2, 3) / head[3] ** 0.5).softmax(dim=-1)
+        weight_BHNN = (q_BHNd * head[3] ** -0.5 @ k_BHNd.transpose(2, 3)).softmax(dim=-1)
         weight_BHNN = F.dropout(weight_BHNN, self.dropout, self.training)
         out: Tensor = self.out_proj((weight_BHNN @ v_BHNd).transpose(1, 2).reshape(rows, tokens, width))
         return out
@@ -241,10 +241,11 @@ class Quantizer(nn.Module):
 def info_nce(prediction_BMQ: Tensor, target_BMQ: Tensor, negative_BMK: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of the target against explicit negatives; those that equal the target are excluded."""
     row_B11 = torch.arange(len(target_BMQ), device=target_BMQ.device)[:, None, None]
-    negative_BMKQ = target_BMQ[row_B11, negative_BMK]
-    same_BMK = (negative_BMKQ == target_BMQ[:, :, None]).all(dim=-1)
-    candidate_BMKQ = torch.cat([target_BMQ[:, :, None], negative_BMKQ], dim=2).float()
-    logit_BMK = F.cosine_similarity(prediction_BMQ[:, :, None].float(), candidate_BMKQ, dim=-1) / temperature
+    unit_BMQ, target_unit_BMQ = (F.normalize(vectors.float(), dim=-1) for vectors in (prediction_BMQ, target_BMQ))
+    negative_BMKQ = target_unit_BMQ[row_B11, negative_BMK]
+    candidate_BMKQ = torch.cat([target_unit_BMQ[:, :, None], negative_BMKQ], dim=2)
+    logit_BMK = torch.einsum("bmq,bmkq->bmk", unit_BMQ, candidate_BMKQ) / temperature
+    same_BMK = (target_BMQ[row_B11, negative_BMK] == target_BMQ[:, :, None]).all(dim=-1)
     logit_BMK = torch.cat([logit_BMK[..., :1], logit_BMK[..., 1:].masked_fill(same_BMK, float("-inf"))], dim=-1)
     first = torch.zeros(logit_BMK.shape[:2].numel(), dtype=torch.int64, device=logit_BMK.device)
     return F.cross_entropy(logit_BMK.flatten(0, 1), first)

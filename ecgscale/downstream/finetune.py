@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ecgscale import progress
 from ecgscale.config import FinetuneConfig
-from ecgscale.cost import step_flops
+from ecgscale.cost import encoder_flops
 from ecgscale.data.persons import apart
 from ecgscale.data.stream import TrainStream
 from ecgscale.downstream import TASKS, build_task
@@ -29,7 +29,6 @@ from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, write_export
 from ecgscale.inference import ECGModel, load
 from ecgscale.model import ENCODERS, Encoder, build_encoder
-from ecgscale.objectives import objective_config
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.registry import is_code
 from ecgscale.run import claim_run
@@ -162,19 +161,9 @@ def _train(
         about=about,
         identity=labelled.shards.identity,
         validate=Validation(held_out, config.train.contrast, 1, seed, target_RC),
-        flops=supervised_flops(encoder, stream.shape[0], selection.samples),
+        flops=encoder_flops(encoder, stream.shape[0], selection.samples),
     )
     export_engine(run, train(job, ranks), job.about, config.train.steps)
-
-
-def supervised_flops(encoder: Encoder, rows: int, samples: int) -> int:
-    """Model FLOPs of a micro-step of so many rows, forward and backward, without the head: a thousandth of them."""
-    parts = step_flops(encoder.config, objective_config(), rows, samples)
-    if not parts:
-        return 0
-    learned = all(p.requires_grad for module in encoder.stem_modules() for p in module.parameters())
-    stem = parts["stem"].total if learned else parts["stem"].forward
-    return stem + sum(parts[part].total for part in ("feature_projection", "position", "attention", "ffn"))
 
 
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:

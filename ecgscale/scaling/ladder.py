@@ -198,8 +198,7 @@ def encoder_parameters(model: EncoderConfig) -> int:
 def step_cost(config: PretrainConfig, samples: int) -> int:
     """FLOPs of one step over all ranks."""
     rows = config.train.contrast * OBJECTIVES.find(config.objective.name).segments
-    parts = step_flops(config.model, config.objective, rows, samples)
-    return config.train.accumulation * sum(part.total for part in parts.values())
+    return config.train.accumulation * step_flops(config.model, config.objective, rows, samples)
 
 
 def cells(config: ScalingConfig) -> list[Cell]:

@@ -151,7 +151,7 @@ def kernel_tests(place: Place) -> None:
 
 
 def compiled_for_sm_90(place: Place) -> None:
-    script = ROOT / "tests" / "kernels" / "compile_without_gpu.py"
+    script = ROOT / "tests" / "trials" / "compile_without_gpu.py"
     command = [sys.executable, str(script), "90", "bfloat16", "float16", "--blocks=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)
@@ -236,14 +236,6 @@ def kernels(place: Place) -> None:
 def kernels_compiled(place: Place) -> None:
     """The same beside what torch.compile makes of it, which may be the best baseline."""
     _bench_kernel(place, *(("--only", "patches", "stems") if place.cuda else ("--only", "stems")))
-
-
-def tune(place: Place) -> None:
-    """Other block sizes, which only a GPU can measure."""
-    if not place.cuda:
-        place.tell("nothing to try without a GPU")
-        return
-    _bench_kernel(place, "--tune")
 
 
 def _bench_kernel(place: Place, *arguments: object) -> None:
@@ -337,8 +329,7 @@ def batches(place: Place) -> None:
     """ECG/s, MFU and memory by batch, doubled until memory runs out."""
     import torch
 
-    from ecgscale.bench.step_batches import synthetic_batches
-    from ecgscale.bench.step_case import Axes
+    from ecgscale.bench.step_case import Axes, synthetic_batches
     from ecgscale.training.engine import Engine
     from ecgscale.training.metrics import device_peak
     from ecgscale.training.ranks import start_ranks
@@ -429,7 +420,7 @@ PARTS: dict[str, Callable[[Place], None]] = {
     part.__name__: part
     for part in (
         device, kernel_tests, losses, kernels, pretrain, batches, ways, waits, plan, sanitizer, kernels_compiled,
-        cuda_tests, tune,
+        cuda_tests,
     )
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Compile the kernels for a GPU that is not there, at a preset's shapes, and print what each takes of it.
 
-    python tests/kernels/compile_without_gpu.py 90 bfloat16 tf32    for sm_90; without a type, for all
+    python tests/trials/compile_without_gpu.py 90 bfloat16 tf32    for sm_90; without a type, for all
     PYTHONPATH=OTHER_TRITON:... python ...                          by a Triton of pip install --target OTHER_TRITON
 
 Triton is given a driver that knows its target and nothing else, and each launch becomes a compilation. Ends with an
