@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
-from typing import Any, get_type_hints
+from typing import Any
 
 from ecgscale import downstream, model, objectives
 from ecgscale.downstream import TASKS
@@ -18,6 +18,7 @@ from ecgscale.errors import InputError
 from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.objectives import OBJECTIVES, ObjectiveConfig
 from ecgscale.registry import Registry
+from ecgscale.settings import field_types
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,6 @@ CHOICES = (
     Choice(EncoderConfig, "encoder", ENCODERS, model.DEFAULT),
     Choice(TaskConfig, "kind", TASKS, downstream.DEFAULT, frozenset(WRITTEN_BEFORE)),
 )
-
-
-def field_types(config_type: Any) -> dict[str, Any]:
-    """The keys of a config, with the type of each."""
-    hints = get_type_hints(config_type)
-    return {one.name: hints[one.name] for one in fields(config_type)}
 
 
 def choices_of(config_type: type) -> dict[str, Choice]:
