@@ -9,7 +9,7 @@ Shape suffixes: L the leads of a record, in the order of its rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -193,6 +193,14 @@ def keys_of(fields: Fields) -> frozenset[str]:
     """The keys under which --label-keys and --label-columns find something."""
     within = _under_names(fields, {"labels"}).get("labels")
     return frozenset((*fields, *(within if isinstance(within, dict) else ())))
+
+
+def objects_in(fields: Fields) -> Iterator[Fields]:
+    """The JSON itself, and all objects in it."""
+    yield fields
+    for value in fields.values():
+        if isinstance(value, dict):
+            yield from objects_in(value)
 
 
 def as_own(described: Described, name: str, dataset: str, samples: int) -> Fields:

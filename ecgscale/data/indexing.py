@@ -26,9 +26,17 @@ from tqdm import tqdm
 
 from ecgscale.data.cells import NOBODY, find_key
 from ecgscale.data.copies import Copies, content_keys, is_flat
-from ecgscale.data.foreign import Rules, common_order
+from ecgscale.data.foreign import Rules, common_order, keys_of, objects_in
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.splits import Splits, United, check_not_empty, split_value, splits_by_hash, splits_by_value
+from ecgscale.data.ingest.splits import (
+    Splits,
+    United,
+    check_not_empty,
+    split_value,
+    splits_by_hash,
+    splits_by_value,
+    without_value,
+)
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.payload import Bytes
 from ecgscale.data.plausibility import FLAT, UnlikelyUnitError, check_geometry, judge
@@ -202,8 +210,9 @@ def _index_tar(
         about = record.described
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
-        done.label_keys |= asked_keys & record.keys
-        done.some_keys = done.some_keys or record.keys
+        keys = keys_of(record.fields)
+        done.label_keys |= asked_keys & keys
+        done.some_keys = done.some_keys or keys
         if about.patient_key:
             done.patient_keys.setdefault(about.patient_key, record.name)
         done.patient_known.append(about.patient is not None)
@@ -215,9 +224,12 @@ def _index_tar(
         done.likelihoods |= about.likelihoods
         if split_by:
             try:
-                done.split_values.append(split_value(about.labels, about.metadata, split_by))
+                value = split_value((about.labels, *objects_in(record.fields)), split_by)
             except InputError as error:
                 raise InputError(f"{path}: {record.name!r}: {error}") from error
+            if not value:
+                done.notes[without_value(split_by)] += 1
+            done.split_values.append(value)
     if not rows:
         raise InputError(f"{path}: no sample in it; remove it")
     digest.update(tar[hashed:].data)

@@ -411,6 +411,27 @@ def test_splits_by_a_key(tmp_path) -> None:
         index(write_tars(tmp_path / "torn", same), by_fold)
 
 
+@pytest.mark.parametrize(
+    "said", [{"fold": [9]}, {"Fold": "9.0"}, {"metadata": {"fold": 9}}, {"labels": {"FOLD": ["9"]}, "fold": "NA"}]
+)
+def test_a_split_is_found_wherever_the_json_says_it(tmp_path, capsys, said: dict) -> None:
+    each = [{"fold": 8}, said, {}, {"fold": None}]
+    samples = [{"npy": counts(i), "json": ABOUT | {"patient": i} | one} for i, one in enumerate(each)]
+    folder = write_tars(tmp_path / "set", samples)
+    by_fold = ["--split-by=fold", "--validation-values=8", "--test-values=9", "--workers=1"]
+    assert cli.main(["index", str(folder), *by_fold]) == 0
+    assert ShardSet.open(folder).column("split").tolist() == [1, 2, 0, 0]
+    assert "2 x a record that has no fold, put into training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("said", [{"fold": "9|8"}, {"fold": ["9", 8]}, {"fold": 1, "labels": {"fold": 9}}])
+def test_two_splits_of_one_record_are_refused(tmp_path, said: dict) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | one} for i, one in enumerate([{"fold": 8}, {"fold": 9}, said])]
+    folder = write_tars(tmp_path / "set", samples)
+    with pytest.raises(InputError, match=r"part-000.tar: 'part-000/s002': fold has 2 values"):
+        index(folder, IngestOptions(split_by="fold", validation_values=("8",), test_values=("9",)))
+
+
 def test_processes_do_not_change_the_bytes(tmp_path) -> None:
     folder = write_tars(tmp_path / "set", [{"npy": counts(i), "json": ABOUT} for i in range(9)], per_tar=2)
     one = index(folder).identity

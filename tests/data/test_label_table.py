@@ -436,6 +436,12 @@ def test_values_of_a_split_are_read_as_the_labels_are(tmp_path: Path, batch) -> 
     assert ShardSet.open(tmp_path / "flags").column("split").tolist() == [0] * 5 + [2]
 
 
+def test_a_column_of_splits_is_found_in_any_case(tmp_path: Path, batch) -> None:
+    folder = batch("in", "record,patient_id,Fold\n" + "".join(f"in{i},{i},{i % 3}\n" for i in range(6)))
+    assert ingest(folder, tmp_path / "out", "--split-by=fold", "--validation-values=1", "--test-values=2") == 0
+    assert ShardSet.open(tmp_path / "out").column("split").tolist() == [0, 1, 2] * 2
+
+
 def test_other_labels_are_another_ingest(tmp_path: Path, batch, capsys) -> None:
     folder = batch("in", "record,AF\nin0,1\n")
     assert ingest(folder, tmp_path / "out", "--part=1/2") == 0

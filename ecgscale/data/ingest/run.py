@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ecgscale.data.cells import find_key
 from ecgscale.data.copies import about_copies
 from ecgscale.data.ingest.job import Job, open_job
 from ecgscale.data.ingest.join import Ingested, check_all_there, finish
@@ -162,7 +163,7 @@ def _check_split_key(job: Job) -> None:
         except InputError:
             continue
         keys |= {*record.labels, *record.metadata}
-    if keys and job.options.split_by not in keys:
+    if keys and find_key(keys, job.options.split_by) is None:
         some = ", ".join(sorted(keys)[:20])
         raise _UnknownKeyError(f"split-by {job.options.split_by}: no record has that key; they have {some}")
 
