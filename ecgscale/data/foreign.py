@@ -127,6 +127,7 @@ class Described:
     notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
     likelihoods: frozenset[str] = frozenset()  # labels that say likelihoods in percent
     patient_key: str = ""  # that names the patient
+    other_ids: dict[str, str] = field(default_factory=dict)  # key -> what else may be the patient's id
 
 
 def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Described:
@@ -151,6 +152,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
     cells = Cells()
     patients = ((cells.identifier(told.get(key), key), key) for key in patient_keys)
     patient, patient_key = next((one for one in patients if one[0] is not None), (None, ""))
+    other_keys = patient_keys[patient_keys.index(patient_key) + 1 :] if patient_key else ()
     values, flags = _label_values(fields, told.get("labels"), rules)
     labels = {key: cells.classes(value, key, key in rules.likelihoods) for key, value in values.items()}
     labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
@@ -167,7 +169,15 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         dict(cells.notes),
         frozenset(key for key, value in values.items() if has_likelihoods(value)),
         patient_key,
+        {key: id_ for key in other_keys if (id_ := _id_or_none(told.get(key))) is not None},
     )
+
+
+def _id_or_none(value: Any) -> str | None:
+    try:
+        return Cells().identifier(value, "")
+    except InputError:
+        return None  # such as an object under "patient": it is none of an id
 
 
 def check_zero(fields: Fields, n_leads: int) -> None:

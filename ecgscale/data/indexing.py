@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ecgscale.data.cells import NOBODY, find_key
 from ecgscale.data.copies import Copies, content_keys, is_flat
 from ecgscale.data.foreign import Rules, common_order, keys_of, objects_in
+from ecgscale.data.grouping import Grouping
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import (
     Splits,
@@ -85,6 +86,7 @@ class _Tar:
     leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
     rates: dict[float, str] = field(default_factory=dict)  # likewise
     patient_keys: dict[str, str] = field(default_factory=dict)  # likewise, of records with a known patient
+    other_ids: set[tuple[str, str, str, str]] = field(default_factory=set)  # key, id, other key, id there
     patient_known: list[bool] = field(default_factory=list)
     remarked: dict[str, Remarked] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
@@ -107,6 +109,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
         rate_hz = _only_rate(found)
         _check_patient_keys(found)
+        notes = Counter(_same_patients(found))
         _check_label_keys(found, rules)
         likelihoods = sorted({label for one in found for label in one.likelihoods})
         rules = replace(rules, lead_order=_lead_order(found), likelihoods=tuple(likelihoods))
@@ -121,7 +124,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
         source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
-    notes = sum((one.notes for one in found), Counter[str]())
+    notes = sum((one.notes for one in found), notes)
     patients_known = any(any(one.patient_known) for one in found)
     return Indexed(records, len(found), rate_hz, patients_known, remarked, dict(notes))
 
@@ -215,6 +218,9 @@ def _index_tar(
         done.some_keys = done.some_keys or keys
         if about.patient_key:
             done.patient_keys.setdefault(about.patient_key, record.name)
+        if about.patient is not None:
+            of_patient = (about.patient_key, about.patient)
+            done.other_ids |= {(*of_patient, key, id_) for key, id_ in about.other_ids.items()}
         done.patient_known.append(about.patient is not None)
         for kind in _oddities(tar, record):
             done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
@@ -283,6 +289,17 @@ def _check_patient_keys(found: Sequence[_Tar]) -> None:
             f"{second}, {first}; ids under two keys may be of two kinds: give all records one --patient-key, null "
             "where it is unknown"
         )
+
+
+def _same_patients(found: Sequence[_Tar]) -> dict[str, int]:
+    """Notes on other keys that name the same patients. Raises InputError where they name others."""
+    groupings: dict[tuple[str, str], Grouping] = {}
+    for key, patient, other_key, other in sorted(set().union(*(one.other_ids for one in found))):
+        groupings.setdefault((key, other_key), Grouping(key, other_key)).add(patient, other)
+    for grouping in groupings.values():
+        if refusal := grouping.refusal():
+            raise InputError(f"{_folder(found)}: {refusal}")
+    return {f"{other} beside {key}, which names the same patients and counts": 1 for key, other in groupings}
 
 
 def _asked_keys(rules: Rules) -> set[str]:

@@ -389,6 +389,22 @@ def test_patients_under_different_keys_are_refused(tmp_path, per_tar) -> None:
     verify_dataset(folder)
 
 
+@pytest.mark.parametrize("keys", [("patient_id", "subject_id"), ("subject_id", "Patient")])
+@pytest.mark.parametrize("per_tar", [1, 4])
+def test_keys_that_name_other_patients_are_refused(tmp_path, capsys, keys, per_tar) -> None:
+    about = {name: value for name, value in ABOUT.items() if name != "patient"}
+
+    def write(name: str, ids: list[tuple[int, str]]) -> Path:
+        each = [{"npy": counts(i), "json": about | dict(zip(keys, one, strict=True))} for i, one in enumerate(ids)]
+        return write_tars(tmp_path / name, each, per_tar)
+
+    for name, ids in (("split", [(1, "P"), (2, "P")]), ("melted", [(1, "P"), (1, "Q")])):
+        refused(write(name, ids), *map(str.casefold, keys), "--patient-key")
+    assert index(tmp_path / "split", patient_key=keys[1]).record(1).patient == "P"
+    assert cli.main(["index", str(write("same", [(1, "P"), (2, "Q"), (1, "P")])), "--workers=1"]) == 0
+    assert f"{keys[1].casefold()} beside {keys[0]}, which names the same" in capsys.readouterr().out
+
+
 def test_leads_under_another_spelling_are_not_taken_for_the_usual_order(tmp_path) -> None:
     about = {"rate_hz": 100, "Leads": MIMIC, "mv_per_count": 0.001}
     folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about}])

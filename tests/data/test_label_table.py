@@ -282,12 +282,53 @@ def test_a_cell_that_could_mean_two_things_names_its_place(tmp_path: Path) -> No
 
 
 def test_the_ids_of_two_columns_are_not_mixed(tmp_path: Path) -> None:
-    table = load(tmp_path, "record,patient,Patient_ID,subject_id\na/x,9,NA,5\na/y,9,,6\n")
+    table = load(tmp_path, "record,patient,Patient_ID,subject_id\na/x,8,NA,5\na/y,9,,6\n")
     assert [describe((), table, item).patient for item in ("a/x", "a/y")] == ["5", "6"]
+    assert table.remarks == [
+        f"{tmp_path}/labels0.csv: subject_id and patient name the same patients; subject_id counts"
+    ]
     table = load(tmp_path, "record,patient_id,subject_id\na/x,NA,5\na/y,5,6\n")
     assert [describe((), table, item).patient for item in ("a/x", "a/y")] == [None, "5"]
     table = load(tmp_path, "record,id,ID\na/x,1,7\na/y,2,8\n")
     assert [describe((), table, item, patient_key="ID").patient for item in ("a/x", "a/y")] == ["7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "ids", "chosen"),
+    [
+        ("subject_id,PatientID", [(1, "P1"), (2, "P1")], ["P1", "P1"]),
+        ("patient,subject_id", [("P1", 1), ("P1", 2), ("P2", 3)], ["P1", "P1", "P2"]),
+        ("patient_id,Patient_ID", [(1, 7), (1, 8)], ["7", "8"]),
+        ("patient_id,subject_id", [("NA", 5), ("", 5), (7, 6)], ["5", "5", "6"]),
+    ],
+)
+def test_columns_that_name_other_patients_are_refused(tmp_path: Path, columns: str, ids: list, chosen: list) -> None:
+    """One of them would be picked, and a person may stand in two splits."""
+    items = ["a/x", "a/y", "b/x"][: len(ids)]
+    rows = "".join(f"{item},{one},{other}\n" for item, (one, other) in zip(items, ids, strict=True))
+    table = load(tmp_path, f"record,{columns}\n{rows}")
+    with pytest.raises(InputError, match=r"labels0.csv: .* name other patients .* --patient-key"):
+        describe((), table, "a/x")
+    key = next(column for i, column in enumerate(columns.split(",")) if str(ids[0][i]) == chosen[0])
+    assert [describe((), table, item, patient_key=key).patient for item in items] == chosen
+
+
+def test_a_record_of_two_patients_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="patient '5' and patientid '6'"):
+        describe(("patient: 5", "PatientID: 6"), None, "r")
+    assert describe(("patient: 5", "PatientID: 6"), None, "r", patient_key="patient").patient == "5"
+    assert describe(("patient: 5", "PatientID: 5.0"), None, "r").patient == "5"
+    table = load(tmp_path, "record,patient_id\na/x,5\n", "record,Patient_ID\na/x,6\n")
+    with pytest.raises(InputError, match="two patients"):
+        describe((), table, "a/x")
+
+
+def test_an_id_of_the_header_that_the_table_contradicts_is_counted(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,patient_id\na/x,5\na/y,6\nb/x,7\n")
+    note = "a patient id of the header passed over, since column patient_id says another"
+    ids = [("a/x", "5.0"), ("a/y", "9"), ("b/x", "1.000")]
+    both = [describe((f"PatientID: {id_}",), table, item) for item, id_ in ids]
+    assert [(one.patient, one.notes.get(note, 0)) for one in both] == [("5", 0), ("6", 1), ("7", 1)]
 
 
 def test_ids_of_the_header_beside_those_of_a_table_are_counted(tmp_path: Path) -> None:
