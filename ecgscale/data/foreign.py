@@ -22,10 +22,16 @@ from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
 from ecgscale.data.units import parse_unit
 from ecgscale.errors import InputError
-from ecgscale.lead_names import LEADS, canonical_leads, in_canonical_order, parse_renames, source_leads
+from ecgscale.lead_names import LEADS, are_leads, canonical_leads, in_canonical_order, parse_renames, source_leads
 from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ, check_rate
 
-RATE_KEYS = ("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency")
+RATE_KEYS = (
+    *("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency"),
+    *("fs_hz", "srate", "sfreq", "samplerate", "samplingrate", "samplingfrequency", "sample_frequency"),
+    *("sampling_rate_hz", "sample_rate_hz", "sampling_frequency_hz", "sample_frequency_hz"),
+)
+_PERHAPS_RATE_KEYS = ("rate", "frequency", "freq", "hz")  # of a heart too: they contradict, but say nothing themselves
+_LEAST_HZ = 200  # under such a key: hearts are slower, per minute, but for the fastest
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
 SCALE_KEYS = ("scale_mv", "mv_per_count")
 GAIN_KEYS = ("gain", "adc_gain")  # counts per mV, or per what the units say
@@ -146,8 +152,9 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         usual |= {*patient_keys}
         told = _under_names(fields, usual)
     told |= _under_names(fields, {*UNIT_KEYS})
-    leads_L = _leads(told, rules, n_leads)
+    leads_L = _leads(told, rules, n_leads, [] if n_leads is None else _other_leads(fields, n_leads))
     rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
+    _check_other_rates(fields, rate_hz)
     scale_L = _scale(told, rules, len(leads_L))
     cells = Cells()
     patients = ((cells.identifier(told.get(key), key), key) for key in patient_keys)
@@ -263,10 +270,29 @@ def _folded(key: str) -> str:
     return key.strip().casefold()
 
 
-def _leads(fields: Fields, rules: Rules, n_leads: int | None) -> tuple[str, ...]:
+def _other_leads(fields: Fields, n_leads: int) -> list[tuple[str, list[str]]]:
+    """(key, names of as many leads as there are rows), under keys that are none of LEAD_KEYS."""
+    others = []
+    for one in objects_in(fields):
+        for key, value in one.items():
+            names = value.split(",") if isinstance(value, str) and "," in value else value
+            if not isinstance(names, list) or len(names) != n_leads or (one is fields and _folded(key) in LEAD_KEYS):
+                continue
+            if all(isinstance(name, str) for name in names) and are_leads(names):
+                others.append((key, names))
+    return others
+
+
+def _leads(fields: Fields, rules: Rules, n_leads: int | None, others: list[tuple[str, list[str]]]) -> tuple[str, ...]:
     said = _only(fields, LEAD_KEYS)
     if isinstance(said, list) and said and all(isinstance(name, str) for name in said):
-        leads = source_leads(said, _renames(rules.rename_leads), can_ignore=False)
+        others = [("leads", said), *others]
+    key_of_leads = {source_leads(names, _renames(rules.rename_leads), can_ignore=False): key for key, names in others}
+    if len(key_of_leads) > 1:
+        told = " and ".join(f"{key} {','.join(leads)[:100]}" for leads, key in [*key_of_leads.items()][:2])
+        raise InputError(f"it says {told}; leave one out")
+    if others:
+        leads = next(iter(key_of_leads))
         if rules.leads and leads != rules.leads:
             raise InputError(f"it says the leads {','.join(leads)[:100]}, --leads says {','.join(rules.leads)}")
     elif rules.leads or said is None:
@@ -297,6 +323,15 @@ def _rate(fields: Fields, has_option: bool) -> float | None:
             "JSON or give --rate-hz"
         )
     return None
+
+
+def _check_other_rates(fields: Fields, rate_hz: float) -> None:
+    """Raises InputError where a key that may be the sample rate's says another."""
+    for key, value in ((key, value) for one in objects_in(fields) for key, value in one.items()):
+        if not _is_number(value) or value == rate_hz:
+            continue
+        if _folded(key) in RATE_KEYS or (_folded(key) in _PERHAPS_RATE_KEYS and value >= _LEAST_HZ):
+            raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {value:g}; leave one out")
 
 
 def _scale(fields: Fields, rules: Rules, n_leads: int) -> tuple[float, ...]:

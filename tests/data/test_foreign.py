@@ -411,6 +411,52 @@ def test_leads_under_another_spelling_are_not_taken_for_the_usual_order(tmp_path
     np.testing.assert_array_equal(index(folder).record(0).signal_LT, in_canonical_order(counts(0), MIMIC))
 
 
+LEAD_LISTS = ("channels", "signal_names", "channel_names", "sig_names", "names", "lead_order")
+
+
+@pytest.mark.parametrize("key", LEAD_LISTS)
+def test_leads_are_found_under_any_key(tmp_path, key: str) -> None:
+    about = {"rate_hz": 100, "mv_per_count": 0.001}
+    for i, said in enumerate(({key: MIMIC}, {"header": {key: MIMIC}}, {key: ",".join(MIMIC)})):
+        folder = write_tars(tmp_path / f"set{i}", [{"npy": counts(0), "json": about | said}])
+        shards = index(folder)
+        np.testing.assert_array_equal(shards.record(0).signal_LT, in_canonical_order(counts(0), MIMIC))
+        assert shards.metadata(0)["leads"] == [*LEADS]
+        verify_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        *(({key: MIMIC, "leads": LEADS}, f"and {key} I,II,III,aVR,aVF") for key in LEAD_LISTS),
+        ({"header": {"leads": MIMIC}}, "and leads I,II,III,aVR,aVF"),
+        ({"channels": ["DI", "DII", *LEADS[2:]]}, "--rename-leads='DI=I'"),
+        *(({key: 500}, f"'{key}' says 500") for key in ("rate", "frequency", "Hz")),
+        *(({key: 500}, f"{key} '500'") for key in ("fs_hz", "srate")),
+        ({"header": {"fs": 500}}, "'fs' says 500"),
+    ],
+)
+def test_leads_and_rates_that_contradict_are_refused(tmp_path, said: dict, why: str) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
+    assert why in refused(folder, "s000.json")
+
+
+def test_other_lists_and_rates_say_nothing_of_leads(tmp_path) -> None:
+    said = {
+        "noisy": ["V1"],
+        "stage": "II",
+        "dx": ["I", *["x"] * 11],
+        "rate": 72,
+        "heart": {"rate": 72},
+        "frequency": 100,
+    }
+    shards = index(write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}]))
+    assert shards.record(0).rate_hz == 100
+    with_option = {name: value for name, value in ABOUT.items() if name != "rate_hz"}
+    folder = write_tars(tmp_path / "option", [{"npy": counts(0), "json": with_option | {"srate": 400}}])
+    refused(folder, "400", "--rate-hz", rate_hz=500.0)
+
+
 def test_splits_by_a_key(tmp_path) -> None:
     samples = [{"npy": counts(i), "json": ABOUT | {"patient": i, "fold": i % 3}} for i in range(9)]
     folder = write_tars(tmp_path / "set", samples)
