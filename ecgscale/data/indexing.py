@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ecgscale.data.cells import NOBODY, find_key
 from ecgscale.data.copies import Copies, content_keys, is_flat
-from ecgscale.data.foreign import Rules, common_order, keys_of, objects_in
+from ecgscale.data.foreign import Fields, Rules, common_order, keys_of, objects_in
 from ecgscale.data.grouping import Grouping
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import (
@@ -87,6 +87,7 @@ class _Tar:
     rates: dict[float, str] = field(default_factory=dict)  # likewise
     patient_keys: dict[str, str] = field(default_factory=dict)  # likewise, of records with a known patient
     other_ids: set[tuple[str, str, str, str]] = field(default_factory=set)  # key, id, other key, id there
+    datasets: dict[str, str] = field(default_factory=dict)  # that the JSON names -> the first record with a patient
     patient_known: list[bool] = field(default_factory=list)
     remarked: dict[str, Remarked] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
@@ -98,6 +99,8 @@ class _Tar:
 def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
     """Write the index and manifest of all ``*.tar`` of a folder. Of the options, those on splits count.
 
+    ``dataset``: "" for the folder's name, where the JSON does not name several.
+
     Raises InputError that names the file, and the member, for anything that cannot be read exactly: see ``scan``.
     """
     if workers < 1:
@@ -105,8 +108,10 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the local folder that holds the tars")
     with _locked(folder):
-        dataset = dataset or folder.resolve().name
-        found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
+        named = dataset or folder.resolve().name
+        found = list(_run(_tars(folder), rules, named, options.split_by, workers))
+        if not dataset:
+            _check_one_dataset(found)
         rate_hz = _only_rate(found)
         _check_patient_keys(found)
         notes = Counter(_same_patients(found))
@@ -121,7 +126,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         for one in found:
             for kind, several in one.remarked.items():
                 remarked[kind] = remarked.get(kind, NONE).joined(several)
-        source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
+        source = {"dataset": named, "options": _given(options), "records": records, "rejected": 0}
         source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
     notes = sum((one.notes for one in found), notes)
@@ -219,6 +224,7 @@ def _index_tar(
         if about.patient_key:
             done.patient_keys.setdefault(about.patient_key, record.name)
         if about.patient is not None:
+            done.datasets.setdefault(_dataset_of(record.fields), record.name)
             of_patient = (about.patient_key, about.patient)
             done.other_ids |= {(*of_patient, key, id_) for key, id_ in about.other_ids.items()}
         done.patient_known.append(about.patient is not None)
@@ -288,6 +294,27 @@ def _check_patient_keys(found: Sequence[_Tar]) -> None:
         raise InputError(
             f"{second}, {first}; ids under two keys may be of two kinds: give all records one --patient-key, null "
             "where it is unknown"
+        )
+
+
+def _dataset_of(fields: Fields) -> str:
+    """As its JSON names it; "" where it names none."""
+    key = find_key(fields, "dataset")
+    said = None if key is None else fields[key]
+    return said.strip() if isinstance(said, str) else ""
+
+
+def _check_one_dataset(found: Sequence[_Tar]) -> None:
+    """Raises InputError where JSON names several data sets: equal ids are other patients there, but not in one set."""
+    first_of: dict[str, str] = {}
+    for one in found:
+        for dataset, name in one.datasets.items():
+            first_of.setdefault(dataset, f"{one.path}: {name!r} is of {dataset or 'no data set'!r}")
+    if len(first_of) > 1:
+        first, second, *_ = first_of.values()
+        raise InputError(
+            f"{second}, {first}; patients are (data set, id): give each set's tars a folder of their own, or --dataset "
+            "where equal ids are one person"
         )
 
 

@@ -18,6 +18,7 @@ from webdataset import ShardWriter
 from ecgscale import cli
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.indexing import index_folder
+from ecgscale.data.ingest import ingest
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
@@ -27,6 +28,7 @@ from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.record import LEADS
 from ecgscale.simulate import Simulation
+from in_memory import Records
 
 MIMIC = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
 ALL_TRAIN = IngestOptions(validation_fraction=0)
@@ -403,6 +405,20 @@ def test_keys_that_name_other_patients_are_refused(tmp_path, capsys, keys, per_t
     assert index(tmp_path / "split", patient_key=keys[1]).record(1).patient == "P"
     assert cli.main(["index", str(write("same", [(1, "P"), (2, "Q"), (1, "P")])), "--workers=1"]) == 0
     assert f"{keys[1].casefold()} beside {keys[0]}, which names the same" in capsys.readouterr().out
+
+
+def test_patients_of_two_data_sets_are_not_melted(tmp_path, make_record, ingest_records) -> None:
+    for dataset, name in (("A", "a"), ("B", "b")):
+        records = Records([make_record(name, patient="1")], dataset=dataset)
+        ingest(records, tmp_path / "set", IngestOptions(rate_hz=100, payload="npy"), append=dataset == "B")
+    (tmp_path / "tars").mkdir()
+    for tar in (tmp_path / "set").glob("*.tar"):
+        shutil.copy(tar, tmp_path / "tars")
+    refused(tmp_path / "tars", "is of 'A'", "is of 'B'", "--dataset")
+    index_folder(tmp_path / "tars", Rules(), ALL_TRAIN, dataset="both")
+    assert len(set(ShardSet.open(tmp_path / "tars").column("patient").tolist())) == 1
+    without = [{"npy": counts(i), "json": ABOUT | {"patient": None, "dataset": str(i)}} for i in range(2)]
+    index(write_tars(tmp_path / "without", without))
 
 
 def test_leads_under_another_spelling_are_not_taken_for_the_usual_order(tmp_path) -> None:
