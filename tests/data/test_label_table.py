@@ -360,6 +360,22 @@ def test_all_lines_of_diagnoses_count() -> None:
     assert describe((), None, "r").labels == {}
 
 
+@pytest.mark.parametrize(
+    ("lines", "classes"),
+    [
+        (["['a','b']"], ["a", "b"]),
+        (['{"a": true, "b": false}'], ["a"]),
+        (["['426783006', '59931005']", "12 13"], ["426783006", "59931005", "12", "13"]),
+        *(([text], []) for text in ("[]", "{}", "{'a': 0}")),
+        (["[]", "a"], ["a"]),
+        (["['NA']"], None),
+    ],
+)
+def test_lists_in_headers_are_read_as_in_tables(lines: list[str], classes: list[str] | None) -> None:
+    known = describe([f"Dx: {line}" for line in lines], None, "r")
+    assert known.labels == ({} if classes is None else {"Dx": classes})
+
+
 def test_patients_of_headers() -> None:
     assert describe(("patient_id: 17.0", "Patient_ID: 17"), None, "r").patient == "17"
     assert describe(("patient_id: NA", "subject_id: 4"), None, "r").patient == "4"
