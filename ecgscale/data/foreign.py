@@ -133,6 +133,7 @@ class Described:
     notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
     likelihoods: frozenset[str] = frozenset()  # labels that say likelihoods in percent
     patient_key: str = ""  # that names the patient
+    flags: frozenset[str] = frozenset()  # keys of its ``labels`` that are true or false alone, so classes of one label
     other_ids: dict[str, str] = field(default_factory=dict)  # key -> what else may be the patient's id
 
 
@@ -160,7 +161,8 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
     patients = ((cells.identifier(told.get(key), key), key) for key in patient_keys)
     patient, patient_key = next((one for one in patients if one[0] is not None), (None, ""))
     other_keys = patient_keys[patient_keys.index(patient_key) + 1 :] if patient_key else ()
-    values, flags = _label_values(fields, told.get("labels"), rules)
+    given = told.get("labels")
+    values, flags = _label_values(fields, given, rules)
     labels = {key: cells.classes(value, key, key in rules.likelihoods) for key, value in values.items()}
     labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
     taken = {*values, *(key for group in flags.values() for key in group)}
@@ -176,6 +178,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         dict(cells.notes),
         frozenset(key for key, value in values.items() if has_likelihoods(value)),
         patient_key,
+        frozenset(given if isinstance(given, dict) and "labels" in values.keys() - given.keys() else ()),
         {key: id_ for key in other_keys if (id_ := _id_or_none(told.get(key))) is not None},
     )
 
@@ -418,8 +421,19 @@ def _label_values(fields: Fields, given: Any, rules: Rules) -> tuple[Fields, dic
         values = {"labels": values}
     elif given is not None and not isinstance(given, dict):
         values = {"labels": given}
-    flags = {name: {key: fields.get(key, within.get(key)) for key in keys} for name, keys in groups}
-    return values | {key: fields[key] for key in rules.label_keys if key in fields}, flags
+    flags = {name: {key: _said_once(fields, within, key) for key in keys} for name, keys in groups}
+    values |= {key: _said_once(fields, within, key) for key in rules.label_keys if key in fields}
+    for name in flags.keys() & values.keys():
+        raise InputError(f"it has a label {name!r} already; name that of --label-columns otherwise: NAME=A,B,C")
+    return values, flags
+
+
+def _said_once(fields: Fields, within: Fields, key: str) -> Any:
+    """What stands under a key, or in ``labels``. Raises InputError where the two contradict."""
+    told = [place[key] for place in (fields, within) if place.get(key) is not None]
+    if len(told) > 1 and Cells().classes(told[0], key) != Cells().classes(told[1], key):
+        raise InputError(f"it says {key} {str(told[0])[:40]!r}, but {str(told[1])[:40]!r} in labels; leave one out")
+    return told[0] if told else None
 
 
 def _is_scalar(value: Any) -> bool:

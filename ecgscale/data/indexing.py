@@ -93,6 +93,8 @@ class _Tar:
     notes: Counter[str] = field(default_factory=Counter)
     likelihoods: set[str] = field(default_factory=set)
     label_keys: set[str] = field(default_factory=set)  # those of the options that some record has
+    label_names: dict[str, str] = field(default_factory=dict)  # each -> the first record with it
+    flags: dict[str, str] = field(default_factory=dict)  # keys that are true or false -> likewise
     some_keys: frozenset[str] = frozenset()  # of the first record
 
 
@@ -116,6 +118,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         _check_patient_keys(found)
         notes = Counter(_same_patients(found))
         _check_label_keys(found, rules)
+        _check_label_names(found)
         likelihoods = sorted({label for one in found for label in one.likelihoods})
         rules = replace(rules, lead_order=_lead_order(found), likelihoods=tuple(likelihoods))
         splits = _splits(found, options)
@@ -220,6 +223,10 @@ def _index_tar(
         done.rates.setdefault(about.rate_hz, record.name)
         keys = keys_of(record.fields)
         done.label_keys |= asked_keys & keys
+        for name in (*about.labels, *(key for key in keys if find_key(asked_keys, key) is not None)):
+            done.label_names.setdefault(name, record.name)
+        for name in about.flags:
+            done.flags.setdefault(name, record.name)
         done.some_keys = done.some_keys or keys
         if about.patient_key:
             done.patient_keys.setdefault(about.patient_key, record.name)
@@ -344,6 +351,27 @@ def _check_label_keys(found: Sequence[_Tar], rules: Rules) -> None:
         hint = f"did you mean {near!r}?" if near else f"the first have {', '.join(keys)[:200]}"
         option = "--label-keys" if key in rules.label_keys else "--label-columns"
         raise InputError(f"{_folder(found)}: {option} {key!r}: no record has that key; {hint}")
+
+
+def _check_label_names(found: Sequence[_Tar]) -> None:
+    """Raises InputError for labels of two spellings, and for flags that are classes here, and labels there."""
+    labels: dict[str, str] = {}
+    flags: dict[str, str] = {}
+    for one in found:
+        for first_of, names in ((labels, one.label_names), (flags, one.flags)):
+            for name, record in names.items():
+                first_of.setdefault(name, f"{one.path}: {record!r}")
+    spelt: dict[str, str] = {}
+    for name in labels:
+        if (other := spelt.setdefault(name.casefold(), name)) != name:
+            raise InputError(
+                f"{labels[name]} has {name!r}, {labels[other]} {other!r}: they would be two labels; write them alike"
+            )
+    for name in labels.keys() & flags.keys():
+        raise InputError(
+            f"{flags[name]} has labels with {name!r} as true or false, which makes it a class, {labels[name]} says it "
+            "otherwise, which makes it a label; write true and false in all"
+        )
 
 
 def _lead_order(found: Sequence[_Tar]) -> tuple[str, ...]:

@@ -195,6 +195,31 @@ def test_label_keys_that_no_record_has_are_refused(tmp_path) -> None:
     assert shards.metadata(0)["labels"] == {"x": ["AF"]}
 
 
+@pytest.mark.parametrize(
+    ("each", "rules", "why"),
+    [
+        ([{"dx": "b", "labels": {"dx": "c"}}], {"label_keys": ("dx",)}, "it says dx 'b', but 'c' in labels"),
+        ([{"AF": 1, "SB": 0, "labels": {"AF": 0}}], {"label_columns": ("rh=AF,SB",)}, "it says AF '1', but '0'"),
+        ([{"AF": 1, "labels": {"rh": ["x"]}}], {"label_columns": ("rh=AF",)}, "a label 'rh' already"),
+        ([{"rh": "x", "AF": 1}], {"label_columns": ("rh=AF",), "label_keys": ("rh",)}, "a label 'rh' already"),
+        ([{"labels": {"AF": True}}, {"labels": {"AF": 1}}], {}, "'AF' as true or false"),
+        ([{"labels": {"dx": "a"}}, {"labels": {"DX": "b"}}], {}, "'DX'"),
+        ([{"dx": "a"}, {"Dx": "b"}], {"label_keys": ("dx",)}, "'Dx'"),
+    ],
+)
+@pytest.mark.parametrize("per_tar", [1, 4])
+def test_labels_that_contradict_are_refused(tmp_path, each: list[dict], rules: dict, why: str, per_tar: int) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | one} for i, one in enumerate(each)]
+    assert why in refused(write_tars(tmp_path / "set", samples, per_tar), **rules)
+
+
+def test_labels_that_are_said_twice_are_one(tmp_path) -> None:
+    said = {"dx": "b|c", "labels": {"dx": ["b", "c"], "AF": True}, "AF": 1}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
+    shards = index(folder, label_keys=("dx",), label_columns=("rh=AF",))
+    assert shards.record(0).labels == {"dx": ["b", "c"], "rh": ["AF"]}
+
+
 def test_a_flag_that_one_record_lacks_is_unknown_there(tmp_path) -> None:
     flags = ({"AF": 1}, {"AF": 1, "SB": 0})
     folder = write_tars(tmp_path / "set", [{"npy": counts(i), "json": ABOUT | flags[i]} for i in range(2)])
