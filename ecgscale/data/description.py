@@ -34,7 +34,8 @@ def describe(
     """Patient, labels and metadata of a record, by its header's ``Key: value`` comments and its table row.
 
     ``Dx`` (all its lines) and the named columns of the table are labels; other comments, and age and sex from either,
-    are metadata. What cells mean, ``Cells`` says; what is unknown is left out. Where both speak, the table
+    are metadata. Where a table has a column Dx, it alone counts for all records, since its classes may be other words
+    than the headers' codes. What cells mean, ``Cells`` says; what is unknown is left out. Where both speak, the table
     wins, and what it contradicts is counted. The patient stands under ``patient_key``, in ``folder_name`` for
     ``"@folder"``, otherwise under any of PATIENT_KEYS.
 
@@ -60,22 +61,41 @@ def describe(
     for key in METADATA_KEYS:
         for place in ({column: [cell] for column, cell in row.items()}, values_of_comment):
             texts = [text for one in _values(place, key) if (text := cells.text(one, key)) is not None]
-            if texts and key not in metadata:
-                metadata[key] = " | ".join(dict.fromkeys(texts))
+            text = " | ".join(dict.fromkeys(texts))
+            if len({*texts}) > 1:
+                cells.notes[f"{key} with several values, all kept"] += 1
+            if texts and metadata.setdefault(key, text) != text:
+                cells.notes[passed_over(key)] += 1
     taken = {key.casefold() for key in (*patient_keys, *METADATA_KEYS)}
     for key, values in values_of_comment.items():
         known = [value for value in values if is_known(value)]
         if known and key.casefold() not in taken | {"dx"}:
             metadata[key] = " | ".join(dict.fromkeys(known))
     labels: dict[str, list[str]] = {}
-    if (diagnoses := cells.listed(_values(values_of_comment, "Dx"), "Dx")) is not None:
-        labels["Dx"] = diagnoses
     if table is not None and row:
         try:
-            labels |= _labels_of_row(cells, table, row, taken)
+            labels = _labels_of_row(cells, table, row, taken)
         except InputError as error:
             raise InputError(f"{table.place(item)}: {error}") from error
+    diagnoses = cells.listed(_values(values_of_comment, "Dx"), "Dx")
+    column = find_key(_label_names(table), "Dx")
+    if diagnoses is not None and column is None:
+        labels["Dx"] = diagnoses
+    elif diagnoses is not None and column not in labels:
+        cells.notes[f"Dx of the header passed over, since the tables have a column {column}, without a word on it"] += 1
+    elif diagnoses is not None and column is not None and {*labels[column]} != {*diagnoses}:
+        cells.notes[passed_over("Dx")] += 1
     return Description(patient, labels, metadata, dict(cells.notes))
+
+
+def passed_over(key: str) -> str:
+    """The note of a record whose header is overruled by a table."""
+    return f"{key} of the header passed over, since the table says another"
+
+
+def _label_names(table: LabelTable | None) -> list[str]:
+    """What the tables may have as labels."""
+    return [] if table is None else [*table.columns, *(name for name, _ in table.label_columns)]
 
 
 def _labels_of_row(cells: Cells, table: LabelTable, row: Mapping[str, str], taken: set[str]) -> dict[str, list[str]]:
@@ -151,5 +171,5 @@ def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _values(place: Mapping[str, list[str]], wanted: str) -> list[str]:
-    key = find_key(place, wanted)
-    return [] if key is None else place[key]
+    """Under all keys that are alike but for capitals."""
+    return [value for key, values in place.items() if find_key((key,), wanted) is not None for value in values]

@@ -346,6 +346,25 @@ def test_ids_of_the_header_beside_those_of_a_table_are_counted(tmp_path: Path) -
 # --- headers ---
 
 
+@pytest.mark.parametrize("column", ["Dx", "dx"])
+def test_the_words_of_tables_and_headers_do_not_mix(tmp_path: Path, column: str) -> None:
+    table = load(tmp_path, f"record,{column},age\na/x,AF,50\na/y,NA,\nb/x,426783006,45\n")
+    header = ("Dx: 426783006", "Age: 45")
+    each = [describe(header, table, item) for item in ("a/x", "a/y", "b/x", "r1")]
+    assert [one.labels for one in each] == [{column: ["AF"]}, {}, {column: ["426783006"]}, {}]
+    assert [one.metadata["age"] for one in each] == ["50", "45", "45", "45"]
+    silent = f"Dx of the header passed over, since the tables have a column {column}, without a word on it"
+    notes = (silent, *(f"{key} of the header passed over, since the table says another" for key in ("Dx", "age")))
+    assert [[one.notes.get(note, 0) for note in notes] for one in each] == [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 0, 0]]
+
+
+def test_columns_of_one_name_in_two_spellings_are_both_kept(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,age,Age\na/x,50,60\na/y,50,50.0\n")
+    both = [describe((), table, item) for item in ("a/x", "a/y")]
+    assert [one.metadata for one in both] == [{"age": "50 | 60"}, {"age": "50"}]
+    assert [one.notes.get("age with several values, all kept", 0) for one in both] == [1, 0]
+
+
 def test_all_lines_of_diagnoses_count() -> None:
     comments = (
         "Dx: 426783006",

@@ -188,7 +188,10 @@ def test_the_folds_of_ptbxl_split_it(ptbxl: Path, tmp_path, capsys) -> None:
 def test_ptbxl_with_labels_of_ones_own(ptbxl: Path, tmp_path) -> None:
     (tmp_path / "mine.csv").write_text("record,scp,mine\nrecords500/00000/00001_hr,MINE,a|b\n")
     source = opened(ptbxl, labels_csv=tmp_path / "mine.csv")
-    labels = source.read("records500/00000/00001_hr").labels
+    record = source.read("records500/00000/00001_hr")
+    labels = record.labels
+    note = "of the data set's own table passed over, since the header or --labels says another"
+    assert [name for name in record.notes if note in name] == [f"scp {note}"]
     assert labels["mine"] == ["a", "b"]
     assert labels["scp"] == ["MINE"]  # the user's own word counts
     assert labels["superclass"] == ["NORM"]
