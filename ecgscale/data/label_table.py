@@ -297,15 +297,16 @@ def _check_nothing_swallowed(file: CsvFile, row: Row, at: int, matcher: Matcher)
     """Raises InputError where a line inside of a row is the row of another record: a quote was not closed."""
     for number, line in enumerate(row.inner_lines, row.line + 1):
         cells = split_line(line, file.text.delimiter)
-        if len(cells) == len(file.columns) and _names_any(matcher, cells[at], file.path.parent):
+        if len(cells) == len(file.columns) and _records_or_none(matcher, cells[at], file.path.parent):
             raise swallowed(str(file.path), row.line, number)
 
 
-def _names_any(matcher: Matcher, cell: str, csv_folder: Path) -> bool:
+def _records_or_none(matcher: Matcher, cell: str, csv_folder: Path) -> Sequence[str]:
+    """Those that a cell may name; none for a cell that can name none."""
     try:
-        return bool(matcher.records(cell, csv_folder))
+        return matcher.records(cell, csv_folder)
     except InputError:
-        return False
+        return ()
 
 
 def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -> str:
@@ -317,7 +318,9 @@ def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -
     matched = Counter[str]()
     contradictions: dict[str, str] = {}
     for line, cells, _ in text.rows():
-        records = {column: matcher.records(cells[columns.index(column)], path.parent) for column in candidates}
+        records = {
+            column: _records_or_none(matcher, cells[columns.index(column)], path.parent) for column in candidates
+        }
         named = {column: items[0] for column, items in records.items() if len(items) == 1}
         matched.update(named.keys())
         if len(set(named.values())) > 1:

@@ -40,6 +40,7 @@ from ecgscale.record import LEADS, Record
 
 EXAMS = "exams.csv"
 PARTS = "exams_part*.hdf5"
+_TRACE_FILE = "trace_file"  # column with the name of the part
 RATE_HZ = 400.0
 ABNORMALITIES = ("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF")
 DESCRIPTION = (
@@ -105,6 +106,9 @@ class Code15:
         try:
             if said.fault:
                 raise InputError(said.fault)
+            metadata = dict(said.metadata)
+            if (trace_file := metadata.pop(_TRACE_FILE, part_name)) != part_name:
+                raise InputError(f"{EXAMS} says that it lies in {trace_file}")
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
             if said.patient is None:
                 raise InputError(f"no row in {EXAMS}, so its patient is unknown")
@@ -113,7 +117,7 @@ class Code15:
             raise type(error)(f"{shown}: {error}") from error
         except OSError as error:
             raise file_error(shown, "cannot be read", error) from error
-        known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
+        known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": metadata}
         known["notes"] = said.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
 
@@ -203,6 +207,8 @@ def _description(row: dict[str, str], where: str) -> Description:
     metadata = {name: text for name, text in texts.items() if text is not None}
     if male is not None:
         metadata["sex"] = _SEX[male]
+    if trace_file := cells.text(row.get(_TRACE_FILE), _TRACE_FILE):
+        metadata[_TRACE_FILE] = Path(trace_file).name
     return Description(patient, labels, metadata, dict(cells.notes))
 
 
