@@ -264,7 +264,9 @@ def _under_names(fields: Fields, names: Set[str]) -> Fields:
     """What stands under the names, in any case. Raises InputError where two spellings of one name contradict."""
     told: Fields = {}
     for key, value in fields.items():
-        if value is not None and (name := _folded(key)) in names and told.setdefault(name, value) != value:
+        if value is None or (name := _folded(key)) not in names:
+            continue
+        if (first := told.setdefault(name, value)) != value and first is not value:  # NaN is another than itself
             raise InputError(f"it says {name} twice, {str(told[name])[:40]!r} and {str(value)[:40]!r}; leave one out")
     return told
 

@@ -347,6 +347,12 @@ def test_an_exam_that_lies_in_another_part_than_its_row_says(root: Path) -> None
     assert "trace_file" not in source.read("exams_part0/0_11").metadata
 
 
+def test_rows_without_an_exam_are_counted(root: Path) -> None:
+    (root / "exams_part1.hdf5").unlink()
+    line = "left out: 1 rows of exams.csv whose exam is in no part; the first is 9"
+    assert open_source(root, SourceOptions()).left_out() == [line]
+
+
 def test_exams_that_stand_twice(root: Path) -> None:
     lines = EXAMS.splitlines(keepends=True)
     (root / "exams.csv").write_text("".join([*lines, lines[1], lines[2].replace("1724173", "99")]))

@@ -432,6 +432,12 @@ def test_keys_that_name_other_patients_are_refused(tmp_path, capsys, keys, per_t
     assert f"{keys[1].casefold()} beside {keys[0]}, which names the same" in capsys.readouterr().out
 
 
+def test_nan_is_an_unknown_patient(tmp_path) -> None:
+    about = {name: value for name, value in ABOUT.items() if name != "patient"}
+    samples = [{"npy": counts(0), "json": about | {"patient_id": float("nan"), "subject_id": 7}}]
+    assert index(write_tars(tmp_path / "set", samples)).record(0).patient == "7"
+
+
 def test_patients_of_two_data_sets_are_not_melted(tmp_path, make_record, ingest_records) -> None:
     for dataset, name in (("A", "a"), ("B", "b")):
         records = Records([make_record(name, patient="1")], dataset=dataset)

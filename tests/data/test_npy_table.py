@@ -142,6 +142,11 @@ def test_the_order_of_lines_says_nothing_of_one_array(tmp_path, mv_NLT, table: s
         opened(tmp_path / "x.npy", labels_csv=tmp_path / "labels.csv").items()
 
 
+def test_tables_that_are_not_given_are_named(folder: Path) -> None:
+    (folder / "labels.csv").write_text("record,kind\n")
+    assert opened(folder).left_out() == ["left out: 1 CSVs, since no --labels is given; the first is labels.csv"]
+
+
 def test_another_column_may_number_the_rows_of_one_array(tmp_path, mv_NLT: np.ndarray) -> None:
     np.save(tmp_path / "x.npy", mv_NLT)
     table = tmp_path / "labels.csv"

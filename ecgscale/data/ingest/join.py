@@ -87,8 +87,10 @@ def finish(job: Job, mark: Mark) -> Ingested:
         sweep(job.out)
         mark.remove()
         if found.held:
+            rejected = len(job.items) - found.held
+            others = f", {rejected} others are rejected, the first because: {found.first_reason}" if rejected else ""
             raise InputError(
-                f"{job.out}: {found.held} records of {job.source.dataset!r} are in it already; append others"
+                f"{job.out}: {found.held} records of {job.source.dataset!r} are in it already{others}; append others"
                 + (f"; {found.notes[OTHER_LABELS]} x {OTHER_LABELS}" if found.notes[OTHER_LABELS] else "")
             )
         first = f", the first because: {found.first_reason}" if found.first_reason else ""

@@ -138,10 +138,14 @@ class Code15:
         return None
 
     def left_out(self) -> list[str]:
-        """A line on parts that are still packed."""
+        """Lines on parts that are still packed, and on rows of exams.csv without an exam."""
         packed = [path.name for path in self.root.glob("exams_part*.zip") if f"{path.stem}.hdf5" not in self.parts]
         reason = "parts are still packed; unpack them here"
-        return [f"left out: {len(packed)} {reason}; the first is {min(packed)}"] if packed else []
+        lines = [f"left out: {len(packed)} {reason}; the first is {min(packed)}"] if packed else []
+        there = {str(exam_id) for part in self.parts for exam_id in _part(self.root, part).exam_ids.tolist()}
+        if absent := sorted({*self.catalogue.items()} - there, key=int):
+            lines.append(f"left out: {len(absent)} rows of {EXAMS} whose exam is in no part; the first is {absent[0]}")
+        return lines
 
 
 def is_here(tree: Tree) -> bool:
