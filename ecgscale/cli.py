@@ -340,7 +340,7 @@ def index(argv: list[str]) -> None:
     from ecgscale.data.foreign import Rules
     from ecgscale.data.indexing import index_folder
     from ecgscale.data.ingest.options import IngestOptions
-    from ecgscale.data.persons import near_ids
+    from ecgscale.data.persons import odd_ids
     from ecgscale.data.shard_set import ShardSet
 
     rules = Rules(
@@ -363,7 +363,7 @@ def index(argv: list[str]) -> None:
     )
     done = index_folder(options.folder, rules, splits, options.dataset, options.workers)
     shards = ShardSet.open(options.folder)
-    for line in filter(None, (*about_copies(shards), near_ids(shards))):
+    for line in filter(None, (*about_copies(shards), odd_ids(shards))):
         print(f"{options.folder}: {line}")
     if not done.patients_known:
         print(f"{options.folder}: no patient ids found, so each record is a person of its own; see --patient-key")

@@ -22,6 +22,7 @@ from ecgscale.data.disk_tables import being_filled, rows_of
 from ecgscale.data.grouping import Grouping, patient_keys_in
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.matching import Matcher
+from ecgscale.data.spellings import Spellings
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class LabelTable:
     """Of each file that has one, the first of PATIENT_KEYS that is known in any row; alike but for capitals."""
     passed_over: tuple[str, ...] = ()
     """Lines on other columns of patients, which name the same persons."""
+    spellings: tuple[str, ...] = ()
+    """Lines on classes that differ in capitals alone."""
     rows_of_none: int = 0
     """Rows that name no record."""
     row_of_none: str = ""
@@ -76,7 +79,7 @@ class LabelTable:
     @property
     def remarks(self) -> list[str]:
         """Lines on files that are not written the usual way, and how they were read."""
-        return [*(file.text.remark for file in self.files if file.text.remark), *self.passed_over]
+        return [*(file.text.remark for file in self.files if file.text.remark), *self.passed_over, *self.spellings]
 
     def row(self, item: str) -> dict[str, str]:
         """The record's row: column -> cell; empty where the tables have none."""
@@ -132,6 +135,7 @@ def load_label_table(
     files: list[CsvFile] = []
     likelihoods: set[str] = set()
     patients: list[_Patients] = []
+    spellings = Spellings()
     rows_of_none, row_of_none = 0, ""
     with being_filled(path) as table:
         table.execute(_SCHEMA)
@@ -161,6 +165,8 @@ def load_label_table(
                     if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
                 }
                 patients[-1].add(cells)
+                for column, cell in zip(columns, cells, strict=True):
+                    spellings.add(column, cell)
                 _insert(table, files, item, line, cells)
             table.commit()
             if not matched:
@@ -178,6 +184,7 @@ def load_label_table(
         frozenset(likelihoods),
         tuple(dict.fromkeys(column_of.values())),
         tuple(line for one in patients for line in one.passed_over()),
+        tuple(spellings.lines()),
         rows_of_none,
         row_of_none,
         _contradiction(column_of) or "; ".join(filter(None, (one.refusal() for one in patients))),
