@@ -27,7 +27,8 @@ from ecgscale.errors import InputError
 from ecgscale.export import Profile
 from ecgscale.inference import ECGModel, load
 from ecgscale.interop.output import refuse_foreign, write_over
-from ecgscale.model.encoder import ECGEncoder, mean_over_time
+from ecgscale.model import Encoder
+from ecgscale.model.base import mean_over_time
 from ecgscale.record import LEADS
 from ecgscale_kernels import forced
 
@@ -41,7 +42,7 @@ _LEAD_SETS = (tuple(range(12)), (0, 1, 7), (1,))  # all, three and one
 Floats = npt.NDArray[np.float32]
 
 
-def export_onnx(run: Path, out: Path) -> str:
+def export_onnx(run: Path, out: Path, encoder: str = "") -> str:
     """A run's newest state, or an export, as an ONNX file; returns what to print.
 
     Raises InputError where the packages are missing, and where onnxruntime does not give what PyTorch gives.
@@ -49,7 +50,7 @@ def export_onnx(run: Path, out: Path) -> str:
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise InputError(f"--format onnx needs {', '.join(missing)}; pip install 'ecgscale[onnx]'")
     refuse_foreign(out, ".onnx", _is_ours)
-    model = load(run)
+    model = load(run, encoder)
     model.encoder.cpu()
     if model.head is not None:
         model.head.cpu()
@@ -78,7 +79,7 @@ def export_onnx(run: Path, out: Path) -> str:
 class _Graph(nn.Module):
     """What the file computes. Missing leads are zero; a flat lead is as good as missing to the z-score."""
 
-    def __init__(self, encoder: ECGEncoder, head: nn.Module | None, profile: Profile) -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module | None, profile: Profile) -> None:
         super().__init__()
         self.encoder, self.head, self.zscore = encoder, head, profile.normalisation == "zscore"
 

@@ -121,7 +121,7 @@ def test_near_ids_of_one_set_are_counted(write_set) -> None:
 
 
 def test_ids_that_may_be_codes_of_nobody_are_told(write_set) -> None:
-    out = write_set("a", ["-9"] * 25 + ["5"] * 2 + ["9999"] * 3 + [None], **TRAIN)
+    out = write_set("a", ["-9"] * 25 + ["5", "6", "6", "7", "9999", None], **TRAIN)
     line = "25 records are of a patient '-9', far more than of others; if that is a code for unknown, leave these"
     assert line in str(odd_ids(ShardSet.open(out)))
     assert line in verify_dataset(str(out))
