@@ -123,6 +123,11 @@ def _check_once(names: Sequence[str], leads: Sequence[str]) -> None:
         )
 
 
+def are_leads(names: Sequence[str]) -> bool:
+    """Whether these are meant as names of leads: at least half of them are, or are likely, a lead's."""
+    return bool(names) and 2 * sum(_likely(name) is not None for name in names) >= len(names)
+
+
 def source_leads(names: Sequence[str], renames: Mapping[str, str], can_ignore: bool = True) -> tuple[str, ...]:
     """The canonical names of a file's leads. ``renames`` gives leads to names, upper or lower case alike.
 

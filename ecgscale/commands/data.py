@@ -293,7 +293,7 @@ class Index(Splits, Command):
         from ecgscale.data.foreign import Rules
         from ecgscale.data.indexing import index_folder
         from ecgscale.data.ingest.options import IngestOptions
-        from ecgscale.data.persons import near_ids
+        from ecgscale.data.persons import odd_ids
         from ecgscale.data.shard_set import ShardSet
 
         rules = Rules(
@@ -309,7 +309,7 @@ class Index(Splits, Command):
         )
         done = index_folder(self.folder, rules, IngestOptions(**self.splits()), self.dataset, self.workers)
         shards = ShardSet.open(self.folder)
-        lines = [*filter(None, (*about_copies(shards), near_ids(shards)))]
+        lines = [*filter(None, (*about_copies(shards), odd_ids(shards)))]
         if not done.patients_known:
             lines.append("no patient ids found, so each record is a person of its own; see --patient-key")
         lines += [*told(done.notes, done.patients_known), *remarked.lines(done.remarked, done.records)]

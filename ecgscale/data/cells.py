@@ -154,13 +154,22 @@ class Cells:
     def listed(self, texts: Iterable[str], field: str) -> list[str] | None:
         """The classes that the lines of a header list, which ``# Dx:`` does whatever its codes are; None: unknown.
 
-        Commas, semicolons and bars keep them apart, and spaces where all are numbers.
+        A line that is written as a list or as flags is read as a cell is. In others, commas, semicolons and bars keep
+        them apart, and spaces where all are numbers.
         """
-        parts: list[str] = []
-        for part in (part for text in texts for part in _LIST_SEPARATORS.split(text)):
-            words = part.split()
-            parts += words if all(_LISTED_CODE.fullmatch(word) for word in words) else [part]
-        return self._names(parts, field)
+        parts: list[object] = []
+        is_empty_list = False
+        for text in texts:
+            value = self._parsed(text, field)
+            if not isinstance(value, str):
+                classes = self.classes(value, field)
+                parts += classes or ()
+                is_empty_list = is_empty_list or classes == []
+                continue
+            for part in _LIST_SEPARATORS.split(text):
+                words = part.split()
+                parts += words if all(_LISTED_CODE.fullmatch(word) for word in words) else [part]
+        return self._names(parts, field) or ([] if is_empty_list else None)
 
     def flag(self, value: object, field: str) -> bool | None:
         """Yes or no; None: unknown. Raises InputError for other words."""

@@ -34,9 +34,10 @@ def describe(
     """Patient, labels and metadata of a record, by its header's ``Key: value`` comments and its table row.
 
     ``Dx`` (all its lines) and the named columns of the table are labels; other comments, and age and sex from either,
-    are metadata. What cells mean, ``Cells`` says; what is unknown is left out. Where both speak, the table
-    wins. The patient stands under ``patient_key``, in ``folder_name`` for ``"@folder"``, otherwise under the first of
-    PATIENT_KEYS that is there.
+    are metadata. Where a table has a column Dx, it alone counts for all records, since its classes may be other words
+    than the headers' codes. What cells mean, ``Cells`` says; what is unknown is left out. Where both speak, the table
+    wins, and what it contradicts is counted. The patient stands under ``patient_key``, in ``folder_name`` for
+    ``"@folder"``, otherwise under any of PATIENT_KEYS.
 
     Raises InputError where ``patient_key`` is given and exists neither as a column nor as a comment, where a header
     names two patients, and for cells that could mean two things.
@@ -52,31 +53,49 @@ def describe(
         columns = table.columns if table else []
         if patient_key is not None and find_key([*values_of_comment, *columns], patient_key) is None:
             raise InputError(f"no patient {patient_key!r}: neither a comment of the header nor a column of labels")
-        in_table = _patient_columns(table, patient_key)
+        in_table = [
+            column for key in _patient_columns(table, patient_key) if (column := find_key(columns, key)) is not None
+        ]
         patient = _patient(cells, row, values_of_comment, patient_keys, in_table)
-        named_columns = [column for column in in_table if find_key(columns, column) is not None]
-        if patient is not None and named_columns and _patient(Cells(), row, {}, (), named_columns) is None:
-            cells.notes[f"a patient id of the header, for a record without one in column {named_columns[0]}"] += 1
     metadata: dict[str, str] = {}
     for key in METADATA_KEYS:
         for place in ({column: [cell] for column, cell in row.items()}, values_of_comment):
             texts = [text for one in _values(place, key) if (text := cells.text(one, key)) is not None]
-            if texts and key not in metadata:
-                metadata[key] = " | ".join(dict.fromkeys(texts))
+            text = " | ".join(dict.fromkeys(texts))
+            if len({*texts}) > 1:
+                cells.notes[f"{key} with several values, all kept"] += 1
+            if texts and metadata.setdefault(key, text) != text:
+                cells.notes[passed_over(key)] += 1
     taken = {key.casefold() for key in (*patient_keys, *METADATA_KEYS)}
     for key, values in values_of_comment.items():
         known = [value for value in values if is_known(value)]
         if known and key.casefold() not in taken | {"dx"}:
             metadata[key] = " | ".join(dict.fromkeys(known))
     labels: dict[str, list[str]] = {}
-    if (diagnoses := cells.listed(_values(values_of_comment, "Dx"), "Dx")) is not None:
-        labels["Dx"] = diagnoses
     if table is not None and row:
         try:
-            labels |= _labels_of_row(cells, table, row, taken)
+            labels = _labels_of_row(cells, table, row, taken)
         except InputError as error:
             raise InputError(f"{table.place(item)}: {error}") from error
+    diagnoses = cells.listed(_values(values_of_comment, "Dx"), "Dx")
+    column = find_key(_label_names(table), "Dx")
+    if diagnoses is not None and column is None:
+        labels["Dx"] = diagnoses
+    elif diagnoses is not None and column not in labels:
+        cells.notes[f"Dx of the header passed over, since the tables have a column {column}, without a word on it"] += 1
+    elif diagnoses is not None and column is not None and {*labels[column]} != {*diagnoses}:
+        cells.notes[passed_over("Dx")] += 1
     return Description(patient, labels, metadata, dict(cells.notes))
+
+
+def passed_over(key: str) -> str:
+    """The note of a record whose header is overruled by a table."""
+    return f"{key} of the header passed over, since the table says another"
+
+
+def _label_names(table: LabelTable | None) -> list[str]:
+    """What the tables may have as labels."""
+    return [] if table is None else [*table.columns, *(name for name, _ in table.label_columns)]
 
 
 def _labels_of_row(cells: Cells, table: LabelTable, row: Mapping[str, str], taken: set[str]) -> dict[str, list[str]]:
@@ -95,8 +114,9 @@ def _labels_of_row(cells: Cells, table: LabelTable, row: Mapping[str, str], take
 def _patient_columns(table: LabelTable | None, patient_key: str | None) -> Sequence[str]:
     if table is not None and patient_key is None and table.contradiction:
         raise InputError(table.contradiction)
-    column = table.patient_column if table is not None and patient_key is None else patient_key
-    return () if column is None else (column,)
+    if patient_key is not None:
+        return (patient_key,)
+    return () if table is None else table.patient_columns
 
 
 def _patient(
@@ -106,17 +126,38 @@ def _patient(
     keys: Sequence[str],
     columns: Sequence[str],
 ) -> str | None:
-    """The first id that is known, of the row (its ``columns``) before the header (its ``keys``)."""
-    of_row = {column: [cell] for column, cell in row.items()}
-    for place, names in ((of_row, columns), (values_of_comment, keys)):
-        for key in names:
-            patients = {cells.identifier(value, key) for value in _values(place, key)} - {None}
-            if len(patients) > 1:
-                names = " and ".join(map(repr, sorted(filter(None, patients))))
-                raise InputError(f"{key} names two patients, {names}; a recording is of one")
-            if patients:
-                return patients.pop()
-    return None
+    """The id of the row (its ``columns``), or else that of the header (its ``keys``)."""
+    in_row = _only_id(cells, {column: [row[column]] for column in columns if column in row})
+    of_header = {key: _values(values_of_comment, key) for key in keys}
+    if in_row is None:
+        in_header = _only_id(cells, of_header)
+        if in_header is not None and columns:
+            cells.notes[f"a patient id of the header, for a record without one in column {columns[0]}"] += 1
+        return in_header
+    try:
+        is_other = _only_id(Cells(), of_header) not in (None, in_row)
+    except InputError:
+        is_other = True
+    if is_other:
+        cells.notes[f"a patient id of the header passed over, since column {columns[0]} says another"] += 1
+    return in_row
+
+
+def _only_id(cells: Cells, values_of_key: Mapping[str, list[str]]) -> str | None:
+    """The id that is known under any of the keys. Raises InputError where two are."""
+    key_of_id: dict[str, str] = {}
+    for key, values in values_of_key.items():
+        for value in values:
+            if (patient := cells.identifier(value, key)) is not None:
+                key_of_id.setdefault(patient, key)
+    if len(key_of_id) < 2:
+        return next(iter(key_of_id), None)
+    (one, key), (other, other_key) = sorted(key_of_id.items())[:2]
+    if key == other_key:
+        raise InputError(f"{key} names two patients, {one!r} and {other!r}; a recording is of one")
+    raise InputError(
+        f"it names two patients, {key} {one!r} and {other_key} {other!r}; say which key counts with --patient-key"
+    )
 
 
 def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
@@ -130,5 +171,5 @@ def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _values(place: Mapping[str, list[str]], wanted: str) -> list[str]:
-    key = find_key(place, wanted)
-    return [] if key is None else place[key]
+    """Under all keys that are alike but for capitals."""
+    return [value for key, values in place.items() if find_key((key,), wanted) is not None for value in values]

@@ -9,7 +9,7 @@ Shape suffixes: L the leads of a record, in the order of its rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -22,10 +22,16 @@ from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
 from ecgscale.data.units import parse_unit
 from ecgscale.errors import InputError
-from ecgscale.lead_names import LEADS, canonical_leads, in_canonical_order, parse_renames, source_leads
+from ecgscale.lead_names import LEADS, are_leads, canonical_leads, in_canonical_order, parse_renames, source_leads
 from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ, check_rate
 
-RATE_KEYS = ("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency")
+RATE_KEYS = (
+    *("rate_hz", "fs", "sampling_rate", "sample_rate", "sampling_frequency"),
+    *("fs_hz", "srate", "sfreq", "samplerate", "samplingrate", "samplingfrequency", "sample_frequency"),
+    *("sampling_rate_hz", "sample_rate_hz", "sampling_frequency_hz", "sample_frequency_hz"),
+)
+_PERHAPS_RATE_KEYS = ("rate", "frequency", "freq", "hz")  # of a heart too: they contradict, but say nothing themselves
+_LEAST_HZ = 200  # under such a key: hearts are slower, per minute, but for the fastest
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
 SCALE_KEYS = ("scale_mv", "mv_per_count")
 GAIN_KEYS = ("gain", "adc_gain")  # counts per mV, or per what the units say
@@ -127,6 +133,8 @@ class Described:
     notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
     likelihoods: frozenset[str] = frozenset()  # labels that say likelihoods in percent
     patient_key: str = ""  # that names the patient
+    flags: frozenset[str] = frozenset()  # keys of its ``labels`` that are true or false alone, so classes of one label
+    other_ids: dict[str, str] = field(default_factory=dict)  # key -> what else may be the patient's id
 
 
 def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Described:
@@ -145,13 +153,16 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         usual |= {*patient_keys}
         told = _under_names(fields, usual)
     told |= _under_names(fields, {*UNIT_KEYS})
-    leads_L = _leads(told, rules, n_leads)
+    leads_L = _leads(told, rules, n_leads, [] if n_leads is None else _other_leads(fields, n_leads))
     rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
+    _check_other_rates(fields, rate_hz)
     scale_L = _scale(told, rules, len(leads_L))
     cells = Cells()
     patients = ((cells.identifier(told.get(key), key), key) for key in patient_keys)
     patient, patient_key = next((one for one in patients if one[0] is not None), (None, ""))
-    values, flags = _label_values(fields, told.get("labels"), rules)
+    other_keys = patient_keys[patient_keys.index(patient_key) + 1 :] if patient_key else ()
+    given = told.get("labels")
+    values, flags = _label_values(fields, given, rules)
     labels = {key: cells.classes(value, key, key in rules.likelihoods) for key, value in values.items()}
     labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
     taken = {*values, *(key for group in flags.values() for key in group)}
@@ -167,7 +178,16 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         dict(cells.notes),
         frozenset(key for key, value in values.items() if has_likelihoods(value)),
         patient_key,
+        frozenset(given if isinstance(given, dict) and "labels" in values.keys() - given.keys() else ()),
+        {key: id_ for key in other_keys if (id_ := _id_or_none(told.get(key))) is not None},
     )
+
+
+def _id_or_none(value: Any) -> str | None:
+    try:
+        return Cells().identifier(value, "")
+    except InputError:
+        return None  # such as an object under "patient": it is none of an id
 
 
 def check_zero(fields: Fields, n_leads: int) -> None:
@@ -193,6 +213,14 @@ def keys_of(fields: Fields) -> frozenset[str]:
     """The keys under which --label-keys and --label-columns find something."""
     within = _under_names(fields, {"labels"}).get("labels")
     return frozenset((*fields, *(within if isinstance(within, dict) else ())))
+
+
+def objects_in(fields: Fields) -> Iterator[Fields]:
+    """The JSON itself, and all objects in it."""
+    yield fields
+    for value in fields.values():
+        if isinstance(value, dict):
+            yield from objects_in(value)
 
 
 def as_own(described: Described, name: str, dataset: str, samples: int) -> Fields:
@@ -236,7 +264,9 @@ def _under_names(fields: Fields, names: Set[str]) -> Fields:
     """What stands under the names, in any case. Raises InputError where two spellings of one name contradict."""
     told: Fields = {}
     for key, value in fields.items():
-        if value is not None and (name := _folded(key)) in names and told.setdefault(name, value) != value:
+        if value is None or (name := _folded(key)) not in names:
+            continue
+        if (first := told.setdefault(name, value)) != value and first is not value:  # NaN is another than itself
             raise InputError(f"it says {name} twice, {str(told[name])[:40]!r} and {str(value)[:40]!r}; leave one out")
     return told
 
@@ -245,10 +275,29 @@ def _folded(key: str) -> str:
     return key.strip().casefold()
 
 
-def _leads(fields: Fields, rules: Rules, n_leads: int | None) -> tuple[str, ...]:
+def _other_leads(fields: Fields, n_leads: int) -> list[tuple[str, list[str]]]:
+    """(key, names of as many leads as there are rows), under keys that are none of LEAD_KEYS."""
+    others = []
+    for one in objects_in(fields):
+        for key, value in one.items():
+            names = value.split(",") if isinstance(value, str) and "," in value else value
+            if not isinstance(names, list) or len(names) != n_leads or (one is fields and _folded(key) in LEAD_KEYS):
+                continue
+            if all(isinstance(name, str) for name in names) and are_leads(names):
+                others.append((key, names))
+    return others
+
+
+def _leads(fields: Fields, rules: Rules, n_leads: int | None, others: list[tuple[str, list[str]]]) -> tuple[str, ...]:
     said = _only(fields, LEAD_KEYS)
     if isinstance(said, list) and said and all(isinstance(name, str) for name in said):
-        leads = source_leads(said, _renames(rules.rename_leads), can_ignore=False)
+        others = [("leads", said), *others]
+    key_of_leads = {source_leads(names, _renames(rules.rename_leads), can_ignore=False): key for key, names in others}
+    if len(key_of_leads) > 1:
+        told = " and ".join(f"{key} {','.join(leads)[:100]}" for leads, key in [*key_of_leads.items()][:2])
+        raise InputError(f"it says {told}; leave one out")
+    if others:
+        leads = next(iter(key_of_leads))
         if rules.leads and leads != rules.leads:
             raise InputError(f"it says the leads {','.join(leads)[:100]}, --leads says {','.join(rules.leads)}")
     elif rules.leads or said is None:
@@ -279,6 +328,15 @@ def _rate(fields: Fields, has_option: bool) -> float | None:
             "JSON or give --rate-hz"
         )
     return None
+
+
+def _check_other_rates(fields: Fields, rate_hz: float) -> None:
+    """Raises InputError where a key that may be the sample rate's says another."""
+    for key, value in ((key, value) for one in objects_in(fields) for key, value in one.items()):
+        if not _is_number(value) or value == rate_hz:
+            continue
+        if _folded(key) in RATE_KEYS or (_folded(key) in _PERHAPS_RATE_KEYS and value >= _LEAST_HZ):
+            raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {value:g}; leave one out")
 
 
 def _scale(fields: Fields, rules: Rules, n_leads: int) -> tuple[float, ...]:
@@ -365,8 +423,19 @@ def _label_values(fields: Fields, given: Any, rules: Rules) -> tuple[Fields, dic
         values = {"labels": values}
     elif given is not None and not isinstance(given, dict):
         values = {"labels": given}
-    flags = {name: {key: fields.get(key, within.get(key)) for key in keys} for name, keys in groups}
-    return values | {key: fields[key] for key in rules.label_keys if key in fields}, flags
+    flags = {name: {key: _said_once(fields, within, key) for key in keys} for name, keys in groups}
+    values |= {key: _said_once(fields, within, key) for key in rules.label_keys if key in fields}
+    for name in flags.keys() & values.keys():
+        raise InputError(f"it has a label {name!r} already; name that of --label-columns otherwise: NAME=A,B,C")
+    return values, flags
+
+
+def _said_once(fields: Fields, within: Fields, key: str) -> Any:
+    """What stands under a key, or in ``labels``. Raises InputError where the two contradict."""
+    told = [place[key] for place in (fields, within) if place.get(key) is not None]
+    if len(told) > 1 and Cells().classes(told[0], key) != Cells().classes(told[1], key):
+        raise InputError(f"it says {key} {str(told[0])[:40]!r}, but {str(told[1])[:40]!r} in labels; leave one out")
+    return told[0] if told else None
 
 
 def _is_scalar(value: Any) -> bool:

@@ -14,28 +14,45 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
-from itertools import combinations
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ecgscale.data.agreement import (
+    IndexedTar,
+    asked_keys,
+    check_label_keys,
+    check_label_names,
+    check_one_dataset,
+    check_patient_keys,
+    dataset_of,
+    folder_of,
+    lead_order,
+    only_rate,
+    same_patients,
+)
 from ecgscale.data.cells import NOBODY, find_key
 from ecgscale.data.copies import Copies, content_keys, is_flat
-from ecgscale.data.foreign import Rules, common_order
+from ecgscale.data.foreign import Rules, keys_of, objects_in
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.splits import Splits, United, check_not_empty, split_value, splits_by_hash, splits_by_value
-from ecgscale.data.label_columns import parse_label_columns
+from ecgscale.data.ingest.splits import (
+    Splits,
+    United,
+    check_not_empty,
+    split_value,
+    splits_by_hash,
+    splits_by_value,
+    without_value,
+)
 from ecgscale.data.payload import Bytes
 from ecgscale.data.plausibility import FLAT, UnlikelyUnitError, check_geometry, judge
 from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.scan import Found, scan_foreign
 from ecgscale.data.shards import (
     MANIFEST,
-    Columns,
     as_columns,
     check_patient_disjoint,
     read_signal,
@@ -65,27 +82,10 @@ class Indexed:
     notes: dict[str, int]  # what was done to labels and ids (see ``Cells``) -> how often
 
 
-@dataclass
-class _Tar:
-    """What one process found in one tar."""
-
-    path: Path
-    entry: dict[str, Any]
-    columns: Columns  # all but the split
-    split_values: list[str]
-    leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
-    rates: dict[float, str] = field(default_factory=dict)  # likewise
-    patient_keys: dict[str, str] = field(default_factory=dict)  # likewise, of records with a known patient
-    patient_known: list[bool] = field(default_factory=list)
-    remarked: dict[str, Remarked] = field(default_factory=dict)
-    notes: Counter[str] = field(default_factory=Counter)
-    likelihoods: set[str] = field(default_factory=set)
-    label_keys: set[str] = field(default_factory=set)  # those of the options that some record has
-    some_keys: frozenset[str] = frozenset()  # of the first record
-
-
 def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: str = "", workers: int = 1) -> Indexed:
     """Write the index and manifest of all ``*.tar`` of a folder. Of the options, those on splits count.
+
+    ``dataset``: "" for the folder's name, where the JSON does not name several.
 
     Raises InputError that names the file, and the member, for anything that cannot be read exactly: see ``scan``.
     """
@@ -94,13 +94,17 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the local folder that holds the tars")
     with _locked(folder):
-        dataset = dataset or folder.resolve().name
-        found = list(_run(_tars(folder), rules, dataset, options.split_by, workers))
-        rate_hz = _only_rate(found)
-        _check_patient_keys(found)
-        _check_label_keys(found, rules)
+        named = dataset or folder.resolve().name
+        found = list(_run(_tars(folder), rules, named, options.split_by, workers))
+        if not dataset:
+            check_one_dataset(found)
+        rate_hz = only_rate(found)
+        check_patient_keys(found)
+        notes = Counter(same_patients(found))
+        check_label_keys(found, rules)
+        check_label_names(found)
         likelihoods = sorted({label for one in found for label in one.likelihoods})
-        rules = replace(rules, lead_order=_lead_order(found), likelihoods=tuple(likelihoods))
+        rules = replace(rules, lead_order=lead_order(found), likelihoods=tuple(likelihoods))
         splits = _splits(found, options)
         records = sum(len(split_B) for split_B in splits)
         parts = (one.columns | {"split": split_B} for one, split_B in zip(found, splits, strict=True))
@@ -109,10 +113,10 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         for one in found:
             for kind, several in one.remarked.items():
                 remarked[kind] = remarked.get(kind, NONE).joined(several)
-        source = {"dataset": dataset, "options": _given(options), "records": records, "rejected": 0}
+        source = {"dataset": named, "options": _given(options), "records": records, "rejected": 0}
         source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
-    notes = sum((one.notes for one in found), Counter[str]())
+    notes = sum((one.notes for one in found), notes)
     patients_known = any(any(one.patient_known) for one in found)
     return Indexed(records, len(found), rate_hz, patients_known, remarked, dict(notes))
 
@@ -149,7 +153,7 @@ def _tars(folder: Path) -> list[Path]:
     return tars
 
 
-def _run(tars: Sequence[Path], rules: Rules, dataset: str, split_by: str, workers: int) -> Iterator[_Tar]:
+def _run(tars: Sequence[Path], rules: Rules, dataset: str, split_by: str, workers: int) -> Iterator[IndexedTar]:
     tasks = [(tar, rules, dataset, split_by) for tar in tars]
     with tqdm(
         total=sum(tar.stat().st_size for tar in tars), desc="index", unit="B", unit_scale=True, disable=None
@@ -175,14 +179,14 @@ def _run(tars: Sequence[Path], rules: Rules, dataset: str, split_by: str, worker
 
 def _index_tar(
     path: Path, rules: Rules, dataset: str, split_by: str, progress: Callable[[int], object] = lambda n_bytes: None
-) -> _Tar:
+) -> IndexedTar:
     size = path.stat().st_size
     if size == 0:
         raise InputError(f"{path}: empty; copy or write it again")
     tar = np.memmap(path, np.uint8, "r").view(np.ndarray)
     digest, hashed = hashlib.sha256(), 0
-    done, rows = _Tar(path, {}, {}, []), []
-    asked_keys = _asked_keys(rules)
+    done, rows = IndexedTar(path, {}, {}, []), []
+    asked = asked_keys(rules)
     for record in scan_foreign(tar, str(path), rules, dataset):
         # Hashed as it is read: each page comes from the disk once.
         digest.update(tar[hashed : record.end].data)
@@ -192,10 +196,19 @@ def _index_tar(
         about = record.described
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
-        done.label_keys |= asked_keys & record.keys
-        done.some_keys = done.some_keys or record.keys
+        keys = keys_of(record.fields)
+        done.label_keys |= asked & keys
+        for name in (*about.labels, *(key for key in keys if find_key(asked, key) is not None)):
+            done.label_names.setdefault(name, record.name)
+        for name in about.flags:
+            done.flags.setdefault(name, record.name)
+        done.some_keys = done.some_keys or keys
         if about.patient_key:
             done.patient_keys.setdefault(about.patient_key, record.name)
+        if about.patient is not None:
+            done.datasets.setdefault(dataset_of(record.fields), record.name)
+            of_patient = (about.patient_key, about.patient)
+            done.other_ids |= {(*of_patient, key, id_) for key, id_ in about.other_ids.items()}
         done.patient_known.append(about.patient is not None)
         for kind in _oddities(tar, record):
             done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
@@ -205,9 +218,12 @@ def _index_tar(
         done.likelihoods |= about.likelihoods
         if split_by:
             try:
-                done.split_values.append(split_value(about.labels, about.metadata, split_by))
+                value = split_value((about.labels, *objects_in(record.fields)), split_by)
             except InputError as error:
                 raise InputError(f"{path}: {record.name!r}: {error}") from error
+            if not value:
+                done.notes[without_value(split_by)] += 1
+            done.split_values.append(value)
     if not rows:
         raise InputError(f"{path}: no sample in it; remove it")
     digest.update(tar[hashed:].data)
@@ -235,68 +251,7 @@ def _oddities(tar: Bytes, record: Found) -> Iterator[str]:
         yield from (KEPT_FLAT if remark.kind == FLAT else remark.kind for remark in verdict.remarks)
 
 
-def _only_rate(found: Sequence[_Tar]) -> float:
-    rates: dict[float, str] = {}
-    for one in found:
-        for rate_hz, name in one.rates.items():
-            rates.setdefault(rate_hz, f"{one.path}: {name!r}")
-    (rate_hz, first), *others = rates.items()
-    if others:
-        raise InputError(
-            f"{others[0][1]} has {others[0][0]:g} Hz, {first} has {rate_hz:g} Hz; a data set has one rate: write the "
-            "tars of each rate into a folder of their own"
-        )
-    return rate_hz
-
-
-def _check_patient_keys(found: Sequence[_Tar]) -> None:
-    """Raises InputError where records name their patients by different keys: ids of two may be of two kinds."""
-    keys: dict[str, str] = {}
-    for one in found:
-        for key, name in one.patient_keys.items():
-            keys.setdefault(key, f"{one.path}: {name!r} names its patient by {key!r}")
-    if len(keys) > 1:
-        first, second, *_ = keys.values()
-        raise InputError(
-            f"{second}, {first}; ids under two keys may be of two kinds: give all records one --patient-key, null "
-            "where it is unknown"
-        )
-
-
-def _asked_keys(rules: Rules) -> set[str]:
-    """Those of --label-keys and --label-columns."""
-    return {*rules.label_keys, *(key for _, keys in parse_label_columns(rules.label_columns) for key in keys)}
-
-
-def _check_label_keys(found: Sequence[_Tar], rules: Rules) -> None:
-    """Raises InputError for a key of the options that no record has: most likely a slip of the pen."""
-    for key in sorted(_asked_keys(rules)):
-        if any(key in one.label_keys for one in found):
-            continue
-        keys = sorted({key for one in found for key in one.some_keys})
-        near = find_key(keys, key) or next(iter(get_close_matches(key, keys, 1)), None)
-        hint = f"did you mean {near!r}?" if near else f"the first have {', '.join(keys)[:200]}"
-        option = "--label-keys" if key in rules.label_keys else "--label-columns"
-        raise InputError(f"{_folder(found)}: {option} {key!r}: no record has that key; {hint}")
-
-
-def _lead_order(found: Sequence[_Tar]) -> tuple[str, ...]:
-    kinds = {leads: f"{one.path}: {name!r}" for one in found for leads, name in one.leads.items()}
-    order = common_order(kinds)
-    if order is None:
-        torn = next((pair for pair in combinations(kinds, 2) if common_order(pair) is None), [*kinds][:2])
-        said = " and ".join(f"{','.join(leads)} ({kinds[leads]})" for leads in torn)
-        raise InputError(
-            f"{_folder(found)}: rows in contradicting orders: {said}; write all tars in one order of leads"
-        )
-    return order
-
-
-def _folder(found: Sequence[_Tar]) -> Path:
-    return found[0].path.parent
-
-
-def _splits(found: Sequence[_Tar], options: IngestOptions) -> list[Splits]:
+def _splits(found: Sequence[IndexedTar], options: IngestOptions) -> list[Splits]:
     """The split of each record, per tar. Raises InputError where a patient would stand in two, or a split be empty."""
     if not options.split_by:
         united = _united(found, options)
@@ -311,11 +266,11 @@ def _splits(found: Sequence[_Tar], options: IngestOptions) -> list[Splits]:
         for one in found
     ]
     patient = np.concatenate([one.columns["patient"] for one in found])
-    check_patient_disjoint(patient, np.concatenate(splits), f"{_folder(found)}, split by {options.split_by}")
+    check_patient_disjoint(patient, np.concatenate(splits), f"{folder_of(found)}, split by {options.split_by}")
     return splits
 
 
-def _united(found: Sequence[_Tar], options: IngestOptions) -> United:
+def _united(found: Sequence[IndexedTar], options: IngestOptions) -> United:
     """Persons that equal records link: their copies lie in one split."""
     patient_N = np.concatenate([one.columns["patient"] for one in found])
     copies = Copies.find(np.concatenate([content_keys(one.columns) for one in found]))

@@ -12,14 +12,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods, is_known
 from ecgscale.data.csv_rows import CsvText, Row, split_line, swallowed
 from ecgscale.data.disk_tables import being_filled, rows_of
+from ecgscale.data.grouping import Grouping, patient_keys_in
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.matching import Matcher
+from ecgscale.data.spellings import Spellings
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,14 +58,18 @@ class LabelTable:
     label_columns: LabelColumns = ()
     likelihoods: frozenset[str] = frozenset()
     """Columns of likelihoods in percent."""
-    patient_column: str | None = None
-    """The first of PATIENT_KEYS that is known in any row: ids of two columns may be of two kinds."""
+    patient_columns: tuple[str, ...] = ()
+    """Of each file that has one, the first of PATIENT_KEYS that is known in any row; alike but for capitals."""
+    passed_over: tuple[str, ...] = ()
+    """Lines on other columns of patients, which name the same persons."""
+    spellings: tuple[str, ...] = ()
+    """Lines on classes that differ in capitals alone."""
     rows_of_none: int = 0
     """Rows that name no record."""
     row_of_none: str = ""
     """Where the first of them stands, and what it names."""
     contradiction: str = ""
-    """What is wrong where the files have their patients in columns of different names."""
+    """What is wrong where the patients stand in columns of different names, or that name other persons."""
 
     @property
     def columns(self) -> list[str]:
@@ -72,7 +79,7 @@ class LabelTable:
     @property
     def remarks(self) -> list[str]:
         """Lines on files that are not written the usual way, and how they were read."""
-        return [file.text.remark for file in self.files if file.text.remark]
+        return [*(file.text.remark for file in self.files if file.text.remark), *self.passed_over, *self.spellings]
 
     def row(self, item: str) -> dict[str, str]:
         """The record's row: column -> cell; empty where the tables have none."""
@@ -127,7 +134,8 @@ def load_label_table(
     path = scratch.path / "labels.sqlite"
     files: list[CsvFile] = []
     likelihoods: set[str] = set()
-    with_patients: dict[Path, set[str]] = {}
+    patients: list[_Patients] = []
+    spellings = Spellings()
     rows_of_none, row_of_none = 0, ""
     with being_filled(path) as table:
         table.execute(_SCHEMA)
@@ -139,10 +147,8 @@ def load_label_table(
             file = CsvFile(text, _record_column(text, matcher, record_column))
             files.append(file)
             at = columns.index(file.record_column)
-            places = ((key, find_key(columns, key)) for key in PATIENT_KEYS)
-            patient_keys = [(key, columns.index(column)) for key, column in places if column is not None]
             matched, first_cell = 0, ""
-            named = with_patients.setdefault(csv_path, set())
+            patients.append(_Patients(file))
             for row in text.rows():
                 _check_nothing_swallowed(file, row, at, matcher)
                 line, cells, _ = row
@@ -158,7 +164,9 @@ def load_label_table(
                     for column, cell in zip(columns, cells, strict=True)
                     if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
                 }
-                named |= {key for key, place in patient_keys if key not in named and is_known(cells[place])}
+                patients[-1].add(cells)
+                for column, cell in zip(columns, cells, strict=True):
+                    spellings.add(column, cell)
                 _insert(table, files, item, line, cells)
             table.commit()
             if not matched:
@@ -167,24 +175,61 @@ def load_label_table(
                     f"{csv_path}: column {candidates} names no record below {matcher.source}: it says {first_cell!r}, "
                     f"{matcher.example()}"
                 )
-    column_of = {
-        csv_path: next(key for key in PATIENT_KEYS if key in named)
-        for csv_path, named in with_patients.items()
-        if named
-    }
+    column_of = {one.path: one.column for one in patients if one.column}
     done = LabelTable(
         path,
         scratch,
         tuple(files),
         label_columns,
         frozenset(likelihoods),
-        next(iter(column_of.values()), None),
+        tuple(dict.fromkeys(column_of.values())),
+        tuple(line for one in patients for line in one.passed_over()),
+        tuple(spellings.lines()),
         rows_of_none,
         row_of_none,
-        _contradiction(column_of),
+        _contradiction(column_of) or "; ".join(filter(None, (one.refusal() for one in patients))),
     )
     _check_label_columns(done)
     return done
+
+
+class _Patients:
+    """The columns of a file that name patients, and whether they name the same ones."""
+
+    def __init__(self, file: CsvFile) -> None:
+        self.path = file.path
+        columns = patient_keys_in(file.columns)
+        self._place = {column: file.columns.index(column) for column in columns}
+        self._known: set[str] = set()
+        self._groupings = [Grouping(one, other) for one, other in combinations(columns, 2)]
+
+    def add(self, cells: Sequence[str]) -> None:
+        """A row that names a record."""
+        if len(self._known) < len(self._place):
+            self._known |= {column for column, place in self._place.items() if is_known(cells[place])}
+        for grouping in self._groupings:
+            keys = (grouping.key, grouping.other_key)
+            grouping.add(*(Cells().text(cells[self._place[key]], key) for key in keys))
+
+    @property
+    def column(self) -> str:
+        """The one that counts: the first that is known in any row; "" for none."""
+        return next((column for column in self._place if column in self._known), "")
+
+    def _others(self) -> list[Grouping]:
+        return [one for one in self._groupings if one.key == self.column and one.other_key in self._known]
+
+    def refusal(self) -> str:
+        """What is wrong where others name other persons; "" for nothing."""
+        return next((f"{self.path}: {refusal}" for one in self._others() if (refusal := one.refusal())), "")
+
+    def passed_over(self) -> list[str]:
+        """Lines on others that name the same persons."""
+        return [
+            f"{self.path}: {one.key} and {one.other_key} name the same patients; {one.key} counts"
+            for one in self._others()
+            if not one.contradiction
+        ]
 
 
 def _insert(table: sqlite3.Connection, files: Sequence[CsvFile], item: str, line: int, cells: list[str]) -> None:
@@ -223,7 +268,7 @@ def _check_agree(
 
 def _contradiction(column_of: Mapping[Path, str]) -> str:
     """What is wrong where the tables have their patients in columns of different names; "" for nothing."""
-    if len(set(column_of.values())) < 2:
+    if len({column.casefold() for column in column_of.values()}) < 2:
         return ""
     columns = " and ".join(f"{column} of {path}" for path, column in column_of.items())
     return f"the patients stand in {columns}; call the columns alike, or name one by --patient-key"
@@ -259,15 +304,16 @@ def _check_nothing_swallowed(file: CsvFile, row: Row, at: int, matcher: Matcher)
     """Raises InputError where a line inside of a row is the row of another record: a quote was not closed."""
     for number, line in enumerate(row.inner_lines, row.line + 1):
         cells = split_line(line, file.text.delimiter)
-        if len(cells) == len(file.columns) and _names_any(matcher, cells[at], file.path.parent):
+        if len(cells) == len(file.columns) and _records_or_none(matcher, cells[at], file.path.parent):
             raise swallowed(str(file.path), row.line, number)
 
 
-def _names_any(matcher: Matcher, cell: str, csv_folder: Path) -> bool:
+def _records_or_none(matcher: Matcher, cell: str, csv_folder: Path) -> Sequence[str]:
+    """Those that a cell may name; none for a cell that can name none."""
     try:
-        return bool(matcher.records(cell, csv_folder))
+        return matcher.records(cell, csv_folder)
     except InputError:
-        return False
+        return ()
 
 
 def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -> str:
@@ -279,7 +325,9 @@ def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -
     matched = Counter[str]()
     contradictions: dict[str, str] = {}
     for line, cells, _ in text.rows():
-        records = {column: matcher.records(cells[columns.index(column)], path.parent) for column in candidates}
+        records = {
+            column: _records_or_none(matcher, cells[columns.index(column)], path.parent) for column in candidates
+        }
         named = {column: items[0] for column, items in records.items() if len(items) == 1}
         matched.update(named.keys())
         if len(set(named.values())) > 1:

@@ -118,9 +118,9 @@ class RowMatcher:
 
     def columns(self, columns: Sequence[str], record_column: str | None, path: Path) -> list[str]:
         wanted = ("row", "record") if record_column is None else (record_column,)
-        for name in wanted:
-            if (column := find_key(columns, name)) is not None:
-                return [column]
+        present = [column for name in wanted if (column := find_key(columns, name)) is not None]
+        if present:
+            return present
         raise InputError(
             f"{path}: no column {' or '.join(wanted)} that says which row of {self.source.name} each line is about, "
             f"from 0 to {len(self._names) - 1}; add one (--record-column NAME): the order of lines counts for nothing"

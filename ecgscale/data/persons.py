@@ -18,10 +18,13 @@ import numpy.typing as npt
 from ecgscale.data.copies import Copies, copies_apart
 from ecgscale.data.shard_set import DataSet, ShardSet
 from ecgscale.errors import InputError, MachineError, one_line
+from ecgscale.record import id_hash
 
 Int64 = npt.NDArray[np.int64]
 
 _NEARLY_ALL = 0.9  # of a data set's ids: as many coincide where two hospitals count their patients from 1
+_CODES = ("-1", "-9", "-99", "-999", "-9999", "0", "9", "99", "999", "9999", "99999", "999999", "x", "anonymous")
+_MANY = 20  # records, and times as many as a patient has in the median
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern
 
 
@@ -67,6 +70,28 @@ def _share(patients: _Patients, shared: Copies) -> str:
         "as where each counts 1, 2, 3, which is no fault" if share_D[most] >= _NEARLY_ALL else "as where people return"
     )
     return f"{shared_D[most]} of the {of_all_D[most]} ids of {patients.names[most]} occur in another, {why}"
+
+
+def odd_ids(shards: ShardSet) -> str | None:
+    """A line on ids of one data set that may be one person's, or nobody's."""
+    return "; ".join(filter(None, (near_ids(shards), codes_of_nobody(shards)))) or None
+
+
+def codes_of_nobody(shards: ShardSet) -> str | None:
+    """A line on ids such as -1 or 9999 with many more records than others: they may say that a patient is unknown."""
+    told = []
+    for one in shards.sets:
+        if "id_hash" not in one.columns:
+            continue
+        id_N = one.columns["id_hash"][one.columns["id_hash"] != 0]
+        records_P = np.unique(one.columns["patient"][one.columns["id_hash"] != 0], return_counts=True)[1]
+        for code in _CODES:
+            records = int(np.count_nonzero(id_N == id_hash(code)))
+            if records >= _MANY and records >= _MANY * np.median(records_P):
+                told.append(f"{records} records are of a patient {code!r}")
+    if not told:
+        return None
+    return f"{', '.join(told)}, far more than of others; if that is a code for unknown, leave these cells empty"
 
 
 def near_ids(shards: ShardSet) -> str | None:

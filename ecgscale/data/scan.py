@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ecgscale.data.foreign import Described, Rules, check_zero, describe, foreign_name, keys_of
+from ecgscale.data.foreign import Described, Fields, Rules, check_zero, describe, foreign_name
 from ecgscale.data.payload import Bytes, header_bytes, npy_shape
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
 from ecgscale.data.shards import index_row, person_row
@@ -23,7 +23,7 @@ class Found(NamedTuple):
     described: Described
     row: dict[str, Any]  # of the index; all columns but the split
     end: int  # of its last member, bytes from the tar's begin
-    keys: frozenset[str] = frozenset()  # of a foreign tar's JSON, under which labels may stand
+    fields: Fields  # its JSON
 
 
 def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator[Found]:
@@ -42,7 +42,7 @@ def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator
         row = _row(described, n_samples, signal, meta) | person_row(dataset, described.patient, name)
         row |= {"checksum": _hash(tar, signal), "json_checksum": xxhash.xxh3_64_intdigest(content)}
         end = max(member.offset + member.size for member in sample.members.values())
-        yield Found(name, described, row, end, keys_of(fields))
+        yield Found(name, described, row, end, fields)
 
 
 def scan_own(tar: Bytes, place: str, payload: str, dataset: str) -> Iterator[Found]:
@@ -67,7 +67,7 @@ def scan_own(tar: Bytes, place: str, payload: str, dataset: str) -> Iterator[Fou
         length = signal.size if payload == "npy" else min(signal.size, header_bytes(fields["samples"]))
         checked = Member(signal.name, signal.offset, length)
         row |= {"checksum": _hash(tar, checked), "json_checksum": xxhash.xxh3_64_intdigest(content)}
-        yield Found(fields["name"], described, row, signal.offset + signal.size)
+        yield Found(fields["name"], described, row, signal.offset + signal.size, fields)
 
 
 def _described(fields: dict[str, Any]) -> Described:

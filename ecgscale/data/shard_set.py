@@ -294,8 +294,11 @@ class ShardSet:
         shard = int(self.shard_of(np.array([number]))[0])
         place = self.shards[shard].place
         name = foreign_name(place, name_before(self._tars.bytes_of(shard), start, place))
-        samples = int(self.take("samples", np.array([number]))[0])
-        return as_own(describe(parse_json(content), one.rules), name, self.shards[shard].dataset, samples)
+        samples, bits = (int(self.take(column, np.array([number]))[0]) for column in ("samples", "leads"))
+        described = describe(parse_json(content), one.rules, bits.bit_count())
+        if [*described.leads_L] != [lead for lead in one.rules.lead_order if lead in described.leads_L]:
+            raise InputError(f"its rows are {','.join(described.leads_L)}, not as indexed; index the tars again")
+        return as_own(described, name, self.shards[shard].dataset, samples)
 
     def record(self, number: int) -> Record:
         """The whole record, as it was before it was written."""

@@ -339,6 +339,20 @@ def test_the_folder_must_be_whole(root: Path) -> None:
     assert "no exams.csv beside the parts" in refusal(root / "exams_part1.hdf5")
 
 
+def test_an_exam_that_lies_in_another_part_than_its_row_says(root: Path) -> None:
+    (root / "exams.csv").write_text(EXAMS.replace("6.6,False,exams_part0", "6.6,False,exams_part1"))
+    source = open_source(root, SourceOptions())
+    with pytest.raises(InputError, match=r"exam 7: exams.csv says that it lies in exams_part1.hdf5"):
+        source.read("exams_part0/1_7")
+    assert "trace_file" not in source.read("exams_part0/0_11").metadata
+
+
+def test_rows_without_an_exam_are_counted(root: Path) -> None:
+    (root / "exams_part1.hdf5").unlink()
+    line = "left out: 1 rows of exams.csv whose exam is in no part; the first is 9"
+    assert open_source(root, SourceOptions()).left_out() == [line]
+
+
 def test_exams_that_stand_twice(root: Path) -> None:
     lines = EXAMS.splitlines(keepends=True)
     (root / "exams.csv").write_text("".join([*lines, lines[1], lines[2].replace("1724173", "99")]))

@@ -283,6 +283,9 @@ def test_records_that_are_there_are_left_out_and_counted(originals, ingest_recor
     verify_dataset(str(out))
     with pytest.raises(InputError, match="23 records of 'made' are in it already; append others"):
         add(out, originals[1:])
+    mirrored = replace(originals[0], signal_LT=originals[0].signal_LT[:, ::-1].copy())
+    with pytest.raises(InputError, match=r"already, 1 others are rejected, the first because: .* with other samples"):
+        add(out, [mirrored, *originals[2:]])
     assert len(splits(out)) == 24
     assert not (out / "ingest.unfinished").exists()
 

@@ -18,6 +18,7 @@ from webdataset import ShardWriter
 from ecgscale import cli
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.indexing import index_folder
+from ecgscale.data.ingest import ingest
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
@@ -27,6 +28,7 @@ from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.record import LEADS
 from ecgscale.simulate import Simulation
+from in_memory import Records
 
 MIMIC = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
 ALL_TRAIN = IngestOptions(validation_fraction=0)
@@ -191,6 +193,31 @@ def test_label_keys_that_no_record_has_are_refused(tmp_path) -> None:
     assert "the first have AF, Labels, gain, inner, patient" in refused(folder, label_keys=("diagnosis",))
     shards = index(folder, label_keys=("rhythm",), label_columns=("x=inner,AF",))  # all unknown, which is another thing
     assert shards.metadata(0)["labels"] == {"x": ["AF"]}
+
+
+@pytest.mark.parametrize(
+    ("each", "rules", "why"),
+    [
+        ([{"dx": "b", "labels": {"dx": "c"}}], {"label_keys": ("dx",)}, "it says dx 'b', but 'c' in labels"),
+        ([{"AF": 1, "SB": 0, "labels": {"AF": 0}}], {"label_columns": ("rh=AF,SB",)}, "it says AF '1', but '0'"),
+        ([{"AF": 1, "labels": {"rh": ["x"]}}], {"label_columns": ("rh=AF",)}, "a label 'rh' already"),
+        ([{"rh": "x", "AF": 1}], {"label_columns": ("rh=AF",), "label_keys": ("rh",)}, "a label 'rh' already"),
+        ([{"labels": {"AF": True}}, {"labels": {"AF": 1}}], {}, "'AF' as true or false"),
+        ([{"labels": {"dx": "a"}}, {"labels": {"DX": "b"}}], {}, "'DX'"),
+        ([{"dx": "a"}, {"Dx": "b"}], {"label_keys": ("dx",)}, "'Dx'"),
+    ],
+)
+@pytest.mark.parametrize("per_tar", [1, 4])
+def test_labels_that_contradict_are_refused(tmp_path, each: list[dict], rules: dict, why: str, per_tar: int) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | one} for i, one in enumerate(each)]
+    assert why in refused(write_tars(tmp_path / "set", samples, per_tar), **rules)
+
+
+def test_labels_that_are_said_twice_are_one(tmp_path) -> None:
+    said = {"dx": "b|c", "labels": {"dx": ["b", "c"], "AF": True}, "AF": 1}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
+    shards = index(folder, label_keys=("dx",), label_columns=("rh=AF",))
+    assert shards.record(0).labels == {"dx": ["b", "c"], "rh": ["AF"]}
 
 
 def test_a_flag_that_one_record_lacks_is_unknown_there(tmp_path) -> None:
@@ -389,10 +416,92 @@ def test_patients_under_different_keys_are_refused(tmp_path, per_tar) -> None:
     verify_dataset(folder)
 
 
+@pytest.mark.parametrize("keys", [("patient_id", "subject_id"), ("subject_id", "Patient")])
+@pytest.mark.parametrize("per_tar", [1, 4])
+def test_keys_that_name_other_patients_are_refused(tmp_path, capsys, keys, per_tar) -> None:
+    about = {name: value for name, value in ABOUT.items() if name != "patient"}
+
+    def write(name: str, ids: list[tuple[int, str]]) -> Path:
+        each = [{"npy": counts(i), "json": about | dict(zip(keys, one, strict=True))} for i, one in enumerate(ids)]
+        return write_tars(tmp_path / name, each, per_tar)
+
+    for name, ids in (("split", [(1, "P"), (2, "P")]), ("melted", [(1, "P"), (1, "Q")])):
+        refused(write(name, ids), *map(str.casefold, keys), "--patient-key")
+    assert index(tmp_path / "split", patient_key=keys[1]).record(1).patient == "P"
+    assert cli.main(["index", str(write("same", [(1, "P"), (2, "Q"), (1, "P")])), "--workers=1"]) == 0
+    assert f"{keys[1].casefold()} beside {keys[0]}, which names the same" in capsys.readouterr().out
+
+
+def test_nan_is_an_unknown_patient(tmp_path) -> None:
+    about = {name: value for name, value in ABOUT.items() if name != "patient"}
+    samples = [{"npy": counts(0), "json": about | {"patient_id": float("nan"), "subject_id": 7}}]
+    assert index(write_tars(tmp_path / "set", samples)).record(0).patient == "7"
+
+
+def test_patients_of_two_data_sets_are_not_melted(tmp_path, make_record, ingest_records) -> None:
+    for dataset, name in (("A", "a"), ("B", "b")):
+        records = Records([make_record(name, patient="1")], dataset=dataset)
+        ingest(records, tmp_path / "set", IngestOptions(rate_hz=100, payload="npy"), append=dataset == "B")
+    (tmp_path / "tars").mkdir()
+    for tar in (tmp_path / "set").glob("*.tar"):
+        shutil.copy(tar, tmp_path / "tars")
+    refused(tmp_path / "tars", "is of 'A'", "is of 'B'", "--dataset")
+    index_folder(tmp_path / "tars", Rules(), ALL_TRAIN, dataset="both")
+    assert len(set(ShardSet.open(tmp_path / "tars").column("patient").tolist())) == 1
+    without = [{"npy": counts(i), "json": ABOUT | {"patient": None, "dataset": str(i)}} for i in range(2)]
+    index(write_tars(tmp_path / "without", without))
+
+
 def test_leads_under_another_spelling_are_not_taken_for_the_usual_order(tmp_path) -> None:
     about = {"rate_hz": 100, "Leads": MIMIC, "mv_per_count": 0.001}
     folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about}])
     np.testing.assert_array_equal(index(folder).record(0).signal_LT, in_canonical_order(counts(0), MIMIC))
+
+
+LEAD_LISTS = ("channels", "signal_names", "channel_names", "sig_names", "names", "lead_order")
+
+
+@pytest.mark.parametrize("key", LEAD_LISTS)
+def test_leads_are_found_under_any_key(tmp_path, key: str) -> None:
+    about = {"rate_hz": 100, "mv_per_count": 0.001}
+    for i, said in enumerate(({key: MIMIC}, {"header": {key: MIMIC}}, {key: ",".join(MIMIC)})):
+        folder = write_tars(tmp_path / f"set{i}", [{"npy": counts(0), "json": about | said}])
+        shards = index(folder)
+        np.testing.assert_array_equal(shards.record(0).signal_LT, in_canonical_order(counts(0), MIMIC))
+        assert shards.metadata(0)["leads"] == [*LEADS]
+        verify_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        *(({key: MIMIC, "leads": LEADS}, f"and {key} I,II,III,aVR,aVF") for key in LEAD_LISTS),
+        ({"header": {"leads": MIMIC}}, "and leads I,II,III,aVR,aVF"),
+        ({"channels": ["DI", "DII", *LEADS[2:]]}, "--rename-leads='DI=I'"),
+        *(({key: 500}, f"'{key}' says 500") for key in ("rate", "frequency", "Hz")),
+        *(({key: 500}, f"{key} '500'") for key in ("fs_hz", "srate")),
+        ({"header": {"fs": 500}}, "'fs' says 500"),
+    ],
+)
+def test_leads_and_rates_that_contradict_are_refused(tmp_path, said: dict, why: str) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
+    assert why in refused(folder, "s000.json")
+
+
+def test_other_lists_and_rates_say_nothing_of_leads(tmp_path) -> None:
+    said = {
+        "noisy": ["V1"],
+        "stage": "II",
+        "dx": ["I", *["x"] * 11],
+        "rate": 72,
+        "heart": {"rate": 72},
+        "frequency": 100,
+    }
+    shards = index(write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}]))
+    assert shards.record(0).rate_hz == 100
+    with_option = {name: value for name, value in ABOUT.items() if name != "rate_hz"}
+    folder = write_tars(tmp_path / "option", [{"npy": counts(0), "json": with_option | {"srate": 400}}])
+    refused(folder, "400", "--rate-hz", rate_hz=500.0)
 
 
 def test_splits_by_a_key(tmp_path) -> None:
@@ -409,6 +518,27 @@ def test_splits_by_a_key(tmp_path) -> None:
     same = [{"npy": counts(i), "json": ABOUT | {"fold": i % 3}} for i in range(3)]
     with pytest.raises(InputError, match="two splits"):
         index(write_tars(tmp_path / "torn", same), by_fold)
+
+
+@pytest.mark.parametrize(
+    "said", [{"fold": [9]}, {"Fold": "9.0"}, {"metadata": {"fold": 9}}, {"labels": {"FOLD": ["9"]}, "fold": "NA"}]
+)
+def test_a_split_is_found_wherever_the_json_says_it(tmp_path, capsys, said: dict) -> None:
+    each = [{"fold": 8}, said, {}, {"fold": None}]
+    samples = [{"npy": counts(i), "json": ABOUT | {"patient": i} | one} for i, one in enumerate(each)]
+    folder = write_tars(tmp_path / "set", samples)
+    by_fold = ["--split-by=fold", "--validation-values=8", "--test-values=9", "--workers=1"]
+    assert cli.main(["index", str(folder), *by_fold]) == 0
+    assert ShardSet.open(folder).column("split").tolist() == [1, 2, 0, 0]
+    assert "2 x a record that has no fold, put into training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("said", [{"fold": "9|8"}, {"fold": ["9", 8]}, {"fold": 1, "labels": {"fold": 9}}])
+def test_two_splits_of_one_record_are_refused(tmp_path, said: dict) -> None:
+    samples = [{"npy": counts(i), "json": ABOUT | one} for i, one in enumerate([{"fold": 8}, {"fold": 9}, said])]
+    folder = write_tars(tmp_path / "set", samples)
+    with pytest.raises(InputError, match=r"part-000.tar: 'part-000/s002': fold has 2 values"):
+        index(folder, IngestOptions(split_by="fold", validation_values=("8",), test_values=("9",)))
 
 
 def test_processes_do_not_change_the_bytes(tmp_path) -> None:

@@ -282,12 +282,53 @@ def test_a_cell_that_could_mean_two_things_names_its_place(tmp_path: Path) -> No
 
 
 def test_the_ids_of_two_columns_are_not_mixed(tmp_path: Path) -> None:
-    table = load(tmp_path, "record,patient,Patient_ID,subject_id\na/x,9,NA,5\na/y,9,,6\n")
+    table = load(tmp_path, "record,patient,Patient_ID,subject_id\na/x,8,NA,5\na/y,9,,6\n")
     assert [describe((), table, item).patient for item in ("a/x", "a/y")] == ["5", "6"]
+    assert table.remarks == [
+        f"{tmp_path}/labels0.csv: subject_id and patient name the same patients; subject_id counts"
+    ]
     table = load(tmp_path, "record,patient_id,subject_id\na/x,NA,5\na/y,5,6\n")
     assert [describe((), table, item).patient for item in ("a/x", "a/y")] == [None, "5"]
     table = load(tmp_path, "record,id,ID\na/x,1,7\na/y,2,8\n")
     assert [describe((), table, item, patient_key="ID").patient for item in ("a/x", "a/y")] == ["7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "ids", "chosen"),
+    [
+        ("subject_id,PatientID", [(1, "P1"), (2, "P1")], ["P1", "P1"]),
+        ("patient,subject_id", [("P1", 1), ("P1", 2), ("P2", 3)], ["P1", "P1", "P2"]),
+        ("patient_id,Patient_ID", [(1, 7), (1, 8)], ["7", "8"]),
+        ("patient_id,subject_id", [("NA", 5), ("", 5), (7, 6)], ["5", "5", "6"]),
+    ],
+)
+def test_columns_that_name_other_patients_are_refused(tmp_path: Path, columns: str, ids: list, chosen: list) -> None:
+    """One of them would be picked, and a person may stand in two splits."""
+    items = ["a/x", "a/y", "b/x"][: len(ids)]
+    rows = "".join(f"{item},{one},{other}\n" for item, (one, other) in zip(items, ids, strict=True))
+    table = load(tmp_path, f"record,{columns}\n{rows}")
+    with pytest.raises(InputError, match=r"labels0.csv: .* name other patients .* --patient-key"):
+        describe((), table, "a/x")
+    key = next(column for i, column in enumerate(columns.split(",")) if str(ids[0][i]) == chosen[0])
+    assert [describe((), table, item, patient_key=key).patient for item in items] == chosen
+
+
+def test_a_record_of_two_patients_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="patient '5' and patientid '6'"):
+        describe(("patient: 5", "PatientID: 6"), None, "r")
+    assert describe(("patient: 5", "PatientID: 6"), None, "r", patient_key="patient").patient == "5"
+    assert describe(("patient: 5", "PatientID: 5.0"), None, "r").patient == "5"
+    table = load(tmp_path, "record,patient_id\na/x,5\n", "record,Patient_ID\na/x,6\n")
+    with pytest.raises(InputError, match="two patients"):
+        describe((), table, "a/x")
+
+
+def test_an_id_of_the_header_that_the_table_contradicts_is_counted(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,patient_id\na/x,5\na/y,6\nb/x,7\n")
+    note = "a patient id of the header passed over, since column patient_id says another"
+    ids = [("a/x", "5.0"), ("a/y", "9"), ("b/x", "1.000")]
+    both = [describe((f"PatientID: {id_}",), table, item) for item, id_ in ids]
+    assert [(one.patient, one.notes.get(note, 0)) for one in both] == [("5", 0), ("6", 1), ("7", 1)]
 
 
 def test_ids_of_the_header_beside_those_of_a_table_are_counted(tmp_path: Path) -> None:
@@ -305,6 +346,31 @@ def test_ids_of_the_header_beside_those_of_a_table_are_counted(tmp_path: Path) -
 # --- headers ---
 
 
+@pytest.mark.parametrize("column", ["Dx", "dx"])
+def test_the_words_of_tables_and_headers_do_not_mix(tmp_path: Path, column: str) -> None:
+    table = load(tmp_path, f"record,{column},age\na/x,AF,50\na/y,NA,\nb/x,426783006,45\n")
+    header = ("Dx: 426783006", "Age: 45")
+    each = [describe(header, table, item) for item in ("a/x", "a/y", "b/x", "r1")]
+    assert [one.labels for one in each] == [{column: ["AF"]}, {}, {column: ["426783006"]}, {}]
+    assert [one.metadata["age"] for one in each] == ["50", "45", "45", "45"]
+    silent = f"Dx of the header passed over, since the tables have a column {column}, without a word on it"
+    notes = (silent, *(f"{key} of the header passed over, since the table says another" for key in ("Dx", "age")))
+    assert [[one.notes.get(note, 0) for note in notes] for one in each] == [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 0, 0]]
+
+
+def test_columns_of_one_name_in_two_spellings_are_both_kept(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,age,Age\na/x,50,60\na/y,50,50.0\n")
+    both = [describe((), table, item) for item in ("a/x", "a/y")]
+    assert [one.metadata for one in both] == [{"age": "50 | 60"}, {"age": "50"}]
+    assert [one.notes.get("age with several values, all kept", 0) for one in both] == [1, 0]
+
+
+def test_classes_that_differ_in_capitals_alone_are_told(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,dx,note\na/x,Sinus|AF,u\na/y,sinus,v\nb/x,SINUS,v\n")
+    (line,) = table.remarks
+    assert line.startswith("2 classes of dx differ from another in capitals alone, such as 'SINUS' and 'Sinus'")
+
+
 def test_all_lines_of_diagnoses_count() -> None:
     comments = (
         "Dx: 426783006",
@@ -317,6 +383,22 @@ def test_all_lines_of_diagnoses_count() -> None:
     assert describe(comments, None, "r").labels == {"Dx": codes}
     assert describe(("Dx: NA", "Dx:"), None, "r").labels == {}
     assert describe((), None, "r").labels == {}
+
+
+@pytest.mark.parametrize(
+    ("lines", "classes"),
+    [
+        (["['a','b']"], ["a", "b"]),
+        (['{"a": true, "b": false}'], ["a"]),
+        (["['426783006', '59931005']", "12 13"], ["426783006", "59931005", "12", "13"]),
+        *(([text], []) for text in ("[]", "{}", "{'a': 0}")),
+        (["[]", "a"], ["a"]),
+        (["['NA']"], None),
+    ],
+)
+def test_lists_in_headers_are_read_as_in_tables(lines: list[str], classes: list[str] | None) -> None:
+    known = describe([f"Dx: {line}" for line in lines], None, "r")
+    assert known.labels == ({} if classes is None else {"Dx": classes})
 
 
 def test_patients_of_headers() -> None:
@@ -434,6 +516,12 @@ def test_values_of_a_split_are_read_as_the_labels_are(tmp_path: Path, batch) -> 
     assert ShardSet.open(tmp_path / "folds").column("split").tolist() == [0, 1, 2] * 2
     assert ingest(folder, tmp_path / "flags", "--split-by=held_out", "--test-values=True") == 0
     assert ShardSet.open(tmp_path / "flags").column("split").tolist() == [0] * 5 + [2]
+
+
+def test_a_column_of_splits_is_found_in_any_case(tmp_path: Path, batch) -> None:
+    folder = batch("in", "record,patient_id,Fold\n" + "".join(f"in{i},{i},{i % 3}\n" for i in range(6)))
+    assert ingest(folder, tmp_path / "out", "--split-by=fold", "--validation-values=1", "--test-values=2") == 0
+    assert ShardSet.open(tmp_path / "out").column("split").tolist() == [0, 1, 2] * 2
 
 
 def test_other_labels_are_another_ingest(tmp_path: Path, batch, capsys) -> None:

@@ -185,10 +185,21 @@ def test_the_folds_of_ptbxl_split_it(ptbxl: Path, tmp_path, capsys) -> None:
     assert capsys.readouterr().out.startswith("PTB-XL: 3 records")
 
 
+def test_codes_that_the_statements_of_ptbxl_do_not_know_are_counted(ptbxl: Path) -> None:
+    (ptbxl / "scp_statements.csv").write_text(STATEMENTS.replace("NORM,normal", "norm,normal"))
+    record = opened(ptbxl).read("records500/00000/00001_hr")
+    assert "superclass" not in record.labels
+    told = "scp code 'NORM' that scp_statements.csv does not know, so of no superclass or the like"
+    assert record.notes[told] == 1
+
+
 def test_ptbxl_with_labels_of_ones_own(ptbxl: Path, tmp_path) -> None:
     (tmp_path / "mine.csv").write_text("record,scp,mine\nrecords500/00000/00001_hr,MINE,a|b\n")
     source = opened(ptbxl, labels_csv=tmp_path / "mine.csv")
-    labels = source.read("records500/00000/00001_hr").labels
+    record = source.read("records500/00000/00001_hr")
+    labels = record.labels
+    note = "of the data set's own table passed over, since the header or --labels says another"
+    assert [name for name in record.notes if note in name] == [f"scp {note}"]
     assert labels["mine"] == ["a", "b"]
     assert labels["scp"] == ["MINE"]  # the user's own word counts
     assert labels["superclass"] == ["NORM"]
@@ -247,7 +258,8 @@ def test_codes_and_studies_that_stand_twice(ptbxl: Path, mimic: Path) -> None:
     source = opened(mimic)
     assert source.read(source.items()[0]).labels["report"] == ["Sinus rhythm", "Borderline | ECG"]
     line = (
-        "1 rows of machine_measurements.csv say other reports than an earlier row, which counts; the first is of study"
+        "1 rows of machine_measurements.csv say other reports or patients than an earlier row, which counts; the "
+        "first is of study"
     )
     assert [one for one in source.left_out() if one == f"{line} 40689238"]
 
@@ -327,6 +339,30 @@ def test_records_that_the_list_of_mimic_does_not_name_are_counted(mimic: Path, k
     if kind == "folder":
         part = opened(mimic / "files")
         assert part.left_out()[-1] == source.left_out()[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "reason"),
+    [
+        ("record_list.csv", "10001725,49036311", "10001726,49036311", "its path is that of patient 10001725"),
+        ("record_list.csv", "10001725,49036311", "10001725,40689238", "its path is that of study 49036311"),
+        ("machine_measurements.csv", "10001725,49036311", "10000032,49036311", "10000032 for study 49036311"),
+    ],
+)
+def test_patients_of_mimic_that_contradict_cost_their_record(
+    mimic: Path, file: str, old: str, new: str, reason: str
+) -> None:
+    text = (mimic / file).read_text()
+    (mimic / file).write_text(text.replace(old, new))
+    source = opened(mimic)
+    *others, item = source.items()
+    assert [source.read(other).patient for other in others] == ["10000032"] * 2
+    with pytest.raises(InputError, match=reason):
+        source.read(item)
+    if file == "machine_measurements.csv":
+        (mimic / "record_list.csv").unlink()
+        with pytest.raises(InputError, match="10000032 for study"):
+            opened(mimic).read(item)
 
 
 def test_mimic_without_measurements(mimic: Path) -> None:

@@ -132,6 +132,7 @@ def test_rows_of_one_array_go_by_their_number(tmp_path, mv_NLT: np.ndarray, colu
         ("row,kind\n-1,a\n", "'-1' is no row"),
         ("row,kind\n1.5,a\n", "'1.5' is no row"),
         ("row,kind\nNA,a\n", "column row names no record"),
+        ("record,row,kind\n3,0,a\n2,1,b\n", "line 2: row names the record 0, record another; .* --record-column"),
     ],
 )
 def test_the_order_of_lines_says_nothing_of_one_array(tmp_path, mv_NLT, table: str, reason: str) -> None:
@@ -139,6 +140,11 @@ def test_the_order_of_lines_says_nothing_of_one_array(tmp_path, mv_NLT, table: s
     (tmp_path / "labels.csv").write_text(table)
     with pytest.raises(InputError, match=reason):
         opened(tmp_path / "x.npy", labels_csv=tmp_path / "labels.csv").items()
+
+
+def test_tables_that_are_not_given_are_named(folder: Path) -> None:
+    (folder / "labels.csv").write_text("record,kind\n")
+    assert opened(folder).left_out() == ["left out: 1 CSVs, since no --labels is given; the first is labels.csv"]
 
 
 def test_another_column_may_number_the_rows_of_one_array(tmp_path, mv_NLT: np.ndarray) -> None:

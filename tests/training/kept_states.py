@@ -34,7 +34,7 @@ def batch_of(step: int) -> ECGBatch:
         batch = batch.with_gain(torch.full_like(batch.gain_BL, float("nan")))
     elif step >= 0:
         batch = batch.with_gain(torch.ones_like(batch.gain_BL))
-    return batch._each(lambda tensor: tensor.chunk(ranks.world_size)[ranks.rank])
+    return batch.each(lambda tensor: tensor.chunk(ranks.world_size)[ranks.rank])
 
 
 def train(run: str, engine: dict[str, Any], until: int, save: list[int]) -> None:

@@ -26,7 +26,7 @@ from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import OTHER_LABELS, SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
-from ecgscale.data.persons import near_ids
+from ecgscale.data.persons import odd_ids
 from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import (
@@ -87,8 +87,10 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
         sweep(job.out)
         mark.remove()
         if found.held:
+            rejected = len(job.items) - found.held
+            others = f", {rejected} others are rejected, the first because: {found.first_reason}" if rejected else ""
             raise InputError(
-                f"{job.out}: {found.held} records of {job.source.dataset!r} are in it already; append others"
+                f"{job.out}: {found.held} records of {job.source.dataset!r} are in it already{others}; append others"
                 + (f"; {found.notes[OTHER_LABELS]} x {OTHER_LABELS}" if found.notes[OTHER_LABELS] else "")
             )
         first = f", the first because: {found.first_reason}" if found.first_reason else ""
@@ -123,7 +125,7 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
     write_copies(shards, job.out, copies)
     sweep(job.out)
     mark.remove()
-    return Ingested.of(described, about_copies(shards, copies), near_ids(shards))
+    return Ingested.of(described, about_copies(shards, copies), odd_ids(shards))
 
 
 def _note_older_ids(job: IngestJob, found: _Found, records: _Records) -> None:

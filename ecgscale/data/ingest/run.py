@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ecgscale.data.cells import find_key
 from ecgscale.data.copies import about_copies
 from ecgscale.data.ingest.job import IngestJob, open_job
 from ecgscale.data.ingest.join import Ingested, check_all_there, finish
 from ecgscale.data.ingest.mark import Mark, claimed, sweep
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import Part, Slice, convert
-from ecgscale.data.persons import near_ids
+from ecgscale.data.persons import odd_ids
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
 
@@ -123,7 +124,7 @@ def _open(
 def _finished(job: IngestJob) -> Ingested:
     assert job.base is not None
     shards = ShardSet.open(job.out)
-    return Ingested.of(job.base["sources"][-1], about_copies(shards), near_ids(shards))
+    return Ingested.of(job.base["sources"][-1], about_copies(shards), odd_ids(shards))
 
 
 def _abandon(job: IngestJob, mark: Mark) -> None:
@@ -162,7 +163,7 @@ def _check_split_key(job: IngestJob) -> None:
         except InputError:
             continue
         keys |= {*record.labels, *record.metadata}
-    if keys and job.options.split_by not in keys:
+    if keys and find_key(keys, job.options.split_by) is None:
         some = ", ".join(sorted(keys)[:20])
         raise _UnknownKeyError(f"split-by {job.options.split_by}: no record has that key; they have {some}")
 

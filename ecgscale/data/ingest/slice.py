@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from ecgscale.data.cells import NOBODY
 from ecgscale.data.ingest.options import IngestOptions
-from ecgscale.data.ingest.splits import split_value
+from ecgscale.data.ingest.splits import split_value, without_value
 from ecgscale.data.payload import Payload
 from ecgscale.data.schema import parse_json
 from ecgscale.data.shards import COLUMNS, Columns, index_row, read_signal, write_tar
@@ -226,12 +226,12 @@ def convert(task: Slice) -> Part:
                         f"{task.source.dataset!r} has a record {item!r} already, with other samples; put this one into "
                         "a folder of another name, or ingest all anew"
                     )
-                value = split_value(record.labels, record.metadata, split_by) if split_by else ""
+                value = split_value((record.labels, record.metadata), split_by) if split_by else ""
             except InputError as error:
                 rejected.append((item, str(error)))
                 continue
             if split_by and not value:
-                notes[f"a record that has no {split_by}, put into training"] += 1
+                notes[without_value(split_by)] += 1
             places.append(place_of_value.setdefault(value, len(place_of_value)))
             patients_known |= record.patient is not None
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))

@@ -7,13 +7,13 @@ Shape suffixes: B records of a shard, P persons, V different values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.cells import Cells
+from ecgscale.data.cells import Cells, find_key
 from ecgscale.data.copies import Copies
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.shards import SPLITS
@@ -22,12 +22,25 @@ from ecgscale.errors import InputError
 Splits = npt.NDArray[np.uint8]  # places in SPLITS
 
 
-def split_value(labels: Mapping[str, list[str]], metadata: Mapping[str, str], key: str) -> str:
-    """What a record says under that label or metadata key, "" for nothing. Raises InputError for several values."""
-    values = labels.get(key) or [metadata.get(key, "")]
+def split_value(places: Iterable[Mapping[str, object]], key: str) -> str:
+    """What a record says under that key, upper or lower case alike, such as in its labels and its metadata.
+
+    "" for nothing. Raises InputError for several values, be it in one place or in two.
+    """
+    cells = Cells()
+    values: dict[str, None] = {}
+    for place in places:
+        for name, value in place.items():
+            if find_key((name,), key) is not None:
+                values |= dict.fromkeys(cells.classes(value, name) or ())
     if len(values) > 1:
         raise InputError(f"{key} has {len(values)} values, {', '.join(values)[:60]}; a record lies in one split")
-    return values[0]
+    return next(iter(values), "")
+
+
+def without_value(key: str) -> str:
+    """The note of a record for which ``split_value`` finds nothing."""
+    return f"a record that has no {key}, put into training"
 
 
 def splits_by_value(values_V: Sequence[str], value_B: npt.NDArray[np.uint32], options: IngestOptions) -> Splits:

@@ -74,6 +74,9 @@ class CataloguedWfdb:
             rename_leads=self.rename_leads,
         )
         notes = Counter(said.notes) + Counter(record.notes)
+        for name, one in (said.labels | said.metadata).items():
+            if (record.labels | record.metadata).get(name, one) != one:
+                notes[f"{name} of the data set's own table passed over, since the header or --labels says another"] += 1
         if said.patient is not None and record.patient not in (None, said.patient):
             notes[_PASSED_OVER] += 1
         return replace(

@@ -41,6 +41,7 @@ from ecgscale.record import LEADS, Record
 
 EXAMS = "exams.csv"
 PARTS = "exams_part*.hdf5"
+_TRACE_FILE = "trace_file"  # column with the name of the part
 RATE_HZ = 400.0
 ABNORMALITIES = ("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF")
 DESCRIPTION = (
@@ -126,6 +127,9 @@ class Code15(Layout):
         try:
             if said.fault:
                 raise InputError(said.fault)
+            metadata = dict(said.metadata)
+            if (trace_file := metadata.pop(_TRACE_FILE, part_name)) != part_name:
+                raise InputError(f"{EXAMS} says that it lies in {trace_file}")
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
             if said.patient is None:
                 raise InputError(f"no row in {EXAMS}, so its patient is unknown")
@@ -134,7 +138,7 @@ class Code15(Layout):
             raise type(error)(f"{shown}: {error}") from error
         except OSError as error:
             raise file_error(shown, "cannot be read", error) from error
-        known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": said.metadata}
+        known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": metadata}
         known["notes"] = said.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
 
@@ -155,10 +159,14 @@ class Code15(Layout):
         return None
 
     def left_out(self) -> list[str]:
-        """A line on parts that are still packed."""
+        """Lines on parts that are still packed, and on rows of exams.csv without an exam."""
         packed = [path.name for path in self.root.glob("exams_part*.zip") if f"{path.stem}.hdf5" not in self.parts]
         reason = "parts are still packed; unpack them here"
-        return [f"left out: {len(packed)} {reason}; the first is {min(packed)}"] if packed else []
+        lines = [f"left out: {len(packed)} {reason}; the first is {min(packed)}"] if packed else []
+        there = {str(exam_id) for part in self.parts for exam_id in _part(self.root, part).exam_ids.tolist()}
+        if absent := sorted({*self.catalogue.items()} - there, key=int):
+            lines.append(f"left out: {len(absent)} rows of {EXAMS} whose exam is in no part; the first is {absent[0]}")
+        return lines
 
 
 def parts_in(root: Path) -> tuple[str, ...]:
@@ -216,6 +224,8 @@ def _description(row: dict[str, str], where: str) -> Description:
     metadata = {name: text for name, text in texts.items() if text is not None}
     if male is not None:
         metadata["sex"] = _SEX[male]
+    if trace_file := cells.text(row.get(_TRACE_FILE), _TRACE_FILE):
+        metadata[_TRACE_FILE] = Path(trace_file).name
     return Description(patient, labels, metadata, dict(cells.notes))
 
 

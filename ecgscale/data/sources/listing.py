@@ -100,6 +100,16 @@ def shared_names(items: Iterable[str]) -> str | None:
     )
 
 
+def tables_left_out(folders: Iterable[Contents]) -> list[str]:
+    """A line on the CSVs that lie there, where no table is given."""
+    names = [f"{one.folder}/{name}".lstrip("/") for one in folders for name in one.files if _is_csv(name)]
+    return [f"left out: {len(names)} CSVs, since no --labels is given; the first is {min(names)}"] if names else []
+
+
+def _is_csv(name: str) -> bool:
+    return name.lower().endswith(".csv")
+
+
 def left_out(folders: Iterable[Contents], suffix: str) -> list[str]:
     """Lines on the files that are not read where those with ``suffix`` (.hea or .npy) are: how many, and why."""
     counts: Counter[str] = Counter()

@@ -108,8 +108,8 @@ def _described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Descri
     reports = Catalogue.make(scratch / "reports.sqlite")
     if MEASUREMENTS in tree.children("") and (contradicted := reports.add_texts(_reports(tree))):
         absent.remarks.append(
-            f"{len(contradicted)} rows of {MEASUREMENTS} say other reports than an earlier row, which counts; the "
-            f"first is of study {contradicted[0]}"
+            f"{len(contradicted)} rows of {MEASUREMENTS} say other reports or patients than an earlier row, which "
+            f"counts; the first is of study {contradicted[0]}"
         )
     if RECORDS not in tree.children(""):
         yield from _by_folders(tree, reports, within)
@@ -128,7 +128,7 @@ def _described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Descri
             elif "/".join(parts[:-2]) not in there:
                 absent.add(item)
             else:
-                said = _description(row[subject], row[study], row[time], reports, table.where())
+                said = _description(item, row[subject], row[study], row[time], reports, table.where())
                 yield item, replace(said, place=table.place())
 
 
@@ -148,13 +148,15 @@ def _item(path: str) -> str:
     return (Cells().text(path, "path") or "").removesuffix(".hea")
 
 
-def _description(subject: str, study: str, time: str, reports: Catalogue, where: str) -> Description:
+def _description(item: str, subject: str, study: str, time: str, reports: Catalogue, where: str) -> Description:
     """What a row says; a cell that cannot be read is its record's fault, not the table's."""
     cells = Cells()
     try:
         patient = cells.identifier(subject, "subject_id")
         number = cells.text(study, "study_id")
-        lines = [] if number is None else reports.text(whole_number(number, "study_id"))
+        study_id = None if number is None else whole_number(number, "study_id")
+        measured, *lines = ("",) if study_id is None else reports.text(study_id) or ("",)
+        _check_agree(item, patient, study_id, measured)
         ecg_time = cells.text(time, "ecg_time")
     except InputError as error:
         return Description(None, {}, {}, fault=f"{where}: {error}")
@@ -162,21 +164,40 @@ def _description(subject: str, study: str, time: str, reports: Catalogue, where:
     return Description(patient, labels, {} if ecg_time is None else {"ecg_time": ecg_time}, dict(cells.notes))
 
 
+def _check_agree(item: str, patient: str | None, study_id: int | None, measured: str) -> None:
+    """Raises InputError where its folders, or the measurements, say another patient or study than the list."""
+    folders = _PATIENT_FOLDER.search(item)
+    if folders and patient not in (None, str(int(folders[1]))):
+        raise InputError(f"subject_id is {patient}, but its path is that of patient {folders[1]}")
+    if folders and study_id not in (None, int(folders[2])):
+        raise InputError(f"study_id is {study_id}, but its path is that of study {folders[2]}")
+    if measured and patient not in (None, measured):
+        raise InputError(f"subject_id is {patient}, but {measured} for study {study_id} in {MEASUREMENTS}")
+
+
 def _by_folders(tree: Tree, reports: Catalogue, within: str) -> Described:
     for item in header_names(tree.contents()):
         if lies_in(item, within):
             match = _PATIENT_FOLDER.search(item)
-            lines = reports.text(int(match[2])) if match else []
-            yield item, Description(str(int(match[1])) if match else None, {"report": lines} if lines else {}, {})
+            patient = str(int(match[1])) if match else None
+            measured, *lines = (reports.text(int(match[2])) if match else ()) or ("",)
+            try:
+                _check_agree(item, patient, int(match[2]) if match else None, measured)
+            except InputError as error:
+                yield item, Description(None, {}, {}, fault=str(error))
+                continue
+            yield item, Description(patient, {"report": lines} if lines else {}, {})
 
 
 def _reports(tree: Tree) -> Iterator[tuple[int, list[str]]]:
-    """(study, lines of its report)."""
+    """(study, its patient or "", and the lines of its report)."""
     with tree.table(MEASUREMENTS) as stream:
         table = Table(stream, str(tree.where / MEASUREMENTS), ("study_id", "report_0"))
-        study = table.columns["study_id"]
+        study, subject = table.columns["study_id"], table.columns.get("subject_id")
         numbered = [name for name in table.columns if name.removeprefix("report_").isdigit()]
         lines = [table.columns[name] for name in sorted(numbered, key=lambda name: int(name.rpartition("_")[2]))]
         for row in table:
             if (number := Cells().text(row[study], "study_id")) is not None:
-                yield whole_number(number, table.where()), [line for i in lines if is_known(line := row[i].strip())]
+                patient = "" if subject is None else Cells().text(row[subject], "subject_id") or ""
+                said = [line for i in lines if is_known(line := row[i].strip())]
+                yield whole_number(number, table.where()), [patient, *said]

@@ -20,7 +20,7 @@ from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
 from ecgscale.data.matching import NameMatcher, RowMatcher
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.layout import Layout, Place
-from ecgscale.data.sources.listing import contents_below, left_out
+from ecgscale.data.sources.listing import contents_below, left_out, tables_left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_listing import stays_inside
@@ -146,7 +146,10 @@ class NpyTable(Layout):
 
     def left_out(self) -> list[str]:
         """Lines on what below the folder is not read, and why."""
-        return [] if self.is_stacked else left_out(contents_below(self.path), ".npy")
+        if self.is_stacked:
+            return []
+        tables = [] if paths_of(self.labels_csv) else tables_left_out(contents_below(self.path))
+        return [*left_out(contents_below(self.path), ".npy"), *tables]
 
     def _names(self) -> list[str]:
         if not self.is_stacked:

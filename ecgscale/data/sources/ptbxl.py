@@ -121,6 +121,8 @@ def _description(row: Mapping[str, str], statements: Mapping[str, Mapping[str, s
         codes = _codes(row["scp_codes"])
         labels = {"scp": codes}
         for code in codes:
+            if code not in statements:
+                cells.notes[f"scp code {code!r} that {STATEMENTS} does not know, so of no superclass or the like"] += 1
             for label, value in statements.get(code, {}).items():
                 if value not in labels.setdefault(label, []):
                     labels[label].append(value)

@@ -1,0 +1,159 @@
+"""What the tars of one data set must agree in: rate, order of leads, patients, labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from ecgscale.data.cells import find_key
+from ecgscale.data.foreign import Fields, Rules, common_order
+from ecgscale.data.grouping import Grouping
+from ecgscale.data.label_columns import parse_label_columns
+from ecgscale.data.remarked import Remarked
+from ecgscale.data.shards import Columns
+from ecgscale.errors import InputError
+
+
+@dataclass
+class IndexedTar:
+    """What one process found in one tar."""
+
+    path: Path
+    entry: dict[str, Any]
+    columns: Columns  # all but the split
+    split_values: list[str]
+    leads: dict[tuple[str, ...], str] = field(default_factory=dict)  # each sort of rows -> the first record with it
+    rates: dict[float, str] = field(default_factory=dict)  # likewise
+    patient_keys: dict[str, str] = field(default_factory=dict)  # likewise, of records with a known patient
+    other_ids: set[tuple[str, str, str, str]] = field(default_factory=set)  # key, id, other key, id there
+    datasets: dict[str, str] = field(default_factory=dict)  # that the JSON names -> the first record with a patient
+    patient_known: list[bool] = field(default_factory=list)
+    remarked: dict[str, Remarked] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    likelihoods: set[str] = field(default_factory=set)
+    label_keys: set[str] = field(default_factory=set)  # those of the options that some record has
+    label_names: dict[str, str] = field(default_factory=dict)  # each -> the first record with it
+    flags: dict[str, str] = field(default_factory=dict)  # keys that are true or false -> likewise
+    some_keys: frozenset[str] = frozenset()  # of the first record
+
+
+def only_rate(found: Sequence[IndexedTar]) -> float:
+    """In Hz. Raises InputError where there are two."""
+    rates: dict[float, str] = {}
+    for one in found:
+        for rate_hz, name in one.rates.items():
+            rates.setdefault(rate_hz, f"{one.path}: {name!r}")
+    (rate_hz, first), *others = rates.items()
+    if others:
+        raise InputError(
+            f"{others[0][1]} has {others[0][0]:g} Hz, {first} has {rate_hz:g} Hz; a data set has one rate: write the "
+            "tars of each rate into a folder of their own"
+        )
+    return rate_hz
+
+
+def check_patient_keys(found: Sequence[IndexedTar]) -> None:
+    """Raises InputError where records name their patients by different keys: ids of two may be of two kinds."""
+    keys: dict[str, str] = {}
+    for one in found:
+        for key, name in one.patient_keys.items():
+            keys.setdefault(key, f"{one.path}: {name!r} names its patient by {key!r}")
+    if len(keys) > 1:
+        first, second, *_ = keys.values()
+        raise InputError(
+            f"{second}, {first}; ids under two keys may be of two kinds: give all records one --patient-key, null "
+            "where it is unknown"
+        )
+
+
+def dataset_of(fields: Fields) -> str:
+    """As its JSON names it; "" where it names none."""
+    key = find_key(fields, "dataset")
+    said = None if key is None else fields[key]
+    return said.strip() if isinstance(said, str) else ""
+
+
+def check_one_dataset(found: Sequence[IndexedTar]) -> None:
+    """Raises InputError where JSON names several data sets: equal ids are other patients there, but not in one set."""
+    first_of: dict[str, str] = {}
+    for one in found:
+        for dataset, name in one.datasets.items():
+            first_of.setdefault(dataset, f"{one.path}: {name!r} is of {dataset or 'no data set'!r}")
+    if len(first_of) > 1:
+        first, second, *_ = first_of.values()
+        raise InputError(
+            f"{second}, {first}; patients are (data set, id): give each set's tars a folder of their own, or --dataset "
+            "where equal ids are one person"
+        )
+
+
+def same_patients(found: Sequence[IndexedTar]) -> dict[str, int]:
+    """Notes on other keys that name the same patients. Raises InputError where they name others."""
+    groupings: dict[tuple[str, str], Grouping] = {}
+    for key, patient, other_key, other in sorted(set().union(*(one.other_ids for one in found))):
+        groupings.setdefault((key, other_key), Grouping(key, other_key)).add(patient, other)
+    for grouping in groupings.values():
+        if refusal := grouping.refusal():
+            raise InputError(f"{folder_of(found)}: {refusal}")
+    return {f"{other} beside {key}, which names the same patients and counts": 1 for key, other in groupings}
+
+
+def asked_keys(rules: Rules) -> set[str]:
+    """Those of --label-keys and --label-columns."""
+    return {*rules.label_keys, *(key for _, keys in parse_label_columns(rules.label_columns) for key in keys)}
+
+
+def check_label_keys(found: Sequence[IndexedTar], rules: Rules) -> None:
+    """Raises InputError for a key of the options that no record has: most likely a slip of the pen."""
+    for key in sorted(asked_keys(rules)):
+        if any(key in one.label_keys for one in found):
+            continue
+        keys = sorted({key for one in found for key in one.some_keys})
+        near = find_key(keys, key) or next(iter(get_close_matches(key, keys, 1)), None)
+        hint = f"did you mean {near!r}?" if near else f"the first have {', '.join(keys)[:200]}"
+        option = "--label-keys" if key in rules.label_keys else "--label-columns"
+        raise InputError(f"{folder_of(found)}: {option} {key!r}: no record has that key; {hint}")
+
+
+def check_label_names(found: Sequence[IndexedTar]) -> None:
+    """Raises InputError for labels of two spellings, and for flags that are classes here, and labels there."""
+    labels: dict[str, str] = {}
+    flags: dict[str, str] = {}
+    for one in found:
+        for first_of, names in ((labels, one.label_names), (flags, one.flags)):
+            for name, record in names.items():
+                first_of.setdefault(name, f"{one.path}: {record!r}")
+    spelt: dict[str, str] = {}
+    for name in labels:
+        if (other := spelt.setdefault(name.casefold(), name)) != name:
+            raise InputError(
+                f"{labels[name]} has {name!r}, {labels[other]} {other!r}: they would be two labels; write them alike"
+            )
+    for name in labels.keys() & flags.keys():
+        raise InputError(
+            f"{flags[name]} has labels with {name!r} as true or false, which makes it a class, {labels[name]} says it "
+            "otherwise, which makes it a label; write true and false in all"
+        )
+
+
+def lead_order(found: Sequence[IndexedTar]) -> tuple[str, ...]:
+    """The order of rows in all arrays. Raises InputError where there is none."""
+    kinds = {leads: f"{one.path}: {name!r}" for one in found for leads, name in one.leads.items()}
+    order = common_order(kinds)
+    if order is None:
+        torn = next((pair for pair in combinations(kinds, 2) if common_order(pair) is None), [*kinds][:2])
+        said = " and ".join(f"{','.join(leads)} ({kinds[leads]})" for leads in torn)
+        raise InputError(
+            f"{folder_of(found)}: rows in contradicting orders: {said}; write all tars in one order of leads"
+        )
+    return order
+
+
+def folder_of(found: Sequence[IndexedTar]) -> Path:
+    """Where the tars are."""
+    return found[0].path.parent
