@@ -37,7 +37,8 @@ _DTYPES = {f"{dtype}".removeprefix("torch."): dtype for dtype in (torch.float32,
 def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, classes: tuple[str, ...] = ()) -> str:
     """A checkpoint as an export in ``out``; returns what to print.
 
-    ``classes`` name the rows of a classification head. Raises InputError for anything that is not accounted for.
+    ``classes`` name the rows of a classification head. What ecgscale wrote into a file, its classes and its profile,
+    may be given again but not otherwise. Raises InputError for that, and for anything that is not accounted for.
     """
     if profile_name is not None and profile_name not in PROFILES:
         raise InputError(f"--profile {profile_name!r} is unknown; known are {', '.join(PROFILES)}")
@@ -49,9 +50,9 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
         contents = contents_of(cfg, tensors)
         weights = to_ours(tensors, contents)
         ours = _our_mark(state)
-        profile, why = _own_profile(ours) if ours and profile_name is None else profile_of(cfg, profile_name)
+        profile, why = _own_profile(ours, profile_name) if ours else profile_of(cfg, profile_name)
         about = about_model(contents.model, profile, step=_updates(state), source=_source(path, cfg, tensors, contents))
-        about |= _about_classes(contents, classes or _classes_of(ours))
+        about |= _about_classes(contents, classes, _classes_of(ours))
         if contents.codes is not None:
             about["codes"] = dict(zip(CODES, contents.codes, strict=True))
     except InputError as error:
@@ -177,11 +178,17 @@ def _classes_of(mark: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
-def _own_profile(mark: dict[str, Any]) -> tuple[Profile, str]:
+def _own_profile(mark: dict[str, Any], given: str | None) -> tuple[Profile, str]:
+    """Raises InputError where ``given``, one of PROFILES, is another; it stands for one that cannot be read."""
     try:
         profile = Profile(**mark["profile"] | {"leads": tuple(mark["profile"]["leads"])})
     except (KeyError, TypeError, InputError) as error:
+        if given is not None:
+            return PROFILES[given], f"{given}, as given, since the one in the file is not of this version"
         raise InputError(f"extra_state.{_MARK}: no profile of this version ({error}); give --profile") from error
+    if given is not None and profile != PROFILES[given]:
+        own = f"{profile.normalisation}, {profile.rate_hz:g} Hz, {profile.segment_s:g} s"
+        raise InputError(f"--profile {given}: the file itself says {own}; leave --profile out")
     return profile, "the one that ecgscale wrote into the file"
 
 
@@ -201,7 +208,11 @@ def _source(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], content
     }
 
 
-def _about_classes(contents: Contents, classes: tuple[str, ...]) -> dict[str, Any]:
+def _about_classes(contents: Contents, given: tuple[str, ...], own: tuple[str, ...]) -> dict[str, Any]:
+    """Of the names ``given`` and those in the file. Raises InputError where they differ or do not fit its head."""
+    if given and own and given != own:
+        raise InputError(f"--classes {','.join(given)}: the file itself says {','.join(own)}; leave --classes out")
+    classes = given or own
     if not classes:
         return {}
     if len(classes) != contents.classes:
