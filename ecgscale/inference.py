@@ -27,7 +27,16 @@ from ecgscale.errors import InputError, one_line
 from ecgscale.export import Profile, described, read_model
 from ecgscale.model.encoder import ECGEncoder, mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, Remark, canonical_leads, electrode_offset, pieces, resample_millivolts
+from ecgscale.record import (
+    LEADS,
+    Record,
+    Remark,
+    canonical_leads,
+    chosen_leads,
+    electrode_offset,
+    pieces,
+    resample_millivolts,
+)
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
@@ -108,6 +117,8 @@ class ECGModel:
 
     def __init__(self, encoder: ECGEncoder, profile: Profile, head: nn.Module | None, about: dict[str, Any]) -> None:
         self.encoder, self.profile, self.head, self.about = encoder.eval(), profile, head, about
+        self.leads = chosen_leads(about.get("leads", [])) or LEADS
+        """That it was trained with; the others were masked."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_kernels(self.device)
         if self.device.type == "cuda":
@@ -142,13 +153,14 @@ class ECGModel:
     ) -> Embedding:
         """Embeddings of ECGs, in millivolts unless ``unit`` or ``mv_per_count`` says otherwise.
 
+        Leads that training masked (see ``leads``) are masked here too, which is logged as a warning.
         Their numbers are checked as `ecgscale ingest` checks them: leads without a signal, or of NaN alone, are masked,
         and that and what else is odd is logged as a warning, see ``ecgscale.data.plausibility``.
 
         Args:
             signal_mv: (leads, samples) or (recordings, leads, samples).
             rate_hz: sample rate; other rates than the model's are resampled.
-            leads: names of the leads, any subset of the twelve in any order; the others are masked.
+            leads: names of the leads of ``signal_mv``, any of the twelve in any order; the others are masked.
             tokens: also return one vector per 16 samples.
             progress: show a bar, in a terminal.
             unit: of floats: V, mV (also where nothing is said) or uV, with a factor where need be, such as 0.5mV.
@@ -156,7 +168,7 @@ class ECGModel:
 
         Raises InputError for unknown leads, a shape that does not fit, NaN in a lead that has numbers too, integers
         without ``mv_per_count``, a rate or a duration that no ECG has, numbers that are no ECG's, and recordings below
-        one token.
+        one token, and where all leads that hold a signal are masked.
         """
         signal_RLT = np.asarray(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:
@@ -176,6 +188,8 @@ class ECGModel:
         check_geometry(signal_RLT.shape[2], rate_hz)
         rows_R, remarks = _judged(signal_RLT, mv_per_1, names)
         log_remarks(remarks)
+        if masked := [lead for lead in names if lead not in self.leads]:
+            _LOG.warning("leads %s are masked, as in training: %s", ",".join(masked), self.trained_with())
 
         def recordings() -> Iterator[Recording]:
             bar = tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
@@ -183,9 +197,23 @@ class ECGModel:
                 mv_LT = _millivolts(signal_LT, rows, mv_per_1)
                 resampled_LT = resample_millivolts(mv_LT, rate_hz, self.profile.rate_hz)
                 positions = [LEADS.index(names[row]) for row in rows]
-                yield Recording(resampled_LT, np.ones(len(rows), np.float32), positions)
+                yield self.narrowed(Recording(resampled_LT, np.ones(len(rows), np.float32), positions))
 
         return self.embed_recordings(recordings(), tokens)
+
+    def narrowed(self, recording: Recording) -> Recording:
+        """Without the leads that training masked. Raises InputError where no lead is left."""
+        at = recording.lead_positions
+        rows = [row for row, position in enumerate(at) if LEADS[position] in self.leads]
+        if not rows:
+            raise InputError(f"none of its leads {','.join(LEADS[i] for i in at)} is left: {self.trained_with()}")
+        if len(rows) == len(at):
+            return recording
+        return Recording(recording.signal_LT[rows], recording.scale_L[rows], [at[row] for row in rows])
+
+    def trained_with(self) -> str:
+        """In words, which leads it knows."""
+        return f"the model was trained with {','.join(self.leads)} alone"
 
     def embed_recordings(self, recordings: Iterable[Recording], tokens: bool = False) -> Embedding:
         """Embeddings of recordings at the model's own rate, read one by one."""

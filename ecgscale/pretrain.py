@@ -48,7 +48,8 @@ def pretrain(config: PretrainConfig) -> Path:
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
     profile = Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)
-    about = about_model(config.model, profile, codes={key: getattr(config.objective, key) for key in CODES})
+    codes = {key: getattr(config.objective, key) for key in CODES}
+    about = about_model(config.model, profile, codes=codes, leads=config.data.leads)
     objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
     torch.manual_seed(config.train.seed)
     objective = build_objective(

@@ -191,7 +191,7 @@ def evaluate(
         config = replace(config, min_scored_s=min_scored_s)
     if config.kind == "multilabel" and "thresholds" not in model.about:
         raise InputError(f"{model_path}: has no thresholds, since its fine-tuning is not finished; run it to the end")
-    trained = chosen_leads(model.about.get("leads", [])) or LEADS
+    trained = model.leads
     chosen = [chosen_leads(list(leads)) or LEADS for leads in lead_sets] or [trained]
     for leads in chosen:
         if unseen := [lead for lead in leads if lead not in trained]:

@@ -34,6 +34,7 @@ from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.masking import draw_leads
+from ecgscale.record import LEADS, chosen_leads
 from ecgscale.run import claim_run, leave_run
 from ecgscale.trained_on import FINE_TUNING, keep_trained_on
 from ecgscale.training.loop import Job, train
@@ -99,6 +100,8 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
     log(ranks, f"read as the model takes it: {model.profile.rate_hz:g} Hz, segments of {labelled.data.segment_s:g} s, "
                f"{labelled.data.normalisation}")  # fmt: skip
+    if new := [lead for lead in chosen_leads(config.data.leads) or LEADS if lead not in model.leads]:
+        log(ranks, f"leads {','.join(new)} are new to it: {model.trained_with()}")
     log(ranks, labelled.coverage("train").text("used"))
     log(ranks, labelled.coverage("validation").text("used"))
     for line in apart(labelled.shards) if ranks.first else ():

@@ -26,6 +26,7 @@ from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import CODES
+from ecgscale.record import LEADS, chosen_leads
 from ecgscale.weights import refuse_nonfinite
 
 SYSTEM = "fairseq-signals"
@@ -53,6 +54,7 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
         profile, why = _own_profile(ours, profile_name) if ours else profile_of(cfg, profile_name)
         about = about_model(contents.model, profile, step=_updates(state), source=_source(path, cfg, tensors, contents))
         about |= _about_classes(contents, classes, _classes_of(ours))
+        about["leads"] = list(chosen_leads(ours.get("leads", [])))
         if contents.codes is not None:
             about["codes"] = dict(zip(CODES, contents.codes, strict=True))
     except InputError as error:
@@ -261,12 +263,21 @@ def export_checkpoint(run: Path, out: Path) -> str:
         "extra_state": {
             "epoch": 1,
             "train_iterator": {"epoch": 1, "iterations_in_epoch": 0},
-            _MARK: json.loads(json.dumps({"profile": asdict(profile), "classes": about.get("classes")})),
+            _MARK: json.loads(json.dumps(_to_mark(profile, about))),
         },
         "last_optimizer_state": None,
     }
     write_over(out, ".pt", _is_ours, lambda path: _save(state, path))
-    return f"export: {out}, {_kind(contents)}, {len(tensors)} tensors"
+    line = f"export: {out}, {_kind(contents)}, {len(tensors)} tensors"
+    leads = chosen_leads(about.get("leads", []))
+    return (
+        line if leads in ((), LEADS) else f"{line}\nnote: trained with leads {','.join(leads)} alone; mask all others"
+    )
+
+
+def _to_mark(profile: Profile, about: dict[str, Any]) -> dict[str, Any]:
+    """What a cfg does not say."""
+    return {"profile": asdict(profile), "classes": about.get("classes"), "leads": about.get("leads", [])}
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

@@ -136,6 +136,14 @@ def test_what_our_own_files_say_is_not_overruled(command, refusal, make_export, 
     assert (back.about["classes"], back.profile) == (names, Profile(500.0, 5.0, "mv"))
 
 
+def test_leads_that_a_model_knows_travel_along(command, make_export, tmp_path):
+    export = make_export(tmp_path / "ours", leads=["I", "II", "V2"])
+    printed = command("export", export, tmp_path / "a.pt", "--format", "fairseq")
+    assert "note: trained with leads I,II,V2 alone; mask all others" in printed
+    command("import-fairseq", tmp_path / "a.pt", tmp_path / "back")
+    assert load(tmp_path / "back").leads == ("I", "II", "V2")
+
+
 def test_no_projection_is_the_identity(command, make_export, small_model_config, tmp_path, read, written):
     square = replace(small_model_config, stem_channels=32)
     export = make_export(tmp_path / "ours", square)
