@@ -186,7 +186,7 @@ class ECGModel:
             raise InputError(f"signal of shape {signal_RLT.shape} is empty; give at least one lead and one sample")
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
         check_geometry(signal_RLT.shape[2], rate_hz)
-        rows_R, remarks = _judged(signal_RLT, mv_per_1, names)
+        rows_R, remarks = _judged(signal_RLT, mv_per_1, names, rate_hz)
         log_remarks(remarks)
         if masked := [lead for lead in names if lead not in self.leads]:
             _LOG.warning("leads %s are masked, as in training: %s", ",".join(masked), self.trained_with())
@@ -280,14 +280,14 @@ def _millivolts(signal_LT: npt.NDArray[Any], rows: Sequence[int], mv_per_1: floa
 
 
 def _judged(
-    signal_RLT: npt.NDArray[Any], mv_per_1: float, leads: Sequence[str]
+    signal_RLT: npt.NDArray[Any], mv_per_1: float, leads: Sequence[str], rate_hz: float
 ) -> tuple[list[list[int]], list[tuple[str, Remark]]]:
     """Of each recording the rows that hold a signal; and what is odd, with the recordings' names."""
     rows_R: list[list[int]] = []
     odd: list[tuple[str, Remark]] = []
     for number, signal_LT in enumerate(signal_RLT):
         try:
-            rows, remarks = checked(signal_LT, mv_per_1, leads)
+            rows, remarks = checked(signal_LT, mv_per_1, leads, rate_hz)
         except InputError as error:
             raise type(error)(f"recording {number}: {error}" if len(signal_RLT) > 1 else str(error)) from error
         rows_R.append(rows)

@@ -42,6 +42,11 @@ def scaled_to_1(low_mv_L: Floats, high_mv_L: Floats) -> str:
     return "each reaches exactly 1 or -1" if len(peak_mv_L) > 1 and _is_exactly(peak_mv_L, 1) else ""
 
 
+def reaches(largest: float, number: float) -> bool:
+    """Whether the largest number is that number, but for what float32 makes of it."""
+    return number > 0 and abs(largest / number - 1) < _EXACT
+
+
 def _is_exactly(value_L: Floats, number: int) -> bool:
     return bool((np.abs(value_L - number) < _EXACT).all())
 
