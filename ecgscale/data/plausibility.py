@@ -27,7 +27,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.proportions import missed_equations, reaches, scaled_by_deviation, scaled_to_1
+from ecgscale.data.proportions import (
+    alike,
+    missed_equations,
+    near_power_of_two,
+    reaches,
+    scaled_by_deviation,
+    scaled_to_1,
+)
 from ecgscale.errors import InputError
 from ecgscale.record import Record, Remark, check_rate
 
@@ -41,6 +48,8 @@ _LOUD_MV = 3.0  # median deviation of the median lead: microvolts, or counts
 _STILL = 0.25
 _CLIPPED, _CLIPPED_MV = 0.05, 0.3  # of leads that swing by so much: a few levels have no extreme to speak of
 _CLIPPED_FAR = 0.25  # of the swing, from the median
+# Offsets that three leads share, of which two limb leads with one electrode would not; of fewer, powers of two alone.
+_SHARED_MV, _SHARED_BY, _FEW_SHARED_MV = 0.9, 3, 1.9
 _APART = 30.0  # between the deviations of leads next to each other, sorted by it
 _QUIET_MV = 0.005  # a deviation below it is rounding
 _SMALL_MV = 0.3  # swing of the median lead
@@ -60,6 +69,7 @@ SMALL = f"most leads swing by less than {_SMALL_MV:g} mV, an ECG by about 1 mV"
 LOOSE = f"leads beyond {_LOOSE_MV:g} mV from their median, as of loose electrodes"
 STUCK = "leads that stand still or are clipped for a part of the record"
 APART = "leads far louder or quieter than the others, as of loose electrodes or in another unit"
+ZERO = "all leads share an offset, as of counts whose zero was not taken off; electrodes' offsets differ"
 SCALED = "leads that were scaled one by one, such as z-scores: no millivolts"
 REACHES_1 = (
     "the largest number is exactly 1 mV, or the largest of its integer type, as of records that were scaled one by "
@@ -76,6 +86,8 @@ _QUESTIONS = {
     f"--mv-per-count of integers; with WFDB, mend the gain. Or are they z-scores? {_SCALED_THEN}",
     SMALL: "is their unit tenfold, 10 mV instead of 1 mV? Then give --unit 10mV, or ten times --mv-per-count of "
     "integers; with WFDB, mend the gain",
+    ZERO: "is it the middle of the converter, such as 2048 or 32768 of unsigned integers? Then take it off the numbers "
+    "first; with WFDB, mend the ADC zero in the header",
     SCALED: f"are they z-scores, or was the largest number of each lead made 1? {_SCALED_THEN}",
     REACHES_1: f"was each record divided by its largest number? {_SCALED_THEN}",
     UNEQUAL: "is the order of the leads another? Then name them by --source-leads (.npy), --leads (index) or "
@@ -204,6 +216,7 @@ def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Seq
         numbers.loose(),
         numbers.apart(),
         numbers.stuck(),
+        numbers.zero(),
         *numbers.relations(),
     )
     return Verdict(
@@ -349,6 +362,21 @@ class _Numbers:
             still = self._still(row, alike_LP[row])
             share_L[row] = max(share_L[row], still if still >= _STILL else 0.0)
         return self._remark(STUCK, (share_L > 0) & ~self.flat_L, lambda row: f" {share_L[row]:.0%}")
+
+    def zero(self) -> Remark | None:
+        """A zero of the counts that is in the numbers still, in mV or, of leads with unequal scales, in counts."""
+        kept_L = ~self.flat_L
+        median_mv_L, is_count = self.median_mv_L[kept_L], self.values_LT.dtype.kind != "f"
+        if self.typical_mv > _LOUD_MV or np.abs(median_mv_L).min() < _SHARED_MV:
+            return None
+        median_L = median_mv_L / self.mv_per_value_L[kept_L]
+        if len(median_L) < _SHARED_BY:
+            is_zero = is_count and np.abs(median_mv_L).min() > _FEW_SHARED_MV and near_power_of_two(median_L)
+        else:
+            is_zero = alike(median_mv_L) or (is_count and alike(median_L))
+        middle = len(median_L) // 2
+        counts = f", {np.sort(median_L)[middle]:.0f} counts" if is_count else ""
+        return Remark(ZERO, f"by {np.sort(median_mv_L)[middle]:.3g} mV{counts}") if is_zero else None
 
     def _still(self, row: int, alike_P: npt.NDArray[np.bool_]) -> float:
         """Share of the longest stretch in which nothing moves; 0 where something does between the probed samples."""

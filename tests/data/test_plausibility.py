@@ -21,6 +21,7 @@ from ecgscale.data.plausibility import (
     SMALL,
     STUCK,
     UNEQUAL,
+    ZERO,
     UnlikelyUnitError,
     check_geometry,
     checked,
@@ -293,6 +294,26 @@ def test_leads_in_any_order_by_their_names(mv_LT) -> None:
 
 def test_a_sign_that_was_changed(mv_LT) -> None:
     assert kinds(changed(mv_LT, "aVR", -mv_LT[3]))[UNEQUAL].startswith("aVR = -(I + II)/2 missed")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero", "mv_per_count"), [("u2", 2048, 0.005), ("u2", 32768, 1e-3), ("i2", 1024, 1e-3), ("u1", 128, 0.05)]
+)
+def test_a_zero_that_is_in_the_counts_still(mv_LT, dtype, zero, mv_per_count) -> None:
+    count_LT = np.rint(mv_LT / mv_per_count)
+    detail = kinds((count_LT + zero).astype(dtype), mv_per_count)[ZERO]
+    assert abs(float(detail.split()[1]) - zero * mv_per_count) < 0.3
+    assert detail.endswith(" counts")
+    assert ZERO in kinds((count_LT + zero) * mv_per_count), "of floats too"
+    assert ZERO not in kinds(count_LT.astype("i4"), mv_per_count)
+    assert (ZERO in kinds((count_LT[:1] + zero).astype(dtype), mv_per_count, ("I",))) == (zero * mv_per_count > 2)
+    assert ZERO not in kinds((count_LT[:1] + 1.4 * zero).astype("i4"), mv_per_count, ("I",)), "an electrode's"
+    assert "mend the ADC zero" in questions({ZERO: 10}, 10)[0]
+
+
+def test_a_zero_of_leads_with_unequal_scales(mv_LT) -> None:
+    scale_L = np.linspace(2e-3, 9e-3, 12)
+    assert ZERO in kinds(np.rint(mv_LT / scale_L[:, None] + 2048).astype("i2"), scale_L)
 
 
 def test_questions_are_of_most_records() -> None:
