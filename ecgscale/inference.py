@@ -158,7 +158,7 @@ class ECGModel:
         and that and what else is odd is logged as a warning, see ``ecgscale.data.plausibility``.
 
         Args:
-            signal_mv: (leads, samples) or (recordings, leads, samples).
+            signal_mv: (leads, samples) or (recordings, leads, samples). Masked floats of numpy.ma count as NaN.
             rate_hz: sample rate; other rates than the model's are resampled.
             leads: names of the leads of ``signal_mv``, any of the twelve in any order; the others are masked.
             tokens: also return one vector per 16 samples.
@@ -167,10 +167,10 @@ class ECGModel:
             mv_per_count: of integers, which say no unit.
 
         Raises InputError for unknown leads, a shape that does not fit, NaN in a lead that has numbers too, integers
-        without ``mv_per_count``, a rate or a duration that no ECG has, numbers that are no ECG's, and recordings below
-        one token, and where all leads that hold a signal are masked.
+        without ``mv_per_count`` or with masked numbers, a rate or a duration that no ECG has, numbers that are no
+        ECG's, recordings below one token, and where all leads that hold a signal are masked.
         """
-        signal_RLT = np.asarray(signal_mv)
+        signal_RLT = _unmasked(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:
             raise InputError(f"mv_per_count {mv_per_count:g}: give a finite number above 0")
         mv_per_1 = mv_per_value(signal_RLT.dtype, unit, mv_per_count)
@@ -267,6 +267,22 @@ class ECGModel:
         )
         while rows := list(islice(windows, _WINDOWS_AT_ONCE)):
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
+
+
+def _unmasked(signal: npt.ArrayLike) -> npt.NDArray[Any]:
+    """As an array, masked floats as NaN. Raises InputError for masked integers, which have no NaN."""
+    parts = signal if isinstance(signal, list | tuple) else [signal]
+    if not any(np.ma.isMaskedArray(part) for part in parts):
+        return np.asarray(signal)
+    masked: Any = np.ma.array(signal)
+    if masked.dtype.kind == "f":
+        values: npt.NDArray[Any] = masked.filled(np.nan)
+        return values
+    if n_masked := np.count_nonzero(np.ma.getmaskarray(masked)):
+        raise InputError(
+            f"{n_masked} of its numbers are masked; interpolate them, or give floats in which they are NaN"
+        )
+    return np.asarray(masked.data)
 
 
 def _millivolts(signal_LT: npt.NDArray[Any], rows: Sequence[int], mv_per_1: float) -> Floats:
