@@ -146,6 +146,8 @@ class Thresholds(StrEnum):
 
     OWN = "of the fine-tuning"
     TUNED = "tuned on the validation split of this set"
+    OWN_VALIDATION = "of the fine-tuning, tuned on its validation split; if that is this one, F1 and the like flatter"
+    TUNED_HERE = "tuned on these very recordings, so that F1 and the like flatter"
     OF_OTHER_LEADS = "of the fine-tuning, for its own leads, since this set has no validation recordings to tune them"
 
 
@@ -258,6 +260,8 @@ def _scored(
             to_tune = len(labelled.selection("validation"))
             thresholds = Thresholds.TUNED if to_tune else Thresholds.OF_OTHER_LEADS
         tuned = thresholds == Thresholds.TUNED
+        if split == "validation":
+            thresholds = Thresholds.TUNED_HERE if tuned else Thresholds.OWN_VALIDATION
         value_C = tuned_thresholds(model, labelled) if tuned else model.about["thresholds"]
         threshold_C = [float("nan") if value is None else value for value in value_C]
         prediction_RC = score_RC >= np.array(threshold_C)
@@ -281,7 +285,7 @@ def table(scored: Sequence[Scored]) -> str:
     notes: dict[str, list[str]] = {}  # what is to be said -> lead sets of which it is true
     for one in scored:
         note = f"{one.coverage.text()}; {one.trained_on.text()}"
-        if one.thresholds is Thresholds.OF_OTHER_LEADS:
+        if one.thresholds not in (None, Thresholds.OWN, Thresholds.TUNED):
             note += f"; thresholds {one.thresholds}"
         notes.setdefault(note, []).append(lead_set_name(one.leads))
     prefixed = len(notes) > 1
