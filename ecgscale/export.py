@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ecgscale.data.selection import Normalisation
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, naming_file
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
 from ecgscale.model.encoder import SIZES, ECGEncoder, ModelConfig
 from ecgscale.record import LEADS
@@ -31,6 +31,7 @@ FORMAT = "ecgscale-export/2"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TRAINED_ON = "trained_on.keys"  # of an export and of a run folder; see ``ecgscale.trained_on``
+RUN_ID = "run.id"  # of a run folder: tells its export from one that was put there
 _FORMAT_WITHOUT_CHECKSUMS = "ecgscale-export/1"  # as earlier versions wrote it
 _LONGEST_SAMPLES = 1 << 20  # of a segment: attention over its tokens has long gone beyond any memory
 _WEIGHTS_SHA256 = "weights_sha256"  # key of the config
@@ -46,6 +47,7 @@ _TYPES: dict[str, type] = {
     "codes": dict,
     "source": dict,
     "neighbours": int,
+    "run": str,
 }
 
 
@@ -112,9 +114,21 @@ def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, 
 
 def export_engine(run: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
     """The engine's weights as the export of a run folder. All ranks call it together."""
-    weights, folder = {name: engine.weight(name).cpu() for name in engine.shapes}, run / "export"
-    first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}, run / TRAINED_ON))
-    return folder
+    weights = {name: engine.weight(name).cpu() for name in engine.shapes}
+    first_rank(engine.ranks, lambda: export_of_run(run, weights, about | {"step": step}))
+    return run / "export"
+
+
+def export_of_run(run: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
+    """The export in a run folder, which says whose it is."""
+    return write_export(run / "export", weights, about | run_of(run), run / TRAINED_ON)
+
+
+def run_of(run: Path) -> dict[str, str]:
+    """What an export says of the run that it is of; nothing of one that an earlier version began."""
+    path = run / RUN_ID
+    with naming_file(path, "cannot read"):
+        return {"run": path.read_text().strip()} if path.is_file() else {}
 
 
 def amend_export(folder: Path, **more: Any) -> None:
@@ -242,12 +256,15 @@ def _newest(path: Path) -> tuple[Path, dict[str, Any]]:
     export, saved = standing(path / "export"), checkpoints(path / "checkpoints")
     if (export / CONFIG).is_file():
         about = _read_about(export)
+        own = run_of(path)
+        if own and "run" in about and about["run"] != own["run"]:
+            raise InputError(f"{export}: is of another run than {path}; put it elsewhere and give it by its own path")
         if not saved or step_of(saved[-1]) <= about.get("step", 0):
             return export, about
     if not saved:
         raise InputError(f"{path}: neither an export (config.json) nor a run folder with checkpoints")
     checkpoint = Checkpoint.open(saved[-1], verify=False)
-    return saved[-1], checkpoint.state["about"] | {"step": checkpoint.step}
+    return saved[-1], checkpoint.state["about"] | {"step": checkpoint.step} | run_of(path)
 
 
 def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,11 +10,13 @@ from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from ecgscale import yaml_text
 from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, RankError, file_error, naming_file
+from ecgscale.export import RUN_ID
 from ecgscale.files import NO_LOCKS, write_whole
 from ecgscale.training.ranks import Ranks, first_rank
 from ecgscale.training.state import STATE, checkpoints, read_state
@@ -69,6 +71,8 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
         lock_run(run)
         refuse_other_run(run, config)  # again: another process may have had the folder until now
         write_whole(run / CONFIG, dump(config).encode())
+        if not (run / RUN_ID).exists() and not checkpoints(run / "checkpoints"):
+            write_whole(run / RUN_ID, uuid4().hex.encode())
 
     first_rank(ranks, claim)
     return run

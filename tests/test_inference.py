@@ -621,6 +621,18 @@ def test_the_export_of_a_run_comes_before_its_checkpoints(run, make_model):
     assert load(run).profile.rate_hz == 500, "the run has gone on since"
 
 
+def test_the_export_of_another_run_is_refused(run, model, tmp_path):
+    (run / "run.id").write_text("a" * 32)
+    export_run(run, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", run / "export")
+    assert load(run).about["run"] == "a" * 32
+    (run / "run.id").write_text("b" * 32)
+    with pytest.raises(InputError, match=f"export: is of another run than {run}; put it elsewhere"):
+        load(run)
+    (run / "run.id").unlink()
+    assert load(run).about["step"] == 2, "of a run that an earlier version began it is not known"
+
+
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     file = next((run / "checkpoints" / "step-00000002").glob("*.safetensors"))
     content = bytearray(file.read_bytes())

@@ -29,7 +29,7 @@ from ecgscale.downstream.identification import Identification
 from ecgscale.downstream.metrics import auroc, macro
 from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.errors import InputError
-from ecgscale.export import TRAINED_ON, about_model, amend_export, export_engine, write_export
+from ecgscale.export import about_model, amend_export, export_engine, export_of_run
 from ecgscale.inference import ECGModel, Neighbours, load
 from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
 from ecgscale.objectives import ObjectiveConfig
@@ -213,7 +213,7 @@ def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     weights |= {f"head.{name}": tensor for name, tensor in head.items()}
-    write_export(run / "export", weights, about, run / TRAINED_ON)
+    export_of_run(run, weights, about)
 
 
 def _probe(model: ECGModel, labelled: LabelledSet, run: Path, about: dict[str, Any]) -> None:
