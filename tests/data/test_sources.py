@@ -349,6 +349,15 @@ def test_a_count_that_happens_to_be_a_code_is_kept(tmp_path: Path) -> None:
     assert read_wfdb(write_wfdb(tmp_path, counts_TL, fmt=["32"])).n_samples == 600
 
 
+def test_the_median_of_fine_counts_is_no_electrodes_offset(tmp_path: Path) -> None:
+    """16 nV a count, ±0.5 mV: more than int16 holds, and no electrode's offset."""
+    counts_TL = random_counts(bits=16, n_leads=2) + 3000
+    path = write_wfdb(tmp_path, counts_TL, fmt=["24"] * 2, adc_gain=[62_500.0] * 2)
+    record = read_wfdb(path)
+    assert set(record.offset_mv) == {"I", "II"}, "the JSON says what was taken off"
+    assert record.remarks == ()
+
+
 def test_differences_begin_at_the_initial_value(tmp_path: Path) -> None:
     """Format 8, which wfdb does not write."""
     steps_TL = random_counts(bits=8, n_leads=2, n_samples=1000)
