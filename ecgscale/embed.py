@@ -84,12 +84,18 @@ def embed_files(
     arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
     if splits:
         arrays["split"] = np.array(splits)
+    if rejected:
+        arrays["rejected"] = np.array(rejected)
     if embedding.tokens is not None:
         arrays["tokens"] = embedding.tokens
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_whole(out, buffer.getvalue())
-    skipped = f", {len(rejected)} could not be read or are too short (first: {rejected[0]})" if rejected else ""
+    skipped = (
+        f", {len(rejected)} could not be read or are too short (first: {rejected[0]}; all: 'rejected' in the file)"
+        if rejected
+        else ""
+    )
     return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}{skipped}"
 
 
