@@ -78,7 +78,7 @@ real: setup
 	$(BIN)/ecgscale reproduce configs/reproduce/real.yaml --data_dir $(RUNS)/real --run.dir $(RUNS)/real/runs
 
 endurance: setup
-	$(BIN)/python tests/launch/endurance.py --out $(RUNS)/endurance $(ARGS)
+	$(BIN)/python tests/trials/endurance.py --out $(RUNS)/endurance $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(RUNS) $(GPU) build dist *.egg-info

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path) -> ECGModel:
+def load(path: str | Path, encoder: str = "") -> ECGModel:
     """A trained model from a run folder or an export folder; see ``ECGModel.embed``.
 
-    Raises InputError where the folder is neither.
+    ``encoder`` names the class of its encoder, package.module:Class, where that is not one of ours: a model's own word
+    imports nothing. Raises InputError where the folder is neither.
     """
     from ecgscale import inference  # imports torch, which a version or a help text need not wait for
 
-    return inference.load(path)
+    return inference.load(path, encoder)

@@ -41,6 +41,7 @@ def embed_files(
     rename_leads: tuple[tuple[str, str], ...] = (),
     unit: str | None = None,
     mv_per_count: float | None = None,
+    encoder: str = "",
 ) -> str:
     """Embed a WFDB record, a folder of them, a data set or an .npy; writes ``out`` and returns the line to print.
 
@@ -64,7 +65,7 @@ def embed_files(
         if value is not None and option not in _OPTIONS[kind]:
             fitting = " or ".join(name for name, options in _OPTIONS.items() if option in options)
             raise InputError(f"{source}: {option} goes with {fitting}, not with {kind}; leave it out")
-    model = load(model_path)
+    model = load(model_path, encoder)
     if model.leads != LEADS and kind != "an .npy":  # of which ``ECGModel.embed`` says it
         _LOG.warning("all other leads are masked, as in training: %s", model.trained_with())
     names: list[str] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,26 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecgscale import run_folder
 from ecgscale.data.selection import Normalisation
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
-from ecgscale.model.encoder import SIZES, ECGEncoder, ModelConfig
+from ecgscale.model import DEFAULT, ENCODERS, EncoderConfig, build_encoder
 from ecgscale.record import LEADS
+from ecgscale.registry import is_code
+from ecgscale.run_folder import CHECKPOINTS, EXPORT, RUN_ID, TRAINED_ON, newest_checkpoint, step_of
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
-from ecgscale.training.state import checkpoints, step_of
 from ecgscale.weights import open_tensors, refuse_nonfinite, save_tensors
 
 FORMAT = "ecgscale-export/2"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-TRAINED_ON = "trained_on.keys"  # of an export and of a run folder; see ``ecgscale.trained_on``
-RUN_ID = "run.id"  # of a run folder: tells its export from one that was put there
 _FORMAT_WITHOUT_CHECKSUMS = "ecgscale-export/1"  # as earlier versions wrote it
 _LONGEST_SAMPLES = 1 << 20  # of a segment: attention over its tokens has long gone beyond any memory
 _WEIGHTS_SHA256 = "weights_sha256"  # key of the config
-PREFIXES = ("encoder.", "head.", "local_head.", "arcface.")  # of the weights that an export holds
+_PARTS = "parts"  # key of the config: the modules whose weights it holds, such as encoder
+_PARTS_BEFORE = ["encoder", "head", "local_head", "arcface"]  # which an export without that key may hold
 
 # What a config says beside model and profile, by the type that its readers rely on.
 _TYPES: dict[str, type] = {
@@ -48,6 +50,7 @@ _TYPES: dict[str, type] = {
     "source": dict,
     "neighbours": int,
     "run": str,
+    _PARTS: list,
 }
 
 
@@ -77,27 +80,41 @@ class Profile:
 def write_export(
     folder: Path, weights: dict[str, Tensor], about: dict[str, Any], trained_on: Path | None = None
 ) -> Path:
-    """Write the weights of PREFIXES with what is to be known about them; complete or absent.
+    """Write weights with what is to be known about them; complete or absent.
+
+    All of them, or those of the ``parts`` alone that ``about`` names.
 
     ``trained_on``: the file that says on which recordings, which is copied if it is there.
     Raises InputError for weights that are not finite and where the path is wrong, MachineError where the disk fails;
     an export that stood there then still stands.
     """
-    used = {name: tensor.float().contiguous().cpu() for name, tensor in weights.items() if name.startswith(PREFIXES)}
+    parts = about.get(_PARTS) or parts_of(weights)
+    used = {name: tensor.float().contiguous().cpu() for name, tensor in weights.items() if part_of(name) in parts}
     refuse_nonfinite(used, f"{folder}: not exported")
     with whole_folder(folder) as partial:
         save_tensors(partial / WEIGHTS, used)
         if trained_on is not None and trained_on.is_file():
             shutil.copyfile(trained_on, partial / TRAINED_ON)
-        write_json(partial / CONFIG, _sealed(about | {_WEIGHTS_SHA256: file_sha256(partial / WEIGHTS)}))
+        more = {_PARTS: parts, _WEIGHTS_SHA256: file_sha256(partial / WEIGHTS)}
+        write_json(partial / CONFIG, _sealed(about | more))
     return folder
+
+
+def part_of(name: str) -> str:
+    """The module that a weight belongs to: encoder.norm.bias -> encoder."""
+    return name.partition(".")[0]
+
+
+def parts_of(names: Iterable[str]) -> list[str]:
+    """The modules that weights belong to, each once."""
+    return list(dict.fromkeys(map(part_of, names)))
 
 
 def _sealed(about: dict[str, Any]) -> dict[str, Any]:
     return sealed(about | {"format": FORMAT})
 
 
-def check_token(model: ModelConfig, profile: Profile) -> None:
+def check_token(model: EncoderConfig, profile: Profile) -> None:
     """Raises InputError where the profile's segments are shorter than one token of the model."""
     if profile.segment_s * profile.rate_hz < model.patch_samples:
         raise InputError(
@@ -106,7 +123,7 @@ def check_token(model: ModelConfig, profile: Profile) -> None:
         )
 
 
-def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, Any]:
+def about_model(model: EncoderConfig, profile: Profile, **task: Any) -> dict[str, Any]:
     """What an export's config.json says. Raises InputError where the profile's segments hold no token."""
     check_token(model, profile)
     return {"model": asdict(model), "profile": asdict(profile)} | task
@@ -114,14 +131,14 @@ def about_model(model: ModelConfig, profile: Profile, **task: Any) -> dict[str, 
 
 def export_engine(run: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
     """The engine's weights as the export of a run folder. All ranks call it together."""
-    weights = {name: engine.weight(name).cpu() for name in engine.shapes}
+    weights = engine.module_state()
     first_rank(engine.ranks, lambda: export_of_run(run, weights, about | {"step": step}))
-    return run / "export"
+    return run / EXPORT
 
 
 def export_of_run(run: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
     """The export in a run folder, which says whose it is."""
-    return write_export(run / "export", weights, about | run_of(run), run / TRAINED_ON)
+    return write_export(run / EXPORT, weights, about | run_of(run), run / TRAINED_ON)
 
 
 def run_of(run: Path) -> dict[str, str]:
@@ -149,9 +166,10 @@ def read_model(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     place, about = _newest(path)
     if (place / CONFIG).is_file():
         return place, _read_weights(place, about), about
-    weights = Checkpoint.open(place).tensors("weight")
+    checkpoint = Checkpoint.open(place)
+    weights = checkpoint.tensors("weight")
     _check_numbers(weights, place)
-    return place, weights, about
+    return place, weights | {name: buffer.float() for name, buffer in checkpoint.tensors("buffer").items()}, about
 
 
 def read_about(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -183,17 +201,20 @@ def is_export(folder: Path) -> bool:
 def is_model(path: Path) -> bool:
     """Whether a folder is an export or a run folder; what it holds may still be damaged."""
     place = standing(path)
-    return any((place / name).exists() for name in ("config.json", "config.yaml", "checkpoints"))
+    return any((place / name).exists() for name in (CONFIG, run_folder.CONFIG, CHECKPOINTS))
 
 
-def described(place: Path, about: dict[str, Any]) -> tuple[ModelConfig, Profile]:
+def described(place: Path, about: dict[str, Any], encoder: str = "") -> tuple[EncoderConfig, Profile]:
     """Shape and preprocessing of a model.
 
+    ``encoder`` is what the user has named, which may be code that is not ours: a model's own word imports nothing.
     Raises InputError where this version does not know them, and where the weights in ``place`` are those of another
     shape: a shape may be anybody's, and is believed before memory is taken for it.
     """
+    name = _encoder_name(place, about, encoder)
     try:
-        model = ModelConfig(**_typed(about["model"], ModelConfig()))
+        config: Any = ENCODERS.find(name).Config
+        model = config(**{"encoder": name} | _typed(about["model"], config(encoder=name)))
         profile = Profile(**_typed(about["profile"], Profile(1.0, 1.0, "mv")))
         check_token(model, profile)
         _check_shape(model, _shapes(place))
@@ -202,7 +223,18 @@ def described(place: Path, about: dict[str, Any]) -> tuple[ModelConfig, Profile]
     return model, profile
 
 
-def _typed(given: Any, example: ModelConfig | Profile) -> dict[str, Any]:
+def _encoder_name(place: Path, about: dict[str, Any], encoder: str) -> str:
+    """Which encoder a model says it has. Raises InputError for code that is not ours, unless the user names it too."""
+    model = about.get("model")
+    name = model.get("encoder", DEFAULT) if isinstance(model, dict) else DEFAULT
+    if encoder and encoder != name:
+        raise InputError(f"{place}: its encoder is {str(name)[:80]!r}, not {encoder!r}")
+    if is_code(name):
+        ENCODERS.find_read(name, place, [encoder])
+    return str(name)
+
+
+def _typed(given: Any, example: EncoderConfig | Profile) -> dict[str, Any]:
     """The fields of a dataclass out of JSON. Raises InputError for one whose type is not that of the example's."""
     if not isinstance(given, dict):
         raise InputError(f"{str(given)[:40]!r} where fields should be")
@@ -229,17 +261,12 @@ def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_shape(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_shape(model: EncoderConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises InputError unless an encoder of this shape has these weights; takes no memory for them."""
-    if model.depth > len(shapes):
-        raise InputError(f"depth {str(model.depth)[:20]}, but there are {len(shapes)} weights")
-    numbers = sum(map(math.prod, shapes.values()))
-    for field in SIZES:
-        if (size := getattr(model, field)) > numbers:
-            raise InputError(f"{field} {str(size)[:20]}, but all weights together are {numbers} numbers")
+    model.refuse_size(len(shapes), sum(map(math.prod, shapes.values())))
     try:
         with torch.device("meta"):
-            expected = ECGEncoder(model).state_dict()
+            expected = build_encoder(model).state_dict()
     except RuntimeError as error:  # sizes whose products overflow
         raise InputError("its shape has more weights than any memory") from error
     for name, tensor in expected.items():
@@ -253,18 +280,18 @@ def _newest(path: Path) -> tuple[Path, dict[str, Any]]:
     path = standing(path)
     if (path / CONFIG).is_file():
         return path, _read_about(path)
-    export, saved = standing(path / "export"), checkpoints(path / "checkpoints")
+    export, saved = standing(path / EXPORT), newest_checkpoint(path)
     if (export / CONFIG).is_file():
         about = _read_about(export)
         own = run_of(path)
         if own and "run" in about and about["run"] != own["run"]:
             raise InputError(f"{export}: is of another run than {path}; put it elsewhere and give it by its own path")
-        if not saved or step_of(saved[-1]) <= about.get("step", 0):
+        if saved is None or step_of(saved) <= about.get("step", 0):
             return export, about
-    if not saved:
+    if saved is None:
         raise InputError(f"{path}: neither an export (config.json) nor a run folder with checkpoints")
-    checkpoint = Checkpoint.open(saved[-1], verify=False)
-    return saved[-1], checkpoint.state["about"] | {"step": checkpoint.step} | run_of(path)
+    checkpoint = Checkpoint.open(saved, verify=False)
+    return saved, checkpoint.state["about"] | {"step": checkpoint.step} | run_of(path)
 
 
 def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
@@ -274,9 +301,10 @@ def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
         raise InputError(f"{path}: damaged, its sha256 differs from {CONFIG}; copy it or export the model again")
     tensors = open_tensors(path)
     weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    parts = about.get(_PARTS, _PARTS_BEFORE)
     for name in weights:
-        if not name.startswith(PREFIXES):
-            known = ", ".join(f"{prefix}*" for prefix in PREFIXES)
+        if part_of(name) not in parts:
+            known = ", ".join(f"{part}.*" for part in parts)
             raise InputError(f"{path}: left over {name}; an export holds {known} alone")
     _check_numbers(weights, path)
     return weights

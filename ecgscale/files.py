@@ -11,6 +11,7 @@ Who dies in between leaves the old one, complete, aside: ``standing`` finds it, 
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -19,15 +20,16 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ecgscale.errors import InputError, naming_file
+from ecgscale.errors import InputError, MachineError, naming_file
 
 JSON_LIMIT_BYTES = 1 << 24  # of what is parsed whole, into twenty times as much memory
 _DEPTH = 64  # of nested JSON; what we write has less than ten
@@ -36,6 +38,7 @@ _ABANDONED_S = 3600.0  # no writer is silent for so long: what is older was left
 # What renaming says where another process puts a folder of the same name in its place meanwhile.
 _OF_ANOTHER_WRITER = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
 _ATTEMPTS, _PAUSE_S = 20, 0.02
+_LOOK_S = 0.5  # between two looks at a lock that another process holds
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # what file systems say that know none
 # What file systems say that know no locks. What would be locked there is left unguarded.
 NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -176,6 +179,29 @@ def _sweep(path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+# -- locks -----------------------------------------------------------------------------------------------------------
+
+
+def hold(file: IO[Any] | int, wait_s: float = 0.0) -> bool:
+    """Lock an open file until it is closed or this process ends; False where another holds it for ``wait_s``.
+
+    True, and nothing is guarded, where the file system knows no locks. Raises OSError.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_S)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return True
+
+
 # -- checksums -------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +249,19 @@ def write_json(path: Path, tree: Any) -> None:
     write_whole(path, json_bytes(tree))
 
 
+def write_json_or_say(path: Path, tree: Any) -> None:
+    """Write JSON as far as the disk allows: one that is full or gone must not end what still works.
+
+    It is not flushed: ranks write every few seconds, and nobody reads after a power cut where they stood.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(json_bytes(finite(tree)))
+        partial.replace(path)
+    except OSError as error:
+        print(f"{path}: {error.strerror}", file=sys.stderr, flush=True)
+
+
 def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -241,6 +280,24 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]
         return parse_json(content)
     except InputError as error:
         raise InputError(f"{path}: damaged, {error}") from error
+
+
+def read_json_if_there(path: Path) -> dict[str, Any] | None:
+    """``read_json``, but None where there is no such file."""
+    try:
+        return read_json(path)
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
+
+
+def read_json_now(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None where none can be read at the moment."""
+    try:
+        return read_json_if_there(path)
+    except (InputError, MachineError):
+        return None
 
 
 def _beginning(path: Path, most_bytes: int) -> bytes:

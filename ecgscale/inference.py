@@ -25,7 +25,8 @@ from ecgscale.data.shard_set import lead_positions
 from ecgscale.data.units import mv_per_value
 from ecgscale.errors import InputError, one_line
 from ecgscale.export import Profile, described, read_model
-from ecgscale.model.encoder import ECGEncoder, mean_over_time
+from ecgscale.model import Encoder, build_encoder
+from ecgscale.model.base import mean_over_time
 from ecgscale.model.stem import check_kernels
 from ecgscale.record import (
     LEADS,
@@ -115,7 +116,7 @@ class ECGModel:
     On a GPU its convolutions are in fp32 without TF32, and with it all of the process: see ``exact_fp32``.
     """
 
-    def __init__(self, encoder: ECGEncoder, profile: Profile, head: nn.Module | None, about: dict[str, Any]) -> None:
+    def __init__(self, encoder: Encoder, profile: Profile, head: nn.Module | None, about: dict[str, Any]) -> None:
         self.encoder, self.profile, self.head, self.about = encoder.eval(), profile, head, about
         self.leads = chosen_leads(about.get("leads", [])) or LEADS
         """That it was trained with; the others were masked."""
@@ -136,7 +137,7 @@ class ECGModel:
             more = ", …" if len(classes) > _NAMED_CLASSES else ""
             head = f"classes {', '.join(classes[:_NAMED_CLASSES])}{more} ({len(classes)})" if classes else "a head"
         return (
-            f"<ECGModel: {config.stem} stem, {config.depth} layers of width {config.width}, {parameters:,} parameters; "
+            f"<ECGModel: {config.in_short()}, {parameters:,} parameters; "
             f"takes {profile.rate_hz:g} Hz in windows of {profile.segment_s:g} s, {profile.normalisation}; "
             f"{head}; on {self.device}>"
         )
@@ -380,14 +381,17 @@ def _stack_padded(arrays: list[Floats]) -> Floats:
     return stacked
 
 
-def load(path: str | Path) -> ECGModel:
-    """A model from a run folder or an export folder; raises InputError for anything else."""
+def load(path: str | Path, encoder: str = "") -> ECGModel:
+    """A model from a run folder or an export folder; raises InputError for anything else.
+
+    ``encoder`` names the class of its encoder, package.module:Class, where that is not one of ours.
+    """
     place, weights, about = read_model(Path(path))
-    config, profile = described(place, about)
-    encoder = ECGEncoder(config)
+    config, profile = described(place, about, encoder)
+    built = build_encoder(config)
     head = _head(_below("head.", weights), about, config.width, place)
-    load_weights(encoder, _below("encoder.", weights), place)
-    return ECGModel(encoder, profile, head, about)
+    load_weights(built, _below("encoder.", weights), place)
+    return ECGModel(built, profile, head, about)
 
 
 def _head(weights: dict[str, Tensor], about: dict[str, Any], width: int, place: Path) -> nn.Module | None:

@@ -15,7 +15,7 @@ from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.errors import InputError
-from ecgscale.export import PREFIXES, described, is_model, read_model
+from ecgscale.export import described, is_model, part_of, read_model
 from ecgscale.plot import plot_record
 from ecgscale.record import LEADS, chosen_leads
 
@@ -37,31 +37,30 @@ def verify_dataset(folder: str) -> str:
     return "\n".join([right, *(f"{folder}: {line}" for line in lines)])
 
 
-def summarise(folder: str) -> str:
+def summarise(folder: str, encoder: str = "") -> str:
     """What a data set holds, or what a model is. Raises InputError for a folder that is neither."""
     if is_remote(folder) or (Path(folder) / MANIFEST).exists() or any(Path(folder).glob("shard-*")):
         return summarise_dataset(folder)
     if is_model(Path(folder)):
-        return summarise_model(Path(folder))
+        return summarise_model(Path(folder), encoder)
     what = "a folder without any of them" if Path(folder).is_dir() else "no folder"
     raise InputError(
         f"{folder} is no data set ({MANIFEST}), no export (config.json) and no run folder (checkpoints/), but {what}"
     )
 
 
-def summarise_model(path: Path) -> str:
+def summarise_model(path: Path, encoder: str = "") -> str:
     """Parameters, shape, preprocessing, heads and origin of a model."""
     place, weights, about = read_model(path)
-    model, profile = described(place, about)
+    model, profile = described(place, about, encoder)
     leads = chosen_leads(about.get("leads", [])) or profile.leads
-    parts = {prefix.rstrip("."): [t for name, t in weights.items() if name.startswith(prefix)] for prefix in PREFIXES}
-    counts = {name: sum(tensor.numel() for tensor in tensors) for name, tensors in parts.items() if tensors}
-    stem = f"{model.stem} stem of {model.stem_channels} channels, {model.patch_samples} samples a token"
+    counts: Counter[str] = Counter()
+    for name, tensor in weights.items():
+        counts[part_of(name)] += tensor.numel()
     lines = [
         f"model       {about.get('format', 'checkpoint')} in {place}",
         f"parameters  {sum(counts.values()):,}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-        f"shape       {model.depth} layers of width {model.width}, {model.heads} heads, feed-forward {model.ffn_width}"
-        f"{', norm first' if model.pre_norm else ''}; {stem}",
+        f"shape       {model.in_full()}",
         f"profile     {profile.rate_hz:g} Hz, "
         + ("millivolts" if profile.normalisation == "mv" else "each lead z-scored over the recording")
         + f", segments of {profile.segment_s:g} s",

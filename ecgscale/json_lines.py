@@ -57,6 +57,17 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from objects_in(file)
 
 
+def last_json_lines(path: Path, most_bytes: int) -> list[dict[str, Any]]:
+    """The lines in the last bytes of a file, without the one that these begin within; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most_bytes))
+            return list(objects_in(file.read().split(b"\n")))
+    except OSError:
+        return []
+
+
 def objects_in(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The JSON objects among lines; what is none was cut off and is left out."""
     for line in lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,65 +14,56 @@ from ecgscale import progress
 from ecgscale.config import PretrainConfig
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.order import Order
 from ecgscale.data.persons import apart
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError, MachineError
-from ecgscale.export import Profile, about_model, described, export_engine, read_model
+from ecgscale.export import Profile, about_model, described, export_engine, parts_of, read_model
 from ecgscale.inference import check_weights, load, recordings_of
-from ecgscale.model.stem import check_kernels
-from ecgscale.objectives import CODES, Objective, build_objective, objective_named
+from ecgscale.model import ENCODERS
+from ecgscale.objectives import OBJECTIVES, Objective, build_objective
 from ecgscale.record import LEADS
-from ecgscale.run import claim_run, leave_run
+from ecgscale.registry import is_code
+from ecgscale.run import claim_run
+from ecgscale.run_folder import TENSORBOARD, leave_run, newest_checkpoint, newest_step
 from ecgscale.trained_on import PRETRAINING, keep_trained_on
 from ecgscale.training.loop import Job, TrainConfig, train
 from ecgscale.training.monitor import board_of, project
 from ecgscale.training.ranks import Ranks, log, start_ranks
-from ecgscale.training.state import checkpoints, step_of
 from ecgscale.training.validation import Validation
-from ecgscale_kernels import LONGEST_PATCH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SEGMENTS = 2  # the global objective contrasts two adjacent segments of each recording
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train to the end, resuming where the run folder holds a checkpoint; returns the folder of the export."""
     ranks = start_ranks()
-    kernels = check_kernels(ranks.device)
-    if config.model.stem == "patch" and config.model.patch_samples > LONGEST_PATCH:
-        kernels = "reference"
+    kernels = config.model.kernels(ranks.device)
     shards = ShardSet.open(config.data.shards, config.data.cache)
     selection = Selection(shards, config.data, "train")
     order = config.train.order(selection, ranks.world_size)
     profile = Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)
-    codes = {key: getattr(config.objective, key) for key in CODES}
+    kind = OBJECTIVES.find(config.objective.name)
+    codes = {key: getattr(config.objective, key) for key in kind.shape_keys}
     about = about_model(config.model, profile, codes=codes, leads=config.data.leads)
-    objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
+    kind.check(config.model, config.objective, config.data, shards.rate_hz)
     torch.manual_seed(config.train.seed)
     objective = build_objective(
         config.model, config.objective, config.train.seed, shards.rate_hz, config.engine.activation_checkpointing
     )
-    if config.init.model and not checkpoints(Path(config.run.dir) / "checkpoints"):
+    about["parts"] = [part for part in parts_of(objective.state_dict()) if part not in kind.training_only]
+    if config.init.model and newest_checkpoint(Path(config.run.dir)) is None:
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
     run = claim_run(config.run.dir, config, ranks)
     held_out = Selection(shards, config.data, "validation")
-    log(ranks, f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
-               f"{selection.too_short} shorter than {config.data.min_record_s:g} s left out")  # fmt: skip
-    log(ranks, f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out")
-    for line in apart(shards) if ranks.first else ():
+    for line in _told(config, selection, held_out, order, kernels) if ranks.first else ():
         log(ranks, line)
-    log(ranks, f"{config.model.stem} stem, {kernels} kernels on {ranks.device.type}")
-    if order.mixture is not None:
-        log(ranks, f"shares: {', '.join(selection.shares(order.mixture))}")
-    if config.data.min_record_s < SEGMENTS * config.data.segment_s:
-        log(ranks, f"recordings shorter than {SEGMENTS * config.data.segment_s:g} s give shorter segments, padded")
     keep_trained_on(run, config.init.model, PRETRAINING, selection, ranks)
-    stream = TrainStream(selection, order, ranks.rank, ranks.world_size, SEGMENTS)
-    contrast_rows = SEGMENTS * config.train.contrast
+    stream = TrainStream(selection, order, ranks.rank, ranks.world_size, kind.segments)
+    contrast_rows = kind.segments * config.train.contrast
     flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
     job = Job(
         name="pretrain",
@@ -87,27 +79,50 @@ def pretrain(config: PretrainConfig) -> Path:
         validate=Validation(
             held_out.some(config.train.validation_recordings, config.train.seed),
             config.train.contrast,
-            SEGMENTS,
+            kind.segments,
             config.train.seed,
         ),
-        flops=sum(part.total for part in flops.values()),
+        flops=flops,
         picture=lambda batch: masked_picture(batch, objective, config.data.segment_s),
     )
     engine = train(job, ranks)
     # A run that had gone further is exported as it is, also where fewer steps are asked for now.
-    step = max([config.train.steps, *map(step_of, checkpoints(run / "checkpoints"))])
+    step = max(config.train.steps, newest_step(run))
     export = export_engine(run, engine, job.about, step)
     progress.at(config.train.steps, "")
     if ranks.first and config.train.projected_recordings:
         try:
-            _project(run, export, held_out, config.train)
+            _project(run, export, held_out, config.train, config.model.encoder)
         except (InputError, MachineError) as error:  # a picture is no reason to fail
             log(ranks, f"no embeddings for the projector: {error}")
     leave_run(run)
     return export
 
 
-def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig) -> None:
+def _told(
+    config: PretrainConfig, selection: Selection, held_out: Selection, order: Order, kernels: str
+) -> Iterator[str]:
+    """What a run's log begins with: its recordings, whose code learns from them, and what is odd."""
+    kind, data = OBJECTIVES.find(config.objective.name), config.data
+    yield (
+        f"{len(selection)} recordings for training, {order.batches_per_epoch} steps per epoch; "
+        f"{selection.too_short} shorter than {data.min_record_s:g} s left out"
+    )
+    yield f"{len(held_out)} recordings for validation; {held_out.too_short} shorter left out"
+    yield from apart(selection.shards)
+    yield kernels
+    for registry, name in ((OBJECTIVES, config.objective.name), (ENCODERS, config.model.encoder)):
+        if is_code(name):
+            yield f"{registry.key} {registry.place(name)}"
+    if order.mixture is not None:
+        yield f"shares: {', '.join(selection.shares(order.mixture))}"
+    if data.min_record_s < kind.segments * data.segment_s:
+        yield f"recordings shorter than {kind.segments * data.segment_s:g} s give shorter segments, padded"
+    if kind.training_only:
+        yield f"an export leaves out {', '.join(kind.training_only)}"
+
+
+def _project(run: Path, export: Path, held_out: Selection, train_config: TrainConfig, encoder: str = "") -> None:
     """Embeddings of held-out recordings, named by patient and labels, for TensorBoard's projector."""
     shown = held_out.with_kept_leads().some(train_config.projected_recordings, train_config.seed)
     if not len(shown):
@@ -116,8 +131,8 @@ def _project(run: Path, export: Path, held_out: Selection, train_config: TrainCo
     for about in map(held_out.shards.metadata, shown.numbers.tolist()):
         labels = [f"{label} {'|'.join(values)}" for label, values in about["labels"].items()]
         names.append(", ".join([f"patient {about['patient']}", *labels]))
-    embedding_RD = load(export).embed_recordings(recordings_of(shown)).record_embedding
-    with board_of(run / "tensorboard") as board:
+    embedding_RD = load(export, encoder).embed_recordings(recordings_of(shown)).record_embedding
+    with board_of(run / TENSORBOARD) as board:
         project(board, "validation", embedding_RD, names, train_config.steps)
 
 
@@ -127,7 +142,7 @@ def _begin_with(objective: Objective, init: Path, rate_hz: float, ranks: Ranks) 
     Raises InputError for a model of another rate, and for one whose encoder does not fit or holds more.
     """
     place, weights, about = read_model(init)
-    _, profile = described(place, about)
+    _, profile = described(place, about, objective.encoder.config.encoder)
     if profile.rate_hz != rate_hz:
         raise InputError(
             f"data.shards have {rate_hz:g} Hz, the model of init.model {init} takes {profile.rate_hz:g} Hz; "

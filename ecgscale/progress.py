@@ -8,6 +8,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+START_UP, SAVE = "start-up", "save"
+OF_A_STEP = ("batch", "forward", "backward", "update")  # whoever has begun one of these trains
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -12,66 +12,73 @@ import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from ecgscale.errors import InputError
 
 Kind = TypeVar("Kind")
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 class Registry(Generic[Kind]):
     """The classes that one config key can name."""
 
-    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str]) -> None:
+    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str], by: str = "") -> None:
         """``ours`` maps each name to ``module:Class``; ``base`` gives the class that all of them derive from.
 
-        Both are looked up late, so that a registry can stand below the rooms that it names.
+        Both are looked up late, so that a registry can stand below the rooms that it names. ``by`` says how a command
+        names code that stands in what it reads.
         """
-        self.key, self._base, self._ours = key, base, dict(ours)
+        self.key, self._base, self._ours, self._by = key, base, dict(ours), by
+
+    def __repr__(self) -> str:
+        return f"Registry({self.key})"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ours)
 
+    def __len__(self) -> int:
+        return len(self._ours)
+
     def __contains__(self, name: object) -> bool:
-        return name in self._ours
+        return isinstance(name, str) and name in self._ours
 
     def find(self, name: str) -> type[Kind]:
         """The class of that name, which the user has written.
 
         Raises InputError for a name that is unknown, cannot be imported or is no class of this kind.
         """
-        if name in self._ours:
+        if name in self:
             return self._imported(self._ours[name])
         if is_code(name):
             return self._imported(name)
-        near = get_close_matches(str(name), self._ours, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self._ours)}"
-        raise InputError(f"{self.key} {name!r} is unknown; {hint} (or package.module:Class for a class of your own)")
+        raise _unknown(self.key, name, self._ours, "package.module:Class for a class")
 
     def find_read(self, name: str, where: object, named: Collection[str] = ()) -> type[Kind]:
         """The class of a name that was read from ``where``, which is data: code only if it is among the ``named``.
 
         ``named`` are those that the user has written for this command.
         """
-        if is_code(name) and name not in self._ours and name not in named:
+        if is_code(name) and name not in self and name not in named:
             raise InputError(
                 f"{where}: {self.key} {name!r} is code that is not ours; name it in your command to have it imported"
+                + (f" ({self._by})" if self._by else "")
             )
         return self.find(name)
 
+    def place(self, name: str) -> str:
+        """``name from FILE`` for a class of the user's own; ``name`` for one of ours."""
+        return name if name in self else f"{name} from {inspect.getfile(self.find(name))}"
+
     def _imported(self, place: str) -> type[Kind]:
-        module_name, _, class_name = place.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # whatever somebody's module does while it is imported
-            reason = " ".join(str(error).split())
-            raise InputError(f"{self.key} {place!r}: cannot import {module_name} ({reason})") from error
+        module, class_name = _import(self.key, place)
         kind: Any = getattr(module, class_name, None)
         base = self._base()
         if not inspect.isclass(kind):
             classes = [n for n, one in vars(module).items() if inspect.isclass(one) and issubclass(one, base)]
             near = get_close_matches(class_name, classes, 1) or classes[:1]
-            hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+            hint = f"; did you mean {module.__name__}:{near[0]}?" if near else ""
             raise InputError(f"{self.key} {place!r}: {module.__name__} has no class {class_name}{hint}")
         if not issubclass(kind, base):
             raise InputError(f"{self.key} {place!r}: is no {base.__name__}; derive it from {_path_of(base)}")
@@ -80,8 +87,43 @@ class Registry(Generic[Kind]):
         return kind
 
 
+def find_function(key: str, ours: Mapping[str, Function], name: str) -> Function:
+    """The function of that name, one of ``ours`` or ``package.module:function``, which the user has written.
+
+    Raises InputError for a name that is unknown, cannot be imported or is no function.
+    """
+    if name in ours:
+        return ours[name]
+    if not is_code(name):
+        raise _unknown(key, name, ours, "package.module:function for one")
+    module, function_name = _import(key, name)
+    function: Function | None = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [n for n, one in vars(module).items() if inspect.isfunction(one)]
+        near = get_close_matches(function_name, functions, 1)
+        hint = f"; did you mean {module.__name__}:{near[0]}?" if near else ""
+        raise InputError(f"{key} {name!r}: {module.__name__} has no function {function_name}{hint}")
+    return function
+
+
+def _import(key: str, place: str) -> tuple[ModuleType, str]:
+    """The module of ``module:name``, and the name."""
+    module_name, _, name = place.partition(":")
+    try:
+        return importlib.import_module(module_name), name
+    except Exception as error:  # whatever somebody's module does while it is imported
+        reason = " ".join(str(error).split())
+        raise InputError(f"{key} {place!r}: cannot import {module_name} ({reason})") from error
+
+
+def _unknown(key: str, name: object, known: Collection[str], or_else: str) -> InputError:
+    near = get_close_matches(str(name), known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return InputError(f"{key} {name!r} is unknown; {hint} (or {or_else} of your own)")
+
+
 def is_code(name: object) -> bool:
-    """Whether a name stands for a class outside this package: ``package.module:Class``."""
+    """Whether a name stands for code outside this package: ``package.module:Class``."""
     return isinstance(name, str) and ":" in name
 
 

@@ -1,59 +1,38 @@
-"""Run folders: config.yaml, checkpoints/, tensorboard/, events.jsonl, export/."""
+"""Which run a folder holds: its config, and what may differ when the run goes on."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-import time
-from collections.abc import Collection
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 from ecgscale import yaml_text
+from ecgscale.choices import choices_of, current, dotted
 from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST
-from ecgscale.errors import InputError, RankError, file_error, naming_file
-from ecgscale.export import RUN_ID
-from ecgscale.files import NO_LOCKS, write_whole
+from ecgscale.errors import InputError, naming_file
+from ecgscale.files import write_whole
+from ecgscale.run_folder import CONFIG, RUN_ID, lock_run, newest_checkpoint
+from ecgscale.settings import resumable_keys
 from ecgscale.training.ranks import Ranks, first_rank
-from ecgscale.training.state import STATE, checkpoints, read_state
+from ecgscale.training.state import STATE, read_state
 
-CONFIG = "config.yaml"
 
-# What may change when a run continues: how it is computed and written down, how long it goes on (and with it the
-# later part of a schedule that falls to the end of the run).
-MAY_CHANGE = {
-    "data.shards",  # may have moved; their identity is checked
-    "data.workers",
-    "data.unreadable",
-    "data.cache.folder",
-    "data.cache.limit_gb",
-    "data.cache.attempts",
-    "data.cache.timeout_s",
-    "data.cache.downloads",
-    "engine.zero_stage",
-    "engine.whole_below",
-    "engine.activation_checkpointing",
-    "engine.compile",
-    "engine.peak_tflops",
-    "train.steps",
-    "train.log_every",
-    "train.validate_every",
-    "train.validation_recordings",
-    "train.projected_recordings",
-    "train.checkpoint_every",
-    "train.checkpoint_every_s",
-    "train.keep_last",
-    "train.keep_every",
-    "train.max_skipped",
-    "train.log_recordings",
-    "train.profile_steps",
-    "train.profile_step",
-    "run.dir",
-}
+@dataclass(frozen=True)
+class Allowance:
+    """Which keys may differ between two configs of one run: those with which a run goes on, as their fields say."""
+
+    strict: frozenset[str] = frozenset()
+    """Not these, though."""
+    free: frozenset[str] = frozenset()
+    """These too."""
+
+    def keys(self, config: Any) -> set[str]:
+        return resumable_keys(config) - self.strict | self.free
+
+
+RESUMING = Allowance()
 
 
 def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
@@ -71,68 +50,26 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
         lock_run(run)
         refuse_other_run(run, config)  # again: another process may have had the folder until now
         write_whole(run / CONFIG, dump(config).encode())
-        if not (run / RUN_ID).exists() and not checkpoints(run / "checkpoints"):
+        if not (run / RUN_ID).exists() and newest_checkpoint(run) is None:
             write_whole(run / RUN_ID, uuid4().hex.encode())
 
     first_rank(ranks, claim)
     return run
 
 
-_WRITER = ".writer"  # in the run folder; locked by the one process that writes there
-_WAIT_S = 15.0  # for the process before, which may just be ending
-_locked: dict[Path, IO[str]] = {}
-
-
-def lock_run(run: Path) -> None:
-    """Lock the run folder until `leave_run` or the end of this process; RankError where another one holds it."""
-    path = run.resolve() / _WRITER
-    if path in _locked:
-        return
-    with naming_file(path, "cannot write"):
-        file = path.open("a+")
-    deadline = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                who = file.read() or "another process"
-                file.close()
-                raise RankError(f"run.dir {run}: {who} trains there; wait for its end") from None
-            time.sleep(0.5)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                file.close()
-                raise file_error(path, "cannot lock", error) from error
-            break
-    with naming_file(path, "cannot write"):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
-    _locked[path] = file
-
-
-def leave_run(run: Path) -> None:
-    """Another process may write into the run folder from now on."""
-    if held := _locked.pop(run.resolve() / _WRITER, None):
-        held.close()
-
-
-def refuse_other_run(run: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:
+def refuse_other_run(run: Path, config: Any, may: Allowance = RESUMING) -> None:
     """Raises InputError where a run folder holds a run that differs from ``config`` in a key that makes another run.
 
     Its newest checkpoint is asked too: config.yaml can be edited or removed.
     """
-    refuse_other_config(run / CONFIG, config, may_change)
-    if saved := checkpoints(run / "checkpoints"):
-        state = read_state(saved[-1])
-        lags = {*may_change, *MAY_CHANGE}  # the run may have been started again with others since it was saved
-        _refuse_difference(saved[-1] / STATE, state.get("config", {}), config, lags)
+    refuse_other_config(run / CONFIG, config, may)
+    if saved := newest_checkpoint(run):
+        state = read_state(saved)
+        since = replace(may, strict=frozenset())  # the run may have been started again with others since it was saved
+        _refuse_difference(saved / STATE, state.get("config", {}), config, since)
 
 
-def refuse_other_config(path: Path, config: Any, may_change: Collection[str] = MAY_CHANGE) -> None:
+def refuse_other_config(path: Path, config: Any, may: Allowance = RESUMING) -> None:
     """Raises InputError where a run's config file differs from ``config`` in a key that makes another run."""
     if not path.exists():
         return
@@ -142,11 +79,11 @@ def refuse_other_config(path: Path, config: Any, may_change: Collection[str] = M
         raise InputError(f"{path}: damaged ({error}); remove it or take another run.dir") from error
     if not isinstance(before, dict):
         raise InputError(f"{path}: damaged, not a mapping of keys; remove it or take another run.dir")
-    _refuse_difference(path, before, config, may_change)
+    _refuse_difference(path, before, config, may)
 
 
-def _refuse_difference(path: Path, before: dict[str, Any], config: Any, may_change: Collection[str]) -> None:
-    if differs := first_difference(before, config, may_change):
+def _refuse_difference(path: Path, before: dict[str, Any], config: Any, may: Allowance) -> None:
+    if differs := first_difference(before, config, may):
         key, was, now = differs
         raise InputError(
             f"{path}: the run has {key[:80]} {repr(was)[:200]}, now it is {repr(now)[:200]}; "
@@ -154,22 +91,32 @@ def _refuse_difference(path: Path, before: dict[str, Any], config: Any, may_chan
         )
 
 
-def first_difference(before: Any, config: Any, may_change: Collection[str] = MAY_CHANGE) -> tuple[str, Any, Any] | None:
+def first_difference(before: Any, config: Any, may: Allowance = RESUMING) -> tuple[str, Any, Any] | None:
     """The first dotted key in which a saved config differs, what it was, and what it is now.
 
-    A key that came later has its default: that is what the run was begun with.
+    A key that came later has its default: that is what the run was begun with. What chooses other keys is told first.
     """
-    saved, now = {key: _default(config, key) for key in flat(asdict(config))} | flat(before), flat(asdict(config))
-    keys = (key for key in sorted(saved.keys() | now.keys()) if key not in may_change)
+    now = flat(asdict(config))
+    saved = {key: _default(config, key) for key in now} | flat(current(type(config), before))
+    choosing = dotted(type(config))
+    by_name = sorted(saved.keys() | now.keys(), key=lambda key: (key not in choosing, key))
+    free = may.keys(config)
+    keys = (key for key in by_name if key not in free)
     return next(((key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)), None)
 
 
 def _default(config: Any, key: str) -> Any:
-    """What a dotted key of a config tree is where nothing is given."""
+    """What a dotted key of a config tree is where nothing is given; None of one that a user has named."""
     *groups, name = key.split(".")
+    if (group := dotted(type(config)).get(key)) is not None:
+        return choices_of(type(config))[group].usual
     for group in groups:
         config = getattr(config, group)
+    if isinstance(config, dict):
+        return None
     (one,) = (field for field in fields(config) if field.name == name)
+    if one.default is MISSING and one.default_factory is MISSING:  # a key without a default has been given always
+        return None
     return one.default if one.default_factory is MISSING else one.default_factory()
 
 

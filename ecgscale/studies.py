@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError, file_error
 from ecgscale.export import is_export
 from ecgscale.files import SEAL, finite, parse_json, seal_holds, sealed, write_json
-from ecgscale.objectives import objective_named
-from ecgscale.run import MAY_CHANGE, refuse_other_run
+from ecgscale.objectives import OBJECTIVES
+from ecgscale.run import Allowance, refuse_other_run
+from ecgscale.run_folder import CHECKPOINTS, EXPORT
 from ecgscale.training import checkpoint
 
 # In a study, more steps make another run; where the encoder lies does not matter: its weights are compared.
-STUDY_MAY_CHANGE = MAY_CHANGE - {"train.steps"} | {"init.model"}
+STUDY = Allowance(strict=frozenset({"train.steps"}), free=frozenset({"init.model"}))
 _FORMAT = {"format": "ecgscale-result/1"}
 
 
@@ -52,12 +53,12 @@ def refuse_twice(kind: str, given: Iterable[Hashable]) -> None:
         raise InputError(f"{kind}: give one at least")
 
 
-def check_pretraining(config: PretrainConfig, may_change: Collection[str] = STUDY_MAY_CHANGE) -> ShardSet:
+def check_pretraining(config: PretrainConfig, may: Allowance = STUDY) -> ShardSet:
     """The data of a pretraining run. Raises InputError where it cannot start, or where another run lies there."""
     shards, run = ShardSet.open(config.data.shards, config.data.cache), Path(config.run.dir)
-    objective_named(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
-    refuse_other_run(run, config, may_change)
-    if (done := checkpoint.latest(run / "checkpoints")) and done.state["data"] != shards.identity:
+    OBJECTIVES.find(config.objective.name).check(config.model, config.objective, config.data, shards.rate_hz)
+    refuse_other_run(run, config, may)
+    if (done := checkpoint.latest(run / CHECKPOINTS)) and done.state["data"] != shards.identity:
         raise InputError(f"{run}: was pretrained on other data; remove it or take another run.dir")
     return shards
 
@@ -65,8 +66,8 @@ def check_pretraining(config: PretrainConfig, may_change: Collection[str] = STUD
 def is_pretrained(config: PretrainConfig) -> bool:
     """Whether a pretraining run has come to its end."""
     run = Path(config.run.dir)
-    done = checkpoint.latest(run / "checkpoints")
-    return is_export(run / "export") and done is not None and done.step == config.train.steps
+    done = checkpoint.latest(run / CHECKPOINTS)
+    return is_export(run / EXPORT) and done is not None and done.step == config.train.steps
 
 
 def write_result(path: Path, tree: dict[str, Any]) -> None:

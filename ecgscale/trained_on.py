@@ -24,11 +24,11 @@ from ecgscale.data.copies import content_keys
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet, lead_positions
 from ecgscale.errors import InputError, naming_file
-from ecgscale.export import TRAINED_ON, read_about, trained_on_file
+from ecgscale.export import read_about, trained_on_file
 from ecgscale.files import parse_json, seal_holds, sealed, write_whole
 from ecgscale.record import LEADS, lead_set_name
+from ecgscale.run_folder import TRAINED_ON, newest_checkpoint
 from ecgscale.training.ranks import Ranks, first_rank
-from ecgscale.training.state import checkpoints
 
 Keys = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
@@ -141,7 +141,7 @@ def keep_trained_on(run: Path, begun_with: str, stage: str, selection: Selection
     """
 
     def keep() -> None:
-        path, goes_on = run / TRAINED_ON, bool(checkpoints(run / "checkpoints"))
+        path, goes_on = run / TRAINED_ON, newest_checkpoint(run) is not None
         if goes_on and path.is_file():
             return
         before = TrainedOn()

@@ -20,14 +20,33 @@ _MAX_DEPTH = 32  # a config has five levels
 _MAX_VALUES = 100_000  # with every alias and merge written out
 
 
-def read(path: Path) -> Any:
-    """What a YAML file holds; raises InputError that names the file, and the line where there is one."""
+class _AsWritten(yaml.SafeLoader):
+    """Scalars stay text: YAML reads ``time: 1:30:00`` as the number 5400, ``3.10`` as 3.1 and ``0123`` as 83."""
+
+
+_AsWritten.yaml_implicit_resolvers = {
+    first: kept
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    if (kept := [(tag, form) for tag, form in resolvers if tag.endswith((":null", ":merge"))])
+}
+
+
+def read(path: Path, as_written: bool = False) -> Any:
+    """What a YAML file holds; raises InputError that names the file, and the line where there is one.
+
+    ``as_written``: all but lists, mappings and what is left empty is text.
+    """
+    return read_with_lines(path, as_written)[0]
+
+
+def read_with_lines(path: Path, as_written: bool = False) -> tuple[Any, dict[str, int]]:
+    """The same, with the line of each dotted key."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise InputError(f"{path}: more than {_MAX_BYTES} bytes; a config is a page of keys")
-        return parse(content.decode(), str(path))
+        return _parse(content.decode(), str(path), as_written)
     except OSError as error:
         raise file_error(path, "cannot read", error) from error
     except UnicodeDecodeError as error:
@@ -35,16 +54,21 @@ def read(path: Path) -> Any:
 
 
 def parse(text: str, place: str) -> Any:
-    """The same for a text that stands at ``place``, such as ``--train.steps``."""
+    """What a text holds that stands at ``place``, such as ``--train.steps``."""
+    return _parse(text, place)[0]
+
+
+def _parse(text: str, place: str, as_written: bool = False) -> tuple[Any, dict[str, int]]:
     try:
         _check_depth(text, place)
-        loader = yaml.SafeLoader(text)
+        loader = _AsWritten(text) if as_written else yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
             if node is None:
-                return None
+                return None, {}
             _check_nodes(node, place)
-            return loader.construct_document(node)
+            lines = dict(_lines(node, ""))
+            return loader.construct_document(node), lines
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -108,6 +132,15 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
             yield value
     elif isinstance(node, yaml.SequenceNode):
         yield from node.value
+
+
+def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    """Dotted keys with the lines that they stand on."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                yield f"{prefix}{key.value}", _line(key)
+                yield from _lines(value, f"{prefix}{key.value}.")
 
 
 def _line(place: yaml.Node | yaml.Event) -> int:

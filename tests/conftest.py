@@ -63,6 +63,7 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+TOYS = Path(__file__).parent / "toys"  # a user's own packages
 SHARED = Path(os.environ.get("ECGSCALE_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -191,7 +192,7 @@ def without_checksums() -> Callable[[Path], Path]:
     def rewrite(folder: Path) -> Path:
         path = folder / "config.json"
         about = json.loads(path.read_text())
-        del about["sha256"], about["weights_sha256"]
+        del about["sha256"], about["weights_sha256"], about["parts"], about["model"]["encoder"]
         path.write_text(json.dumps(about | {"format": "ecgscale-export/1"}))
         return folder
 
@@ -241,7 +242,8 @@ def interpreted_kernels() -> None:
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory) -> Iterator[Jobs]:
     command = [sys.executable, str(Path(__file__).parent / "forked_ranks.py")]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
+    path = os.pathsep.join([str(TOYS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
         yield Jobs(server, tmp_path_factory.mktemp("errors"))
         server.stdin.close()

@@ -21,7 +21,6 @@ os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while 
 
 # What a run would import when it gets there.
 import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401
-import jsonargparse  # noqa: E402, F401
 import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 from ecgscale.json_lines import read_json_lines
+from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, objective_config
 
+LOCAL = ["--objective.codes=16", "--objective.code_width=16", "--objective.negatives=20"]
 SMALL = [
     "--model.preset=tiny", "--model.stem_channels=16", "--model.width=32", "--model.depth=2", "--model.ffn_width=64",
-    "--model.heads=2", "--model.position_kernel=16", "--objective.codes=16", "--objective.code_width=16",
-    "--objective.negatives=20", "--data.segment_s=2.5", "--data.min_record_s=5", "--engine.learning_rate=1e-3",
+    "--model.heads=2", "--model.position_kernel=16", *LOCAL, "--data.segment_s=2.5",
+    "--data.min_record_s=5", "--engine.learning_rate=1e-3",
     "--engine.clip_norm=1",
     "--engine.whole_below=0", "--train.global_batch=8", "--train.log_every=1", "--train.steps=6",
     "--train.checkpoint_every=100", "--train.projected_recordings=0",
 ]  # fmt: skip
 NO_DROPOUT = ["--model.dropout=0", "--model.attention_dropout=0", "--model.feature_dropout=0"]
+
+
+def small(*more: str) -> list[str]:
+    """SMALL and more options, without the keys of the local part where they name an objective that has none."""
+    names = [option.partition("=")[2] for option in more if option.startswith("--objective.name=")]
+    local = not names or "wav2vec2" in names[-1]
+    return [option for option in SMALL if local or option not in LOCAL] + list(more)
+
+
+def config_of(name: str, **keys: object) -> ObjectiveConfig:
+    """The config of an objective with those of the keys that it has."""
+    own = {field.name for field in fields(OBJECTIVES.find(name).Config)}
+    return objective_config(name, **{key: value for key, value in keys.items() if key in own})
 
 
 class Jobs:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import yaml
 
+from ecgscale.choices import choices_of, field_types
 from ecgscale.config import FinetuneConfig, PretrainConfig, dump, help_text, load
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
@@ -121,7 +122,7 @@ def test_unknown_keys_are_named_with_the_nearest_right_one(write, key, hint):
     assert hint in said
     group, _, name = key.rpartition(".")
     arguments = write(f"{group}: {{{name}: 3}}" if group else f"{name}: 3")
-    assert refusal(arguments) == f"{arguments[1]}: {said}"
+    assert refusal(arguments) == f"{arguments[1]}, line 1: {said}"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,8 @@ def test_wrong_types_are_named(write, key, value, right):
     assert value.casefold() in said.casefold()
     assert right in said
     group, name = key.split(".")
-    assert refusal(write(f"{group}: {{{name}: {value}}}")) == said
+    arguments = write(f"{group}:\n  {name}: {value}")
+    assert refusal(arguments) == f"{arguments[1]}, line 2: {said.removeprefix('--')}"
 
 
 @pytest.mark.parametrize(
@@ -214,19 +216,29 @@ def test_every_folder_of_configs_is_known():
 
 
 def documented_keys(config_type: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys with the docstring under each field, read from the source."""
-    hints = get_type_hints(config_type)
-    body = ast.parse(inspect.getsource(config_type)).body[0].body
-    doc = {
+    """Dotted keys with the docstring under each field, read from the source; those of all classes to choose from."""
+    hints = field_types(config_type)
+    doc: dict[str, str] = {}
+    for kind in reversed(config_type.__mro__[:-1]):
+        doc |= docs_of_fields(kind)
+    for name, hint in hints.items():
+        if name in choices_of(config_type):
+            choice = choices_of(config_type)[name]
+            for kind in map(choice.keys, choice.registry):
+                yield from documented_keys(kind, f"{prefix}{name}.")
+        elif is_dataclass(hint):
+            yield from documented_keys(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", doc[name]
+
+
+def docs_of_fields(config_type: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body[0].body
+    return {
         field.target.id: after.value.value
         for field, after in pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     }
-    for name, hint in hints.items():
-        if is_dataclass(hint):
-            yield from documented_keys(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", doc[name]
 
 
 @pytest.mark.parametrize("config_type", [PretrainConfig, FinetuneConfig])
@@ -251,7 +263,10 @@ def test_help_tells_every_key_with_its_meaning(config_type):
         (["--engine.learning_rate="], "engine.learning_rate: a value is missing"),
         (["--train.steps", "[1"], "--train.steps: cannot read the value '[1'"),
         (["tiny.yaml"], "unexpected argument 'tiny.yaml'"),
-        (["--model", "3"], "--model: a group of keys; give one of --model.preset, --model.stem, --model.patch_samples"),
+        (
+            ["--model", "3"],
+            "--model: a group of keys; give one of --model.encoder, --model.patch_samples, ",
+        ),
     ],
 )
 def test_slips_on_the_command_line(arguments, said):
@@ -271,14 +286,15 @@ def test_slips_on_the_command_line(arguments, said):
 )
 def test_files_that_are_no_config_are_named(write, text, said):
     arguments = write(text)
-    assert refusal(arguments).startswith(f"{arguments[1]}: {said}")
+    assert refusal(arguments).startswith((f"{arguments[1]}: {said}", f"{arguments[1]}, line 1: {said}"))
 
 
 @pytest.mark.parametrize(
     ("text", "key"), [("train:", "train"), ("model:", "model"), ("model: {width: }", "model.width")]
 )
 def test_keys_without_a_value_are_named(write, text, key):
-    assert refusal(write(text)).startswith(f"{key}: a value is missing")
+    arguments = write(text)
+    assert refusal(arguments).startswith(f"{arguments[1]}, line 1: {key}: a value is missing")
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+from ecgscale.objectives import OBJECTIVES, build_objective, objective_config
 from ecgscale.simulate import Simulation
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import exact_fp32, start_ranks
 from ecgscale.training.transfer import Transfer
 from ecgscale_kernels import forced, lead_masked_conv_stem, lead_masked_patch_embed
+from small_jobs import config_of
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and ECGSCALE_GPU=1; `make gpu` sets it"),
@@ -28,7 +29,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_losses_and_gradients_equal_those_of_the_cpu(small_model_config, make_batch, name) -> None:
-    config = ObjectiveConfig(name=name, codes=16, code_width=16, negatives=20)
+    config = config_of(name, codes=16, code_width=16, negatives=20)
     objective = build_objective(small_model_config, config, seed=3, rate_hz=500).eval()
     counts_BLT = torch.randint(-2000, 2000, (8, 12, 1003), generator=torch.Generator().manual_seed(0)).to(torch.int16)
     pairs = {"segment_B": torch.arange(2).repeat_interleave(4), "position_B": torch.arange(4).repeat(2)}
@@ -100,7 +101,7 @@ def test_kernel_bench_measures_triton(tmp_path) -> None:
 def test_a_micro_step_never_waits_for_the_gpu(small_model_config, make_batch, precision) -> None:
     """Forward and backward are only queued; tests/training/test_waits.py counts what the update reads."""
     ranks = start_ranks()
-    config = ObjectiveConfig(codes=16, code_width=16, negatives=20)
+    config = objective_config(codes=16, code_width=16, negatives=20)
     objective = build_objective(small_model_config, config, seed=3, rate_hz=500)
     engine = Engine(objective, EngineConfig(precision=precision, zero_stage=1), ranks, accumulation=1, micro_batch=8)
     pairs = {"segment_B": torch.arange(2).repeat_interleave(4), "position_B": torch.arange(4).repeat(2)}
@@ -167,7 +168,7 @@ def test_memory_of_a_batch_is_not_given_away_while_it_is_still_read(random_batch
 
 
 def test_autocast_reaches_the_stem_in_triton(small_model_config, random_batch, put) -> None:
-    stem = build_objective(small_model_config, ObjectiveConfig(), seed=3, rate_hz=500).encoder.stem.cuda()
+    stem = build_objective(small_model_config, objective_config(), seed=3, rate_hz=500).encoder.stem.cuda()
     with torch.autocast("cuda", torch.bfloat16), forced("triton"):
         assert stem(put(random_batch())).dtype == torch.bfloat16
 

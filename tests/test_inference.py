@@ -22,6 +22,7 @@ from ecgscale import inference
 from ecgscale.data.plausibility import BLANK
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
+from ecgscale.files import file_sha256, read_json, sealed, write_json
 from ecgscale.inference import ECGModel, Recording, load
 from ecgscale.record import LEADS, Record, Remark, quantise
 from ecgscale.training.state import write_state
@@ -364,13 +365,27 @@ def test_an_export_gives_the_same_embeddings(make_model, ecg_12_s, tmp_path, cla
         np.testing.assert_array_equal(again.logits([recording]), model.logits([recording]))
 
 
-def test_an_export_holds_the_known_parts_alone_in_float32(model, tmp_path):
+def test_an_export_holds_all_parts_or_those_that_are_named_in_float32(model, tmp_path):
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights_of(model).items()}
-    weights |= {"local_head.x": torch.zeros(3), "arcface.weight": torch.zeros(2, 32)}
-    folder = write_export(tmp_path / "export", weights | {"optimizer.x": torch.zeros(3)}, model.about)
-    stored = load_file(folder / "model.safetensors")
+    weights |= {"local_head.x": torch.zeros(3), "own_head.x": torch.zeros(3)}
+    whole = write_export(tmp_path / "whole", weights, model.about)
+    stored = load_file(whole / "model.safetensors")
     assert stored.keys() == weights.keys()
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert json.loads((whole / "config.json").read_text())["parts"] == ["encoder", "local_head", "own_head"]
+    load(whole)
+    parts = {"parts": ["encoder", "own_head"]}
+    named = write_export(tmp_path / "named", weights | {"teacher.x": torch.zeros(3)}, model.about | parts)
+    assert load_file(named / "model.safetensors").keys() == weights.keys() - {"local_head.x"}
+
+
+def test_a_part_that_an_export_does_not_name_is_refused(small_export):
+    path = small_export / "model.safetensors"
+    save_file(load_file(path) | {"local_head.x": torch.zeros(3)}, path)
+    about = {key: value for key, value in read_json(small_export / "config.json").items() if key != "sha256"}
+    write_json(small_export / "config.json", sealed(about | {"weights_sha256": file_sha256(path)}))
+    with pytest.raises(InputError, match=r"left over local_head\.x; an export holds encoder\.\* alone"):
+        load(small_export)
 
 
 def damage_config(**changes: object) -> Callable[[Path], None]:
@@ -444,6 +459,9 @@ NEIGHBOURS = ("centre", "bank", "target")
         (damage_config(format="other/2"), "config.json", "ecgscale-export/2"),
         (damage_config(model=None), "", "does not describe a model"),
         (damage_group("model", colour="red"), "", "colour"),
+        (damage_group("model", encoder="transfomer"), "", "model.encoder 'transfomer' is unknown"),
+        (damage_group("model", encoder=["transformer"]), "", "model.encoder \"['transformer']\" is unknown"),
+        (damage_group("model", encoder="os:System"), "", "model.encoder 'os:System' is code that is not ours"),
         (damage_group("model", width="wide"), "", "does not describe a model"),
         (damage_group("model", dropout=2), "", "model.dropout 2"),
         (damage_group("profile", normalisation="minmax"), "", "normalisation 'minmax'"),

@@ -21,7 +21,6 @@ MAY_NOT_IMPORT = {
 }
 OWNERS = {
     "deepspeed": "ecgscale/training/engine.py",
-    "submitit": "launch/ecgscale_launch/job.py",
     "h5py": "ecgscale/data/sources/code15.py",
     "wfdb": "ecgscale/data/sources/wfdb_source.py",
     "onnx": "ecgscale/interop/onnx_model.py",

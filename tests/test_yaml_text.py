@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError
 from ecgscale.yaml_text import parse, read
-from ecgscale_launch.resources import load_cluster
+from ecgscale_launch.launch_config import load_cluster
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8))
 TREES = st.recursive(

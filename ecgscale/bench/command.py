@@ -14,7 +14,7 @@ from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
     from ecgscale.bench.step_case import Case
-    from ecgscale.bench.step_turns import Effort
+    from ecgscale.bench.step_ranks import Effort
 
 _OUT = Path("runs/bench")
 _KEYS = "--model.KEY, --objective.KEY and --engine.KEY VALUE, as of `ecgscale pretrain`, hold for all cases"
@@ -107,7 +107,7 @@ def _step(options: argparse.Namespace, keys: list[str]) -> None:
 def _scaling(options: argparse.Namespace, keys: list[str]) -> None:
     import torch
 
-    from ecgscale.bench.scaling import bench_scaling
+    from ecgscale.bench.step import bench_scaling
 
     device = _device(options)
     most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
@@ -128,7 +128,7 @@ def _cases(options: argparse.Namespace, keys: list[str], device: str, ranks: lis
 
 
 def _effort(options: argparse.Namespace, device: str) -> Effort:
-    from ecgscale.bench.step_turns import Effort
+    from ecgscale.bench.step_ranks import Effort
 
     effort = Effort.least() if options.quick else Effort.usual(device == "cuda")
     for name in ("rounds", "steps"):
@@ -164,9 +164,8 @@ def _add_kernel(parts: Any) -> None:
     kernel.set_defaults(run=_kernel)
     kernel.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
     kernel.add_argument("--seconds", type=float, help="of each way in each round (default 0.03 on a GPU, else 0.15)")
-    kernel.add_argument("--only", choices=("patches", "stems", "logits", "steps"), nargs="+", help="measure only these")
+    kernel.add_argument("--only", choices=("patches", "stems", "steps"), nargs="+", help="measure only these")
     kernel.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    kernel.add_argument("--tune", action="store_true", help="only try other launches of the Triton kernels")
     _add_quick(kernel)
     _add_out(kernel)
 
@@ -190,7 +189,7 @@ def _kernel(options: argparse.Namespace, keys: list[str]) -> None:
     if options.seconds is not None:
         effort = replace(effort, seconds=options.seconds)
     chosen = effort.only(options.only) if options.only else effort
-    print(bench_kernel(options.out, device, chosen, options.tune).markdown())
+    print(bench_kernel(options.out, device, chosen).markdown())
 
 
 # -- report ----------------------------------------------------------------------------------------------------------

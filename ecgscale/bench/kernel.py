@@ -18,9 +18,10 @@ import torch
 
 from ecgscale.bench.device import Ceilings, Device
 from ecgscale.bench.kernel_measure import Costs, Measured, measure, share_of_floor, write_rates, written
-from ecgscale.bench.kernel_ways import BOTH, CONV, FORWARD, REFERENCE, conv_stem, info_nce, patch_embed
+from ecgscale.bench.kernel_ways import BOTH, CONV, FORWARD, REFERENCE, conv_stem, patch_embed
 from ecgscale.bench.measure import (
     Check,
+    Meaning,
     Report,
     Section,
     interleaved,
@@ -33,14 +34,13 @@ from ecgscale.bench.measure import (
 from ecgscale.data.batch import synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import build_objective, objective_config
 from ecgscale_kernels import Backend, counts, forced
 from ecgscale_kernels.counts import ConvStemSize, PatchEmbedSize
 
-PARTS = ("patches", "stems", "logits", "steps")  # fields of Effort
+PARTS = ("patches", "stems", "steps")  # fields of Effort
 _KEPT = 6  # of 12 leads, the mean of random lead masking
 _NOT_SLOWER = 0.97  # so far from 1 lies what one code measures against itself
-_PLACES, _NEGATIVES, _CODE_WIDTH = 55, 100, 256  # of the local objective: 0.35 of 156 tokens
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Effort:
     rounds: int
     patches: tuple[tuple[int, int, int], ...]  # rows, samples of a patch, width
     stems: tuple[tuple[int, int], ...]  # rows, channels
-    logits: tuple[int, ...]  # rows
     steps: tuple[tuple[str, int], ...]  # preset, rows
     copied_bytes: int
     product_side: int
@@ -64,17 +63,17 @@ class Effort:
         """Shapes of real models. On a GPU the bounds hold for the first two patches and the first stem."""
         if not cuda:
             patches = ((32, 16, 768), (32, 25, 768), (32, 50, 768))
-            return Effort(0.15, 9, patches, ((8, 256),), (16,), (("tiny", 16),), 1 << 28, 2048)
+            return Effort(0.15, 9, patches, ((8, 256),), (("tiny", 16),), 1 << 28, 2048)
         held = ((512, 16, 768), (512, 50, 768))
         others = ((512, 25, 768), (256, 16, 768), (64, 16, 768), (512, 16, 256), (512, 16, 1024))
-        stems, logits, steps = ((256, 256), (64, 256)), (64, 256, 512), (("base", 64),)
-        return Effort(0.03, 9, held + others, stems, logits, steps, 1 << 30, 8192)
+        stems, steps = ((256, 256), (64, 256)), (("base", 64),)
+        return Effort(0.03, 9, held + others, stems, steps, 1 << 30, 8192)
 
     @staticmethod
     def least() -> Effort:
         """Shows that everything runs; the numbers are worth nothing, so no bound is held against them."""
         patches, stems = ((2, 16, 64), (2, 50, 64)), ((2, 32),)
-        return Effort(0.0, 2, patches, stems, (2,), (("tiny", 4),), 1 << 20, 128, samples=1000, quick=True)
+        return Effort(0.0, 2, patches, stems, (("tiny", 4),), 1 << 20, 128, samples=1000, quick=True)
 
     def only(self, parts: Sequence[str]) -> Effort:
         """Nothing but some of PARTS."""
@@ -82,7 +81,7 @@ class Effort:
         return replace(self, **left_out)
 
 
-def bench_kernel(out: Path, device_name: str, effort: Effort, tune: bool = False) -> Report:
+def bench_kernel(out: Path, device_name: str, effort: Effort) -> Report:
     """Measure and write to ``out``; what was measured before an error is written too.
 
     Raises InputError where there is no GPU but one is asked for.
@@ -90,31 +89,20 @@ def bench_kernel(out: Path, device_name: str, effort: Effort, tune: bool = False
     cuda = device_name == "cuda"
     if cuda and not torch.cuda.is_available():
         raise InputError("bench kernel: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
-    if tune and not cuda:
-        raise InputError("bench kernel: --tune measures Triton kernels and needs a GPU")
     title = "Kernels on a CPU: plain PyTorch alone; the Triton kernels are not measured here, `make gpu` does that"
     title = f"Kernels on {torch.cuda.get_device_name()}" if cuda else title
-    name = "kernel_tune" if tune else "kernel"
-    with reporting(name, title, out, effort.quick) as report, nullcontext() if cuda else one_core():
-        for section in _sections(Device(device_name), effort, tune):
+    with reporting("kernel", title, out, effort.quick) as report, nullcontext() if cuda else one_core():
+        for section in _sections(Device(device_name), effort):
             report.sections.append(section)
     return report
 
 
-def _sections(device: Device, effort: Effort, tune: bool) -> Iterator[Section]:
+def _sections(device: Device, effort: Effort) -> Iterator[Section]:
     torch.manual_seed(0)
     ceilings = device.ceilings(effort.copied_bytes, effort.product_side, effort.rounds, effort.seconds)
     yield _ceilings(device, ceilings, effort)
-    if tune:
-        from ecgscale.bench.kernel_tune import tuned  # needs Triton
-
-        held = [_patch_size(shape, device, effort) for shape in effort.patches[:2]]
-        yield from (tuned(size, device, effort.seconds) for size in held)
-        yield from (tuned(_stem_size(shape, device, effort), device, effort.seconds) for shape in effort.stems[:1])
-        return
     yield from (_patch_embed(shape, device, ceilings, effort) for shape in effort.patches)
     yield from (_conv_stem(shape, device, ceilings, effort) for shape in effort.stems)
-    yield from (_info_nce(rows, device, effort) for rows in effort.logits)
     yield from (_step(preset, rows, device, effort) for preset, rows in effort.steps)
 
 
@@ -126,8 +114,9 @@ def _ceilings(device: Device, ceilings: Ceilings, effort: Effort) -> Section:
         "smallest launch, µs": 1e6 * ceilings.launch_s,
     }
     section = Section("The device", ("what", "best round"), [(what, f"{value:,.4g}") for what, value in found.items()])
-    labels = ("device/copy_gb_per_s", "device/product_tflop_per_s", "device/launch_us")
-    section.scalars = dict(zip(labels, found.values(), strict=True))
+    labels = {"copy_gb_per_s": "GB/s", "product_tflop_per_s": "TFLOP/s", "launch_us": "µs"}
+    for (label, unit), value in zip(labels.items(), found.values(), strict=True):
+        section.scalar(f"device/{label}", value, Meaning(unit, ours=False))
     section.notes = [
         "The GPU's events around each call, after its cache was flushed for longer than the host needs to launch the "
         "call: gaps between launches do not count, as in training, where the host runs ahead. The smallest launch does."
@@ -211,11 +200,6 @@ def _not_slower(found: Measured) -> list[Check]:
     ]
 
 
-def _info_nce(rows: int, device: Device, effort: Effort) -> Section:
-    problem = info_nce(rows, _PLACES, _NEGATIVES, _CODE_WIDTH, device)
-    return written(measure(problem, device, effort.rounds, effort.seconds))
-
-
 # -- a step ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +209,8 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
         f"Pretraining, preset {preset}, {rows} segments",
         ("kernels", "forward + backward, ms", "segments/s", "peak, MB"),
     )
-    objective = build_objective(PRESETS[preset], ObjectiveConfig(), seed=0, rate_hz=500).to(device.torch, device.dtype)
+    objective = build_objective(PRESETS[preset], objective_config(), seed=0, rate_hz=500)
+    objective.to(device.torch, device.dtype)
     batch = synthetic_batch(rows, effort.samples).to(device.torch)
     backends: tuple[Backend, ...] = ("triton", "reference") if device.cuda else ("reference",)
 
@@ -246,9 +231,9 @@ def _step(preset: str, rows: int, device: Device, effort: Effort) -> Section:
         peak = device.peak(works[name])
         memory = "not counted" if peak is None else f"{peak / 1e6:,.0f}"
         section.rows.append((name, took_ms.text(1), f"{1e3 * rows / took_ms.median:,.0f}", memory))
-        section.scalars[f"step/{name}/ms"] = took_ms.median
+        section.scalar(f"step/{name}/ms", took_ms.median, Meaning("ms", "lower"))
         if peak is not None:
-            section.scalars[f"step/{name}/peak_mb"] = peak / 1e6
+            section.scalar(f"step/{name}/peak_mb", peak / 1e6, Meaning("MB", "lower"))
     section.keep(done)
     if device.cuda:
         faster = ratios(done["triton"], done["reference"])

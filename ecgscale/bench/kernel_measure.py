@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from ecgscale.bench.device import Ceilings, Device, Memory
-from ecgscale.bench.kernel_ways import BACKWARD, BOTH, FORWARD, MODES, TRITON, Problem
-from ecgscale.bench.measure import Check, Round, Section, Spread, interleaved, ratios, spread
+from ecgscale.bench.kernel_ways import BACKWARD, BOTH, FORWARD, MODES, REFERENCE, TRITON, Problem
+from ecgscale.bench.measure import Check, Meaning, Round, Section, Spread, interleaved, ratios, spread
 from ecgscale_kernels.counts import Cost
 
 _MODE_LABELS = {FORWARD: "forward", BACKWARD: "backward", BOTH: "both"}
@@ -84,11 +84,13 @@ def written(found: Measured) -> Section:
     for mode, rounds in found.rounds.items():
         section.keep(rounds, f"{mode}, ")
         for way in rounds:
-            section.scalars[f"{_label(found, way)}/{_MODE_LABELS[mode]}_ms"] = found.ms(way, mode).median
+            meaning = Meaning("ms", "lower", _is_ours(way))
+            section.scalar(f"{_label(found, way)}/{_MODE_LABELS[mode]}_ms", found.ms(way, mode).median, meaning)
     for way, memory in found.memory.items():
         if memory is not None:
-            section.scalars[f"{_label(found, way)}/kept_mb"] = memory.kept / 1e6
-            section.scalars[f"{_label(found, way)}/peak_mb"] = memory.peak / 1e6
+            meaning = Meaning("MB", "lower", _is_ours(way))
+            section.scalar(f"{_label(found, way)}/kept_mb", memory.kept / 1e6, meaning)
+            section.scalar(f"{_label(found, way)}/peak_mb", memory.peak / 1e6, meaning)
     _write_ratios(section, found)
     return section
 
@@ -111,7 +113,8 @@ def _write_ratios(section: Section, found: Measured) -> None:
         said = "; ".join(f"{way} {ratio.text(2)}" for way, ratio in each.items())
         section.notes.append(f"{ours}, {mode}, times as fast as: {said}.")
         for way, ratio in each.items():
-            section.scalars[f"{_label(found, way)}/{_MODE_LABELS[mode]}_over_ours"] = ratio.median
+            meaning = Meaning("times as long as ours", "higher")
+            section.scalar(f"{_label(found, way)}/{_MODE_LABELS[mode]}_over_ours", ratio.median, meaning)
 
 
 def write_rates(section: Section, found: Measured, ceilings: Ceilings, fused: Costs, plain: Costs) -> None:
@@ -127,7 +130,8 @@ def write_rates(section: Section, found: Measured, ceilings: Ceilings, fused: Co
                 took_s, cost = found.ms(way, mode).median / 1e3, (fused if way == TRITON else plain).of(mode)
                 share = share_of_floor(found, way, mode, ceilings, fused)
                 cells += [f"{share:.0%}", _digits(cost.moved / took_s / 1e9), _digits(cost.flops / took_s / 1e12)]
-                section.scalars[f"{_label(found, way)}/{_MODE_LABELS[mode]}_of_floor"] = share
+                meaning = Meaning("share", "higher", _is_ours(way))
+                section.scalar(f"{_label(found, way)}/{_MODE_LABELS[mode]}_of_floor", share, meaning)
         section.rows[number] = (*row, *cells)
     floors = (f"{mode} {1e3 * fused.of(mode).floor_s(*ceilings[:2]):.4f}" for mode in MODES)
     section.notes.append(f"The floor, ms: {', '.join(floors)}.")
@@ -140,6 +144,10 @@ def _digits(value: float) -> str:
 def share_of_floor(found: Measured, way: str, mode: str, ceilings: Ceilings, fused: Costs) -> float:
     floor_s = fused.of(mode).floor_s(ceilings.bytes_per_s, ceilings.flops_per_s)
     return floor_s / (found.ms(way, mode).median / 1e3)
+
+
+def _is_ours(way: str) -> bool:
+    return way in (TRITON, REFERENCE)
 
 
 def _label(found: Measured, way: str) -> str:

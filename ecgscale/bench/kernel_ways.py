@@ -20,7 +20,6 @@ from ecgscale.bench.device import Call, Device
 from ecgscale_kernels import (
     Backend,
     forced,
-    info_nce_logits,
     lead_masked_conv_stem,
     lead_masked_patch_embed,
     reference,
@@ -30,7 +29,6 @@ from ecgscale_kernels.counts import ConvStemSize, PatchEmbedSize
 TRITON, REFERENCE = "ecgscale, Triton", "ecgscale, reference"
 CONV, CONV_VIEW = "eager conv1d", "eager conv1d, left as (B, D, N)"
 COMPILED_CONV, COMPILED_PRODUCT = "compiled conv1d", "compiled reshape + addmm"
-NAIVE = "gathered negatives"
 FORWARD, BACKWARD, BOTH = MODES = ("forward", "backward", "forward + backward")
 
 _RIGHT = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # relative error that is allowed beside twice eager's own
@@ -185,49 +183,6 @@ def _product_chain(signal_BLT: Tensor, gain_BL: Tensor, offset_BL: Tensor, *lear
             x_BTC = (normed_BTC * norm_weight_C.float() + norm_bias_C.float()).to(x_BTC.dtype)
         x_BTC = F.gelu(x_BTC)
     return x_BTC
-
-
-# -- logits ----------------------------------------------------------------------------------------------------------
-
-
-def info_nce(rows: int, places: int, negatives: int, width: int, device: Device) -> Problem:
-    """``info_nce_logits`` beside the formulation that gathers every negative's vector."""
-    code_BMG = torch.randint(320, (rows, places, 2), device=device.torch)
-    negative_BMK = torch.randint(places, (rows, places, negatives), device=device.torch)
-    prediction_BMQ, target_BMQ = (_learned((rows, places, width), device) for _ in range(2))
-
-    def way(logits: Way) -> Way:
-        return lambda *learned: _finite(logits(*learned, code_BMG, negative_BMK, 0.1))
-
-    ways = {REFERENCE: way(info_nce_logits), NAIVE: way(gathered_logits)}
-    return Problem(
-        f"info_nce/B{rows}",
-        f"Logits of masked places, B {rows}, M {places}, K {negatives}, Q {width}",
-        REFERENCE,
-        NAIVE,
-        (prediction_BMQ, target_BMQ),
-        torch.randn(rows, places, 1 + negatives, device=device.torch),
-        ways,
-        ways[NAIVE],
-    )
-
-
-def gathered_logits(
-    prediction_BMQ: Tensor, target_BMQ: Tensor, code_BMG: Tensor, negative_BMK: Tensor, temperature: float
-) -> Tensor:
-    """As ``info_nce_logits``, through a (B, M, K, Q) tensor of all negatives, as fairseq computes them."""
-    row_B11 = torch.arange(len(target_BMQ), device=target_BMQ.device)[:, None, None]
-    candidate_BMKQ = torch.cat([target_BMQ[:, :, None], target_BMQ[row_B11, negative_BMK]], dim=2)
-    wide = torch.promote_types(torch.float32, target_BMQ.dtype)
-    logit_BMK = F.cosine_similarity(prediction_BMQ[:, :, None].to(wide), candidate_BMKQ.to(wide), dim=-1) / temperature
-    same_BMK = (code_BMG[:, :, None] == code_BMG[row_B11, negative_BMK]).all(dim=-1)
-    own_BM1 = torch.zeros_like(same_BMK[..., :1])
-    return logit_BMK.masked_fill(torch.cat([own_BM1, same_BMK], dim=-1), float("-inf"))
-
-
-def _finite(logit_BMK: Tensor) -> Tensor:
-    """Excluded negatives as zeros, for an error must not become infinity minus infinity."""
-    return logit_BMK.masked_fill(logit_BMK.isneginf(), 0)
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import write_json, write_whole
-from ecgscale.provenance import package_version
+from ecgscale.provenance import commit_of, package_version
 from ecgscale.training.monitor import board_of
 
 _QUIET = 0.3  # load per core
@@ -125,7 +124,7 @@ def machine() -> dict[str, Any]:
         "load": [round(load, 2) for load in os.getloadavg()],
         "threads": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))},
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parents[1]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["ecgscale", *sys.argv[1:]]),
     }
@@ -134,22 +133,6 @@ def machine() -> dict[str, Any]:
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a plus where it was changed since; None outside of a checkout of ours."""
-    package = Path(__file__).parents[1]
-    try:
-        if _git(package, "ls-files", "errors.py") != "errors.py":
-            return None
-        return _git(package, "rev-parse", "HEAD") + ("+" if _git(package, "status", "--porcelain", "..") else "")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 # -- report ----------------------------------------------------------------------------------------------------------
@@ -175,9 +158,18 @@ class Check:
         return f"{self.what}: {self.value:.3g}, must be {sign} {self.bound:g}: **{word}**"
 
 
+class Meaning(NamedTuple):
+    """What a scalar is, for whoever compares two results."""
+
+    unit: str
+    better: Literal["higher", "lower", ""] = ""  # empty: neither, or nobody knows
+    ours: bool = True  # it says something of ecgscale, and not of a baseline or the device alone
+    case: str = ""  # what was measured in several ways, of which this is one
+
+
 @dataclass
 class Section:
-    """A table with what it says. ``scalars`` go to TensorBoard, under stable names.
+    """A table with what it says. ``scalars`` go to TensorBoard, under stable names; ``meanings`` says what they are.
 
     ``spreads`` holds the quartiles of some scalars. ``settings`` tells what was measured: of ``a/b`` for scalars
     ``a/b/...``; they become TensorBoard's hparams.
@@ -192,10 +184,13 @@ class Section:
     raw: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
     spreads: dict[str, tuple[float, float]] = field(default_factory=dict)
+    meanings: dict[str, Meaning] = field(default_factory=dict)
 
-    def scalar(self, name: str, value: Spread) -> None:
-        """A scalar with its quartiles."""
-        self.scalars[name], self.spreads[name] = value.median, (value.low, value.high)
+    def scalar(self, name: str, value: float | Spread, meaning: Meaning) -> None:
+        """A number, with its quartiles where there are several."""
+        self.scalars[name], self.meanings[name] = value if isinstance(value, float | int) else value.median, meaning
+        if isinstance(value, Spread):
+            self.spreads[name] = (value.low, value.high)
 
     def keep(self, rounds: Mapping[str, list[Round]], prefix: str = "") -> None:
         """Keep every raw round."""
@@ -294,7 +289,10 @@ def _warn_of_load(report: Report) -> None:
 
 
 def _plain(section: Section) -> dict[str, Any]:
-    return asdict(section) | {"checks": [asdict(check) | {"passed": check.passed} for check in section.checks]}
+    return asdict(section) | {
+        "meanings": {name: meaning._asdict() for name, meaning in section.meanings.items()},
+        "checks": [asdict(check) | {"passed": check.passed} for check in section.checks],
+    }
 
 
 def make_folder(folder: Path) -> None:

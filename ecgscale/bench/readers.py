@@ -1,4 +1,4 @@
-"""Readers of equal records: ecgscale's stream, a bare loop over the same bytes, and worker processes.
+"""Readers of equal records: ecgscale's stream, and a bare loop over the same bytes.
 
 Shape suffixes: B batch, R records, L leads, S segments, T samples.
 """
@@ -6,20 +6,15 @@ Shape suffixes: B batch, R records, L leads, S segments, T samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-import psutil
-import torch
-import xxhash
 from pcodec import standalone
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ecgscale.bench.measure import Round, timed
-from ecgscale.data.batch import ECGBatch
 from ecgscale.data.order import default_lanes
 from ecgscale.data.payload import header_bytes
 from ecgscale.data.selection import DataConfig, Selection
@@ -143,25 +138,6 @@ def bare(shards: ShardSet, batch: int, segments: int = 1) -> Callable[[], int]:
     return plain_cut if at.plain else compressed_cut
 
 
-def hashing(shards: ShardSet) -> Callable[[], int]:
-    """What verifying every record once costs: xxh3 over a plain member, over header and block of a compressed one."""
-    at = _Located.of(shards)
-    head = 0 if at.plain else header_bytes(at.samples)
-    pieces = list(zip(at.tar_R, at.member_R, at.first_R, at.last_R, strict=True))
-    digest = xxhash.xxh3_64_intdigest
-
-    def work() -> int:
-        for tar, member, first, last in pieces:
-            if head:
-                digest(tar[member : member + head])
-                digest(tar[first:last])
-            else:
-                digest(tar[member:last])
-        return len(pieces)
-
-    return work
-
-
 @dataclass(frozen=True)
 class _Located:
     """Where the samples of every record of a set are, in random order."""
@@ -169,7 +145,6 @@ class _Located:
     plain: bool
     samples: int
     tar_R: list[memoryview]
-    member_R: list[int]
     first_R: list[int]  # of the samples of a plain record, of the block of a compressed one
     last_R: list[int]
 
@@ -182,61 +157,4 @@ class _Located:
         last_R = member_R + shards.take("length", number_R)
         first_R = last_R - 2 * len(LEADS) * samples if plain else member_R + header_bytes(samples)
         tar_R = [tars[shard] for shard in shards.shard_of(number_R)]
-        return _Located(plain, samples, tar_R, member_R.tolist(), first_R.tolist(), last_R.tolist())
-
-
-# -- processes -------------------------------------------------------------------------------------------------------
-
-
-class _MicroBatches(IterableDataset[ECGBatch]):
-    """The same stream, made by worker processes that take turns at its micro-batches."""
-
-    def __init__(self, folder: Path, cut: Cut) -> None:
-        self.folder, self.cut = folder, cut
-
-    def __iter__(self) -> Iterator[ECGBatch]:
-        worker = get_worker_info()
-        assert worker is not None
-        torch.set_num_threads(1)
-        stream = replace(self.cut, workers=0).stream(ShardSet.open(self.folder))
-        number = worker.id
-        while True:
-            yield stream.make(number)
-            number += worker.num_workers
-
-
-class Processes:
-    """torch's DataLoader over the stream."""
-
-    def __init__(self, folder: Path, cut: Cut, processes: int) -> None:
-        self.cut = cut
-        loader = DataLoader(
-            _MicroBatches(folder, cut),
-            batch_size=None,
-            num_workers=processes,
-            multiprocessing_context="forkserver",
-            prefetch_factor=3,
-        )
-        self._batches = iter(loader)
-        for _ in range(2 * processes * _AHEAD):
-            next(self._batches)
-
-    def read(self) -> int:
-        """Records of eight batches."""
-        for _ in range(8):
-            next(self._batches)
-        return 8 * self.cut.batch
-
-    def round(self, at_least_s: float) -> Round:
-        for _ in range(_AHEAD):
-            next(self._batches)
-        return timed(self.read, at_least_s, _cpu_with_children_s)
-
-    def close(self) -> None:
-        del self._batches  # what ends the workers
-
-
-def _cpu_with_children_s() -> float:
-    """CPU seconds of this process and those that it started, to 10 ms."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return float(sum(sum(process.cpu_times()[:2]) for process in processes))
+        return _Located(plain, samples, tar_R, first_R.tolist(), last_R.tolist())

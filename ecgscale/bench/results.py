@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,22 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ecgscale.bench.measure import Check
+from ecgscale.bench.measure import Check, Meaning
 from ecgscale.errors import InputError, file_error
 from ecgscale.files import parse_json_value
-
-# By the end of a scalar's name: which way is better. What has neither is shown and not compared: how well an order
-# shuffles, since beyond what a permutation does neither way is better, and shares of one part in another.
-_MORE_IS_BETTER = ("per_s", "tflops", "mfu", "of_product", "of_floor", "efficiency", "largest_batch")
-_LESS_IS_BETTER = ("ms", "us", "plan_s", "us_per_record", "mb", "gb", "/ratio")
-# By name, by a ratio that has something of ours in it, or because the part of the bench measures nothing else.
-_OURS = re.compile(
-    r"ecgscale|/shards/|(?<!/bare)_over_[^/]*$|^kernel/step/|^stream/(start|scale|codec/pco)/"
-    r"|^stream/.*_threads/"
-)
-_WAY = re.compile(r"/(?:ecgscale|ddp|straightforward|shards|product)(?:/|_over_)")
-# A step with a larger batch takes longer and more memory, which is no loss where the batch is the largest that fits.
-_OF_FOUND_BATCH = re.compile(r"/largest(_in_[^/]*)?/.*/(step_ms|peak_gb)$")
 
 
 class Value(NamedTuple):
@@ -35,6 +21,7 @@ class Value(NamedTuple):
 
     median: float
     quartiles: tuple[float, float] | None
+    meaning: Meaning
 
     def text(self) -> str:
         said = _digits(self.median)
@@ -97,10 +84,12 @@ class Run:
         """Every scalar, by its name below the bench's."""
         found = {}
         for section in self.sections:
-            spreads = section.get("spreads", {})
+            spreads, meanings = section.get("spreads", {}), section.get("meanings", {})
             for name, median in section["scalars"].items():
                 quartiles = spreads.get(name)
-                found[name] = Value(median, None if quartiles is None else (quartiles[0], quartiles[1]))
+                # Earlier versions wrote no meaning down: what they measured is shown, and not compared.
+                meaning = Meaning(**meanings[name]) if name in meanings else Meaning("", ours=False)
+                found[name] = Value(median, None if quartiles is None else (quartiles[0], quartiles[1]), meaning)
         return found
 
     @property
@@ -240,7 +229,8 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
             new, worse_by = None, math.inf
             if name in news:
                 new = news[name][0]
-                worse_by = better_way(name) * (old.median - new.median) / old.median
+                lost = (old.median - new.median) / old.median
+                worse_by = lost if old.meaning.better == "higher" else -lost
             found.append(Change(where, name, old, new, (old_commit, newest[0].commit), worse_by))
     if not found:
         raise InputError(
@@ -250,34 +240,21 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
     return found
 
 
-def better_way(name: str) -> int:
-    """1 where more is better, −1 where less is, 0 where that is unknown."""
-    if _OF_FOUND_BATCH.search(name):
-        return 0
-    if "over_" in name.rsplit("/", 1)[-1] or name.endswith(_MORE_IS_BETTER):
-        return 1
-    return -1 if name.endswith(_LESS_IS_BETTER) else 0
-
-
-def is_ours(name: str) -> bool:
-    """Whether it says something of ecgscale and not of a baseline alone; the name begins with that of its bench."""
-    return _OURS.search(name) is not None
-
-
 def _newest(runs: Sequence[Run]) -> dict[str, tuple[Value, str]]:
     """Of each scalar that is compared the newest value and its commit; none if its case was measured again without."""
     found: dict[str, tuple[Value, str]] = {}
     for run in runs:  # the oldest first
         named = {f"{run.name}/{name}": value for name, value in run.values.items()}
-        again = {_case_of(name) for name in named}
-        found = {name: known for name, known in found.items() if _case_of(name) not in again}
-        found |= {name: (value, run.commit) for name, value in named.items() if better_way(name) and is_ours(name)}
+        again = {_case_of(name, value) for name, value in named.items()}
+        found = {name: known for name, known in found.items() if _case_of(name, known[0]) not in again}
+        compared = {name: value for name, value in named.items() if value.meaning.better and value.meaning.ours}
+        found |= {name: (value, run.commit) for name, value in compared.items()}
     return found
 
 
-def _case_of(name: str) -> str:
-    """Of a step's scalar what stands before the way; of others their whole name."""
-    return _WAY.split(name, maxsplit=1)[0]
+def _case_of(name: str, value: Value) -> str:
+    """With the bench's name before it, as the scalar's name has it."""
+    return f"{name.partition('/')[0]}/{value.meaning.case}" if value.meaning.case else name
 
 
 def _digits(value: float) -> str:

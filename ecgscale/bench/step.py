@@ -1,4 +1,5 @@
-"""`ecgscale bench step`: ecgscale's training step beside a plain DDP loop and beside straightforward PyTorch.
+"""`ecgscale bench step`: ecgscale's training step beside a plain DDP loop and beside straightforward PyTorch; and
+`ecgscale bench scaling`: the same step on 1, 2, 4 … ranks of this machine.
 
 A step is one micro-step of all ranks with its update, on synthetic batches that are ready in time. ECG are recordings,
 of two segments each; FLOPs are those of the model (ecgscale/cost.py), the same for every way.
@@ -6,19 +7,20 @@ of two segments each; FLOPs are those of the model (ecgscale/cost.py), the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from ecgscale.bench.largest_batch import NothingFitsError, largest_batch
-from ecgscale.bench.measure import Check, Report, Section, ratios, reporting, spread
-from ecgscale.bench.step_batches import shard_stream
-from ecgscale.bench.step_case import Case, StepConfig
-from ecgscale.bench.step_ranks import FailedError, equality_of
-from ecgscale.bench.step_turns import Effort, Taken, take_turns
+from ecgscale.bench.measure import Check, Meaning, Report, Section, ratios, reporting, spread
+from ecgscale.bench.step_case import Case, StepConfig, shard_stream
+from ecgscale.bench.step_ranks import Effort, FailedError, Group, Taken, TooLargeError, equality_of, take_turns
 from ecgscale.bench.step_ways import DDP, OURS, PRODUCT, PRODUCT_SIDE, SHARDS, STRAIGHTFORWARD, TITLES, possible
+from ecgscale.errors import InputError
 from ecgscale.training.metrics import device_peak
 
 # In fp32, relative: of the loss and of the gradients. A GPU's kernels add up in their own order.
@@ -64,7 +66,8 @@ def bench_step(
                     held[known_as] = equal_checks(chosen)
                 _add_equal(section, held[known_as])
             if find_within_gb is not None:
-                section.scalars[f"{chosen.key}/ecgscale/largest_batch"] = chosen.batch
+                name = f"{chosen.key}/ecgscale/largest_batch"
+                section.scalar(name, chosen.batch, Meaning("recordings", "higher", case=chosen.key))
                 where = f"{find_within_gb:g} GB" if find_within_gb else "the GPU"
                 section.notes.insert(0, f"{chosen.batch} recordings per rank are the most that fit into {where}.")
             report.sections.append(section)
@@ -92,7 +95,8 @@ def measure_case(case: Case, baselines: Sequence[str], effort: Effort, alone: bo
             f"A product of {PRODUCT_SIDE[case.device]:,}² matrices in {case.config.engine.precision} took turns with "
             f"the steps: {product_flops / 1e12:.3g} TFLOP/s per rank."
         )
-        section.scalars[f"{case.key}/product/tflops"] = product_flops / 1e12
+        meaning = Meaning("TFLOP/s", "higher", ours=False, case=case.key)
+        section.scalar(f"{case.key}/product/tflops", product_flops / 1e12, meaning)
     if case.overrides:
         section.notes.append(f"With {case.overrides}.")
     left_out = [TITLES[way] for way in baselines if way not in ways]
@@ -119,15 +123,18 @@ def _row(section: Section, case: Case, way: str, taken: Taken, product_flops: fl
     # The straightforward way computes in fp32 whatever the case's precision is.
     comparable = way != STRAIGHTFORWARD or case.config.engine.precision == "fp32"
     section.settings[label] = case.settings() | {"way": way}
-    section.scalar(f"{label}/ecg_per_s", per_s)
-    section.scalar(f"{label}/step_ms", step_ms)
-    section.scalars[f"{label}/tflops"] = flop_per_s / 1e12
-    section.scalars[f"{label}/peak_gb"] = taken.peak_bytes[way] / 1e9
+    means = partial(Meaning, ours=way in (OURS, SHARDS), case=case.key)
+    # A step with a larger batch takes longer and more memory, which is no loss where it is the largest that fits.
+    less: Literal["lower", ""] = "" if case.found else "lower"
+    section.scalar(f"{label}/ecg_per_s", per_s, means("recordings/s", "higher"))
+    section.scalar(f"{label}/step_ms", step_ms, means("ms", less))
+    section.scalar(f"{label}/tflops", flop_per_s / 1e12, means("TFLOP/s of a rank", "higher"))
+    section.scalar(f"{label}/peak_gb", taken.peak_bytes[way] / 1e9, means("GB of a rank", less))
     shares = []
     for name, most in (("of_product", product_flops), ("mfu", peak)):
         shares.append(f"{flop_per_s / most:.1%}" if most and comparable else "unknown")
         if most and comparable:
-            section.scalars[f"{label}/{name}"] = flop_per_s / most
+            section.scalar(f"{label}/{name}", flop_per_s / most, means("share", "higher"))
     peak_gb = f"{taken.peak_bytes[way] / 1e9:.2f}"
     return TITLES[way], per_s.text(2), step_ms.text(1), f"{flop_per_s / 1e12:.3g}", *shares, peak_gb
 
@@ -136,15 +143,16 @@ def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None
     """How many times as fast ecgscale is, round by round, and whether the project's bounds are reached."""
     if OURS not in taken.rounds:
         return
+    times = Meaning("times as fast", "higher", case=case.key)
     for way in (DDP, STRAIGHTFORWARD):
         if way not in taken.rounds:
             continue
         faster = ratios(taken.rounds[OURS], taken.rounds[way])
-        section.scalar(f"{case.key}/ecgscale_over_{way}", faster)
+        section.scalar(f"{case.key}/ecgscale_over_{way}", faster, times)
         said = f"ecgscale is {faster.text(2)} times as fast as {TITLES[way]}"
         if case.device == "cpu":
             by_cpu = ratios(taken.rounds[OURS], taken.rounds[way], cpu=True)
-            section.scalar(f"{case.key}/ecgscale_over_{way}_cpu", by_cpu)
+            section.scalar(f"{case.key}/ecgscale_over_{way}_cpu", by_cpu, times)
             said += f"; by CPU time {by_cpu.text(2)}"
         section.notes.append(f"{said}.")
         bound = None if effort.quick else bound_of(case, way)
@@ -152,7 +160,7 @@ def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None
             section.checks.append(Check(f"times as fast as {TITLES[way]}", faster.median, bound))
     if SHARDS in taken.rounds:
         kept = ratios(taken.rounds[SHARDS], taken.rounds[OURS])
-        section.scalar(f"{case.key}/shards_over_ecgscale", kept)
+        section.scalar(f"{case.key}/shards_over_ecgscale", kept, times)
         section.notes.append(f"Reading {case.shards} it is {kept.text(3)} times as fast as with synthetic batches.")
         if not effort.quick and _is_h100(case):
             section.checks.append(Check("times as fast from shards as from synthetic batches", kept.median, 0.97))
@@ -219,3 +227,128 @@ def _product_flops(case: Case, taken: Taken) -> float:
         return 0.0
     products_per_s = spread([one.per_s for one in rounds]).median / (case.batch * case.ranks)
     return 2.0 * PRODUCT_SIDE[case.device] ** 3 * products_per_s
+
+
+# -- the largest batch -----------------------------------------------------------------------------------------------
+
+_MOST = 1 << 16  # recordings of a rank; nothing is gained beyond
+
+
+class NothingFitsError(Exception):
+    """Not even one recording."""
+
+
+def largest_batch(case: Case, within_gb: float) -> int:
+    """Recordings of a rank with which ecgscale's step fits; the batch that the case has does not matter.
+
+    Args:
+        within_gb: what all ranks' processes may hold on a CPU, or each rank on its GPU; 0: what the GPU has.
+
+    Raises NothingFitsError where not even one recording fits, InputError on a CPU where no limit is given.
+    """
+    if case.device == "cpu" and within_gb <= 0:
+        raise InputError("bench: --find-batch on a CPU needs --memory-gb, what all ranks together may hold")
+
+    def fits(batch: int) -> bool:
+        tried = replace(case, batch=batch)
+        print(f"trying {tried.title}: ", end="", file=sys.stderr, flush=True)
+        fitting = _fits(tried, round(within_gb * 1e9))
+        print("fits" if fitting else "does not fit", file=sys.stderr, flush=True)
+        return fitting
+
+    found = largest(fits, _MOST)
+    if not found:
+        raise NothingFitsError(
+            f"not even a batch of 1 fits{f' into {within_gb:g} GB' if within_gb else ''}; "
+            "give more memory, a smaller model or --checkpointing"
+        )
+    return found
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, where all smaller ones fit too; 0 where none does.
+
+    None is tried that is more than twice as large as one that fits: what is far too large takes longest to fail.
+    """
+    good, bad = 0, most + 1
+    trial = 1
+    while bad - good > 1:
+        if fits(trial):
+            good = trial
+        else:
+            bad = trial
+        trial = min(2 * good, most) if bad > most else (good + bad) // 2
+    return good
+
+
+def _fits(case: Case, within_bytes: int) -> bool:
+    """Two steps: the first makes the optimizer's state, the second has it beside the activations."""
+    try:
+        with Group(case, OURS, limit_bytes=within_bytes) as group:
+            group.take(2)
+            needed = sum(group.peak_bytes) if case.device == "cpu" else max(group.peak_bytes)
+    except TooLargeError:
+        return False
+    return not within_bytes or needed <= within_bytes
+
+
+# -- scaling over ranks ----------------------------------------------------------------------------------------------
+
+WEAK, STRONG = "weak", "strong"
+
+
+def bench_scaling(out: Path, case: Case, worlds: Sequence[int], kinds: Sequence[str], effort: Effort) -> Report:
+    """Measure ``case`` on each number of ranks and write to ``out``.
+
+    The batch of the case is that of a rank in weak scaling; in strong scaling it is that of a rank on the most ranks.
+    Raises InputError where numbers of ranks do not go together, or nothing could be measured.
+    """
+    worlds = sorted(set(worlds))
+    if worlds[0] != 1:
+        raise InputError(f"bench scaling: --ranks {' '.join(map(str, worlds))}: 1 must be among them")
+    cases = {kind: scaled(case, worlds, kind) for kind in kinds}
+    with reporting("scaling", "Scaling over ranks of one machine", out, effort.quick) as report:
+        for kind, each in cases.items():
+            report.sections.append(_scaling_section(kind, each, effort))
+    return report
+
+
+def scaled(case: Case, worlds: Sequence[int], kind: str) -> list[Case]:
+    """The case on each number of ranks; raises InputError where a batch cannot be shared out."""
+    if kind == WEAK:
+        return [replace(case, ranks=world) for world in worlds]
+    whole = case.batch * worlds[-1]
+    for world in worlds:
+        if whole % world:
+            raise InputError(f"bench scaling: --ranks {world} cannot share {whole} recordings (--batch × most ranks)")
+    return [replace(case, ranks=world, batch=whole // world) for world in worlds]
+
+
+def _scaling_section(kind: str, cases: Sequence[Case], effort: Effort) -> Section:
+    first, by_name = cases[0], {str(case.ranks): case for case in cases}
+    batch = f"batch {first.batch}" if kind == STRONG else f"batch {first.batch} per rank"
+    title = f"{kind.capitalize()} scaling, {first.title.replace(f'batch {first.batch}', batch)}"
+    taken = take_turns({name: (case, OURS) for name, case in by_name.items()}, effort, title)
+    header = ("ranks", "batch of a rank", "threads of a rank", "ECG/s", "step, ms", "efficiency", "peak, GB per rank")
+    section = Section(title, header)
+    for name, case in by_name.items():
+        start = (name, str(case.batch), str(case.threads))
+        if name in taken.failed:
+            section.rows.append((*start, taken.failed[name], "", "", ""))
+            continue
+        rounds = taken.rounds[name]
+        per_s = spread([one.per_s for one in rounds])
+        step_ms = spread([1e3 * one.wall_s / effort.steps for one in rounds])
+        label, efficient = f"{kind}/{case.key}/ecgscale", "unknown"
+        section.settings[label] = case.settings() | {"way": OURS, "scaling": kind}
+        section.scalar(f"{label}/ecg_per_s", per_s, Meaning("recordings/s", "higher"))
+        section.scalar(f"{label}/step_ms", step_ms, Meaning("ms", "lower"))
+        if "1" in taken.rounds:
+            faster = ratios(rounds, taken.rounds["1"])
+            efficiency = type(faster)(*(part / case.ranks for part in faster))
+            section.scalar(f"{label}/efficiency", efficiency, Meaning("share", "higher"))
+            efficient = efficiency.text(3)
+        peak_gb = taken.peak_bytes[name] / 1e9
+        section.rows.append((*start, per_s.text(2), step_ms.text(1), efficient, f"{peak_gb:.2f}"))
+    section.keep(taken.rounds, "ranks ")
+    return section

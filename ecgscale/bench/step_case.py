@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import product
@@ -14,13 +14,18 @@ import torch
 
 from ecgscale.config import load
 from ecgscale.cost import step_flops
-from ecgscale.data.batch import SYNTHETIC_RATE_HZ
+from ecgscale.data.batch import SYNTHETIC_RATE_HZ, ECGBatch, synthetic_batch
+from ecgscale.data.selection import DataConfig, Selection
+from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.source_options import listed
+from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig, build_objective, objective_named
+from ecgscale.model.base import recomputed_layers
+from ecgscale.model.encoder import ModelConfig, refuse_others
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective, objective_config
 from ecgscale.objectives.objective import Objective
-from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.engine import EngineConfig
+from ecgscale.training.loop import TrainConfig
 
 SEED = 0
 _PEAK = "--engine.peak_tflops"
@@ -34,7 +39,7 @@ class StepConfig:
     """The keys of `ecgscale pretrain` that a step depends on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=objective_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -56,9 +61,9 @@ class Case:
         for name in ("batch", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
+        refuse_others(self.config.model, "a bench of steps")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
-        objective_named(self.config.objective.name)
         recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
@@ -68,7 +73,7 @@ class Case:
     @property
     def rows(self) -> int:
         """Segments of a rank."""
-        return SEGMENTS * self.batch
+        return OBJECTIVES.find(self.config.objective.name).segments * self.batch
 
     def settings(self) -> Settings:
         """What tells cases apart, by stable names."""
@@ -104,7 +109,7 @@ class Case:
         own = self.settings()
         rest = [f"{name}_{own[name]}" for name in ("activation_checkpointing", "compile") if own[name]]
         rest += [f"samples_{self.samples}"] if self.samples != Case.samples else []
-        rest += [str(own["objective"])] if own["objective"] != ObjectiveConfig.name else []
+        rest += [str(own["objective"])] if own["objective"] != DEFAULT else []
         rest += [self._overrides_in_short] if self.overrides else []
         batch = self.found or f"b{self.batch}"
         first = [str(own["preset"]), str(own["stem"]), batch, str(own["precision"])]
@@ -120,8 +125,7 @@ class Case:
     def flops(self) -> int:
         """Model FLOPs of a rank's forward and backward pass."""
         model, objective = self.config.model, self.config.objective
-        parts = step_flops(model, objective, self.rows, self.samples, self.rows * self.ranks)
-        return sum(part.total for part in parts.values())
+        return step_flops(model, objective, self.rows, self.samples, self.rows * self.ranks)
 
     def build(self) -> Objective:
         """The objective with its initial weights, the same in every process."""
@@ -190,3 +194,28 @@ def _without_peak(keys: Sequence[str]) -> list[str]:
         if before != _PEAK and word != _PEAK and not word.startswith(f"{_PEAK}="):
             kept.append(word)
     return kept
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def synthetic_batches(case: Case, rank: int) -> Iterator[ECGBatch]:
+    """Without end, from a few that are made beforehand, as a loader that is never late."""
+    torch.manual_seed(1 + rank)
+    pool = [synthetic_batch(case.rows, case.samples, (4 * rank + i) * case.batch) for i in range(4)]
+    if case.device == "cuda":
+        pool = [batch.pin_memory() for batch in pool]
+    while True:
+        yield from pool
+
+
+def shard_stream(case: Case, rank: int) -> TrainStream:
+    """What `ecgscale pretrain` reads of the case's shards; raises InputError where they do not give such batches."""
+    places = list(listed(case.shards))
+    data = DataConfig(shards=places)
+    shards = ShardSet.open(places, data.cache)
+    segment_s, segments = case.samples / shards.rate_hz, OBJECTIVES.find(case.config.objective.name).segments
+    data = DataConfig(shards=places, segment_s=segment_s, min_record_s=segments * segment_s)
+    selection = Selection(shards, data, "train")
+    order = TrainConfig(global_batch=case.batch * case.ranks).order(selection, case.ranks)
+    return TrainStream(selection, order, rank, case.ranks, segments)

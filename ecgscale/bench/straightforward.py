@@ -24,6 +24,7 @@ from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import BLOCKS
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.objective import Draws
+from ecgscale.objectives.wav2vec2_cmsc import Wav2Vec2CMSC
 from ecgscale.record import LEADS
 
 
@@ -38,9 +39,11 @@ class PlainDraws(NamedTuple):
 
 def can_be_written(model: ModelConfig, objective: ObjectiveConfig) -> bool:
     """Whether this is the method of the paper, the only one that is written here."""
+    if not isinstance(objective, Wav2Vec2CMSC.Config):
+        return False
     plain = objective.time_mask_rule == "fixed" and objective.global_form == "reference"
     noise = objective.augmentations and objective.augmentations != ["none"]
-    return model.stem == "conv" and objective.name == "wav2vec2+cmsc" and plain and not noise
+    return model.stem == "conv" and plain and not noise
 
 
 class Straightforward(nn.Module):
@@ -48,6 +51,7 @@ class Straightforward(nn.Module):
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
+        assert isinstance(objective, Wav2Vec2CMSC.Config)
         self.model, self.objective = model, objective
         self.mask_emb = nn.Parameter(torch.empty(model.width).uniform_())
         self.feature_extractor = FeatureExtractor(model.stem_channels, model.stem_bias)
@@ -207,7 +211,7 @@ class SelfAttention(nn.Module):
         q_BHNd, k_BHNd, v_BHNd = (
             project(x_BND).view(head).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        weight_BHNN = (q_BHNd @ k_BHNd.transpose(2, 3) / head[3] ** 0.5).softmax(dim=-1)
+        weight_BHNN = (q_BHNd * head[3] ** -0.5 @ k_BHNd.transpose(2, 3)).softmax(dim=-1)
         weight_BHNN = F.dropout(weight_BHNN, self.dropout, self.training)
         out: Tensor = self.out_proj((weight_BHNN @ v_BHNd).transpose(1, 2).reshape(rows, tokens, width))
         return out
@@ -216,7 +220,7 @@ class SelfAttention(nn.Module):
 class Quantizer(nn.Module):
     """Straight-through Gumbel-softmax over the codes of each group."""
 
-    def __init__(self, channels: int, objective: ObjectiveConfig) -> None:
+    def __init__(self, channels: int, objective: Wav2Vec2CMSC.Config) -> None:
         super().__init__()
         self.groups, self.codes = objective.code_groups, objective.codes
         width = objective.code_width // self.groups
@@ -237,10 +241,11 @@ class Quantizer(nn.Module):
 def info_nce(prediction_BMQ: Tensor, target_BMQ: Tensor, negative_BMK: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of the target against explicit negatives; those that equal the target are excluded."""
     row_B11 = torch.arange(len(target_BMQ), device=target_BMQ.device)[:, None, None]
-    negative_BMKQ = target_BMQ[row_B11, negative_BMK]
-    same_BMK = (negative_BMKQ == target_BMQ[:, :, None]).all(dim=-1)
-    candidate_BMKQ = torch.cat([target_BMQ[:, :, None], negative_BMKQ], dim=2).float()
-    logit_BMK = F.cosine_similarity(prediction_BMQ[:, :, None].float(), candidate_BMKQ, dim=-1) / temperature
+    unit_BMQ, target_unit_BMQ = (F.normalize(vectors.float(), dim=-1) for vectors in (prediction_BMQ, target_BMQ))
+    negative_BMKQ = target_unit_BMQ[row_B11, negative_BMK]
+    candidate_BMKQ = torch.cat([target_unit_BMQ[:, :, None], negative_BMKQ], dim=2)
+    logit_BMK = torch.einsum("bmq,bmkq->bmk", unit_BMQ, candidate_BMKQ) / temperature
+    same_BMK = (target_BMQ[row_B11, negative_BMK] == target_BMQ[:, :, None]).all(dim=-1)
     logit_BMK = torch.cat([logit_BMK[..., :1], logit_BMK[..., 1:].masked_fill(same_BMK, float("-inf"))], dim=-1)
     first = torch.zeros(logit_BMK.shape[:2].numel(), dtype=torch.int64, device=logit_BMK.device)
     return F.cross_entropy(logit_BMK.flatten(0, 1), first)
@@ -275,6 +280,7 @@ class _Contents(Contents):
 
 def named_as_here(tensors: dict[str, Tensor], model: ModelConfig, objective: ObjectiveConfig) -> dict[str, Tensor]:
     """Weights or gradients of ecgscale's objective under this file's names and in its shapes."""
+    assert isinstance(objective, Wav2Vec2CMSC.Config)
     codes = Codes(objective.code_groups, objective.codes, objective.code_width)
     return to_theirs(tensors, _Contents(model, codes=codes))
 

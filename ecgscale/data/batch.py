@@ -37,10 +37,10 @@ class ECGBatch:
     lead_draw: LeadDraw | None = None  # random lead masking, which the stem draws itself
 
     def to(self, device: torch.device) -> ECGBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> ECGBatch:
-        return self._each(lambda tensor: tensor.pin_memory())
+        return self.each(lambda tensor: tensor.pin_memory())
 
     def used_by(self, stream: torch.cuda.Stream) -> ECGBatch:
         """Its memory is not used again before ``stream`` is through with it, whatever stream it was made on."""
@@ -49,9 +49,10 @@ class ECGBatch:
             tensor.record_stream(stream)
             return tensor
 
-        return self._each(record)
+        return self.each(record)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> ECGBatch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> ECGBatch:
+        """The batch with every tensor of it changed."""
         lead_draw = self.lead_draw
         if lead_draw is not None:
             rows = change(lead_draw.segment_B), change(lead_draw.position_B)

@@ -6,7 +6,6 @@ never changed. The two files are complete or absent.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -46,7 +45,7 @@ from ecgscale.data.shards import (
 )
 from ecgscale.data.sources.listing import is_junk
 from ecgscale.errors import InputError, naming_file
-from ecgscale.files import NO_LOCKS
+from ecgscale.files import hold
 
 WRONG_SCALE = "no ECG by their scale; is mv_per_count or gain right?"
 NO_ECG = "no ECG: nothing moves, codes for missing samples, or shorter than a beat"
@@ -123,23 +122,14 @@ def _given(options: IngestOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if value and name not in about_tars}
 
 
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{folder}: another `ecgscale index` works there; wait for it") from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Raises InputError for a folder that holds a data set, or in which another `index` works."""
     with naming_file(folder, "cannot be opened"):
         handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle, folder)
+        if not hold(handle):
+            raise InputError(f"{folder}: another `ecgscale index` works there; wait for it")
         if os.path.lexists(folder / MANIFEST):
             raise InputError(f"{folder}: holds a data set already; remove its {MANIFEST} to index it anew")
         yield

@@ -24,6 +24,7 @@ from ecgscale.data.cache import FileCache, Held, NoRoomError, Partial
 from ecgscale.data.fetch import FetchError, RemoteFiles
 from ecgscale.data.schema import MANIFEST_LIMIT_BYTES
 from ecgscale.errors import InputError, MachineError, file_error, naming_file
+from ecgscale.settings import option
 
 __all__ = ["CacheConfig", "CacheStats", "Held", "NoRoomError", "NotThere", "OutOfReach", "ShardCache", "Unreadable"]
 __all__ += ["check_place", "is_remote", "join"]
@@ -76,19 +77,19 @@ def join(folder_url: str, name: str) -> str:
 class CacheConfig:
     """Where remote shards are kept on a node, and how they are fetched."""
 
-    folder: str = ""
+    folder: str = option("", resumable=True)
     """On a local disk, shared by all jobs of the node; empty: $ECGSCALE_CACHE or ~/.cache/ecgscale."""
 
-    limit_gb: float = 100.0
+    limit_gb: float = option(100.0, resumable=True)
     """What the cache takes of the disk at most, in GB of 1e9 bytes."""
 
-    attempts: int = 6
+    attempts: int = option(6, resumable=True)
     """Downloads of one file before it counts as unreadable."""
 
-    timeout_s: float = 30.0
+    timeout_s: float = option(30.0, resumable=True)
     """A connection that brings no byte for this long has stalled; also how long to wait for space in the cache."""
 
-    downloads: int = 4
+    downloads: int = option(4, resumable=True)
     """Files that one process fetches ahead at the same time; what a batch waits for comes besides."""
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, Counts, chosen_leads, moments
 from ecgscale.rng import Purpose, below, random_words
+from ecgscale.settings import option
 
 Int64 = npt.NDArray[np.int64]
 Normalisation = Literal["mv", "zscore"]
@@ -34,7 +35,7 @@ _MOST_WORKERS = 1024
 class DataConfig:
     """Which recordings are read and how windows are cut from them."""
 
-    shards: list[str] = field(default_factory=list)
+    shards: list[str] = option(default_factory=list, resumable=True)
     """Data set folders that `ecgscale ingest`, `simulate` or `index` made, or their s3://, gs:// or http(s):// URLs."""
     weights: list[float] = field(default_factory=list)
     """Shares of the data sets in training, one for each of data.shards; none: all are read as one set."""
@@ -52,9 +53,9 @@ class DataConfig:
     """mv: millivolts as they are. zscore: each lead minus its mean, over its standard deviation, over the recording."""
     shuffle_window: int = 16384
     """Recordings of one lane that are shuffled among each other."""
-    workers: int = 1
+    workers: int = option(1, resumable=True)
     """Threads that make batches ahead of need; 0: none, batches are made when they are asked for."""
-    unreadable: Literal["stop", "skip"] = "stop"
+    unreadable: Literal["stop", "skip"] = option("stop", resumable=True)
     """Damaged recordings, shards that cannot be fetched. stop: end the run. skip: read others instead, and count them;
     in validation they are blank."""
     cache: CacheConfig = field(default_factory=CacheConfig)

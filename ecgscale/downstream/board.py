@@ -16,6 +16,7 @@ from ecgscale.downstream.evaluate import Scored
 from ecgscale.downstream.metrics import roc_curve
 from ecgscale.downstream.report import Report
 from ecgscale.record import lead_set_name
+from ecgscale.run_folder import TENSORBOARD
 from ecgscale.training.monitor import board_of, project
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 
 def show(run: Path, step: int, scored: Sequence[Scored]) -> None:
     """Write what was found about a run's model into its TensorBoard folder, as test/LEADS/…"""
-    with board_of(run / "tensorboard") as board:
+    with board_of(run / TENSORBOARD) as board:
         for one in scored:
             place = f"test/{lead_set_name(one.leads)}"
             for name, value in one.report.scalars().items():

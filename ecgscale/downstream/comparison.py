@@ -25,6 +25,8 @@ class MethodConfig:
     """YAML config of its pretraining; or else"""
     init: str = ""
     """a run or export that is there already, such as an imported model."""
+    encoder: str = ""
+    """With init, the class of its encoder, package.module:Class, where that is not one of ours."""
     overrides: list[str] = field(default_factory=list)
     """Changes of the pretraining config, such as objective.name=cmsc."""
 

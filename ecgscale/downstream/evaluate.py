@@ -172,6 +172,7 @@ def evaluate(
     lead_sets: Sequence[Sequence[str]] = (),
     out: Path | None = None,
     min_scored_s: float | None = None,
+    encoder: str = "",
 ) -> list[Scored]:
     """Score a fine-tuned model on a split, once for each lead set; none: with the leads that it was trained with.
 
@@ -180,7 +181,7 @@ def evaluate(
     recordings are left out; None: as its task.min_scored_s says. Raises InputError for a model that was not
     fine-tuned, for shards without its labels or of another rate, and for leads that fine-tuning masked.
     """
-    model = load(model_path)
+    model = load(model_path, encoder)
     if "task" not in model.about:
         what = "was fine-tuned by another system, for a task that is not known" if model.head else "was not fine-tuned"
         raise InputError(f"{model_path}: {what}; give a run of `ecgscale finetune`")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ecgscale import progress
 from ecgscale.config import FinetuneConfig
-from ecgscale.cost import step_flops
+from ecgscale.cost import encoder_flops
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.persons import apart
 from ecgscale.data.selection import Selection
@@ -31,11 +31,12 @@ from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, export_of_run
 from ecgscale.inference import ECGModel, Neighbours, load
-from ecgscale.model.encoder import ECGEncoder, mean_over_time, recomputed_layers
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.model import ENCODERS, Encoder, build_encoder
+from ecgscale.model.base import mean_over_time
 from ecgscale.objectives.masking import draw_leads
 from ecgscale.record import LEADS, chosen_leads
-from ecgscale.run import claim_run, leave_run
+from ecgscale.run import claim_run
+from ecgscale.run_folder import EXPORT, TEST_REPORT, leave_run
 from ecgscale.trained_on import FINE_TUNING, keep_trained_on
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import Ranks, log, start_ranks
@@ -50,11 +51,12 @@ _NEVER = -30.0  # logit of a class that the training split does not show
 class Classification(nn.Module):
     """Encoder, mean over time, linear head; the loss of a labelled batch."""
 
-    def __init__(self, encoder: ECGEncoder, classes: int, kind: str) -> None:
+    def __init__(self, encoder: Encoder, classes: int, kind: str) -> None:
         super().__init__()
         self.encoder, self.kind = encoder, kind
         self.head = nn.Linear(encoder.config.width, classes)
-        encoder.mask.requires_grad_(False)  # fine-tuning masks nothing in time
+        for module in encoder.unused_unmasked():  # fine-tuning masks nothing in time
+            module.requires_grad_(False)
 
     def forward(self, batch: ECGBatch, step: int = 0, share: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over the rows: binary per class, or over the classes where each row has one."""
@@ -79,7 +81,8 @@ def finetune(config: FinetuneConfig) -> list[Scored] | None:
     if not ranks.first:
         return None
     log(ranks, f"evaluating {run}")
-    scored = evaluate(run, config.data.shards, "test", out=run / "evaluation-test.json")
+    report = run / TEST_REPORT
+    scored = evaluate(run, config.data.shards, "test", out=report, encoder=config.init.encoder)
     show(run, config.train.steps, scored)
     leave_run(run)
     return scored
@@ -89,14 +92,16 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     """Train and tune; the run folder, whose export is ready to be scored. All ranks call it together."""
     if not config.init.model:
         raise InputError("init.model is missing; give --init RUN_OR_EXPORT")
-    model = load(config.init.model)
+    model = load(config.init.model, config.init.encoder)
     labelled = LabelledSet.open(model, config.data, config.task, seed=config.train.seed, training=True)
     config = replace(config, data=labelled.data)  # with the preprocessing of the model, which is what is used
-    recomputed = recomputed_layers(config.engine.activation_checkpointing, model.encoder.config.depth)
+    model.encoder.recompute(config.engine.activation_checkpointing)
     if config.task.protocol == "finetune":  # before there is a run folder: too few recordings are refused
         config.train.order(labelled.selection("train"), ranks.world_size)
     run = claim_run(config.run.dir, config, ranks)
     patients = labelled.patients("train")
+    if config.init.encoder:
+        log(ranks, f"{ENCODERS.key} {ENCODERS.place(config.init.encoder)}")
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
     log(ranks, f"read as the model takes it: {model.profile.rate_hz:g} Hz, segments of {labelled.data.segment_s:g} s, "
                f"{labelled.data.normalisation}")  # fmt: skip
@@ -108,12 +113,12 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
         log(ranks, line)
     if config.init.random:
         torch.manual_seed(config.train.seed)
-        model = ECGModel(ECGEncoder(model.encoder.config), model.profile, None, model.about)
+        anew = build_encoder(model.encoder.config, config.engine.activation_checkpointing)
+        model = ECGModel(anew, model.profile, None, model.about)
     begun_with = "" if config.init.random else config.init.model
     keep_trained_on(run, begun_with, FINE_TUNING, _learnt_from(labelled, config.task), ranks)
     about = _about(model, labelled, config)
     if config.task.protocol == "finetune":
-        model.encoder.recomputed_layers = recomputed
         _train(model, labelled, config, run, ranks, about)
     progress.at(config.train.steps, "")  # what follows is the first rank's alone
     if not ranks.first:
@@ -125,7 +130,7 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     elif config.task.protocol == "probe":
         _probe(model, labelled, run, about)
     if config.task.kind == "multilabel":
-        amend_export(run / "export", thresholds=tuned_thresholds(load(run / "export"), labelled))
+        amend_export(run / EXPORT, thresholds=tuned_thresholds(load(run / EXPORT, config.init.encoder), labelled))
     return run
 
 
@@ -147,7 +152,7 @@ def _about(model: ECGModel, labelled: LabelledSet, config: FinetuneConfig) -> di
 
 
 def _supervised(
-    encoder: ECGEncoder, classes: int, task: TaskConfig, patient_R: npt.NDArray[np.int64], seed: int
+    encoder: Encoder, classes: int, task: TaskConfig, patient_R: npt.NDArray[np.int64], seed: int
 ) -> Classification | Identification:
     """The objective of a task; ``patient_R`` are those of the training recordings."""
     torch.manual_seed(seed)
@@ -176,7 +181,8 @@ def _train(
     classes = len(labelled.task.classes)
     objective = _supervised(encoder, classes, config.task, labelled.patients("train"), seed)
     if config.task.freeze_stem and not config.init.random:
-        encoder.stem.requires_grad_(False)
+        for module in encoder.stem_modules():
+            module.requires_grad_(False)
     selection = labelled.selection("train")
     order = config.train.order(selection, ranks.world_size)
     held_out, target_RC = labelled.selection("validation"), None
@@ -197,17 +203,9 @@ def _train(
         about=about,
         identity=labelled.shards.identity,
         validate=Validation(held_out, config.train.contrast, 1, seed, target_RC),
-        flops=supervised_flops(encoder, stream.shape[0], selection.samples),
+        flops=encoder_flops(encoder, stream.shape[0], selection.samples),
     )
     export_engine(run, train(job, ranks), job.about, config.train.steps)
-
-
-def supervised_flops(encoder: ECGEncoder, rows: int, samples: int) -> int:
-    """Model FLOPs of a micro-step of so many rows, forward and backward, without the head: a thousandth of them."""
-    parts = step_flops(encoder.config, ObjectiveConfig(), rows, samples)
-    learned = all(parameter.requires_grad for parameter in encoder.stem.parameters())
-    stem = parts["stem"].total if learned else parts["stem"].forward
-    return stem + sum(parts[part].total for part in ("feature_projection", "position", "attention", "ffn"))
 
 
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:

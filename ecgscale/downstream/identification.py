@@ -25,7 +25,8 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.downstream.metrics import interval
 from ecgscale.downstream.report import Estimate, json_ready
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ECGEncoder, mean_over_time
+from ecgscale.model import Encoder
+from ecgscale.model.base import mean_over_time
 
 Array = npt.ArrayLike
 Floats = npt.NDArray[np.float64]
@@ -85,7 +86,7 @@ class Identification(nn.Module):
 
     person_C: Tensor
 
-    def __init__(self, encoder: ECGEncoder, persons: Array | Tensor, scale: float, margin: float) -> None:
+    def __init__(self, encoder: Encoder, persons: Array | Tensor, scale: float, margin: float) -> None:
         """``persons``: the patient codes of the training recordings, sorted and each once; their places are classes."""
         super().__init__()
         self.encoder, self.scale, self.margin = encoder, scale, margin
@@ -95,7 +96,8 @@ class Identification(nn.Module):
             raise InputError(f"{len(person_C)} patients for training; to tell patients apart takes 2 or more")
         self.register_buffer("person_C", person_C, persistent=False)
         self.arcface = ArcFaceHead(len(person_C), encoder.config.width)
-        encoder.mask.requires_grad_(False)  # fine-tuning masks nothing in time
+        for module in encoder.unused_unmasked():  # fine-tuning masks nothing in time
+            module.requires_grad_(False)
 
     def forward(self, batch: ECGBatch, step: int = 0, share: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean ArcFace loss over the rows, and how many are nearest to their own person, without the margin.

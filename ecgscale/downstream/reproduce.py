@@ -32,18 +32,19 @@ from ecgscale.downstream.comparison import (
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
-from ecgscale.downstream.results import Case, Measured, write_results
+from ecgscale.downstream.method_table import Case, Measured, write_results
 from ecgscale.downstream.tasks import load_task
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
 from ecgscale.files import write_whole
-from ecgscale.model.encoder import ECGEncoder, ModelConfig
-from ecgscale.objectives import objective_named
+from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.pretrain import pretrain
 from ecgscale.record import lead_set_name
-from ecgscale.run import first_difference, leave_run, lock_run
+from ecgscale.registry import is_code
+from ecgscale.run import first_difference
+from ecgscale.run_folder import leave_run, lock_run
 from ecgscale.studies import (
-    STUDY_MAY_CHANGE,
+    STUDY,
     check_pretraining,
     folder_name,
     is_pretrained,
@@ -114,7 +115,6 @@ class Unit:
             config = load(
                 PretrainConfig, [*given, "--train.seed", str(self.pretrain_seed), "--run.dir", str(self.model)]
             )
-            objective_named(config.objective.name)
         except InputError as error:
             raise InputError(f"methods, {self.like.name}: {error}") from error
         return config
@@ -123,7 +123,7 @@ class Unit:
         """Raises InputError where its encoder does not go with the tasks, or with what was done before."""
         pretrained_on = None
         if self.like.init:
-            _, profile = described(*read_about(self.model))
+            _, profile = described(*read_about(self.model), self.own_encoder)
             rate_hz = profile.rate_hz
         else:
             config = self.pretraining()
@@ -147,7 +147,7 @@ class Unit:
             pretrain(self.pretraining())
             return
         model, profile = self._shape()
-        weights = {f"encoder.{name}": tensor for name, tensor in ECGEncoder(model).state_dict().items()}
+        weights = {f"encoder.{name}": tensor for name, tensor in build_encoder(model).state_dict().items()}
         write_export(self.model, weights, about_model(model, profile, step=0))
 
     def prepared(self) -> bool:
@@ -155,13 +155,13 @@ class Unit:
         if self.like.init:
             return True
         if self.method is None:
-            return is_export(self.model) and described(*read_about(self.model)) == self._shape()
+            return is_export(self.model) and described(*read_about(self.model), self.own_encoder) == self._shape()
         return is_pretrained(self.pretraining())
 
-    def _shape(self) -> tuple[ModelConfig, Profile]:
+    def _shape(self) -> tuple[EncoderConfig, Profile]:
         """Shape and preprocessing of random weights. Each seed draws its own."""
         if self.like.init:
-            return described(*read_about(self.model))
+            return described(*read_about(self.model), self.own_encoder)
         config = self.pretraining()
         rate_hz = ShardSet.open(config.data.shards, config.data.cache).rate_hz
         return config.model, Profile(rate_hz, config.data.segment_s, config.data.normalisation)
@@ -171,10 +171,19 @@ class Unit:
         name = f"{leaf.protocol}{share}-seed{leaf.seed}"
         return Path(self.config.run.dir) / "tasks" / folder_name(leaf.task.name) / folder_name(self.name) / name
 
+    @cached_property
+    def own_encoder(self) -> str:
+        """The class of the encoder where it is not one of ours."""
+        if self.like.init:
+            return self.like.encoder
+        encoder = self.pretraining().model.encoder
+        return encoder if is_code(encoder) else ""
+
     def leaf_config(self, leaf: Leaf) -> FinetuneConfig:
         return self.config.task_config(
             leaf.task,
             *("--init.model", str(self.model)),
+            *("--init.encoder", self.own_encoder),
             *("--init.random", str(self.method is None).lower()),
             *("--task.protocol", leaf.protocol),
             *("--task.label_fraction", str(leaf.fraction)),
@@ -198,7 +207,7 @@ class Unit:
         config = self.leaf_config(leaf)
         now = self._made_from(config)
         differs = next((name for name in ("encoder", "data") if made_from.get(name) != now[name]), None)
-        if differs is None and (other := first_difference(made_from.get("config", {}), config, STUDY_MAY_CHANGE)):
+        if differs is None and (other := first_difference(made_from.get("config", {}), config, STUDY)):
             differs = other[0]
         if differs:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")
@@ -232,7 +241,7 @@ class Unit:
             fit(config, start_ranks())
         samples = _read_samples(folder) if found else {}
         coverages = read_result(folder / "coverage.json") if found else {}
-        for one in evaluate(folder, config.data.shards, "test", missing):
+        for one in evaluate(folder, config.data.shards, "test", missing, encoder=config.init.encoder):
             name = lead_set_name(one.leads)
             found[name] = {figure: asdict(value) for figure, value in one.report.headline.items()}
             coverages[name] = one.coverage.to_dict()

@@ -34,6 +34,9 @@ class InitConfig:
 
     model: str = ""
     """Run folder or export folder of the pretrained model."""
+    encoder: str = ""
+    """The class of its encoder, package.module:Class, where that is not one of ours: a model's own word imports
+    nothing."""
     random: bool = False
     """Keep the model's shape and preprocessing but begin with new weights: the baseline."""
 

@@ -25,7 +25,7 @@ from ecgscale.interop.fairseq_config import PROFILES, cfg_for, contents_of, note
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import CODES
+from ecgscale.objectives.wav2vec2 import CODES
 from ecgscale.record import LEADS, chosen_leads
 from ecgscale.weights import refuse_nonfinite
 
@@ -241,6 +241,8 @@ def export_checkpoint(run: Path, out: Path) -> str:
     place, weights, about = read_model(run)
     model, profile = described(place, about)
     source = about.get("source") or {}
+    if not isinstance(model, ModelConfig):
+        raise InputError(f"{place}: model.encoder {model.encoder}: the reference knows the transformer alone")
     if model.stem != "conv":
         raise InputError(f"{place}: model.stem {model.stem}: the reference knows the conv stem alone")
     try:

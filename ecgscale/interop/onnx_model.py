@@ -26,7 +26,7 @@ from ecgscale.data.selection import zscore_gain
 from ecgscale.errors import InputError
 from ecgscale.inference import ECGModel, load
 from ecgscale.interop.output import refuse_foreign, write_over
-from ecgscale.model.encoder import mean_over_time
+from ecgscale.model.base import mean_over_time
 from ecgscale.record import LEADS
 from ecgscale_kernels import forced
 
@@ -40,7 +40,7 @@ _LEAD_SETS = (tuple(range(12)), (0, 1, 7), (1,))  # all, three and one
 Floats = npt.NDArray[np.float32]
 
 
-def export_onnx(run: Path, out: Path) -> str:
+def export_onnx(run: Path, out: Path, encoder: str = "") -> str:
     """A run's newest state, or an export, as an ONNX file; returns what to print.
 
     Raises InputError where the packages are missing, and where onnxruntime does not give what PyTorch gives.
@@ -48,7 +48,7 @@ def export_onnx(run: Path, out: Path) -> str:
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise InputError(f"--format onnx needs {', '.join(missing)}; pip install 'ecgscale[onnx]'")
     refuse_foreign(out, ".onnx", _is_ours)
-    model = load(run)
+    model = load(run, encoder)
     model.encoder.cpu()
     if model.head is not None:
         model.head.cpu()

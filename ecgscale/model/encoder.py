@@ -6,20 +6,23 @@ Shape suffixes: B rows, N patches (tokens), C stem channels, D width, H heads, d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
+from ecgscale.model import DEFAULT
+from ecgscale.model.base import Encoder, EncoderConfig, Features, valid_tokens
 from ecgscale.model.dropout import add_dropout, dropout, kept_elements
 from ecgscale.model.position import PositionalConvolution
-from ecgscale.model.stem import CONV_PATCH_SAMPLES, ConvStem, PatchStem
+from ecgscale.model.stem import CONV_PATCH_SAMPLES, ConvStem, PatchStem, check_kernels
 from ecgscale.record import LEADS
+from ecgscale_kernels import LONGEST_PATCH
 
 # Fields of ModelConfig that count something.
 SIZES = (
@@ -35,19 +38,20 @@ SIZES = (
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the encoder. ``preset`` fills in the fields that are not given."""
+class ModelConfig(EncoderConfig):
+    """transformer: stem, projection, positional convolution, transformer. ``preset`` fills in what is not given."""
 
+    encoder: str = DEFAULT
+    patch_samples: int = 16
+    """Samples of a token; the convolutional stem always has 16. Above 256, plain PyTorch embeds them on a GPU too."""
+    width: int = 768
+    """Width of the transformer."""
     preset: str = "base"
     """A named size, from tiny to gigantic (7 billion parameters): where the other fields begin."""
     stem: Literal["conv", "patch"] = "conv"
     """conv: four convolutions that halve the samples, as in the paper. patch: one linear map per patch."""
-    patch_samples: int = 16
-    """Samples of a token; the convolutional stem always has 16. Above 256, plain PyTorch embeds them on a GPU too."""
     stem_channels: int = 256
     """Channels of the stem."""
-    width: int = 768
-    """Width of the transformer."""
     depth: int = 12
     """Transformer layers."""
     heads: int = 12
@@ -71,6 +75,8 @@ class ModelConfig:
     stem_gradient_scale: float = 0.1
     """Factor on the gradients that flow into the stem."""
 
+    training_keys: ClassVar = ("preset", "dropout", "attention_dropout", "feature_dropout", "stem_gradient_scale")
+
     def __post_init__(self) -> None:
         if self.stem not in ("conv", "patch"):
             raise InputError(f"model.stem {self.stem!r}: give conv or patch")
@@ -92,23 +98,63 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"model.{name} {getattr(self, name)}: give a probability below 1")
 
+    @classmethod
+    def filled_in(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The keys that are given, and of the others those of ``preset``. Raises InputError for an unknown one."""
+        from ecgscale.model.presets import PRESETS
 
-class Features(NamedTuple):
-    """What the stem gives, before any masking in time."""
+        preset = given.get("preset")
+        if preset is None:
+            return given
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise InputError(f"model.preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
+        return asdict(PRESETS[preset]) | given
 
-    stem_BNC: Tensor  # raw output of the stem, for its penalty
-    normed_BNC: Tensor  # after LayerNorm: the targets of the local objective
-    token_BND: Tensor  # projected to the transformer's width
-    valid_BN: Tensor | None  # tokens that lie in the recording; None: all
+    def refuse_size(self, tensors: int, numbers: int) -> None:
+        """Raises InputError where so many weights of so many numbers together cannot be of this shape."""
+        if self.depth > tensors:
+            raise InputError(f"depth {str(self.depth)[:20]}, but there are {tensors} weights")
+        for name in SIZES:
+            if (size := getattr(self, name)) > numbers:
+                raise InputError(f"{name} {str(size)[:20]}, but all weights together are {numbers} numbers")
+
+    def kernels(self, device: torch.device) -> str:
+        """Which stem and which kernels run on a device."""
+        chosen = check_kernels(device)
+        if self.stem == "patch" and self.patch_samples > LONGEST_PATCH:
+            chosen = "reference"
+        return f"{self.stem} stem, {chosen} kernels on {device.type}"
+
+    def in_short(self) -> str:
+        """Stem, layers and width."""
+        return f"{self.stem} stem, {self.depth} layers of width {self.width}"
+
+    def in_full(self) -> str:
+        """All sizes."""
+        return (
+            f"{self.depth} layers of width {self.width}, {self.heads} heads, feed-forward {self.ffn_width}"
+            f"{', norm first' if self.pre_norm else ''}; {self.stem} stem of {self.stem_channels} channels, "
+            f"{self.patch_samples} samples a token"
+        )
 
 
-class ECGEncoder(nn.Module):
+def refuse_others(model: EncoderConfig, what: str) -> None:
+    """Raises InputError where ``what`` would need to know another encoder than the transformer."""
+    if not isinstance(model, ModelConfig):
+        raise InputError(f"model.encoder {model.encoder}: {what} knows the transformer alone")
+
+
+class ECGEncoder(Encoder):
     """Counts -> one vector per token."""
+
+    Config = ModelConfig
+    masks_tokens = True
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool | int = False) -> None:
         """``activation_checkpointing``: how many of the layers, from the first, are recomputed in the backward pass."""
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        self.feature_dropout = config.feature_dropout
         self.stem: ConvStem | PatchStem
         if config.stem == "conv":
             self.stem = ConvStem(len(LEADS), config.stem_channels, config.stem_bias)
@@ -120,7 +166,7 @@ class ECGEncoder(nn.Module):
         self.position = PositionalConvolution(config.width, config.position_kernel, config.position_groups)
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.depth))
-        self.recomputed_layers = recomputed_layers(activation_checkpointing, config.depth)
+        self.recompute(activation_checkpointing)
         self.layers.apply(_bert_init)
         nn.init.xavier_uniform_(self.feature_projection.weight)
 
@@ -143,43 +189,27 @@ class ECGEncoder(nn.Module):
             x_BND = self.norm(x_BND)
         x_BND = dropout(x_BND, self.config.dropout, self.training)
         attend_B11N = None if valid_BN is None else valid_BN[:, None, None, :]
-        recomputed = self.recomputed_layers if self.training else 0
-        for number, layer in enumerate(self.layers):
-            if number < recomputed:
-                x_BND = checkpoint(layer, x_BND, attend_B11N, use_reentrant=False)
-            else:
-                x_BND = layer(x_BND, attend_B11N)
+        x_BND = self.through_blocks(x_BND, attend_B11N)
         if self.config.pre_norm:
             x_BND = self.norm(x_BND)
         return x_BND
 
-    def forward(self, batch: ECGBatch) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D) of an unmasked batch and which of them are valid (None: all)."""
-        features = self.features(batch)
-        return self.contextualise(features.token_BND, features.valid_BN), features.valid_BN
+    @property
+    def feature_width(self) -> int:
+        """Channels of the stem."""
+        return self.config.stem_channels
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers of the transformer."""
+        return self.layers  # type: ignore[return-value]
 
-def recomputed_layers(activation_checkpointing: bool | int, depth: int) -> int:
-    """How many layers are recomputed: True stands for all of them. Raises InputError for more than there are."""
-    if activation_checkpointing > depth:
-        raise InputError(
-            f"engine.activation_checkpointing {activation_checkpointing}: the model has {depth} layers; give at most "
-            "that many, or true for all"
-        )
-    return depth if activation_checkpointing is True else int(activation_checkpointing)
+    def unused_unmasked(self) -> Sequence[nn.Module]:
+        """What stands for masked tokens."""
+        return [self.mask]
 
-
-def mean_over_time(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """(B, D) mean of the valid tokens, in float32."""
-    if valid_BN is None:
-        return x_BND.float().mean(dim=1)
-    weight_BN1 = valid_BN[..., None].float()
-    return (x_BND.float() * weight_BN1).sum(dim=1) / weight_BN1.sum(dim=1).clamp(min=1)
-
-
-def valid_tokens(valid_B: Tensor, tokens: int) -> Tensor:
-    """(B, N) whether a token is one of the first ``valid`` of its row, which lie wholly within the valid samples."""
-    return torch.lt(torch.arange(tokens, device=valid_B.device), valid_B[:, None])
+    def stem_modules(self) -> Sequence[nn.Module]:
+        """The stem."""
+        return [self.stem]
 
 
 class MaskToken(nn.Module):

@@ -14,7 +14,7 @@ Feed-forward layers are four times as wide as the model. What changes on the way
 
 from __future__ import annotations
 
-from ecgscale.model.encoder import SIZES, ModelConfig
+from ecgscale.model.encoder import ModelConfig
 
 
 def _billions(preset: str, width: int, depth: int) -> ModelConfig:
@@ -59,13 +59,10 @@ PRESETS = {
     "gigantic": _billions("gigantic", width=4096, depth=34),
 }
 
-# What weights and embeddings depend on; the other fields (dropout, the stem's gradient scale) are of training alone.
-SHAPE_FIELDS = ("stem", *SIZES, "pre_norm", "stem_bias")
-
 
 def preset_of(model: ModelConfig) -> str:
     """The preset of the same shape; base where none is, whose fields then are all given."""
     for name, preset in PRESETS.items():
-        if all(getattr(preset, field) == getattr(model, field) for field in SHAPE_FIELDS):
+        if all(getattr(preset, field) == getattr(model, field) for field in ModelConfig.shape_keys()):
             return name
     return "base"

@@ -1,43 +1,45 @@
 """Objectives: modules that own the encoder and its heads and map a batch to one loss with named parts.
 
-To add one: a file with a subclass of Objective, and its name here.
+To add one: a file with a subclass of Objective, its ``Config`` in it, and its name here. One of your own needs no name
+here: ``objective.name: package.module:Class``.
 """
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from typing import Any
 
-from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives.cmsc import CMSC
-from ecgscale.objectives.objective import CODES, Objective, ObjectiveConfig
-from ecgscale.objectives.simclr import SimCLR
-from ecgscale.objectives.three_kg import ThreeKG
-from ecgscale.objectives.wav2vec2 import Wav2Vec2
-from ecgscale.objectives.wav2vec2_cmsc import Wav2Vec2CMSC
+from ecgscale.model import EncoderConfig
+from ecgscale.objectives.keys import ObjectiveConfig
+from ecgscale.objectives.objective import Objective
+from ecgscale.registry import Registry
 
-__all__ = ["CODES", "OBJECTIVES", "Objective", "ObjectiveConfig", "build_objective", "objective_named"]
+__all__ = ["DEFAULT", "OBJECTIVES", "Objective", "ObjectiveConfig", "build_objective", "objective_config"]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "wav2vec2": Wav2Vec2,
-    "cmsc": CMSC,
-    "wav2vec2+cmsc": Wav2Vec2CMSC,
-    "simclr": SimCLR,
-    "3kg": ThreeKG,
-}
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective.name",
+    lambda: Objective,
+    {
+        "wav2vec2": "ecgscale.objectives.wav2vec2:Wav2Vec2",
+        "cmsc": "ecgscale.objectives.cmsc:CMSC",
+        "wav2vec2+cmsc": "ecgscale.objectives.wav2vec2_cmsc:Wav2Vec2CMSC",
+        "simclr": "ecgscale.objectives.simclr:SimCLR",
+        "3kg": "ecgscale.objectives.three_kg:ThreeKG",
+    },
+)
+DEFAULT = "wav2vec2+cmsc"
 
 
-def objective_named(name: str) -> type[Objective]:
-    """The objective of that name; raises InputError for an unknown one."""
-    if name not in OBJECTIVES:
-        near = get_close_matches(name, OBJECTIVES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(OBJECTIVES)}"
-        raise InputError(f"objective.name {name!r} is unknown{hint}")
-    return OBJECTIVES[name]
+def objective_config(name: str = DEFAULT, **keys: Any) -> ObjectiveConfig:
+    """The config of a named objective. Raises InputError for an unknown one and for values out of range."""
+    return OBJECTIVES.find(name).Config(name=name, **keys)
 
 
 def build_objective(
-    model: ModelConfig, config: ObjectiveConfig, seed: int, rate_hz: float, activation_checkpointing: bool | int = False
+    model: EncoderConfig,
+    config: ObjectiveConfig,
+    seed: int,
+    rate_hz: float,
+    activation_checkpointing: bool | int = False,
 ) -> Objective:
     """The objective that ``config.name`` names, for signals of ``rate_hz``; raises InputError for an unknown one."""
-    return objective_named(config.name)(model, config, seed, rate_hz, activation_checkpointing)
+    return OBJECTIVES.find(config.name)(model, config, seed, rate_hz, activation_checkpointing)

@@ -93,6 +93,9 @@ NOISE: dict[str, tuple[Purpose, Callable[[_Rows], Tensor]]] = {
 }
 
 
+NO_NOISE = ["none"]  # instead of augmentations: none, where the objective has some of its own
+
+
 def check_noise(names: Sequence[str]) -> None:
     """Raises InputError for an unknown or repeated augmentation."""
     for name in names:

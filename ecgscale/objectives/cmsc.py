@@ -5,13 +5,17 @@ Shape suffixes: B rows, P positions (pairs of segments), D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.objectives.gather import gather_rows
-from ecgscale.objectives.objective import Draws, Encoded, Objective, ObjectiveConfig
+from ecgscale.objectives.keys import GlobalContrast, LeadMasking, Noise
+from ecgscale.objectives.objective import Draws, Encoded, Objective
 
 
 def cmsc_loss(
@@ -50,7 +54,30 @@ def _log_sum_others(unit_PD: Tensor, temperature: float) -> Tensor:
     return logit_PP.masked_fill(own_PP, float("-inf")).logsumexp(dim=1)
 
 
-def global_loss(encoded: Encoded, batch: ECGBatch, config: ObjectiveConfig, share: bool) -> Tensor:
+class CMSC(Objective):
+    """The global objective: two adjacent segments of a patient, told from those of others."""
+
+    @dataclass(frozen=True)
+    class Config(GlobalContrast, Noise, LeadMasking):
+        """cmsc: two adjacent segments of a patient, told from those of others."""
+
+        name: str = "cmsc"
+        global_form: Literal["reference", "nt_xent"] = "reference"
+        """reference: each segment against the other segments of all pairs. nt_xent: against all others, as in
+        the paper."""
+
+    named_losses = ("cmsc",)
+    config: Config
+
+    def loss(
+        self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrast of segments."""
+        loss = global_loss(encoded, batch, self.config, share)
+        return loss, {"cmsc": loss}
+
+
+def global_loss(encoded: Encoded, batch: ECGBatch, config: CMSC.Config, share: bool) -> Tensor:
     """The loss of the embeddings of all ranks."""
     return cmsc_loss(
         gather_rows(encoded.embedding_BD, share),
@@ -59,16 +86,3 @@ def global_loss(encoded: Encoded, batch: ECGBatch, config: ObjectiveConfig, shar
         config.global_temperature,
         config.global_form == "nt_xent",
     )
-
-
-class CMSC(Objective):
-    """The global objective: two adjacent segments of a patient, told from those of others."""
-
-    named_losses = ("cmsc",)
-
-    def loss(
-        self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The contrast of segments."""
-        loss = global_loss(encoded, batch, self.config, share)
-        return loss, {"cmsc": loss}

@@ -5,8 +5,8 @@ Shape suffixes: B rows, M masked places, K negatives, G code groups, V codes of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,82 +14,12 @@ from torch import Tensor, nn
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ECGEncoder, Features, ModelConfig, mean_over_time
-from ecgscale.objectives.augmentation import add_noise, check_noise, check_rate
+from ecgscale.model import ENCODERS, Encoder, EncoderConfig, build_encoder
+from ecgscale.model.base import Features, mean_over_time
+from ecgscale.objectives.augmentation import NO_NOISE, add_noise, check_rate
+from ecgscale.objectives.keys import LeadMasking, Noise, ObjectiveConfig
 from ecgscale.objectives.masking import TimeMask, draw_leads
 from ecgscale_kernels import LeadDraw
-
-CODES = ("code_groups", "codes", "code_width")  # keys that the local head's shape depends on
-NONE = ["none"]  # no augmentation, where the objective has some of its own
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The pretraining objective; ``name`` chooses it, and most other keys belong to some of them."""
-
-    name: str = "wav2vec2+cmsc"
-    """wav2vec2 (local), cmsc (global), wav2vec2+cmsc, simclr or 3kg."""
-    lead_mask_probability: float = 0.5
-    """Random lead masking: each lead of each segment is dropped with this probability; 0 turns it off."""
-    augmentations: list[str] = field(default_factory=list)
-    """Noise that is added before leads are masked: any of power_line, emg, baseline_shift, baseline_wander. Empty: the
-    objective's own, which is all four for simclr and none for the others. none alone: none for simclr either."""
-    augmentation_probability: float = 1.0
-    """Each augmentation is added to each segment with this probability."""
-    time_mask_share: float = 0.35
-    """Share of the tokens that are masked."""
-    time_mask_span: int = 10
-    """Tokens of one masked span."""
-    negatives: int = 100
-    """Negatives of each masked place."""
-    local_temperature: float = 0.1
-    """Temperature of the local contrast."""
-    global_temperature: float = 0.1
-    """Temperature of the global contrast: of cmsc, simclr and 3kg."""
-    time_mask_rule: Literal["fixed", "reference"] = "fixed"
-    """fixed: the same number of masked tokens in each row. reference: spans for 0.65 of the tokens before overlap, then
-    every row of the contrast batch is trimmed to the least covered one; the number differs from step to step."""
-    global_form: Literal["reference", "nt_xent"] = "reference"
-    """Of cmsc. reference: each segment against the other segments of all pairs. nt_xent: against all others, as in the
-    paper."""
-    code_groups: int = 2
-    """Codebooks of the quantizer."""
-    codes: int = 320
-    """Codes of each codebook."""
-    code_width: int = 256
-    """Width of the quantised targets and of the predictions."""
-    gumbel_start: float = 2.0
-    """Gumbel temperature at the first step."""
-    gumbel_end: float = 0.5
-    """Lowest Gumbel temperature."""
-    gumbel_factor: float = 0.999995
-    """Factor on the Gumbel temperature per step."""
-    diversity_weight: float = 0.1
-    """Weight of the code diversity penalty."""
-    feature_weight: float = 10.0
-    """Weight of the mean square of the stem's output."""
-
-    def __post_init__(self) -> None:
-        for name in ("lead_mask_probability", "time_mask_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"objective.{name} {getattr(self, name)}: give a probability below 1")
-        if not 0 <= self.augmentation_probability <= 1:
-            raise InputError(
-                f"objective.augmentation_probability {self.augmentation_probability}: give a probability from 0 to 1"
-            )
-        if self.augmentations != NONE:
-            check_noise(self.augmentations)
-        for name in ("negatives", "time_mask_span", "code_groups", "codes", "code_width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"objective.{name} {getattr(self, name)}: give 1 or more")
-        for name in ("local_temperature", "global_temperature", "gumbel_start", "gumbel_end", "gumbel_factor"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"objective.{name} {getattr(self, name):g}: give a positive number")
-        for name in ("diversity_weight", "feature_weight"):
-            if getattr(self, name) < 0:
-                raise InputError(f"objective.{name} {getattr(self, name):g}: give 0 or more")
-        if self.code_width % self.code_groups:
-            raise InputError(f"objective.code_width {self.code_width} is no multiple of code_groups {self.code_groups}")
 
 
 class Draws(NamedTuple):
@@ -113,17 +43,30 @@ class Encoded(NamedTuple):
         return mean_over_time(self.context_BND, self.features.valid_BN)
 
 
-class Objective(nn.Module):
-    """Owns the encoder; objectives add their heads, and say what a batch becomes and what its loss is."""
+class Objective(nn.Module, ABC):
+    """Owns the encoder; objectives add their heads, and say what a batch becomes and what its loss is.
 
+    Leads are masked and noise is added where the objective's ``Config`` has the keys of it: LeadMasking, Noise.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+    """A frozen dataclass of the keys that the objective has, each with a default but ``name``."""
     augmentations: ClassVar[tuple[str, ...]] = ()
     """What an empty ``objective.augmentations`` stands for."""
     named_losses: ClassVar[tuple[str, ...]] = ()
     """Those of the parts that `loss` gives which are losses of their own."""
+    segments: ClassVar[int] = 2
+    """Adjacent segments of a recording that are read at each position, one row of the batch for each."""
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Parts, the first words of their weights' names, that an export leaves out: it holds all others."""
+    shape_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``Config`` that the shapes of its heads depend on."""
+
+    config: ObjectiveConfig
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: EncoderConfig,
         config: ObjectiveConfig,
         seed: int,
         rate_hz: float,
@@ -131,17 +74,24 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.seed, self.rate_hz = config, seed, rate_hz
-        self.encoder = ECGEncoder(model, activation_checkpointing)
+        self.encoder = build_encoder(model, activation_checkpointing)
 
     @classmethod
-    def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
+    def check(cls, model: EncoderConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError, naming the key, where nothing can be learnt from segments such as these."""
+        if why := cls.misfit(ENCODERS.find(model.encoder)):
+            raise InputError(f"model.encoder {model.encoder}: does not go with objective.name {config.name}, {why}")
         check_rate(cls.noise(config), rate_hz)
+
+    @classmethod
+    def misfit(cls, encoder: type[Encoder]) -> str:
+        """Why an encoder does not fit; nothing where it does."""
+        return ""
 
     @classmethod
     def noise(cls, config: ObjectiveConfig) -> tuple[str, ...]:
         """The augmentations that are added, by name."""
-        if config.augmentations == NONE:
+        if not isinstance(config, Noise) or config.augmentations == NO_NOISE:
             return ()
         return tuple(config.augmentations) or cls.augmentations
 
@@ -155,27 +105,36 @@ class Objective(nn.Module):
         loss, parts = self.loss(self.encode(batch, draws), batch, draws, step, share)
         return loss, {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
 
+    @abstractmethod
     def loss(
         self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What an objective is about."""
-        raise NotImplementedError
+        """What an objective is about: the loss of the whole batch, on each rank, and its named parts."""
 
     @torch.no_grad()
     def view(self, batch: ECGBatch) -> ECGBatch:
         """The batch with its augmentations, before leads and tokens are masked; itself where there are none."""
-        noise = self.noise(self.config)
-        if not noise:
+        config, noise = self.config, self.noise(self.config)
+        if not isinstance(config, Noise) or not noise:
             return batch
-        return add_noise(batch, noise, self.seed, self.config.augmentation_probability, self.rate_hz)
+        return add_noise(batch, noise, self.seed, config.augmentation_probability, self.rate_hz)
 
     def draw(self, batch: ECGBatch, share: bool) -> Draws:
         """Masks and noise of a batch, from the seed and the rows' positions alone."""
-        probability = self.config.lead_mask_probability
-        return Draws(draw_leads(batch, self.seed, probability) if probability else None)
+        config = self.config
+        if not isinstance(config, LeadMasking) or not config.lead_mask_probability:
+            return Draws()
+        return Draws(draw_leads(batch, self.seed, config.lead_mask_probability))
 
     def encode(self, batch: ECGBatch, draws: Draws) -> Encoded:
         """One pass of the encoder over what the draws leave of a batch."""
         features = self.encoder.features(batch.with_lead_draw(draws.lead_draw))
         masked_BN = draws.time_mask.masked_BN if draws.time_mask else None
         return Encoded(features, self.encoder.contextualise(features.token_BND, features.valid_BN, masked_BN))
+
+    def after_step(self, step: int) -> None:
+        """Update what is not trained, such as a teacher's frozen parameters or a buffer; called after each update.
+
+        All ranks call it together, without gradients, and its parameters are whole and in fp32 meanwhile. What it
+        writes must be the same on all ranks. Steps that were skipped do not call it.
+        """

@@ -7,7 +7,7 @@ Shape suffixes: B rows, D width.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ecgscale.data.batch import ECGBatch
 from ecgscale.objectives.augmentation import NOISE
 from ecgscale.objectives.gather import gather_rows
+from ecgscale.objectives.keys import GlobalContrast, LeadMasking, Noise
 from ecgscale.objectives.objective import Draws, Encoded, Objective
 
 
@@ -56,8 +57,15 @@ def two_views(batch: ECGBatch) -> ECGBatch:
 class SimCLR(Objective):
     """Tells the two views of a segment from those of all others."""
 
+    @dataclass(frozen=True)
+    class Config(GlobalContrast, Noise, LeadMasking):
+        """simclr: two noisy views of a segment, told from those of all others."""
+
+        name: str = "simclr"
+
     augmentations = tuple(NOISE)
     named_losses = ("simclr",)
+    config: Config
 
     def view(self, batch: ECGBatch) -> ECGBatch:
         """Two noisy views of each first segment."""

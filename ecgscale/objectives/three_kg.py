@@ -8,6 +8,7 @@ Shape suffixes: B rows, L the twelve leads, E the eight independent leads, T sam
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from math import pi
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.model import EncoderConfig
 from ecgscale.objectives.augmentation import EIGHT, EIGHT_LEADS, as_values, twelve_leads, uniform, with_values
 from ecgscale.objectives.gather import gather_rows
-from ecgscale.objectives.objective import Draws, Encoded, Objective, ObjectiveConfig
+from ecgscale.objectives.keys import GlobalContrast, LeadMasking, Noise, ObjectiveConfig
+from ecgscale.objectives.objective import Draws, Encoded, Objective
 from ecgscale.objectives.simclr import nt_xent_loss, two_views
 from ecgscale.record import LEADS
 from ecgscale.rng import Purpose
@@ -38,10 +40,17 @@ _INVERSE_DOWER = (
 class ThreeKG(Objective):
     """Tells the views of a patient's segments from those of other patients."""
 
+    @dataclass(frozen=True)
+    class Config(GlobalContrast, Noise, LeadMasking):
+        """3kg: two views of a turned and stretched heart, told from those of other patients."""
+
+        name: str = "3kg"
+
     named_losses = ("3kg",)
+    config: Config
 
     @classmethod
-    def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
+    def check(cls, model: EncoderConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError where no vectorcardiogram can be made of the leads."""
         super().check(model, config, data, rate_hz)
         missing = [LEADS[i] for i in EIGHT if i not in data.lead_positions]

@@ -6,6 +6,7 @@ V codes of a group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,13 +15,25 @@ from torch import Tensor, nn
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
+from ecgscale.model import Encoder, EncoderConfig
 from ecgscale.model.dropout import dropout
-from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.quantizer import ProductQuantizer, Quantized, one_hot, perplexity
 from ecgscale.objectives.gather import sum_over_ranks, world_size
+from ecgscale.objectives.keys import (
+    LeadMasking,
+    Noise,
+    ObjectiveConfig,
+    Quantizing,
+    TimeMasking,
+    refuse_below_one,
+    refuse_negative,
+    refuse_nonpositive,
+)
 from ecgscale.objectives.masking import TimeMask, gumbel_noise, negatives, reference_time_mask, time_mask
-from ecgscale.objectives.objective import Draws, Encoded, Objective, ObjectiveConfig
+from ecgscale.objectives.objective import Draws, Encoded, Objective
 from ecgscale_kernels import info_nce_logits
+
+CODES = ("code_groups", "codes", "code_width")  # keys that the quantizer's shape depends on
 
 
 class LocalLosses(NamedTuple):
@@ -96,25 +109,46 @@ class LocalHead(nn.Module):
 class Wav2Vec2(Objective):
     """The local objective: what stands at masked places, told from what stands at others of the same segment."""
 
+    @dataclass(frozen=True)
+    class Config(Quantizing, TimeMasking, Noise, LeadMasking):
+        """wav2vec2: what stands at masked places, told from what stands at others of the same segment."""
+
+        name: str = "wav2vec2"
+        negatives: int = 100
+        """Negatives of each masked place."""
+        local_temperature: float = 0.1
+        """Temperature of the local contrast."""
+        feature_weight: float = 10.0
+        """Weight of the mean square of the stem's output."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            refuse_below_one(self, "negatives")
+            refuse_nonpositive(self, "local_temperature")
+            refuse_negative(self, "feature_weight")
+
     named_losses: ClassVar[tuple[str, ...]] = ("local",)
+    shape_keys = CODES
+    config: Config
 
     def __init__(
         self,
-        model: ModelConfig,
-        config: ObjectiveConfig,
+        model: EncoderConfig,
+        config: Config,
         seed: int,
         rate_hz: float,
         activation_checkpointing: bool | int = False,
     ) -> None:
         super().__init__(model, config, seed, rate_hz, activation_checkpointing)
         self.local_head = LocalHead(
-            model.stem_channels, model.width, config.code_width, config.code_groups, config.codes
+            self.encoder.feature_width, model.width, config.code_width, config.code_groups, config.codes
         )
 
     @classmethod
-    def check(cls, model: ModelConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
+    def check(cls, model: EncoderConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError where a segment has too few masked tokens to tell one from another."""
         super().check(model, config, data, rate_hz)
+        assert isinstance(config, TimeMasking)
         tokens = round(data.segment_s * rate_hz) // model.patch_samples
         if round(config.time_mask_share * tokens) < 2:
             raise InputError(
@@ -122,6 +156,11 @@ class Wav2Vec2(Objective):
                 "but the local objective needs two masked ones; lower model.patch_samples, give a longer "
                 "data.segment_s or choose objective.name cmsc"
             )
+
+    @classmethod
+    def misfit(cls, encoder: type[Encoder]) -> str:
+        """Why an encoder does not fit."""
+        return "" if encoder.masks_tokens else "which needs one that masks tokens"
 
     def draw(self, batch: ECGBatch, share: bool) -> Draws:
         """Lead masks, and with them time masks, negatives and the quantizer's noise."""
@@ -149,7 +188,7 @@ class Wav2Vec2(Objective):
         mask, config = draws.time_mask, self.config
         assert mask is not None
         assert draws.negative_BMK is not None
-        target_BNC = dropout(encoded.features.normed_BNC, self.encoder.config.feature_dropout, self.training)
+        target_BNC = dropout(encoded.features.normed_BNC, self.encoder.feature_dropout, self.training)
         local = self.local_head(
             _at(encoded.context_BND, mask.place_BM),
             _at(target_BNC, mask.place_BM),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
-from ecgscale.objectives.cmsc import global_loss
+from ecgscale.objectives.cmsc import CMSC, global_loss
 from ecgscale.objectives.objective import Draws, Encoded
 from ecgscale.objectives.wav2vec2 import Wav2Vec2
 
@@ -13,7 +15,14 @@ from ecgscale.objectives.wav2vec2 import Wav2Vec2
 class Wav2Vec2CMSC(Wav2Vec2):
     """The sum of both; the global one too sees what the time masks leave."""
 
+    @dataclass(frozen=True)
+    class Config(Wav2Vec2.Config, CMSC.Config):
+        """wav2vec2+cmsc: the sum of the local and the global objective."""
+
+        name: str = "wav2vec2+cmsc"
+
     named_losses = ("local", "cmsc")
+    config: Config
 
     def loss(
         self, encoded: Encoded, batch: ECGBatch, draws: Draws, step: int, share: bool

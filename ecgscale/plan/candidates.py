@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from math import log, sqrt
 from typing import NoReturn
 
+from ecgscale.cost import costs_of
 from ecgscale.data.order import check_world_size
 from ecgscale.errors import InputError
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.plan.cluster import Cluster
 from ecgscale.plan.config import PlanConfig
-from ecgscale.plan.memory import Memory, Parallel, memory_of, sizes_of
+from ecgscale.plan.memory import Memory, Parallel, memory_of
 from ecgscale.plan.network import collectives_of, communication_s
 from ecgscale.plan.speed import micro_step, update_s
-from ecgscale.pretrain import SEGMENTS
 from ecgscale.training.loop import TrainConfig
 
 _MOST_ROWS = 1 << 16
@@ -101,36 +102,29 @@ def candidate(
     offload: bool = False,
 ) -> Candidate:
     """Memory and time of one way. The contrast batch is kept: it is part of the method."""
-    model, objective, train = config.model, config.objective, config.train
-    rows = SEGMENTS * train.contrast // cluster.gpus
+    train, engine, gpus = config.train, config.engine, cluster.gpus
+    costs = costs_of(config.model, config.objective, samples)
+    segments = OBJECTIVES.find(config.objective.name).segments
+    rows = segments * train.contrast // gpus
     parallel = Parallel(
-        zero_stage,
-        cluster.gpus,
-        config.engine.precision,
-        cluster.kind,
-        config.engine.whole_below,
-        train.accumulation,
-        offload,
+        zero_stage, gpus, engine.precision, cluster.kind, engine.whole_below, train.accumulation, offload
     )
-    contrast_rows = SEGMENTS * train.contrast
-
-    def memory(rows: int, contrast: int) -> Memory:
-        return memory_of(model, objective, parallel, rows, samples, checkpointed_layers, contrast)
 
     def fits(pairs: int) -> bool:
-        return memory(SEGMENTS * pairs, SEGMENTS * pairs * cluster.gpus).peak <= cluster.memory_bytes
+        return memory_of(costs, parallel, segments * pairs, checkpointed_layers).peak <= cluster.memory_bytes
 
-    done = micro_step(model, objective, parallel, cluster.rates, rows, samples, checkpointed_layers, contrast_rows)
-    collectives = collectives_of(model, objective, parallel, contrast_rows)
-    busy = train.accumulation * done.total + update_s(model, objective, parallel, cluster.rates)
+    done = micro_step(costs, parallel, cluster.rates, rows, checkpointed_layers)
+    collectives = collectives_of(costs, parallel, rows)
+    updating = update_s(costs.sizes, parallel, cluster.rates)
+    busy = train.accumulation * done.total + updating
     step = Step(
         compute=train.accumulation * done.total,
         recompute=train.accumulation * done.recompute,
-        update=update_s(model, objective, parallel, cluster.rates),
+        update=updating,
         communication=communication_s(collectives, cluster.network),
         # The largest of W normal deviates is about sqrt(2 ln W) deviations above their mean.
-        waiting=busy * cluster.config.jitter * sqrt(2 * log(cluster.gpus)),
-        sent_bytes=sum(one.sent(cluster.gpus) for one in collectives),
+        waiting=busy * cluster.config.jitter * sqrt(2 * log(gpus)),
+        sent_bytes=sum(one.sent(gpus) for one in collectives),
         flops=train.accumulation * done.flops,
     )
     return Candidate(
@@ -139,9 +133,9 @@ def candidate(
         offload,
         rows,
         train.accumulation,
-        memory(rows, contrast_rows),
+        memory_of(costs, parallel, rows, checkpointed_layers),
         cluster.memory_bytes,
-        SEGMENTS * largest(fits, _MOST_ROWS // SEGMENTS),
+        segments * largest(fits, _MOST_ROWS // segments),
         step,
     )
 
@@ -169,7 +163,9 @@ def candidates(config: PlanConfig, cluster: Cluster, samples: int) -> list[Candi
 
 def possible(config: PlanConfig, zero_stage: int, gpus: int) -> bool:
     """Whether the engine takes a stage: 3 only uncompiled, and where every parameter has an element for each rank."""
-    return zero_stage < 3 or (not config.engine.compile and min(sizes_of(config.model, config.objective)) >= gpus)
+    if zero_stage < 3:
+        return True
+    return not config.engine.compile and min(costs_of(config.model, config.objective, 1).sizes) >= gpus
 
 
 def _fewest_layers(config: PlanConfig, cluster: Cluster, samples: int, every: Candidate) -> Candidate | None:

@@ -14,8 +14,11 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from ecgscale.cost import Costs, costs_of
+from ecgscale.dry_run import Device
+from ecgscale.model.base import recomputed_layers
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.measure import measure_rates
 from ecgscale.plan.memory import Memory, Parallel, memory_of
 from ecgscale.plan.report import table
@@ -69,26 +72,29 @@ class Checked:
         return [predicted / measured - 1 for predicted, measured in zip(self.predicted, self.measured, strict=True)]
 
 
-def check_memory(trial: Trial, threads: int, device: str) -> Checked:
+def check_memory(trial: Trial, threads: int, device: Device) -> Checked:
     """Peak of a step beyond what the process had before."""
     peaks = peak_bytes(trial, threads, device)
     return _checked("peak bytes", trial, [(predicted_memory(trial, device).peak, max(peaks.values()))])
 
 
-def predicted_memory(trial: Trial, device: str = "cpu") -> Memory:
-    """On one rank, ``cpu`` or ``cuda``."""
-    layers = trial.model.depth if trial.engine.activation_checkpointing else 0
-    return memory_of(trial.model, trial.objective, _alone(trial, device), trial.rows, trial.samples, layers)
+def predicted_memory(trial: Trial, device: Device = "cpu") -> Memory:
+    """On one rank."""
+    recomputed = recomputed_layers(trial.engine.activation_checkpointing, trial.model.depth)
+    return memory_of(_costs(trial), _alone(trial, device), trial.rows, recomputed)
 
 
-def predicted_s(trial: Trial, rates: Rates, device: str) -> float:
+def predicted_s(trial: Trial, rates: Rates, device: Device) -> float:
     """A step of one rank."""
-    alone = _alone(trial, device)
-    done = micro_step(trial.model, trial.objective, alone, rates, trial.rows, trial.samples)
-    return done.total + update_s(trial.model, trial.objective, alone, rates)
+    costs, alone = _costs(trial), _alone(trial, device)
+    return micro_step(costs, alone, rates, trial.rows).total + update_s(costs.sizes, alone, rates)
 
 
-def _alone(trial: Trial, device: str) -> Parallel:
+def _costs(trial: Trial) -> Costs:
+    return costs_of(trial.model, trial.objective, trial.samples)
+
+
+def _alone(trial: Trial, device: Device) -> Parallel:
     return Parallel(trial.engine.zero_stage, 1, trial.engine.precision, device, trial.engine.whole_below)
 
 
@@ -100,14 +106,14 @@ def _checked(what: str, trial: Trial, pairs: list[tuple[float, float]]) -> Check
 
 def check_all() -> tuple[Rates, list[Checked]]:
     """All cases on this machine's GPU, or its CPU where it has none, and the rates of the last round."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for trial in tqdm(MEMORY_CASES, desc="memory", unit="case", disable=None):
         found.append(check_memory(trial, torch.get_num_threads(), device))
         _log(f"memory of {trial.model.preset}: {found[-1].off:+.1%}")
     pairs: list[list[tuple[float, float]]] = [[] for _ in TIME_CASES]
     for _ in tqdm(range(ROUNDS), desc="time", unit="round", disable=None):
-        rates = measure_rates(PRESETS[CALIBRATED], ObjectiveConfig(), EngineConfig())
+        rates = measure_rates(PRESETS[CALIBRATED], objective_config(), EngineConfig())
         for known, trial in zip(pairs, TIME_CASES, strict=True):
             known.append((predicted_s(trial, rates, device), timed(trial).total))
             _log(f"step of {trial.model.preset}: {known[-1][0] / known[-1][1] - 1:+.1%}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ecgscale.dry_run import Device
 from ecgscale.errors import InputError
 from ecgscale.plan.config import ClusterConfig
 from ecgscale.plan.network import Network
@@ -18,8 +19,7 @@ class Cluster:
     """Machines with all their figures, in bytes, seconds, FLOP/s and watts."""
 
     config: ClusterConfig
-    kind: str
-    """cpu or cuda."""
+    kind: Device
     memory_bytes: float
     """Of one GPU, for tensors."""
     peak_flops: float

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from ecgscale.config import PretrainConfig
 from ecgscale.errors import InputError
+from ecgscale.model.encoder import ModelConfig, refuse_others
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,11 @@ class LengthConfig:
 class PlanConfig(PretrainConfig):
     """A pretraining config, whose zero_stage and activation_checkpointing are chosen by the plan, and a cluster."""
 
+    model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
 
     def __post_init__(self) -> None:
+        refuse_others(self.model, "a plan")
         if self.init.model:
             raise InputError(f"init.model {self.init.model}: give the shape of the model to a plan by model.*")

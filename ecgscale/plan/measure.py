@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ecgscale.cost import step_flops
+from ecgscale.cost import Costs, costs_of
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ, synthetic_batch
-from ecgscale.model.encoder import ModelConfig
+from ecgscale.dry_run import LAYERS, LOSS, POSITION, REST, STEM
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.objectives import ObjectiveConfig, build_objective
-from ecgscale.plan.activations import Storage, saved_bytes
-from ecgscale.plan.memory import sizes_of
-from ecgscale.plan.speed import KERNELS_OF_LAYER, Rates
+from ecgscale.plan.speed import KERNELS_OF_LAYER, Rates, width_of
 from ecgscale.plan.trial import Times, Trial, now_s, timed
 from ecgscale.training.engine import EngineConfig
 
@@ -58,16 +57,15 @@ def measure_rates(
             kernel_s = max(0.0, few) / KERNELS_OF_LAYER
             rows = enough_rows(lambda rows: step(two, rows).forward_backward, rows)
         times = {depth: step(shape, rows) for depth, shape in ((1, one), (2, two))}
-        alone = {}
-        for part in ("stem", "position"):
-            alone[part] = _alone(part, one, objective, dtype, device, rows, samples)
-            bar.update()
+        alone = {part: _alone(part, one, objective, dtype, device, rows, samples) for part in (STEM, POSITION)}
+        bar.update(2)
     layer = max(0.0, times[2].forward_backward - times[1].forward_backward)
-    seconds = {"layers": layer, **alone}
-    seconds["rest"] = max(0.0, times[1].forward_backward - sum(seconds.values()))
-    update = times[2].update / sum(sizes_of(two, objective))
-    rates = _rates(one, objective, device.type, engine.precision, rows, samples, products, seconds, update)
-    return replace(rates, kernel_s=kernel_s)
+    seconds = {LAYERS: layer, **alone}
+    seconds[REST] = max(0.0, times[1].forward_backward - sum(seconds.values()))
+    costs = costs_of(one, objective, samples)
+    update = times[2].update / sum(costs_of(two, objective, samples).sizes)
+    rates = rates_of(costs, device.type, engine.precision, rows, products, seconds)
+    return replace(rates, update_s_per_parameter=update, kernel_s=kernel_s)
 
 
 def enough_rows(seconds: Callable[[int], float], rows: int) -> int:
@@ -84,45 +82,28 @@ def enough_rows(seconds: Callable[[int], float], rows: int) -> int:
     return rows
 
 
-def _rates(
-    one: ModelConfig,
-    objective: ObjectiveConfig,
-    device: str,
-    precision: str,
-    rows: int,
-    samples: int,
-    products: dict[int, float],
-    seconds: dict[str, float],
-    update: float,
+def rates_of(
+    costs: Costs, device: str, precision: str, rows: int, products: dict[int, float], seconds: dict[str, float]
 ) -> Rates:
-    """Seconds per kept byte from those of each part; where products are slower than measured alone, how much slower."""
-    plain = Rates("", products, {}, update)
-    flops = step_flops(one, objective, rows, samples)
-    kept = saved_bytes(one, objective, rows, samples, Storage.on(device, precision, one))
-    rest = [name for name in flops if name not in ("stem", "position", "attention", "ffn")]
-    parts = {
-        "stem": (["stem"], ["stem"], one.stem_channels),
-        "position": (["position"], ["position"], one.width),
-        "layers": (["attention", "ffn"], ["layers"], one.width),
-        "rest": (rest, ["features", "local_head", "contrast", "norm"], one.stem_channels),
-    }
+    """Seconds per kept byte from those of each part of a model with one layer; where products are slower than measured
+    alone, how much slower. What the objective does outside of modules is measured with the rest."""
+    by_width = Rates("", products, {}, 0.0)
+    flops = costs.flops(rows)
+    kept = costs.kept("cuda" if device == "cuda" else "cpu", precision, rows).parts
     per_byte, slower = {}, {}
-    for part, (names, of, width) in parts.items():
-        product_s = sum(flops[name].total for name in names) / plain.products(width)
-        beyond = seconds[part] - product_s
-        size = sum(kept.get(name, 0) for name in of)
-        per_byte[part] = max(0.0, beyond) / size
-        slower[part] = 1.0 if beyond >= 0 else seconds[part] / product_s
-    for part in ("features", "local_head", "contrast"):
-        per_byte[part], slower[part] = per_byte["rest"], slower["rest"]
+    for part, took_s in seconds.items():
+        names = (REST, LOSS) if part == REST else (part,)
+        product_s = sum(
+            flops[name].total / by_width.products(width_of(costs.model, name)) for name in names if name in flops
+        )
+        size = sum(kept.get(name, 0) for name in names)
+        beyond = took_s - product_s
+        for name in names:
+            per_byte[name] = max(0.0, beyond) / size
+            slower[name] = 1.0 if beyond >= 0 else took_s / product_s
     where = torch.cuda.get_device_name() if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    return Rates(
-        f"measured on {where} by {rows} segments of {one.preset} with one and two layers",
-        products,
-        per_byte,
-        update,
-        slower=slower,
-    )
+    source = f"measured on {where} by {rows} segments of {costs.model.preset} with one and two layers"
+    return Rates(source, products, per_byte, 0.0, slower=slower)
 
 
 def _products(width: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -149,12 +130,13 @@ def _alone(
 ) -> float:
     """Seconds of the stem or of the positional convolution, forward and backward."""
     encoder = build_objective(model, objective, 0, SYNTHETIC_RATE_HZ).to(device, dtype).encoder
+    assert isinstance(encoder, ECGEncoder)
     batch = synthetic_batch(rows, samples).to(device)
     tokens = samples // model.patch_samples
     given = torch.randn(rows, tokens, model.width, device=device).to(dtype).requires_grad_()
 
     def once() -> None:
-        out: Tensor = encoder.stem(batch) if part == "stem" else encoder.position(given)
+        out: Tensor = encoder.stem(batch) if part == STEM else encoder.position(given)
         torch.autograd.backward(out.sum())
 
     return _seconds(once, device)

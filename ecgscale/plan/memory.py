@@ -7,14 +7,9 @@ an element of the model's arithmetic (4 in fp32, 2 in bf16).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from math import prod
 
-import torch
-
-from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import ObjectiveConfig, build_objective
-from ecgscale.plan.activations import Storage, layer_bytes, saved_bytes, working_bytes
+from ecgscale.cost import Costs
+from ecgscale.dry_run import Device
 from ecgscale.record import LEADS
 from ecgscale.training.engine import BUCKET
 
@@ -31,8 +26,7 @@ class Parallel:
     zero_stage: int
     world_size: int
     precision: str
-    device: str
-    """cpu or cuda."""
+    device: Device
     whole_below: int = 100_000
     """At stage 3, parameters with fewer elements stay whole on every rank."""
     accumulation: int = 1
@@ -81,19 +75,6 @@ class Memory:
         return max(self.forward_peak, self.backward_peak, self.update_peak)
 
 
-def sizes_of(model: ModelConfig, objective: ObjectiveConfig) -> tuple[int, ...]:
-    """Elements of each parameter of the encoder and of the objective's heads; nothing is allocated."""
-    return _sizes(model, objective.name, objective.code_groups, objective.codes, objective.code_width)
-
-
-@cache
-def _sizes(model: ModelConfig, name: str, code_groups: int, codes: int, code_width: int) -> tuple[int, ...]:
-    objective = ObjectiveConfig(name=name, code_groups=code_groups, codes=codes, code_width=code_width)
-    with torch.device("meta"):
-        module = build_objective(model, objective, seed=0, rate_hz=500.0)
-    return tuple(prod(parameter.shape) for parameter in module.parameters())
-
-
 def share(sizes: tuple[int, ...], zero_stage: int, world_size: int) -> int:
     """Elements of a rank's share of the optimizer's state, the padding included, as DeepSpeed cuts it.
 
@@ -125,39 +106,23 @@ def state_bytes(sizes: tuple[int, ...], parallel: Parallel) -> State:
     )
 
 
-def memory_of(
-    model: ModelConfig,
-    objective: ObjectiveConfig,
-    parallel: Parallel,
-    rows: int,
-    samples: int,
-    checkpointed_layers: int = 0,
-    contrast_rows: int | None = None,
-) -> Memory:
-    """Memory of one rank that works through ``rows`` segments of ``samples`` samples in a micro-step."""
-    sizes = sizes_of(model, objective)
-    state, stage = state_bytes(sizes, parallel), parallel.zero_stage
-    storage = Storage.on(parallel.device, parallel.precision, model)
-    kept = saved_bytes(model, objective, rows, samples, storage, checkpointed_layers, contrast_rows)
-    forward, backward = working_bytes(model, objective, rows, samples, storage)
-    if checkpointed_layers:
-        tokens = samples // model.patch_samples
-        backward += rows * (layer_bytes(model, tokens, storage) - tokens * model.width * storage.element)
-    held = state.weights + state.gathered + state.masters + state.moments + rows * samples * len(LEADS) * 2
+def memory_of(costs: Costs, parallel: Parallel, rows: int, recomputed: int = 0) -> Memory:
+    """Memory of one rank that works through ``rows`` segments in a micro-step, with so many layers recomputed."""
+    state, stage = state_bytes(costs.sizes, parallel), parallel.zero_stage
+    kept = costs.kept(parallel.device, parallel.precision, rows, parallel.world_size, recomputed)
+    held = state.weights + state.gathered + state.masters + state.moments + rows * costs.samples * len(LEADS) * 2
     if stage == 3:  # its buffers are made once
         held += state.gradients + (state.bucket if parallel.device == "cuda" else 0)
     accumulated = state.gradients if parallel.accumulation > 1 and stage < 3 else 0
-    activations = sum(kept.values())
-    # The head is through before the transformer's backward pass begins; gradients grow as activations are freed.
-    deep = activations - kept.get("local_head", 0) + backward
-    if stage in (1, 2) and parallel.device == "cuda":
-        deep += state.bucket
+    bucket = state.bucket if stage in (1, 2) and parallel.device == "cuda" else 0
+    # Until the layers are through gradients grow as activations are freed.
+    through = max(accumulated + kept.backward_peak, state.gradients + kept.last_peak if stage < 2 else 0) + bucket
     return Memory(
         state,
-        kept,
-        forward_peak=held + accumulated + activations + forward,
-        backward_peak=held + max(accumulated + deep, _reduced(sizes, state, parallel)),
-        update_peak=held + _updated(sizes, parallel),
+        kept.parts,
+        forward_peak=held + accumulated + kept.forward_peak,
+        backward_peak=held + max(through, _reduced(costs.sizes, state, parallel)),
+        update_peak=held + _updated(costs.sizes, parallel),
     )
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import ceil, log2
 from typing import Literal
 
-from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import ObjectiveConfig
-from ecgscale.plan.memory import LIVE, Parallel, sizes_of
+from ecgscale.cost import Costs
+from ecgscale.plan.memory import LIVE, Parallel
 from ecgscale.training.engine import BUCKET
 
 Kind = Literal["all-reduce", "reduce-scatter", "all-gather"]
@@ -71,10 +70,8 @@ def _ring_s(size: float, ranks: int, latency_s: float, bytes_per_s: float) -> fl
     return (ranks - 1) * (latency_s + size / ranks / bytes_per_s)
 
 
-def collectives_of(
-    model: ModelConfig, objective: ObjectiveConfig, parallel: Parallel, contrast_rows: int
-) -> list[Collective]:
-    """What DeepSpeed 0.19.8 and the objective send in one step.
+def collectives_of(costs: Costs, parallel: Parallel, rows: int) -> list[Collective]:
+    """What DeepSpeed 0.19.8 and the objective send in one step of ``rows`` segments on each rank.
 
     Its stages 1 and 2 reduce the gradient of each bucket to all ranks, though each needs its share only: 3 n e bytes
     pass instead of 2 n e. Stage 2 does so in every micro-step. Stage 3 gathers the weights in both passes of each
@@ -82,37 +79,28 @@ def collectives_of(
     """
     if parallel.world_size == 1:
         return []
-    sizes = sizes_of(model, objective)
+    sizes = costs.sizes
     n, element, micro = sum(sizes), parallel.element, parallel.accumulation
     buckets = ceil(n / BUCKET)
-    found: list[Collective] = []
+    collectives: list[Collective] = []
     if parallel.zero_stage <= 2:
         times = micro if parallel.zero_stage == 2 else 1
-        found.append(Collective("all-reduce", "gradients", times * buckets, times * n * element))
+        collectives.append(Collective("all-reduce", "gradients", times * buckets, times * n * element))
     if parallel.zero_stage in (1, 2):
-        found.append(Collective("all-gather", "weights", 1, n * element))
+        collectives.append(Collective("all-gather", "weights", 1, n * element))
     if parallel.zero_stage == 3:
         large = [size for size in sizes if size >= parallel.whole_below]
         passes = 2 if sum(large) > LIVE else 1
         gathered = micro * passes * sum(large) * element
         if large:
-            found.append(Collective("all-gather", "weights", micro * passes * len(large), gathered))
-        found.append(Collective("reduce-scatter", "gradients", micro * max(buckets, 1), micro * n * element))
-        found.append(Collective("all-gather", "small weights", 1, (n - sum(large)) * element))
-    return found + _of_objective(model, objective, contrast_rows, micro)
-
-
-def _of_objective(model: ModelConfig, objective: ObjectiveConfig, contrast_rows: int, micro: int) -> list[Collective]:
-    """Embeddings and sums over ranks, forward and back: few bytes, but each waits for all ranks."""
-    found = []
-    if objective.name != "wav2vec2":
-        gathered = contrast_rows * (4 * model.width + 8 + 8)
-        found.append(Collective("all-gather", "embeddings", 3 * micro, micro * gathered))
-        found.append(Collective("all-reduce", "their gradients", micro, micro * contrast_rows * 4 * model.width))
-    if objective.name.startswith("wav2vec2"):
-        codes = 4 * objective.code_groups * objective.codes
-        found.append(Collective("all-reduce", "code usage", 4 * micro, micro * (3 * codes + 4)))
-    return found
+            collectives.append(Collective("all-gather", "weights", micro * passes * len(large), gathered))
+        collectives.append(Collective("reduce-scatter", "gradients", micro * max(buckets, 1), micro * n * element))
+        collectives.append(Collective("all-gather", "small weights", 1, (n - sum(large)) * element))
+    # Few bytes, but each of these waits for all ranks.
+    collectives += [
+        Collective(one.kind, "objective", micro, micro * one.bytes) for one in costs.sent(rows, parallel.world_size)
+    ]
+    return collectives
 
 
 def communication_s(collectives: Sequence[Collective], network: Network) -> float:

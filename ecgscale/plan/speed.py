@@ -3,7 +3,7 @@
 seconds = floating-point operations / rate of products + bytes kept for the backward pass · seconds per byte,
           at least kernels · time between two of them.
 
-The bytes that a part keeps (`activations`) measure its elementwise work too: what is kept is written once and read
+The bytes that a part keeps (`ecgscale.cost`) measure its elementwise work too: what is kept is written once and read
 again, and as much again passes as gradients. `Rates.of_device` takes all of it from data sheets and stated
 efficiencies; `measure` has it from this machine.
 """
@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ecgscale.cost import Flops, step_flops
+from ecgscale.cost import Costs
+from ecgscale.dry_run import LAYERS, LOSS, PARTS, REST, STEM
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import ObjectiveConfig
-from ecgscale.plan.activations import Storage, saved_bytes
-from ecgscale.plan.memory import Parallel, share, sizes_of
+from ecgscale.plan.memory import Parallel, share
 
 PASSES = 6.0
 """How often a kept byte passes through memory: written, read by what follows, read again in the backward pass, where
@@ -29,16 +28,6 @@ KERNELS_OF_LAYER = 60
 READ_S = 30e-6
 """Of a GPU, to find out whether a gradient is finite and to tell the host: some six kernels and a wait. Assumed. At
 stage 0 in bf16, DeepSpeed 0.19.8 does it for each parameter."""
-PARTS = ("stem", "features", "position", "layers", "local_head", "contrast")
-_FLOPS_OF = {
-    "stem": ("stem",),
-    "features": ("feature_projection",),
-    "position": ("position",),
-    "layers": ("attention", "ffn"),
-    "local_head": ("quantizer", "local_head"),
-    "contrast": ("contrast",),
-}
-_KEPT_OF = {"features": ("features", "norm")}
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class Rates:
     ) -> Rates:
         """By data sheets: ``peak_flops`` times ``efficiency``, and the bandwidth that elementwise kernels reach.
 
-        The contrast is computed in fp32 always, ``fp32_slower`` times as slow as the run's precision.
+        The loss is computed in fp32 always, ``fp32_slower`` times as slow as the run's precision.
         """
         moved_per_parameter = 28 + (2 + 2 + 4 if bf16 else 0)  # p, g, m, v read, p, m, v written; and the bf16 copies
         return Rates(
@@ -78,7 +67,7 @@ class Rates:
             dict.fromkeys(PARTS, PASSES / memory_bytes_per_s),
             moved_per_parameter / memory_bytes_per_s,
             kernel_s,
-            {"contrast": fp32_slower},
+            {LOSS: fp32_slower},
         )
 
     def products(self, width: int) -> float:
@@ -103,51 +92,28 @@ class Compute:
         return sum(self.parts.values()) + self.recompute
 
 
-def micro_step(
-    model: ModelConfig,
-    objective: ObjectiveConfig,
-    parallel: Parallel,
-    rates: Rates,
-    rows: int,
-    samples: int,
-    checkpointed_layers: int = 0,
-    contrast_rows: int | None = None,
-) -> Compute:
-    """Forward and backward pass of ``rows`` segments of ``samples`` samples on one rank."""
-    flops = step_flops(model, objective, rows, samples, contrast_rows)
-    storage = Storage.on(parallel.device, parallel.precision, model)
-    kept = saved_bytes(model, objective, rows, samples, storage, contrast_rows=contrast_rows)
-    parts = {}
-    for part in PARTS:
-        counted = [flops[name] for name in _FLOPS_OF[part] if name in flops]
-        size = sum(kept.get(name, 0) for name in _KEPT_OF.get(part, (part,)))
-        if not counted and not size:
-            continue
-        products = sum(one.total for one in counted) / rates.products(_width(model, part)) * rates.slower.get(part, 1.0)
-        kernels = KERNELS_OF_LAYER * (model.depth if part == "layers" else 1 / (len(PARTS) - 1))
-        busy = products + size * rates.seconds_per_byte.get(part, 0.0)
+def micro_step(costs: Costs, parallel: Parallel, rates: Rates, rows: int, recomputed: int = 0) -> Compute:
+    """Forward and backward pass of ``rows`` segments on one rank, with so many layers recomputed."""
+    flops = costs.flops(rows, parallel.world_size)
+    kept = costs.kept(parallel.device, parallel.precision, rows, parallel.world_size).parts
+    depth, parts = costs.model.depth, {}
+    for part in [part for part in PARTS if part in flops or part in kept]:
+        counted = flops[part].total if part in flops else 0
+        products = counted / rates.products(width_of(costs.model, part)) * rates.slower.get(part, 1.0)
+        kernels = KERNELS_OF_LAYER * (depth if part == LAYERS else 1 / (len(PARTS) - 1))
+        busy = products + kept.get(part, 0) * rates.seconds_per_byte.get(part, 0.0)
         parts[part] = max(busy, kernels * rates.kernel_s)
-    once = min(checkpointed_layers, model.depth) / model.depth
-    return Compute(
-        parts,
-        recompute=once * parts["layers"] * _forward_share(flops),
-        flops=sum(one.total for one in flops.values()),
-    )
+    again = min(recomputed, depth) / depth * flops[LAYERS].forward / flops[LAYERS].total
+    return Compute(parts, again * parts[LAYERS], sum(count.total for count in flops.values()))
 
 
-def _forward_share(flops: dict[str, Flops]) -> float:
-    """Share of the forward pass in a layer's time, by its products."""
-    names = _FLOPS_OF["layers"]
-    return sum(flops[name].forward for name in names) / sum(flops[name].total for name in names)
+def width_of(model: ModelConfig, part: str) -> int:
+    """Of a part's matrices."""
+    return model.stem_channels if part in (STEM, REST) else model.width
 
 
-def _width(model: ModelConfig, part: str) -> int:
-    return model.stem_channels if part in ("stem", "features", "local_head") else model.width
-
-
-def update_s(model: ModelConfig, objective: ObjectiveConfig, parallel: Parallel, rates: Rates) -> float:
-    """Seconds of AdamW on a rank's share, and of what DeepSpeed reads back before."""
-    sizes = sizes_of(model, objective)
+def update_s(sizes: tuple[int, ...], parallel: Parallel, rates: Rates) -> float:
+    """Seconds of AdamW on a rank's share of parameters of these sizes, and of what DeepSpeed reads back before."""
     own = share(sizes, parallel.zero_stage, parallel.world_size)
     reads = len(sizes) if (parallel.zero_stage, parallel.precision, parallel.device) == (0, "bf16", "cuda") else 0
     return own * rates.update_s_per_parameter + reads * READ_S

@@ -9,11 +9,12 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from ecgscale.config import PretrainConfig
+from ecgscale.cost import parameters
 from ecgscale.data.order import default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
-from ecgscale.objectives import objective_named
+from ecgscale.objectives import OBJECTIVES
 from ecgscale.plan.candidates import (
     Candidate,
     best,
@@ -28,7 +29,7 @@ from ecgscale.plan.candidates import (
 from ecgscale.plan.cluster import Cluster
 from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.failures import daly_interval_s, effective_share, simulated_share, young_interval_s
-from ecgscale.plan.memory import MOMENTS, sizes_of
+from ecgscale.plan.memory import MOMENTS
 from ecgscale.plan.network import collective_s
 from ecgscale.record import LEADS
 
@@ -189,14 +190,14 @@ def make_plan(config: PlanConfig, cluster: Cluster) -> Plan:
     """Raises InputError where the config cannot be run on the cluster: what is wrong, by how much, and what would be
     right."""
     length = _length(config)
-    objective_named(config.objective.name).check(config.model, config.objective, config.data, length.rate_hz)
+    OBJECTIVES.find(config.objective.name).check(config.model, config.objective, config.data, length.rate_hz)
     check_batch(config, cluster.gpus)
     samples = samples_of(config, length.rate_hz)
     ways = candidates(config, cluster, samples)
     chosen = best(ways, usual_stage(config, cluster.gpus))
     if chosen is None:
         refuse(config, cluster, samples, ways)
-    n = sum(sizes_of(config.model, config.objective))
+    n = sum(parameters(config.model, config.objective).values())
     storage = _storage(config, cluster, chosen, length, n)
     survival = survival_of(cluster, storage.save_s)
     if not survival.effective:

@@ -25,7 +25,7 @@ from ecgscale.data.batch import SYNTHETIC_RATE_HZ, ECGBatch, synthetic_batch
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import ObjectiveConfig, build_objective, objective_config
 from ecgscale.process import STATUS, memory_bytes
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import start_ranks
@@ -40,7 +40,7 @@ class Trial:
     rows: int
     samples: int = 2500
     steps: int = 3
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=objective_config)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _read(text: str) -> Trial:
         | {
             "model": ModelConfig(**tree["model"]),
             "engine": EngineConfig(**tree["engine"]),
-            "objective": ObjectiveConfig(**tree["objective"]),
+            "objective": objective_config(**tree["objective"]),
         }
     )
 

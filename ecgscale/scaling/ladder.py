@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ecgscale import progress
 from ecgscale.config import PretrainConfig, RunConfig, load
 from ecgscale.cost import parameters, step_flops
@@ -18,12 +20,12 @@ from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import Diverged, InputError
 from ecgscale.json_lines import read_json_lines
-from ecgscale.model.encoder import ModelConfig, recomputed_layers
-from ecgscale.objectives import objective_named
-from ecgscale.pretrain import SEGMENTS, pretrain
-from ecgscale.run import leave_run
+from ecgscale.model import EncoderConfig, build_encoder
+from ecgscale.objectives import OBJECTIVES
+from ecgscale.pretrain import pretrain
+from ecgscale.run_folder import EVENTS, leave_run
 from ecgscale.studies import (
-    STUDY_MAY_CHANGE,
+    STUDY,
     check_pretraining,
     folder_name,
     is_pretrained,
@@ -37,7 +39,7 @@ from ecgscale.studies import (
 from ecgscale.training.ranks import Ranks, first_rank, log, start_ranks
 
 # The recordings that are scored define L.
-LADDER_MAY_CHANGE = STUDY_MAY_CHANGE - {"train.validation_recordings"}
+LADDER = replace(STUDY, strict=STUDY.strict | {"train.validation_recordings"})
 _DECIDED = ("train.steps", "train.warmup_steps", "train.seed")
 DIVERGED: dict[str, float | None] = {"loss": None}  # the validation loss of a run that did not come to its end
 
@@ -148,7 +150,7 @@ class Cell:
 
     def result(self) -> dict[str, Any]:
         """Parts of the validation loss; nothing where it is not done. Raises InputError for what others have made."""
-        shards = check_pretraining(self.pretraining, LADDER_MAY_CHANGE)
+        shards = check_pretraining(self.pretraining, LADDER)
         found = read_result(self.folder / "result.json")
         if found and found.get("data") != shards.identity:
             raise InputError(f"{self.folder}: was pretrained on other data; remove it or take another run.dir")
@@ -171,7 +173,7 @@ class Cell:
 
     def _note(self, validation: dict[str, float | None]) -> None:
         if not validation:
-            raise InputError(f"{self.folder}/events.jsonl: tells of no validation at the last step; remove the folder")
+            raise InputError(f"{self.folder / EVENTS}: tells of no validation at the last step; remove the folder")
         data = self.pretraining.data
         found = {"validation": validation, "data": ShardSet.open(data.shards, data.cache).identity}
         write_result(self.folder / "result.json", found)
@@ -180,7 +182,7 @@ class Cell:
 def validation_at(run: Path, step: int) -> dict[str, float | None]:
     """Parts of the loss on held-out recordings at a step, as the run has written them down; null where not finite."""
     parts: dict[str, float | None] = {}
-    for event in read_json_lines(run / "events.jsonl"):
+    for event in read_json_lines(run / EVENTS):
         validated = {key.partition("/")[2]: value for key, value in event.items() if key.startswith("validation/")}
         if event.get("step") == step and validated:
             parts = validated
@@ -188,16 +190,15 @@ def validation_at(run: Path, step: int) -> dict[str, float | None]:
 
 
 @cache
-def encoder_parameters(model: ModelConfig) -> int:
+def encoder_parameters(model: EncoderConfig) -> int:
     """Parameters of an encoder, without allocating any."""
     return sum(parameters(model).values())
 
 
 def step_cost(config: PretrainConfig, samples: int) -> int:
     """FLOPs of one step over all ranks."""
-    rows = config.train.contrast * SEGMENTS
-    parts = step_flops(config.model, config.objective, rows, samples)
-    return config.train.accumulation * sum(part.total for part in parts.values())
+    rows = config.train.contrast * OBJECTIVES.find(config.objective.name).segments
+    return config.train.accumulation * step_flops(config.model, config.objective, rows, samples)
 
 
 def cells(config: ScalingConfig) -> list[Cell]:
@@ -206,10 +207,11 @@ def cells(config: ScalingConfig) -> list[Cell]:
     for size in config.sizes:
         base = config.resolved(size)
         objective = base.objective.name
-        if config.loss not in (losses := ("loss", *objective_named(objective).named_losses)):
+        if config.loss not in (losses := ("loss", *OBJECTIVES.find(objective).named_losses)):
             raise InputError(f"loss {config.loss!r}: {objective} has {', '.join(losses)}")
         try:
-            recomputed_layers(base.engine.activation_checkpointing, base.model.depth)
+            with torch.device("meta"):
+                build_encoder(base.model, base.engine.activation_checkpointing)
         except InputError as error:
             raise InputError(f"sizes, {size.name}: {error}") from error
         samples, per_step = _step_of(base)
@@ -239,7 +241,8 @@ def _steps(tokens: float, per_step: int) -> int:
 def _step_of(config: PretrainConfig) -> tuple[int, int]:
     """Samples of a segment, and tokens of a step."""
     samples = round(config.data.segment_s * ShardSet.open(config.data.shards, config.data.cache).rate_hz)
-    return samples, config.train.global_batch * SEGMENTS * (samples // config.model.patch_samples)
+    segments = config.train.global_batch * OBJECTIVES.find(config.objective.name).segments
+    return samples, segments * (samples // config.model.patch_samples)
 
 
 def next_sizes(config: ScalingConfig) -> list[tuple[str, int, float]]:

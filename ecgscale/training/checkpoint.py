@@ -1,8 +1,9 @@
 """Checkpoints: folders that are complete or absent, independent of world size and ZeRO stage.
 
-fp32 weights and Adam moments by parameter name in safetensors files, one per rank that wrote them, each hashed by its
-writer; scalars, configuration and versions in ``state.json``, which is written last. Nothing in a checkpoint can
-execute. A checkpoint is checked to be finite, written beside its place, verified, and renamed.
+Tensors by name in safetensors files, one per rank that wrote them, each hashed by its writer: ``weight.NAME`` of every
+parameter and ``SLOT.NAME`` of what the optimizer keeps of it (AdamW: exp_avg, exp_avg_sq), float32; ``buffer.NAME`` of
+persistent buffers in their own type. Scalars, configuration and versions in ``state.json``, which is written last.
+Nothing in a checkpoint can execute. A checkpoint is checked to be finite, written beside its place, verified, renamed.
 """
 
 from __future__ import annotations
@@ -19,19 +20,12 @@ from torch import Tensor, nn
 
 from ecgscale.errors import Diverged, InputError, MachineError, naming_file
 from ecgscale.files import file_sha256, put_in_place, sync
-from ecgscale.training.engine import MOMENTS, Engine
+from ecgscale.run_folder import PARTIAL, checkpoint_name, checkpoints, step_of, unfinished_checkpoints
+from ecgscale.training.engine import Engine
+from ecgscale.training.module_state import persistent_buffers
+from ecgscale.training.optimizers import OptimizerState
 from ecgscale.training.ranks import Ranks, all_succeed, first_rank, log
-from ecgscale.training.state import (
-    PARTIAL,
-    STATE,
-    check_resumable,
-    checkpoint_name,
-    checkpoints,
-    read_state,
-    step_of,
-    unfinished_checkpoints,
-    write_state,
-)
+from ecgscale.training.state import STATE, check_resumable, read_state, write_state
 from ecgscale.weights import open_tensors, save_tensors
 
 _REMOVED = ".removed-"  # in front of the name of a checkpoint that is being deleted
@@ -68,7 +62,7 @@ class Checkpoint:
         return Checkpoint(folder, state)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """All tensors of a kind (weight, exp_avg, exp_avg_sq) by parameter name.
+        """All tensors of a kind (weight, buffer, or a slot of the optimizer such as exp_avg) by name.
 
         Raises InputError where one is not finite: versions that did not look saved such.
         """
@@ -77,6 +71,10 @@ class Checkpoint:
             for name, opened in self._entries()
             if name.startswith(f"{kind}.")
         }
+
+    def module_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by the names that the module has for them."""
+        return self.tensors("weight") | self.tensors("buffer")
 
     def reader(self) -> Callable[[str, str], Tensor]:
         """(parameter name, kind) -> tensor, read when asked for; raises InputError where it is not finite."""
@@ -88,27 +86,45 @@ class Checkpoint:
 
         return read
 
+    def optimizer(self) -> OptimizerState:
+        """What the optimizer had kept, but its slots' tensors. Earlier versions knew AdamW alone."""
+        if self._early:
+            return OptimizerState(["exp_avg", "exp_avg_sq"], {"step": float(self.state["optimizer_steps"])}, {})
+        return OptimizerState(**self.state["optimizer"])
+
+    @property
+    def _early(self) -> bool:
+        """Whether it is of a version that saved no buffers."""
+        return "optimizer" not in self.state
+
     def check_fits(self, module: nn.Module) -> None:
-        """Raises InputError unless a run of ``module`` can go on from it, with a tensor for each that it trains."""
+        """Raises InputError unless a run of ``module`` can go on from it, with a tensor for each that it keeps."""
         check_resumable(self.folder, self.state)
-        expected: dict[str, list[int]] = {}
-        for name, parameter in module.named_parameters():
-            kinds = ("weight", *MOMENTS) if parameter.requires_grad else ("weight",)
-            expected |= {f"{kind}.{name}": list(parameter.shape) for kind in kinds}
-        shapes: dict[str, list[int]] = {}
+        expected = self._expected(module)
+        shapes: dict[str, tuple[str, list[int]]] = {}
         for name, opened in self._entries():
             if name in shapes:
                 raise InputError(f"{self.folder}: holds {name[:80]} twice; {self._go_on}")
-            tensor = opened.get_slice(name)
-            if tensor.get_dtype() != "F32":
-                raise InputError(f"{self.folder}: {name[:80]} is {tensor.get_dtype()}, not F32; {self._go_on}")
-            shapes[name] = list(tensor.get_shape())
+            shapes[name] = _type_and_shape(name, opened)
         for name in sorted(expected.keys() | shapes.keys()):
             saved, own = shapes.get(name), expected.get(name)
+            if saved and own and saved[0] != own[0]:
+                raise InputError(f"{self.folder}: {name[:80]} is {saved[0]}, not {own[0]}; {self._go_on}")
             if saved != own:
-                what = "is missing" if saved is None else f"has the shape {saved}"
-                wanted = "knows none" if own is None else f"has {own}"
+                what = "is missing" if saved is None else f"has the shape {saved[1]}"
+                wanted = "knows none" if own is None else f"has {own[1]}"
                 raise InputError(f"{self.folder}: {name[:80]} {what}, the model {wanted}; {self._go_on}")
+
+    def _expected(self, module: nn.Module) -> dict[str, tuple[str, list[int]]]:
+        """Type and shape of each tensor that a run of ``module`` has saved."""
+        expected: dict[str, tuple[str, list[int]]] = {}
+        for name, parameter in module.named_parameters():
+            kinds = ("weight", *self.optimizer().slots) if parameter.requires_grad else ("weight",)
+            expected |= {f"{kind}.{name}": ("F32", list(parameter.shape)) for kind in kinds}
+        for name in [] if self._early else persistent_buffers(module):
+            buffer = module.get_buffer(name)
+            expected[f"buffer.{name}"] = (str(buffer.dtype), list(buffer.shape))
+        return expected
 
     @property
     def _go_on(self) -> str:
@@ -122,9 +138,23 @@ class Checkpoint:
                 yield name, opened
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if not bool(tensor.isfinite().all()):
+        if not _is_sound(name, tensor):
             raise InputError(f"{self.folder}: {name[:80]} is not finite; {self._go_on}")
         return tensor
+
+
+def _type_and_shape(name: str, opened: Any) -> tuple[str, list[int]]:
+    if name.startswith("buffer."):
+        buffer = opened.get_tensor(name)  # safetensors' names of types are its own
+        return str(buffer.dtype), list(buffer.shape)
+    tensor = opened.get_slice(name)
+    return tensor.get_dtype(), list(tensor.get_shape())
+
+
+def _is_sound(name: str, tensor: Tensor) -> bool:
+    """Whether a run can go on with it: finite, but a buffer may hold infinities, as masks do."""
+    wrong = tensor.isnan() if name.startswith("buffer.") else ~tensor.isfinite()
+    return not bool(wrong.any())
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -171,7 +201,7 @@ def _write(final: Path, ranks: Ranks, tensors: dict[str, Tensor], state: dict[st
 
 def _diverged(folder: Path, step: int, tensors: dict[str, Tensor]) -> Diverged | None:
     """What is not finite of the tensors that this rank writes: from such a checkpoint no run could go on."""
-    spoilt = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    spoilt = next((name for name, tensor in tensors.items() if not _is_sound(name, tensor)), None)
     if spoilt is None:
         return None
     before = checkpoints(folder)
@@ -201,16 +231,20 @@ def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
 def _collect(engine: Engine) -> dict[str, Tensor]:
     """The tensors that this rank writes. Every rank takes part in gathering each, and its writer keeps it."""
     mine: dict[str, Tensor] = {}
-    written = 0  # bytes given out so far decide the writer, so that files come out equal in size
+    written = 0  # elements given out so far decide the writer, so that files come out equal in size
     total = sum(shape.numel() for shape in engine.shapes.values())
+    slots = engine.optimizer_state().slots
     for name, shape in engine.shapes.items():
         writer = written * engine.ranks.world_size // total
         written += shape.numel()
         tensors = {f"weight.{name}": engine.weight(name)}
         if name in engine.trained:
-            tensors |= {f"{kind}.{name}": engine.moment(name, kind) for kind in MOMENTS}
+            tensors |= {f"{slot}.{name}": engine.slot(name, slot) for slot in slots}
         if writer == engine.ranks.rank:
             mine |= {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
+    if engine.ranks.first:
+        kept = engine.untrained
+        mine |= {f"buffer.{name}": kept.buffer(name).detach().to("cpu", copy=True) for name in kept.buffers}
     return mine
 
 

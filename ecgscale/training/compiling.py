@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import EncoderLayer
+from ecgscale.model import Encoder
 
 
 def compile_layers(module: nn.Module, device: torch.device) -> None:
-    """Compile the transformer layers in place, for the shapes that come; names of parameters stay.
+    """Compile the blocks of its encoder in place, for the shapes that come; names of parameters stay.
 
     Raises InputError where there is no compiler: on a CPU of C++, on a GPU Triton.
     """
@@ -29,6 +29,6 @@ def compile_layers(module: nn.Module, device: torch.device) -> None:
             import triton  # noqa: F401
         except ImportError as error:
             raise InputError("engine.compile: needs triton on a GPU; pip install 'ecgscale[gpu]'") from error
-    for layer in module.modules():
-        if isinstance(layer, EncoderLayer):
-            layer.compile(dynamic=False)
+    for encoder in module.modules():
+        for block in encoder.blocks() if isinstance(encoder, Encoder) else ():
+            block.compile(dynamic=False)

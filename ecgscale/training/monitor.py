@@ -25,6 +25,7 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError, MachineError, naming_file
 from ecgscale.files import finite
 from ecgscale.json_lines import JsonLines
+from ecgscale.run_folder import EVENTS, TENSORBOARD
 from ecgscale.training.clock import PARTS, StepClock
 from ecgscale.training.metrics import Straggler, Work, gather_over_ranks, memory, shares, straggler, throughput
 from ecgscale.training.ranks import Ranks
@@ -46,8 +47,8 @@ class Monitor:
         if ranks.first:
             from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
-            self._events = JsonLines(run / "events.jsonl")
-            self._folder = run / "tensorboard"
+            self._events = JsonLines(run / EVENTS)
+            self._folder = run / TENSORBOARD
             self._open.enter_context(_quiet_tensorboard())
             with self._on_board():
                 self._board: Any = SummaryWriter(str(self._folder), purge_step=first_step + 1)

@@ -13,10 +13,10 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ecgscale.errors import file_error
+from ecgscale.run_folder import PROFILE
 from ecgscale.training.monitor import Monitor
 from ecgscale.training.ranks import Ranks
 
-FOLDER = "profile"  # in the run folder
 _WARM_STEPS = 3  # after a start, before the first profiled step
 _RANKS = 8  # the first so many write a trace: of thousands, nobody reads all
 _COSTLIEST = 10
@@ -27,7 +27,7 @@ class StepProfiler:
     """Records steps ``first`` to ``last`` as they are trained; results are the same as without."""
 
     def __init__(self, run: Path, ranks: Ranks, monitor: Monitor, first: int, last: int) -> None:
-        self._folder, self._ranks, self._monitor = run / FOLDER, ranks, monitor
+        self._folder, self._ranks, self._monitor = run / PROFILE, ranks, monitor
         self._first, self._last = first, last
         self._profile: profile | None = None
         self._step = ExitStack()

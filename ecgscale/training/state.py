@@ -14,7 +14,6 @@ from ecgscale.files import read_json, seal_holds, sealed, write_json
 
 FORMAT = "ecgscale-checkpoint/1"
 STATE = "state.json"
-PARTIAL = ".partial"  # behind the name of a checkpoint that is being written
 
 _OF_ALL: dict[str, type] = {"step": int, "files": dict, "about": dict}
 # What a run needs to go on, beside them.
@@ -26,53 +25,7 @@ _OF_A_RUN: dict[str, type] = {
     "data": str,
     "config": dict,
 }
-_KINDS = _OF_ALL | _OF_A_RUN | {"validation_due": bool, "world_size": int, "versions": dict}
-
-
-def checkpoint_name(step: int) -> str:
-    """The folder's name of the checkpoint after that step."""
-    return f"step-{step:08d}"
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first.
-
-    What has not exactly the name that ``save`` gives is not ours, nor is an empty folder: ``save`` gives the name to a
-    full one. One that holds something, but not all, is damaged, and who opens it says so.
-    """
-    return [path for path in _folders(folder, "") if not _is_empty(path)]
-
-
-def empty_checkpoints(folder: Path) -> list[Path]:
-    """Folders that have a checkpoint's name and nothing in them."""
-    return [path for path in _folders(folder, "") if _is_empty(path)]
-
-
-def unfinished_checkpoints(folder: Path) -> list[Path]:
-    """What saves that were killed have left, in order of steps."""
-    return _folders(folder, PARTIAL)
-
-
-def _folders(folder: Path, ending: str) -> list[Path]:
-    numbers = {
-        path: re.fullmatch(f"step-([0-9]{{8,19}}){re.escape(ending)}", path.name) for path in folder.glob("step-*")
-    }
-    steps = {path: int(match[1]) for path, match in numbers.items() if match}
-    ours = [path for path, step in steps.items() if path.name == checkpoint_name(step) + ending and path.is_dir()]
-    return sorted(ours, key=step_of)
-
-
-def _is_empty(folder: Path) -> bool:
-    """A folder that cannot be listed is not taken for empty: who opens it says why."""
-    try:
-        return not any(folder.iterdir())
-    except OSError:
-        return False
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint folder is named after."""
-    return int(checkpoint.name.removeprefix("step-").removesuffix(PARTIAL))
+_KINDS = _OF_ALL | _OF_A_RUN | {"validation_due": bool, "world_size": int, "versions": dict, "optimizer": dict}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -119,12 +72,26 @@ def _implausible(state: dict[str, Any]) -> str | None:
         return f"{str(state['skipped'])[:80]} steps of {state['step']} were skipped"
     if state.get("optimizer_steps", 0) > state["step"]:
         return f"optimizer_steps is {state['optimizer_steps']} at step {state['step']}"
+    if "optimizer" in state and not _is_of_an_optimizer(state["optimizer"]):
+        return f"optimizer is {str(state['optimizer'])[:80]!r}"
     for name, about in state["files"].items():
         if Path(name).name != name or name in ("", ".", "..", STATE) or not name.isprintable():
             return f"names the file {name[:80]!r}, which cannot stand beside it"
         if not _names_content(about):
             return f"says {str(about)[:80]!r} of {name[:80]}"
     return None
+
+
+def _is_of_an_optimizer(state: dict[str, Any]) -> bool:
+    """Whether something is what an optimizer has kept: names of slots, and numbers by name."""
+    if state.keys() != {"slots", "scalars", "group"} or not isinstance(state["slots"], list):
+        return False
+    numbers = [state["scalars"], state["group"]]
+    if not all(isinstance(one, dict) for one in numbers):
+        return False
+    values = [value for one in numbers for value in one.values()]
+    plausible = all(isinstance(value, (int, float)) and abs(value) < 1 << 63 for value in values)  # NaN is not
+    return plausible and all(isinstance(slot, str) for slot in state["slots"])
 
 
 def _names_content(about: Any) -> bool:

@@ -107,8 +107,7 @@ def _weight_1_grad_launch(dtype: torch.dtype, channels: int, inputs: int) -> Lau
 
 
 # Chosen by dtype and sizes alone and never by timing, so that every run gives the same bits, and so that no registers
-# spill in bf16 and fp16 on sm_80 and sm_90 with Triton 3.6 to 3.9. To try others (`ecgscale bench kernel --tune`), put
-# them here.
+# spill in bf16 and fp16 on sm_80 and sm_90 with Triton 3.6 to 3.9.
 LAUNCH: dict[str, Callable[[torch.dtype, int, int], Launch]] = {
     "moments": _moments_launch,
     "first_blocks": _first_blocks_launch,

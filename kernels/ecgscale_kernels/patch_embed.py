@@ -71,8 +71,7 @@ def _signal_grad_launch(dtype: torch.dtype, patches: int, width: int, patch: int
 
 
 # Chosen by dtype and sizes alone and never by timing, so that every run gives the same bits, and so that no registers
-# spill in bf16 and fp16 on sm_80 and sm_90 with Triton 3.6 to 3.9. To try others (`ecgscale bench kernel --tune`), put
-# them here.
+# spill in bf16 and fp16 on sm_80 and sm_90 with Triton 3.6 to 3.9.
 LAUNCH: dict[str, Callable[..., Launch]] = {
     "forward": _forward_launch,
     "weight_grad": _weight_grad_launch,

@@ -8,14 +8,10 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ecgscale.cli import COMMANDS as OF_ECGSCALE
 from ecgscale.cli import OneLineParser, run_as_command
 from ecgscale.errors import InputError
-
-if TYPE_CHECKING:
-    from ecgscale_launch.record import Job
 
 USAGE = """\
 usage: ecgscale-launch CLUSTER.yaml [--key VALUE ...] -- COMMAND ... [-- COMMAND ...]
@@ -40,8 +36,8 @@ SUBCOMMANDS = {  # name: its module, which has `main(argv)` for it
     "status": "watch:status",
     "logs": "watch:logs",
     "cancel": "watch:cancel",
-    "resume": "cli:resume",
-    "results": "results:main",
+    "resume": "watch:resume",
+    "results": "sweep_table:main",
     "doctor": "doctor:main",
     "devcluster": "devcluster:main",
 }
@@ -70,8 +66,10 @@ def _main(argv: list[str]) -> int:
 
 def launch(head: list[str], commands: list[list[str]]) -> int:
     """Submit, or run here, what stands behind ``--``, as what stands before it says."""
-    from ecgscale_launch.launching import Wanted, dry_run, run_here, submit_all, with_processes
-    from ecgscale_launch.resources import load_cluster
+    from ecgscale_launch.dry_run import dry_run
+    from ecgscale_launch.launch_config import load_cluster
+    from ecgscale_launch.launching import run_here, submit_all, with_processes
+    from ecgscale_launch.stages import Wanted
 
     file = Path(head.pop(0)) if head and not head[0].startswith("-") else None
     options, overrides = _options().parse_known_args(head)
@@ -132,22 +130,11 @@ def _options() -> argparse.ArgumentParser:
 
 def _help() -> str:
     from ecgscale.config import help_text
-    from ecgscale_launch.resources import ClusterConfig
+    from ecgscale_launch.launch_config import LaunchConfig
 
-    keys = help_text(ClusterConfig, "launch").split("options:", 1)[-1]
+    title = "What a job asks"
+    keys = f"\n{title}{help_text(LaunchConfig, 'launch').split(title)[-1]}"
     return USAGE.format(commands="|".join(SUBCOMMANDS)) + keys
-
-
-def resume(argv: list[str]) -> int:
-    """Put a job that has ended into the queue again."""
-    from ecgscale_launch.watch import resume as command
-
-    def submit(job: Job, overrides: list[str], new_code: bool) -> str:
-        from ecgscale_launch.launching import resubmit
-
-        return f"job {resubmit(job, overrides, new_code)}"
-
-    return command(argv, submit)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ process and removes it. Needs Debian's slurm-wlm and munge, no root. Written aga
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pwd
 import random
@@ -19,22 +18,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-
-import psutil
 
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError
+from ecgscale.files import read_json, write_json
+from ecgscale_launch import daemons
+from ecgscale_launch.daemons import missing_programs
 
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / f"ecgscale-devcluster-{os.getuid()}"
-_DAEMONS = ("munged", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd", "setsid")  # setsid starts them
-_NEEDED = ("munged", "slurmctld", "slurmd", "slurmstepd", "sinfo", "srun")
-_KILL_LIMIT_S = 20.0
 _MARK = "devcluster.json"  # only a folder with this file is ever removed
 _LONGEST_FOLDER = 60  # a Unix socket's path may have 107 bytes, and slurmstepd's adds up to 40
-_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/sbin"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def up(
     _claim(folder)
     try:
         cluster = DevCluster(folder, nodes, cpus, kill_wait_s, grace_s, _free_ports(nodes + 1))
-        (folder / _MARK).write_text(json.dumps(asdict(cluster) | {"folder": str(folder)}))
+        write_json(folder / _MARK, asdict(cluster) | {"folder": str(folder)})
         _write_settings(cluster)
         _start_daemons(cluster, time.monotonic() + start_limit_s)
     except BaseException:
@@ -131,14 +128,7 @@ def down(folder: Path = DEFAULT_FOLDER) -> bool:
     folder = _plain(folder)
     if not _is_ours(folder):
         return False
-    deadline = time.monotonic() + _KILL_LIMIT_S
-    while processes := _processes(folder):
-        if time.monotonic() > deadline:
-            raise InputError(f"{folder}: SIGKILL does not end {', '.join(str(one.pid) for one in processes)}")
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        time.sleep(0.02)
+    daemons.end_all(folder)
     shutil.rmtree(folder)
     return True
 
@@ -146,7 +136,7 @@ def down(folder: Path = DEFAULT_FOLDER) -> bool:
 def status(folder: Path = DEFAULT_FOLDER) -> Status:
     """Which daemons are alive and what slurmctld says of the nodes; InputError where no cluster is there."""
     cluster = load(folder)
-    alive = _alive(cluster.folder)
+    alive = daemons.alive(cluster.folder)
     names = ["munged", "slurmctld", *cluster.node_names]
     states = _node_states(cluster) if "slurmctld" in alive else {}
     return Status(cluster, {name: name in alive for name in names}, states)
@@ -155,20 +145,14 @@ def status(folder: Path = DEFAULT_FOLDER) -> Status:
 def load(folder: Path = DEFAULT_FOLDER) -> DevCluster:
     """The cluster of a folder, alive or not."""
     folder = _plain(folder)
-    text = (folder / _MARK).read_text() if _is_ours(folder) else ""
-    if not text:
+    if not _is_ours(folder) or not (folder / _MARK).stat().st_size:  # empty: it is just coming up
         raise InputError(f"{folder}: no devcluster is here; `ecgscale-launch devcluster up` starts one")
-    return DevCluster(**json.loads(text) | {"folder": folder})
+    return DevCluster(**read_json(folder / _MARK) | {"folder": folder})
 
 
 def _plain(folder: Path) -> Path:
     """As the kernel names the working folder of a process; the last part may be no link."""
     return folder.parent.resolve() / folder.name
-
-
-def missing_programs() -> list[str]:
-    """Programs of SLURM and munge that are not installed."""
-    return [name for name in _NEEDED if shutil.which(name, path=_PATH) is None]
 
 
 def _check(folder: Path, nodes: int, cpus: int) -> None:
@@ -209,18 +193,11 @@ def _free_ports(count: int) -> int:
     """The first of ``count`` free ports in a row, below those that the kernel gives to outgoing connections."""
     for _ in range(100):
         first = random.SystemRandom().randrange(16000, 32000 - count)
-        if all(_is_free(port) for port in range(first, first + count)):
+        with ExitStack() as stack, suppress(OSError):  # one is taken
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("", port))
             return first
     raise InputError(f"no {count} free ports in a row between 16000 and 32000")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as one:
-        try:
-            one.bind(("", port))
-        except OSError:
-            return False
-        return True
 
 
 def _write_settings(cluster: DevCluster) -> None:
@@ -288,41 +265,25 @@ def _start_daemons(cluster: DevCluster, deadline: float) -> None:
         f"--{what}={folder}/munge.{what.split('-')[0]}" for what in ("socket", "key-file", "pid-file", "seed-file")
     ]
     # --force: nobody else reaches the socket, on purpose.
-    _start(cluster, "munged", "--foreground", "--force", "--num-threads=2", "--origin=127.0.0.1", *munge)
+    start = partial(daemons.start, folder, cluster.environment)
+    start("munged", "--foreground", "--force", "--num-threads=2", "--origin=127.0.0.1", *munge)
     _wait_until(cluster, deadline, ["munged"], lambda: (folder / "munge.socket").exists())
-    _start(cluster, "slurmctld", "-D", "-f", str(cluster.slurm_conf))
+    start("slurmctld", "-D", "-f", str(cluster.slurm_conf))
     for name in cluster.node_names:
-        _start(cluster, "slurmd", "-D", "-f", str(cluster.slurm_conf), "-N", name)
+        start("slurmd", "-D", "-f", str(cluster.slurm_conf), "-N", name)
     _wait_until(cluster, deadline, ["slurmctld", *cluster.node_names], lambda: _all_idle(cluster))
 
 
-def _start(cluster: DevCluster, program: str, *arguments: str) -> None:
-    """Start a daemon that is no child of ours, so that it neither ends with this process nor becomes a zombie."""
-    # Nothing of a SLURM job around us may reach the daemons.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-    who = arguments[-1] if program == "slurmd" else program
-    with (cluster.folder / "log" / f"{who}.out").open("ab") as out:
-        subprocess.run(
-            ["setsid", "--fork", str(shutil.which(program, path=_PATH)), *arguments],
-            cwd=cluster.folder,
-            env=env | {"PATH": _PATH} | cluster.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            check=True,
-        )
-
-
-def _wait_until(cluster: DevCluster, deadline: float, daemons: list[str], ready: Callable[[], bool]) -> None:
-    print(f"devcluster: waiting for {', '.join(daemons)}", file=sys.stderr)
+def _wait_until(cluster: DevCluster, deadline: float, names: list[str], ready: Callable[[], bool]) -> None:
+    print(f"devcluster: waiting for {', '.join(names)}", file=sys.stderr)
     while not ready():
-        alive = _alive(cluster.folder)
-        if dead := [name for name in daemons if name not in alive]:
-            raise InputError(f"{dead[0]} has ended: {_last_words(cluster, dead[0])}")
+        alive = daemons.alive(cluster.folder)
+        if dead := [name for name in names if name not in alive]:
+            raise InputError(f"{dead[0]} has ended: {daemons.last_words(cluster.folder, dead[0])}")
         if time.monotonic() > deadline:
             states = _node_states(cluster)
-            silent = next((name for name in daemons if states.get(name) != "idle"), daemons[0])
-            raise InputError(f"{silent} is not ready in time: {_last_words(cluster, silent)}")
+            silent = next((name for name in names if states.get(name) != "idle"), names[0])
+            raise InputError(f"{silent} is not ready in time: {daemons.last_words(cluster.folder, silent)}")
         time.sleep(0.1)
 
 
@@ -331,61 +292,21 @@ def _all_idle(cluster: DevCluster) -> bool:
     return all(states.get(name) == "idle" for name in cluster.node_names)
 
 
-def _last_words(cluster: DevCluster, who: str) -> str:
-    lines = (cluster.folder / "log" / f"{who}.out").read_text(errors="replace").splitlines()
-    wrong = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
-    return " | ".join((wrong or lines)[-3:]) or "it has written nothing"
-
-
 def _node_states(cluster: DevCluster) -> dict[str, str]:
     """Name and state of each node; empty where slurmctld does not answer."""
-    command = [str(shutil.which("sinfo", path=_PATH)), "--noheader", "--Node", "--partition=main", "--format=%N %T"]
+    command = [
+        str(shutil.which("sinfo", path=daemons.PATH)),
+        "--noheader",
+        "--Node",
+        "--partition=main",
+        "--format=%N %T",
+    ]
     env = os.environ | cluster.environment
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, env=env)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
         return {}
     return dict(line.split() for line in done.stdout.splitlines())
-
-
-def _alive(folder: Path) -> set[str]:
-    """munged, slurmctld, n1 … as far as they run."""
-    names = set()
-    for process in _daemons(folder):
-        with suppress(psutil.Error):
-            names.add(_who(process.cmdline()))
-    return names
-
-
-def _who(command: list[str]) -> str:
-    if "-N" in command:
-        return command[-1]
-    return next((name for name in ("munged", "slurmctld") if any(part.endswith(f"/{name}") for part in command)), "")
-
-
-def _processes(folder: Path) -> set[psutil.Process]:
-    """The daemons, all below them, and processes of jobs that have left their parents."""
-    found = set(_daemons(folder))
-    for daemon in list(found):
-        with suppress(psutil.Error):
-            found.update(daemon.children(recursive=True))
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            env = process.environ()
-            # A shell in which SLURM_CONF was set is no job: only slurmstepd sets the other.
-            if env.get("SLURM_CONF") == str(folder / "slurm.conf") and "SLURMD_NODENAME" in env:
-                found.add(process)
-    return {process for process in found if process.pid != os.getpid()}
-
-
-def _daemons(folder: Path) -> list[psutil.Process]:
-    """Known by the folder in which all of them run: slurmstepd overwrites its arguments and part of its environment."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.name() in _DAEMONS and Path(process.cwd()) == folder:
-                found.append(process)
-    return found
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ecgscale_launch.checkup import Report
-from ecgscale_launch.resources import ClusterConfig
+from ecgscale_launch.launch_config import LaunchConfig
 
 SKEW_WARN_S = 1.0  # what nodes write down is compared in steps of seconds: heartbeats, log lines, saving times
 WRITE_WARN_MB_PER_S = 50.0  # a checkpoint of 90 million parameters is 1.1 GB: 22 s, within the warning of 90 s
@@ -42,7 +42,7 @@ class Check:
 class Found:
     """What a checkup has left behind, and what it was to find."""
 
-    cluster: ClusterConfig
+    cluster: LaunchConfig
     nodes: list[str]
     """Of the allocation, in the order of their ranks; empty where the job never began."""
     reports: list[Report]
@@ -330,6 +330,6 @@ def _range(values: Iterable[float], unit: float = 1.0) -> str:
     return f"{low:.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f}"
 
 
-def node_of(rank: int, nodes: list[str], cluster: ClusterConfig) -> str:
+def node_of(rank: int, nodes: list[str], cluster: LaunchConfig) -> str:
     at = rank // cluster.tasks_per_node
     return nodes[at] if at < len(nodes) else "?"

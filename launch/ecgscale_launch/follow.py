@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ecgscale.errors import InputError, one_line
-from ecgscale_launch.folder import JobFolder
+from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.listing import short_path
 from ecgscale_launch.standing import Standing
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ecgscale.errors import one_line
+from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.standing import Standing
 
 _COLOURS = {
@@ -100,14 +101,12 @@ def details(one: Standing, now: float) -> list[str]:
         where = f" on {one.error['host']}" if one.error.get("host") else ""
         rank = "" if one.error.get("rank") is None else f"rank {one.error['rank']}{where}: "
         lines.append(f"error     {rank}{one.error.get('line')}")
-    launch = Path(one.run) / "launch"
+    folder, of_array = JobFolder.of(Path(one.run)), JobFolder.of(Path(one.run).parent)
     if one.logs:
-        lines.append(f"logs      {short_path(one.logs)}, {short_path(str(launch / 'supervisor.log'))}")
+        lines.append(f"logs      {short_path(one.logs)}, {short_path(str(folder.log))}")
     elif one.state in ("failed", "lost") and one.where == "slurm":
-        batch = [path for path in (launch, launch.parent.parent / "launch") if (path / "submitit").is_dir()]  # arrays'
-        lines += [
-            f"logs      {short_path(str(path / 'submitit'))}: ended before its ranks were started" for path in batch
-        ]
+        for batch in [*folder.batch_folders(), *of_array.batch_folders()]:
+            lines.append(f"logs      {short_path(str(batch))}: ended before its ranks were started")
     return [one_line(line) for line in lines]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ecgscale.training.environment import SUPERVISOR
-from ecgscale_launch.rank import QUIET
 
 
 def rank_environment(rank: int, world_size: int, env: Mapping[str, str]) -> dict[str, str]:
@@ -38,7 +37,7 @@ class LocalRanks:
             with (folder / f"rank-{rank}.log").open("ab") as log:
                 out = None if shown and rank == 0 else log
                 started = subprocess.Popen(
-                    [*QUIET, *argv], env=own, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                    argv, env=own, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
                 )
             self._ranks.append(started)
 

@@ -21,12 +21,10 @@ from typing import Any
 from ecgscale import progress, stopping
 from ecgscale.cli import dispatch, run_as_command
 from ecgscale.errors import InputError, MachineError, one_line, system_error, tells_of_lost_rank
+from ecgscale.files import write_json_or_say
 from ecgscale.training.environment import HANG_S, SAVE_S, SUPERVISOR
-from ecgscale_launch.folder import write_json_or_say
+from ecgscale_launch.commands import OF_RANKS
 
-OF_RANKS = ("pretrain", "finetune")  # the commands that run as several processes, and save when asked
-# Before a rank's argv: srun starts tasks with all signals as by default, and a warning before Python listens ends them.
-QUIET = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "rank")
 _LOOK_S = 0.2
 _LAST_WORD_S = 2.0  # for writing that this rank has ended
 
@@ -111,7 +109,7 @@ def _report(path: Path, rank: int, over: threading.Event) -> None:
         orphans.look()
         about["ended"] = over.wait(_LOOK_S if written else 0.0)
         now = progress.now()
-        if first is None and now.phase in ("batch", "forward", "backward", "update"):
+        if first is None and now.phase in progress.OF_A_STEP:
             first = now.step
         if about["first_step"] is None and first is not None and now.step > first:
             about["first_step"], written = now.since, 0.0

@@ -8,41 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError
-from ecgscale.json_lines import objects_in
-from ecgscale.training.state import checkpoints as checkpoint_folders
-from ecgscale.training.state import step_of
-from ecgscale_launch.folder import JobFolder
+from ecgscale.json_lines import last_json_lines
+from ecgscale.run_folder import CONFIG, FOLDERS, LAUNCH
+from ecgscale_launch.job_folder import JobFolder
 
 _DEPTH = 4  # of run folders below the folder of all runs
-_NOT_RUNS = {"launch", "checkpoints", "tensorboard", "export", "recordings"}  # what is in a run folder
 _TAIL = 128 * 2**10  # bytes of events.jsonl that are read: some hundred lines
 
 
 def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
     """Run folders with a job, ``folder`` itself or at most ``depth`` levels below."""
-    found: list[Path] = []
+    runs: list[Path] = []
     try:
         if JobFolder.of(folder).job.exists():
-            found.append(folder)
+            runs = [folder]
         if depth == 0:
-            return found
+            return runs
+        of_the_run = FOLDERS if runs or (folder / CONFIG).exists() else {LAUNCH}
         with os.scandir(folder) as entries:
-            below = [one.name for one in entries if one.name not in _NOT_RUNS and one.is_dir(follow_symlinks=False)]
+            below = [one.name for one in entries if one.name not in of_the_run and one.is_dir(follow_symlinks=False)]
     except OSError:  # not ours to read, or gone meanwhile
-        return found
-    return found + [run for name in sorted(below) for run in find_runs(folder / name, depth - 1)]
+        return runs
+    return runs + [run for name in sorted(below) for run in find_runs(folder / name, depth - 1)]
 
 
 def tail_events(path: Path) -> list[dict[str, Any]]:
     """The newest events of a run; a line that is being written, or was cut off by a kill, is left out."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    return [event for event in objects_in(lines) if event.keys() >= {"event", "time", "step"}]
+    return [event for event in last_json_lines(path, _TAIL) if event.keys() >= {"event", "time", "step"}]
 
 
 def estimated_end(points: Sequence[tuple[float, int]], steps: int, now: float) -> float | None:
@@ -57,7 +49,7 @@ def steps_to_do(folder: JobFolder) -> int | None:
     """Steps that a training run is to do, by the config that the job runs from, else by the run's; a probe has none."""
     from ecgscale import yaml_text
 
-    for path in (folder.config, folder.run / "config.yaml"):
+    for path in (folder.config, folder.run / CONFIG):
         try:
             tree = yaml_text.read(path)
             steps = tree["train"]["steps"]
@@ -68,13 +60,3 @@ def steps_to_do(folder: JobFolder) -> int | None:
         if isinstance(steps, int):
             return steps
     return None
-
-
-def checkpoints(run: Path) -> dict[int, Path]:
-    """Finished checkpoints by step."""
-    return {step_of(path): path for path in checkpoint_folders(run / "checkpoints")}
-
-
-def newest_step(run: Path) -> int:
-    """Step of the newest finished checkpoint; 0 where there is none."""
-    return max(checkpoints(run), default=0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ecgscale.errors import InputError
 
 _TIMEOUT_S = 60.0
-# Of what sacct and scontrol say, the states in which a job will not run again by itself.
+# Of what sacct and squeue say, the states in which a job will not run again by itself.
 OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
@@ -31,12 +31,14 @@ class Partition:
     hosts: frozenset[str]
 
 
-def run(*command: str, given: str | None = None) -> str:
+def run(*command: str, given: str | None = None, env: dict[str, str] | None = None) -> str:
     """What a command of SLURM prints; InputError with its own complaint where it fails. ``given`` is its input."""
     if (conf := os.environ.get("SLURM_CONF")) and not Path(conf).exists():
         raise InputError(f"SLURM_CONF {conf}: no such file; unset it, or start that cluster again")
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, input=given, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
     except FileNotFoundError as error:
         raise InputError(f"{command[0]} is not on the PATH: is this a SLURM cluster? --local N runs here") from error
     except subprocess.TimeoutExpired as error:
@@ -55,31 +57,6 @@ def partitions() -> list[Partition]:
         known = found.get(name, Partition(name, shown.endswith("*"), 0, frozenset()))
         found[name] = Partition(name, known.default, known.nodes + 1, known.hosts | {host})
     return list(found.values())
-
-
-def queued(job_id: str) -> dict[str, str]:
-    """What scontrol knows of a job that is queued, running or ended lately; empty where it has forgotten it."""
-    try:
-        text = run("scontrol", "--oneliner", "show", "job", job_id)
-    except InputError as error:
-        if "Invalid job id" in str(error):
-            return {}
-        raise
-    words = [word.partition("=") for word in text.split("\n", 1)[0].split(" ")]
-    return {name: value for name, equals, value in words if equals}
-
-
-def state(job_id: str) -> str | None:
-    """PENDING, RUNNING, COMPLETED and so on; None where neither scontrol nor sacct knows the job."""
-    if found := queued(job_id).get("JobState"):
-        return found
-    if shutil.which("sacct") is None:
-        return None
-    try:
-        lines = run("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job_id}")
-    except InputError:  # no accounting here
-        return None
-    return lines.split()[0] if lines.split() else None
 
 
 @dataclass(frozen=True)
@@ -118,6 +95,17 @@ def known(job_ids: Sequence[str]) -> dict[str, Known]:
     return found
 
 
+def state(job_id: str) -> str | None:
+    """PENDING, RUNNING, COMPLETED and so on; None where SLURM does not know the job.
+
+    Of an array, where ``job_id`` is its number alone: the state of a task that has not succeeded, if there is one.
+    """
+    states = [job.state for name, job in known([job_id]).items() if job_id in (name, name.partition("_")[0])]
+    failed = [one for one in states if one in OVER and one != "COMPLETED"]
+    waiting = [one for one in states if one not in OVER]
+    return next(iter([*failed, *waiting, *states]), None)
+
+
 def _known_from(line: str) -> tuple[str, Known]:
     """A line of squeue in columns of fixed width."""
     words, at = [], 0
@@ -136,8 +124,11 @@ def _accounted(job_ids: Sequence[str]) -> dict[str, Known]:
         text = run("sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", wanted)
     except InputError:
         return {}
-    lines = [line.partition("|") for line in text.splitlines()]
-    return {job_id: Known(word.split()[0]) for job_id, _, word in lines if job_id in job_ids and word.split()}
+    found = {}
+    for job_id, _, word in (line.partition("|") for line in text.splitlines()):
+        if word.split() and {job_id, job_id.partition("_")[0]} & {*job_ids}:
+            found[job_id] = Known(word.split()[0])
+    return found
 
 
 def _unix(text: str) -> float | None:
@@ -171,9 +162,16 @@ def cancel(*job_ids: str) -> None:
     run("scancel", *job_ids)
 
 
-def expand(nodes: str) -> list[str]:
-    """``n[1-3],m1`` -> the names."""
-    return run("scontrol", "show", "hostnames", nodes).split()
+def own_id() -> str:
+    """The number of the job that this process is in, as SLURM shows it: of an array's task ``ARRAY_TASK``."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def own_nodes() -> list[str]:
+    """The names of the nodes of the job that this process is in, in the order of their ranks."""
+    return run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
 
 
 def signal_steps(job_id: str, number: signal.Signals) -> subprocess.Popen[bytes] | None:
@@ -193,8 +191,3 @@ def signal_steps(job_id: str, number: signal.Signals) -> subprocess.Popen[bytes]
             return None
     command = ["timeout", "4", "scancel", "--quiet", f"--signal={number.name.removeprefix('SIG')}", *named]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def test(script: str) -> None:
-    """Let sbatch look at a batch script without submitting it; InputError with its complaint."""
-    run("sbatch", "--test-only", given=script)

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ecgscale.errors import InputError, MachineError
+from ecgscale.files import read_json_if_there, read_json_now
+from ecgscale.progress import SAVE, START_UP
+from ecgscale.run_folder import EVENTS, newest_checkpoint, step_of
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder, read_json_if_there, read_json_now
-from ecgscale_launch.runs import checkpoints, estimated_end, steps_to_do, tail_events
+from ecgscale_launch.commands import OF_RANKS
+from ecgscale_launch.job_folder import JobFolder
+from ecgscale_launch.runs import estimated_end, steps_to_do, tail_events
 
 OVER = ("done", "failed", "stopped", "cancelled", "lost", "unsubmitted", "damaged")
 _OWN_END = ("done", "failed", "stopped")  # phases in which the supervisor leaves a job
@@ -192,12 +196,12 @@ def _phase(one: Standing, folder: JobFolder, written: str | None) -> str | None:
     """What the supervisor wrote, told apart by what rank 0 does; None where it has written nothing yet."""
     if written != "running":
         return "saving" if written == "stopping" else written
-    rank = _rank(folder) or {"phase": "start-up"}
-    trains = one.command[:1] in (["pretrain"], ["finetune"])
+    rank = _rank(folder) or {"phase": START_UP}
+    trains = one.command[:1] and one.command[0] in OF_RANKS
     moves = rank.get("first_step") or (one.attempts and rank.get("step", 0) > one.attempts[-1]["step_from"])
-    if rank.get("phase") == "start-up" or (trains and not moves):
+    if rank.get("phase") == START_UP or (trains and not moves):
         return "starting"
-    return "saving" if rank.get("phase") == "save" else "running"
+    return "saving" if rank.get("phase") == SAVE else "running"
 
 
 def _add_slurm(one: Standing, phase: str | None, job: slurm.Known | None) -> None:
@@ -229,12 +233,11 @@ def _same_job(job: slurm.Known | None, one: Standing) -> slurm.Known | None:
 
 
 def _add_progress(one: Standing, folder: JobFolder, now: float, stops: bool) -> None:
-    saved = checkpoints(folder.run)
-    if saved:
-        one.checkpoint_step = max(saved)
+    if saved := newest_checkpoint(folder.run):
+        one.checkpoint_step = step_of(saved)
         with suppress(FileNotFoundError):  # removed meanwhile, for newer ones
-            one.checkpoint_time = saved[one.checkpoint_step].stat().st_mtime
-    events = tail_events(folder.run / "events.jsonl")
+            one.checkpoint_time = saved.stat().st_mtime
+    events = tail_events(folder.run / EVENTS)
     logged = [event for event in events if event.get("throughput/ecg_per_s") is not None]
     if logged:
         one.ecg_per_s, one.mfu = logged[-1]["throughput/ecg_per_s"], logged[-1].get("throughput/mfu")

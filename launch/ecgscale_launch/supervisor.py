@@ -14,18 +14,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from ecgscale.errors import InputError, MachineError, one_line
-from ecgscale.files import write_json
+from ecgscale.files import read_json_if_there, write_json
+from ecgscale.run_folder import newest_step
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale.training.environment import HANG_S
-from ecgscale_launch.folder import JobFolder, read_json_if_there, read_json_now
+from ecgscale_launch.attempt import Attempt, error_of, first_error
+from ecgscale_launch.hangs import HangWatch
+from ecgscale_launch.job_folder import JobFolder
+from ecgscale_launch.launch_config import LaunchConfig
 from ecgscale_launch.rendezvous import meeting_environment
-from ecgscale_launch.runs import newest_step
 
 _LOOK_S = 0.2
 _SETTLE_S = 3.0  # after a rank has failed: for the others to tell their errors, of which the first one counts
@@ -46,63 +49,30 @@ class Started(Protocol):
 
 
 @dataclass
-class Attempt:
-    """One start of all ranks."""
+class Place:
+    """Where attempts run: in an allocation of SLURM, or on this machine."""
 
-    number: int
-    job_id: str | None
     nodes: list[str]
-    step_from: int
-    began: float = field(default_factory=time.time)
-    first_step: float | None = None
-    """When the first step of this attempt was done, by rank 0's clock."""
-    ended: float | None = None
-    outcome: str | None = None
-    """done, stopped (saved when asked), crashed, hung, killed (did not save in time) or refused (bad input)."""
-    what: str = ""
-    step_to: int = 0
-
-    @property
-    def progress(self) -> bool:
-        """Whether it has left a new checkpoint."""
-        return self.step_to > self.step_from
-
-
-@dataclass
-class Limits:
-    """What the supervisor allows."""
-
-    save_s: float
-    hang_s: float
-    retries: int
-    requeue_crashed: bool = False
-
-
-Start = Callable[[Path, dict[str, str]], Started]
+    start: Callable[[Path, dict[str, str]], Started]
+    """(folder of the attempt, environment) -> its ranks."""
+    job_id: str | None = None
+    requeue: Callable[[], None] | None = None
+    """Asks that the job be started again; None where nobody does."""
 
 
 class Supervisor:
-    """See the module's docstring. ``requeue`` is None where nobody starts the job again."""
+    """See the module's docstring."""
 
-    def __init__(
-        self,
-        folder: JobFolder,
-        limits: Limits,
-        start: Start,
-        nodes: list[str],
-        job_id: str | None,
-        asked: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, folder: JobFolder, cluster: LaunchConfig, place: Place, asked: Sequence[int] = ()) -> None:
         """``asked`` are signals that came before this could listen."""
-        self._folder, self._limits, self._start = folder, limits, start
+        self._folder, self._cluster, self._place = folder, cluster, place
         self._run = folder.run
-        self._nodes, self._job_id = nodes, job_id
         self.done = False  # the command has come to its end
         self._asked: signal.Signals | None = None
         self._asked_at = 0.0
         self._asked_early = asked
         before: dict[str, Any] = read_json_if_there(folder.state) or {}
-        again = job_id is not None and before.get("job_id") == job_id
+        again = place.job_id is not None and before.get("job_id") == place.job_id
         requeued = again and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         self._attempts: list[dict[str, Any]] = before.get("attempts", [])
         if self._attempts and self._attempts[-1]["outcome"] is None:
@@ -115,7 +85,7 @@ class Supervisor:
         }
         self._error: dict[str, Any] | None = None
 
-    def run(self, interface: str, meeting_timeout_s: float, requeue: Callable[[], None] | None) -> int:
+    def run(self) -> int:
         """Attempts until the job is done, has failed, was stopped, or is requeued; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._ask)
@@ -125,7 +95,7 @@ class Supervisor:
             self._ask(early, None)
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         while True:
-            attempt = self._attempt(interface, meeting_timeout_s)
+            attempt = self._attempt()
             if attempt.outcome == "done":
                 self.done = True
                 return self._end("done", 0)
@@ -133,14 +103,15 @@ class Supervisor:
                 return self._fail(attempt, _REFUSED)
             if self._counts_as_failure(attempt):
                 self._counts["failures_without_progress"] += 1
-                if self._counts["failures_without_progress"] > self._limits.retries:
+                if self._counts["failures_without_progress"] > self._cluster.retries:
                     return self._fail(attempt, 1)
             asked = self._asked is not None or attempt.outcome == "stopped"
+            requeue = self._place.requeue
             if (asked and requeue is None) or self._asked not in (None, signal.SIGUSR2):
                 if requeue is not None:
                     self._say("SLURM requeues the job, or ends it")
                 return self._end("stopped", STOPPED_EXIT_CODE)
-            if requeue is not None and (asked or attempt.outcome == "hung" or self._limits.requeue_crashed):
+            if requeue is not None and (asked or attempt.outcome == "hung" or self._cluster.after_failure == "requeue"):
                 self._end("requeued", 0)
                 return self._requeue(requeue)
             self._counts["restarts"] += 1
@@ -175,17 +146,23 @@ class Supervisor:
             self._asked_at = -math.inf  # Ctrl-C twice: at once
         self._asked = signal.Signals(number)
 
-    def _attempt(self, interface: str, meeting_timeout_s: float) -> Attempt:
+    def _attempt(self) -> Attempt:
         number = len(self._attempts) + 1
-        attempt = Attempt(number, self._job_id, self._nodes, newest_step(self._run))
+        attempt = Attempt(number, self._place.job_id, self._place.nodes, newest_step(self._run))
         self._attempts.append(asdict(attempt))
         folder = self._folder.attempt(number)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        env = meeting_environment(self._nodes, interface, meeting_timeout_s)
+        nodes, network = self._place.nodes, self._cluster.network
+        try:
+            env = meeting_environment(nodes, network.interface, network.timeout_s)
+        except InputError as error:
+            attempt.outcome, attempt.what, attempt.ended = "refused", str(error), time.time()
+            self._error = error_of(str(error), "input")
+            return attempt
         meeting = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-        self._say(f"attempt {number} on {', '.join(self._nodes)}, meeting at {meeting}, from step {attempt.step_from}")
+        self._say(f"attempt {number} on {', '.join(nodes)}, meeting at {meeting}, from step {attempt.step_from}")
         self._write("running")
-        ranks = self._start(folder, env | {HANG_S: f"{self._limits.hang_s:g}"})
+        ranks = self._place.start(folder, env | {HANG_S: f"{self._cluster.hang_s:g}"})
         try:
             codes, stuck = self._watch(ranks, attempt, folder)
         finally:
@@ -200,7 +177,7 @@ class Supervisor:
         stuck where nothing moved for too long.
         """
         told = failed = None
-        hangs = HangWatch(folder, self._limits.hang_s)
+        hangs = HangWatch(folder, self._cluster.hang_s)
         while not ranks.ended():
             now = time.monotonic()
             if self._asked is not None and (told is None or now - told > _TELL_EVERY_S):
@@ -209,8 +186,8 @@ class Supervisor:
                     self._write("stopping")
                 told = now
                 ranks.tell(signal.SIGUSR2)
-            if self._asked is not None and now - self._asked_at > max(1.0, self._limits.save_s - _KEPT_S):
-                late = f"not saved within {self._limits.save_s:g} s" if self._asked_at > 0 else "asked twice"
+            if self._asked is not None and now - self._asked_at > max(1.0, self._cluster.save_s - _KEPT_S):
+                late = f"not saved within {self._cluster.save_s:g} s" if self._asked_at > 0 else "asked twice"
                 self._say(f"{late}: the ranks are killed, what is not saved is lost")
                 attempt.outcome = "killed"
                 return ranks.codes(), None
@@ -252,6 +229,7 @@ class Supervisor:
         rank = "" if self._error is None or self._error["rank"] is None else f"rank {self._error['rank']}: "
         times = self._counts["failures_without_progress"]
         often = f" ({times} failures without a new checkpoint)" if times else ""
+        self._attempts[-1] = asdict(attempt)
         self._say(f"failed{often}: {rank}{attempt.what}")
         if self._error is not None and self._error["kind"] == "error" and self._error.get("traceback"):
             print(self._error["traceback"], file=sys.stderr)
@@ -271,9 +249,9 @@ class Supervisor:
 
     def _state(self, phase: str) -> dict[str, Any]:
         return {
-            "job_id": self._job_id,
+            "job_id": self._place.job_id,
             "phase": phase,
-            "nodes": self._nodes,
+            "nodes": self._place.nodes,
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "time": time.time(),
@@ -288,66 +266,3 @@ class Supervisor:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         with suppress(OSError):  # a terminal that has gone
             print(f"ecgscale-launch: {line}", file=sys.stderr, flush=True)
-
-
-class HangWatch:
-    """Whether the ranks still move, by what each writes of its progress."""
-
-    def __init__(self, folder: Path, limit_s: float) -> None:
-        self._folder, self._limit_s = folder, limit_s
-        self._looked = self._moved = time.monotonic()
-        self._before: dict[int, int] = {}
-        self._written: dict[int, tuple[float, float]] = {}  # rank -> the time that it wrote, when we saw that change
-
-    def first_step(self) -> float | None:
-        """When rank 0 had done its first step."""
-        return (read_json_now(self._folder / "rank-0.alive.json") or {}).get("first_step")
-
-    def stuck(self) -> str | None:
-        """Which rank is stuck, when none has begun anything new for the limit; the rest waits for it."""
-        now = time.monotonic()
-        if not self._limit_s or now - self._looked < min(10.0, self._limit_s / 4):
-            return None
-        self._looked = now
-        told = [about for path in self._folder.glob("rank-*.alive.json") if (about := read_json_now(path))]
-        found = [about for about in told if not about.get("ended")]
-        if told and not found:
-            return None
-        for about in found:
-            if self._written.get(about["rank"], (0.0, 0.0))[0] != about["time"]:
-                self._written[about["rank"]] = (about["time"], now)
-        counts = {about["rank"]: about["count"] for about in found}
-        if counts != self._before or (found and all(not about["phase"] for about in found)):
-            self._before, self._moved = counts, now
-        if now - self._moved < self._limit_s:
-            return None
-        if not found:
-            return f"no rank has begun within {self._limit_s:g} s"
-        silent = [about for about in found if now - self._written[about["rank"]][1] > self._limit_s / 2]
-        last = min(silent or found, key=lambda about: about["count"])
-        where = f"rank {last['rank']} on {last['host']} is stuck in {last['phase'] or 'its end'} at step {last['step']}"
-        return f"no progress for {self._limit_s:g} s: {where}" + (" and does not answer" if silent else "")
-
-
-def first_error(folder: Path, failures: dict[int, int]) -> dict[str, Any]:
-    """The error that came first and follows from no other; of a rank that could not tell it, how it ended."""
-    told = [about for rank in failures if (about := read_json_now(folder / f"rank-{rank}.error.json"))]
-    own = sorted((about for about in told if about["kind"] != "lost"), key=lambda about: about["time"])
-    if own:
-        return own[0]
-    silent = [rank for rank in sorted(failures) if not (folder / f"rank-{rank}.error.json").exists()]
-    killed = [rank for rank in silent if failures[rank] < 0] or silent
-    if killed:
-        rank = killed[0]
-        line = f"rank {rank} {how_it_ended(failures[rank])}"
-        return {"rank": rank, "host": None, "time": time.time(), "kind": "error", "line": line, "traceback": None}
-    return min(told, key=lambda about: about["time"])
-
-
-def how_it_ended(code: int) -> str:
-    """An exit code in words."""
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL), by somebody or for want of memory"
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"

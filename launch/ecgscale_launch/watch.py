@@ -9,26 +9,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, one_line
 from ecgscale_launch import slurm
-from ecgscale_launch.folder import JobFolder
 from ecgscale_launch.follow import follow, print_file, rank_log
+from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.listing import details, screen, short_path, table
 from ecgscale_launch.runs import find_runs
 from ecgscale_launch.standing import Standing, is_process, orphans, standings
-
-if TYPE_CHECKING:
-    from ecgscale_launch.record import Job
-
-Submit = Callable[["Job", list[str], bool], str]
-"""(job, overrides of its cluster config, whether to take today's code) -> its new number, or how it is called."""
 
 
 def status(argv: list[str]) -> int:
@@ -161,16 +154,11 @@ def refuse_active(run: Path) -> None:
         raise InputError(f"{short_path(str(run))}: is {one.state}{which}; wait for its end or cancel it first")
 
 
-def check_resumable(run: Path) -> Job:
-    """The job of a run folder that may be submitted again; raises InputError where it is queued or runs."""
-    from ecgscale_launch.record import read_job  # imports PyTorch
-
-    refuse_active(run)
-    return read_job(run)
-
-
-def resume(argv: list[str], submit: Submit) -> int:
+def resume(argv: list[str]) -> int:
     """Submit a job again, from its job folder."""
+    from ecgscale_launch.job_record import read_job
+    from ecgscale_launch.launching import resubmit
+
     parser = _parser(
         "resume",
         "Submit a job again that has ended: the same command, cluster config and code, from the newest checkpoint.",
@@ -182,8 +170,9 @@ def resume(argv: list[str], submit: Submit) -> int:
     parser.add_argument("--new-code", action="store_true", help="take today's code, not the snapshot")
     options, overrides = parser.parse_known_args(argv)
     run = _one_job(options.run)
-    called = submit(check_resumable(run), overrides, options.new_code)
-    print(one_line(f"{short_path(str(run))}: submitted again as {called}"))
+    refuse_active(run)
+    number = resubmit(read_job(run), overrides, options.new_code)
+    print(one_line(f"{short_path(str(run))}: submitted again as job {number}"))
     return 0
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ecgscale.bench.measure import Check, Report, Section, Spread, machine, reporting
-from ecgscale.bench.results import better_way, is_ours, read_runs
+from ecgscale.bench.measure import Check, Meaning, Report, Section, Spread, machine, reporting
+from ecgscale.bench.results import read_runs
 from ecgscale.cli import main
 from ecgscale.errors import InputError
 
@@ -25,10 +25,12 @@ def write(tmp_path) -> Callable[..., Path]:
         section = Section("base", ("way", "ECG/s"), [("ecgscale", f"{per_s}")])
         for way, rate in (("ecgscale", per_s), ("straightforward", 1.0)):
             section.settings[f"{LABEL}/{way}"] = {"preset": "base", "batch": 8, "ranks": 1, "way": way}
-            section.scalar(f"{LABEL}/{way}/ecg_per_s", Spread(rate, 0.99 * rate, 1.01 * rate))
-            section.scalars[f"{LABEL}/{way}/peak_gb"] = 2.0
+            ours = way == "ecgscale"
+            rates = Meaning("recordings/s", "higher", ours, LABEL)
+            section.scalar(f"{LABEL}/{way}/ecg_per_s", Spread(rate, 0.99 * rate, 1.01 * rate), rates)
+            section.scalar(f"{LABEL}/{way}/peak_gb", 2.0, Meaning("GB", "lower", ours, LABEL))
         if name == "scaling":
-            section.scalar(f"{LABEL}/ecgscale/efficiency", Spread(1.0, 1.0, 1.0))
+            section.scalar(f"{LABEL}/ecgscale/efficiency", Spread(1.0, 1.0, 1.0), Meaning("share", "higher"))
         section.checks = [Check("times as fast", per_s, 9.0)]
         known = machine() | {"commit": commit, "date": f"2026-11-23T{hour:02}:00:00+00:00", "cpu": "a CPU"} | about
         Report(name, "A step", known, [section]).write(tmp_path / folder)
@@ -292,30 +294,32 @@ def test_results_of_every_bench_are_read(write, capsys):
     assert f"{folder / 'other.json'} is no result of a bench and left out" in capsys.readouterr().err
 
 
-def test_which_way_is_better():
-    more = ("a/ecg_per_s", "a/mfu", "a/ecgscale_over_ddp", "a/device/copy_gb_per_s", "a/ratio/stream_over_bare")
-    less = ("a/step_ms", "a/peak_gb", "a/cpu_us_per_record", "a/scale/counts/plan_s", "a/codec/pco/ratio")
-    unknown = ("a/largest_in_2gb/r1/ecgscale/step_ms", "a/largest/r1/ecgscale/peak_gb")
-    unknown = (
-        *unknown,
-        "a/plain/checksum_share",
-        "a/code_ratio",
-        "a/shuffling/64/correlation",
-        "a/shuffling/64/pairs_per_batch",
-    )
-    assert [better_way(name) for name in (*more, *less, *unknown)] == [1] * 5 + [-1] * 5 + [0] * 6
+def test_results_that_say_what_nothing_means_are_shown_and_not_compared(write, capsys, refusal):
+    """As earlier versions wrote them."""
+    write(OLD, 10, hour=1)
+    folder = write(NEW, 5, hour=2)
+    for path in folder.glob("*.json"):
+        result = json.loads(path.read_text())
+        del result["sections"][0]["meanings"]
+        path.write_text(json.dumps(result))
+    assert report(folder) == 0
+    assert "5 (4.95 – 5.05)" in capsys.readouterr().out
+    assert "nothing to compare" in refusal("bench", "report", folder, "--against", OLD)
 
 
-def test_what_says_something_of_ecgscale():
-    ours = ("step/a/ecgscale/ecg_per_s", "step/a/ecgscale_over_ddp", "kernel/step/triton/ms", "stream/start/a/0/ms")
-    ours = (*ours, "stream/codec/pco/decode_records_per_s", "stream/scale/index/memory_mb", "stream/plain/2_threads/us")
-    ours = (*ours, "step/a/shards/ecg_per_s", "kernel/a/eager_conv1d/both_over_ours")
-    ours = (*ours, "stream/plain/ratio/halves_over_webdataset", "stream/plain/ratio/stream_over_bare")
-    others = ("step/a/ddp/ecg_per_s", "stream/codec/flac/decode_records_per_s", "kernel/device/copy_gb_per_s")
-    others = (
-        *others,
-        "stream/plain/checksum_share",
-        "stream/plain/ratio/bare_over_webdataset",
-        "stream/plain/2_processes/records_per_s",
-    )
-    assert [is_ours(name) for name in (*ours, *others)] == [True] * 11 + [False] * 6
+def test_a_lower_number_is_worse_only_where_its_meaning_says_so(write, capsys):
+    write(OLD, 10, hour=1)
+    folder = write(NEW, 10, hour=2)
+    for path in folder.glob("*.json"):
+        result = json.loads(path.read_text())
+        section = result["sections"][0]
+        if result["machine"]["commit"] == NEW:
+            section["scalars"][f"{LABEL}/ecgscale/peak_gb"] = 3.0
+            section["scalars"][f"{LABEL}/ecgscale/ecg_per_s"] = 5.0
+            section["spreads"][f"{LABEL}/ecgscale/ecg_per_s"] = [5.0, 5.0]
+        section["meanings"][f"{LABEL}/ecgscale/ecg_per_s"]["better"] = ""
+        path.write_text(json.dumps(result))
+    assert report(folder, "--against", OLD) == 1
+    out = capsys.readouterr().out
+    assert "ecgscale/peak_gb: 2 at aaaaaaaaa, 3 at bbbbbbbbb, worse by 50.0%" in out
+    assert "Of 1 numbers 1 are worse" in out

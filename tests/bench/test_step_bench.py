@@ -16,21 +16,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecgscale.bench.largest_batch import NothingFitsError, largest
 from ecgscale.bench.measure import Round
-from ecgscale.bench.scaling import STRONG, WEAK, scaled
-from ecgscale.bench.step import bench_step, bound_of, measure_case, mfu_bound
-from ecgscale.bench.step_batches import shard_stream
-from ecgscale.bench.step_case import Axes, Case, StepConfig
-from ecgscale.bench.step_ranks import FailedError, Group, TooLargeError, _Failed, tells_of_memory
-from ecgscale.bench.step_turns import Effort, Taken
+from ecgscale.bench.step import (
+    STRONG,
+    WEAK,
+    NothingFitsError,
+    bench_step,
+    bound_of,
+    largest,
+    measure_case,
+    mfu_bound,
+    scaled,
+)
+from ecgscale.bench.step_case import Axes, Case, StepConfig, shard_stream
+from ecgscale.bench.step_ranks import Effort, FailedError, Group, Taken, TooLargeError, _Failed, tells_of_memory
 from ecgscale.bench.step_ways import DDP, OURS, PRODUCT, STRAIGHTFORWARD, equality
 from ecgscale.bench.straightforward import Straightforward, can_be_written, named_as_here, same_draws
 from ecgscale.cli import main
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import synthetic_batch
 from ecgscale.errors import InputError
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import build_objective, objective_config
 from ecgscale.training.ranks import Ranks
 
 SMALL = [
@@ -38,7 +44,7 @@ SMALL = [
     "--model.position_kernel=16", "--model.position_groups=4", "--objective.codes=16", "--objective.code_width=16",
     "--objective.negatives=20",
 ]  # fmt: skip
-OBJECTIVE = ObjectiveConfig(codes=16, code_width=16, negatives=20)
+OBJECTIVE = objective_config(codes=16, code_width=16, negatives=20)
 HERE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -133,10 +139,10 @@ def test_what_the_straightforward_way_draws_is_what_the_method_asks_for(small_mo
 
 
 def test_only_the_method_of_the_paper_is_written_straightforwardly(small_model_config):
-    assert can_be_written(small_model_config, ObjectiveConfig())
-    assert not can_be_written(replace(small_model_config, stem="patch"), ObjectiveConfig())
+    assert can_be_written(small_model_config, objective_config())
+    assert not can_be_written(replace(small_model_config, stem="patch"), objective_config())
     for other in ({"name": "cmsc"}, {"global_form": "nt_xent"}, {"augmentations": ["emg"]}):
-        assert not can_be_written(small_model_config, ObjectiveConfig(**other))
+        assert not can_be_written(small_model_config, objective_config(**other))
 
 
 # --- cases ---
@@ -150,8 +156,7 @@ def test_every_combination_is_a_case_of_its_own():
     assert len(cases) == len({case.key for case in cases}) == len({case.title for case in cases}) == 32
     assert all(case.config.model.dropout == 0 for case in cases)
     case = cases[0]
-    flops = step_flops(case.config.model, case.config.objective, 2, 2500, 2)
-    assert case.flops() == sum(part.forward + part.backward for part in flops.values())
+    assert case.flops() == step_flops(case.config.model, case.config.objective, 2, 2500, 2)
 
 
 def test_what_does_not_go_together_is_left_out(capsys):
@@ -245,6 +250,21 @@ def test_a_found_batch_is_a_number_of_a_case_that_its_limit_names(turns, tmp_pat
     (section,) = bench_step(tmp_path, cases, [], Effort.least(), find_within_gb=2.0).sections
     assert section.scalars["tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1/ecgscale/largest_batch"] == 40
     assert all("/largest_in_2gb/" in name for name in section.scalars)
+    better = {name.rpartition("/")[2]: meaning.better for name, meaning in section.meanings.items()}
+    assert (better["step_ms"], better["peak_gb"]) == ("", ""), "of a larger batch they are more"
+    assert (better["ecg_per_s"], better["largest_batch"]) == ("higher", "higher")
+
+
+def test_every_number_says_what_it_means(turns, tmp_path):
+    for way in (OURS, DDP, PRODUCT):
+        turns.rounds[way], turns.peak_bytes[way] = [Round(8, 1.0, 1.0)], 10**9
+    (case,) = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
+    section = measure_case(case, [DDP], Effort.least())
+    assert set(section.meanings) == set(section.scalars)
+    baselines = {name for name, meaning in section.meanings.items() if not meaning.ours}
+    assert baselines == {name for name in section.scalars if "/ddp/" in name or "/product/" in name}
+    assert {meaning.case for meaning in section.meanings.values()} == {case.key}
+    assert section.meanings[f"{case.key}/ecgscale/step_ms"].better == "lower"
 
 
 def test_a_product_alone_is_no_measurement(turns, tmp_path):

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from ecgscale.bench.measure import Check, Round, Section, interleaved, one_core, ratios, spread, timed
-from ecgscale.bench.order_scale import permutation_quality, shuffle_quality
 from ecgscale.cli import main
-from ecgscale.data.order import Order
 
 # webdataset never closes the tars that it opens.
 pytestmark = [
@@ -30,13 +28,14 @@ def written(tmp_path_factory) -> Path:
 def test_report_holds_every_part_with_units_and_finite_positive_numbers(written):
     report = json.loads(next(written.glob("stream-*.json")).read_text())
     titles = " ".join(section["title"] for section in report["sections"])
-    parts = ("plain", "compressed", "Checksums", "resume", "Codecs", "Threads", "Order", "Shuffling")
+    parts = ("plain", "compressed", "Threads")
     assert all(part in titles for part in parts)
     for section in report["sections"]:
         assert section["rows"]
         assert {len(row) for row in section["rows"]} == {len(section["header"])}
         assert all(math.isfinite(value) and value > 0 for value in section["scalars"].values())
         assert all(math.isfinite(check["value"]) for check in section["checks"])
+        assert set(section["meanings"]) == set(section["scalars"])
         for rounds in section["raw"].values():
             assert all(one["units"] > 0 and one["wall_s"] > 0 for one in rounds)
     assert "CPU µs per record" in report["sections"][0]["header"]
@@ -49,8 +48,8 @@ def test_markdown_says_which_bounds_were_missed_and_that_one_core_was_used(writt
     text = next(written.glob("stream-*.md")).read_text()
     assert "pinned to CPU" in text
     assert "**Measured with --quick, which only shows that a bench runs: these numbers are worth nothing.**" in text
-    assert text.count("**reached**") + text.count("**MISSED**") >= 7
-    assert all(reader in text for reader in ("bare loop", "ecgscale, whole records", "webdataset: ", "2 processes"))
+    assert text.count("**reached**") + text.count("**MISSED**") == 4
+    assert all(reader in text for reader in ("bare loop", "ecgscale, whole records", "webdataset: "))
 
 
 def test_scalars_have_stable_names(written):
@@ -113,15 +112,3 @@ def test_checks_say_on_which_side_they_must_be():
     text = Section("Title", ("what", "value"), [("row", "1")], checks=checks).markdown()
     assert "up: 2, must be ≥ 1: **reached**" in text
     assert "down: 2, must be ≤ 1: **MISSED**" in text
-
-
-def test_quality_tells_no_shuffling_from_a_good_one():
-    def order(window: int) -> Order:
-        return Order((64,) * 32, 64, 64, 1, seed=0, window=window)
-
-    unshuffled, windowed = (shuffle_quality(order(window), 64, 4) for window in (1, 4096))
-    permuted = permutation_quality(order(1), 64, 4)
-    assert unshuffled.pairs_per_batch > 60
-    assert unshuffled.shards_per_batch <= 2
-    assert windowed.pairs_per_batch < 10
-    assert abs(windowed.shards_per_batch - permuted.shards_per_batch) < 3

@@ -20,7 +20,7 @@ from ecgscale.downstream.evaluate import LabelledSet
 from ecgscale.downstream.tasks import TaskConfig
 from ecgscale.inference import load, recordings_of
 from ecgscale.record import LEADS, Record
-from ecgscale_launch.results import figures
+from ecgscale_launch.sweep_table import figures
 
 RATE_HZ = 500.0
 WHOLE = round(10 * RATE_HZ)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.downstream.coverage import Coverage
-from ecgscale.downstream.results import Case, Measured, Results, as_csv, markdown, plot
+from ecgscale.downstream.method_table import Case, Measured, Results, as_csv, markdown, plot
 from ecgscale.simulate import Simulation
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = str(Path(__file__).parent / "compile_without_gpu.py")
+SCRIPT = str(Path(__file__).parents[1] / "trials" / "compile_without_gpu.py")
 OLDEST = Path(__file__).parents[2] / "build" / "oldest-triton"  # .ci/run puts it there
 # By hand it takes all types for a chip. Here those of 16 bits, and float32 once, since a kernel takes half a second.
 OF_16_BITS = (("80", "bfloat16", "float16"), ("90", "bfloat16", "float16"))

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from ecgscale.errors import InputError
+from ecgscale_launch import daemons
 from ecgscale_launch import devcluster as dev
 
 needs_slurm = pytest.mark.usefixtures("slurm_installed")
@@ -150,7 +151,7 @@ def test_refusals(arguments: list[str], said: str, monkeypatch) -> None:
 
 
 def test_missing_programs_name_the_packages(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(dev, "_PATH", str(tmp_path))
+    monkeypatch.setattr(daemons, "PATH", str(tmp_path))
     with pytest.raises(InputError, match="apt-get install slurm-wlm munge"):
         dev.up(tmp_path / "new")
     assert not (tmp_path / "new").exists()

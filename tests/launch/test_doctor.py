@@ -16,12 +16,14 @@ from torch.distributed import HashStore
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.errors import InputError
 from ecgscale.simulate import Simulation
-from ecgscale_launch import checkup, doctor
-from ecgscale_launch.checkup import Report, Task
+from ecgscale_launch import checkup, doctor, measurements
+from ecgscale_launch.checkup import Report
 from ecgscale_launch.devcluster import DevCluster
 from ecgscale_launch.diagnosis import Check, Found, judge
-from ecgscale_launch.doctor import lines
-from ecgscale_launch.resources import ClusterConfig
+from ecgscale_launch.doctor_table import lines
+from ecgscale_launch.findings import last_words
+from ecgscale_launch.launch_config import LaunchConfig
+from ecgscale_launch.measurements import Task
 
 NODES = ["n1", "n2", "n3"]
 CODE = "/shared/run/launch/code"
@@ -55,7 +57,7 @@ def healthy(rank: int) -> Report:
 
 
 def three_nodes() -> Found:
-    cluster = ClusterConfig(nodes=3, tasks_per_node=2, gpus_per_node=2, cpus_per_task=8)
+    cluster = LaunchConfig(nodes=3, tasks_per_node=2, gpus_per_node=2, cpus_per_task=8)
     reports = [healthy(rank) for rank in range(6)]
     job = Check("job", "pass", "job 7 on n1, n2, n3")
     return Found(cluster, NODES, reports, job, CODE, {"torch": "2.13.0"}, {}, [DATA])
@@ -173,7 +175,7 @@ def test_no_gpus_asked_for_are_skipped_with_a_line_that_says_so() -> None:
     found = three_nodes()
     everywhere("gpus", names=[], right=None, free=None, total=None)(found)
     [gpus] = [
-        one for one in judge(replace(found, cluster=ClusterConfig(nodes=3, tasks_per_node=2))) if one.name == "gpus"
+        one for one in judge(replace(found, cluster=LaunchConfig(nodes=3, tasks_per_node=2))) if one.name == "gpus"
     ]
     assert gpus.result == "skip"
     assert "gpus_per_node is 0" in gpus.measured
@@ -206,13 +208,13 @@ def test_failing_check_is_written_down_and_the_next_one_done(tmp_path: Path) -> 
 
 
 def test_folder_that_another_rank_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkup, "_VISIBLE_S", 0.2)
+    monkeypatch.setattr(measurements, "_VISIBLE_S", 0.2)
     store, folders = HashStore(), [tmp_path / "a", tmp_path / "b", tmp_path / "b"]
     for folder in folders[:2]:
         folder.mkdir()
     tasks = [Task(folder, [], rank, 0, 3, 1, store) for rank, folder in enumerate(folders)]
     with ThreadPoolExecutor(3) as pool:
-        unseen = [about["unseen"] for about in pool.map(checkup.shared_folder, tasks)]
+        unseen = [about["unseen"] for about in pool.map(measurements.shared_folder, tasks)]
     assert unseen == [[1, 2], [0], [0]]
 
 
@@ -220,9 +222,9 @@ def test_last_words_of_a_task(tmp_path: Path) -> None:
     log = ["0: fine", "1: ImportError: libcuda", "srun: error: n2: task 1: Exited with exit code 1"]
     (tmp_path / "srun.log").write_text("\n".join(log))
     said = "ImportError: libcuda; srun: error: n2: task 1: Exited with exit code 1"
-    assert doctor._last_words(tmp_path, 1, "n2") == said
-    assert doctor._last_words(tmp_path, 0, "n1") == "fine"
-    assert doctor._last_words(tmp_path, 2, "n3") == ""
+    assert last_words(tmp_path, 1, "n2") == said
+    assert last_words(tmp_path, 0, "n1") == "fine"
+    assert last_words(tmp_path, 2, "n3") == ""
 
 
 # -- for real --------------------------------------------------------------------------------------------------------
@@ -308,8 +310,8 @@ def test_refusals(arguments: list[str], said: str) -> None:
 
 
 def test_package_that_is_missing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "versions", lambda: {"torch": "2.13.0", "deepspeed": "0.19.8"})
+    monkeypatch.setattr(doctor, "versions", lambda: {"torch": "2.13.0"})
     (tmp_path / "cluster.yaml").write_text("nodes: 2")
-    with pytest.raises(InputError, match="submitit: not installed"):
+    with pytest.raises(InputError, match="deepspeed: not installed"):
         doctor.main([str(tmp_path / "cluster.yaml"), "--folder", str(tmp_path / "refused")])
     assert not (tmp_path / "refused").exists()

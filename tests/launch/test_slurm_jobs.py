@@ -14,12 +14,25 @@ import pytest
 
 from ecgscale.cli import main as ecgscale_main
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.files import read_json_if_there
 from ecgscale.simulate import Simulation
 from ecgscale_launch import slurm
 from ecgscale_launch.cli import main
-from ecgscale_launch.folder import JobFolder, read_json_if_there
+from ecgscale_launch.job_folder import JobFolder
 from small_jobs import NO_DROPOUT, SMALL, logged, losses, recordings
 
+FAULT = """
+
+_begin = at
+
+
+def at(step, phase):
+    import os
+
+    if phase == "forward" and os.environ["RANK"] == "1":
+        raise MemoryError("no room left")
+    _begin(step, phase)
+"""
 TOLERANCE = 2e-5  # fp32 sums over more ranks are added up in another order
 
 
@@ -129,10 +142,8 @@ def test_the_first_error_of_the_first_rank_ends_a_job_after_bounded_retries(
     run = tmp_path / "run"
     held = ("--nodes=2", "--retries=1", "--sbatch.hold=")
     launch(cluster, *held, "--", "pretrain", *SMALL, f"--data.shards={shards}", "--run.dir", run)
-    loop = run / "launch/code/ecgscale/training/loop.py"
-    fault = "            if ranks.rank == 1:\n                raise MemoryError('no room left')\n"
-    place = "            learning_rate = job.engine.learning_rate *"
-    loop.write_text(loop.read_text().replace(place, fault + place))
+    with (run / "launch/code/ecgscale/progress.py").open("a") as module:
+        module.write(FAULT)
     subprocess.run(["scontrol", "release", number(run)], check=True)
     assert over(run) == "FAILED"
     found = state(run)
@@ -226,6 +237,20 @@ def test_a_warning_to_one_task_of_an_array_leaves_the_others_alone(
     assert stops == [0, 1]
 
 
+def test_a_run_of_a_sweep_goes_on_alone_with_the_code_of_all(cluster, shards, wait_for, over, tmp_path) -> None:
+    """Cancelled and submitted again, it is a job of its own; its packages lie in the folder of the sweep."""
+    job = ["pretrain", *SMALL, f"--data.shards={shards}", "--train.steps=60", "--run.dir", tmp_path / "runs"]
+    launch(cluster, "--cpus_per_task=1", "--sweep", "train.seed", "0", "1", "--", *job)
+    runs = [tmp_path / "runs/seed=0", tmp_path / "runs/seed=1"]
+    wait_for(lambda: all(logged(run, 2) for run in runs))
+    launch("cancel", runs[1])
+    over(runs[1])
+    assert state(runs[1])["phase"] == "stopped"
+    launch("resume", runs[1])
+    assert [over(run) for run in runs] == ["COMPLETED"] * 2
+    assert sorted(tmp_path.rglob("launch/code")) == [tmp_path / "runs/launch/code"]
+
+
 def test_a_chain_whose_first_job_fails_does_not_go_on(cluster, shards, tmp_path, over) -> None:
     first = ["finetune", "--init", tmp_path / "none", f"--data.shards={shards}", "--run.dir", tmp_path / "first"]
     second = ["finetune", "--init", tmp_path / "first", "--task.label=rhythm", f"--data.shards={shards}"]
@@ -276,6 +301,6 @@ def test_dry_run_shows_the_script_that_is_submitted(cluster, shards, over, tmp_p
     shown = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     launch(cluster, "--run", tmp_path / "run", "--environment.GREETING=it's $(date)", "--", *job)
-    submitted = next((tmp_path / "run/launch/submitit").glob("*_submission.sh")).read_text()
+    submitted = next((tmp_path / "run/launch/batch").glob("*.sh")).read_text()
     assert submitted.strip() in shown
     assert over(tmp_path / "run") == "COMPLETED"

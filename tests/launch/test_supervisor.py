@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from ecgscale.errors import InputError
+from ecgscale.files import read_json_if_there
 from ecgscale_launch import supervisor as module
-from ecgscale_launch.folder import JobFolder, read_json_if_there
-from ecgscale_launch.runs import newest_step
+from ecgscale_launch.attempt import first_error
+from ecgscale_launch.job_folder import JobFolder
+from ecgscale_launch.launch_config import LaunchConfig, NetworkConfig
 from ecgscale_launch.step import codes_in
-from ecgscale_launch.supervisor import Limits, Supervisor, first_error
+from ecgscale_launch.supervisor import Place, Supervisor
 from small_jobs import put_checkpoint
 
 KILLED = -int(signal.SIGKILL)
@@ -70,7 +72,7 @@ class Trial:
         self.requeued = 0
         self.ranks: list[MadeUp] = []
 
-    def run(self, *attempts: MadeUp, in_queue: bool = True, retries: int = 2, hang_s: float = 0, **more: bool) -> int:
+    def run(self, *attempts: MadeUp, in_queue: bool = True, retries: int = 2, hang_s: float = 0, **more: str) -> int:
         left = iter(attempts)
 
         def start(_: Path, env: dict[str, str]) -> MadeUp:
@@ -81,8 +83,9 @@ class Trial:
         def requeue() -> None:
             self.requeued += 1
 
-        supervisor = Supervisor(self.folder, Limits(1.0, hang_s, retries, **more), start, ["n1", "n2"], "7")
-        code = supervisor.run("", 10, requeue if in_queue else None)
+        cluster = LaunchConfig(save_s=1, hang_s=hang_s, retries=retries, **more)
+        place = Place(["n1", "n2"], start, "7", requeue if in_queue else None)
+        code = Supervisor(self.folder, cluster, place).run()
         assert next(left, None) is None, "not all attempts were made"
         return code
 
@@ -159,6 +162,14 @@ def test_crashes_without_progress_are_bounded(trial) -> None:
     assert trial.state["error"]["line"] == "rank 1 was killed (SIGKILL), by somebody or for want of memory"
 
 
+def test_an_interface_that_is_not_there_is_told_where_people_look(trial) -> None:
+    place = Place(["n1"], lambda *_: MadeUp({0: 0}), "7", lambda: None)
+    cluster = LaunchConfig(network=NetworkConfig(interface="nowhere0"))
+    assert Supervisor(trial.folder, cluster, place).run() == 2
+    assert (trial.state["phase"], trial.outcomes) == ("failed", ["refused"])
+    assert trial.state["error"]["line"].startswith("network.interface nowhere0: ")
+
+
 def test_a_failing_disk_is_tried_again(trial) -> None:
     """It ends with the exit code of bad input too."""
     ranks = MadeUp({0: 2}, 3, lambda: trial.error(1, 0, "error", "OSError: [Errno 5]", 1.0))
@@ -178,8 +189,8 @@ def test_the_rank_that_was_killed_is_named_not_those_that_were_ended_for_it(tria
 def test_a_warning_that_came_before_anybody_listened(trial) -> None:
     ranks = MadeUp({0: 75}, 20)
     early = [signal.SIGUSR2]
-    supervisor = Supervisor(trial.folder, Limits(5, 0, 1), lambda *_: ranks, ["n1"], "7", early)
-    assert supervisor.run("", 10, lambda: None) == 0
+    place = Place(["n1"], lambda *_: ranks, "7", lambda: None)
+    assert Supervisor(trial.folder, LaunchConfig(save_s=5, hang_s=0, retries=1), place, early).run() == 0
     assert (ranks.told[0], trial.state["phase"]) == (signal.SIGUSR2, "requeued")
 
 
@@ -200,14 +211,14 @@ def test_a_checkpoint_between_crashes_is_progress(trial) -> None:
 
 
 def test_crashes_are_requeued_where_asked(trial) -> None:
-    assert trial.run(MadeUp({0: 1}), requeue_crashed=True) == 0
+    assert trial.run(MadeUp({0: 1}), after_failure="requeue") == 0
     assert trial.requeued == 1
 
 
 def test_failures_are_counted_over_requeues(trial, monkeypatch) -> None:
     for start in range(3):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
-        code = trial.run(MadeUp({0: 1}), requeue_crashed=True)
+        code = trial.run(MadeUp({0: 1}), after_failure="requeue")
     assert (code, trial.requeued, trial.state["requeues"], trial.state["phase"]) == (1, 2, 2, "failed")
 
 
@@ -255,8 +266,9 @@ def test_a_job_that_cannot_be_requeued_says_how_to_go_on(trial, monkeypatch, cap
     def requeue() -> None:
         raise InputError("scontrol requeue failed: no answer")
 
-    supervisor = Supervisor(trial.folder, Limits(1, 0, 1, True), lambda *_: MadeUp({0: 1}), ["n1"], "7")
-    assert supervisor.run("", 10, requeue) == 75
+    place = Place(["n1"], lambda *_: MadeUp({0: 1}), "7", requeue)
+    cluster = LaunchConfig(save_s=1, hang_s=0, retries=1, after_failure="requeue")
+    assert Supervisor(trial.folder, cluster, place).run() == 75
     assert f"ecgscale-launch resume {trial.folder.run}" in capsys.readouterr().err
 
 
@@ -269,15 +281,6 @@ def test_the_first_error_that_follows_from_no_other(trial) -> None:
     assert first_error(folder, {0: 1, 2: 1, 3: 1})["line"] == "OutOfMemoryError: 4 GiB"
     assert first_error(folder, {0: 1, 1: KILLED})["line"].startswith("rank 1 was killed")
     assert first_error(folder, {0: 1})["line"] == "lost another rank"
-
-
-def test_newest_step_counts_whole_checkpoints(tmp_path) -> None:
-    for name in ("step-00000098", "step-00000099.partial", "other"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    for step in (3, 12):
-        put_checkpoint(tmp_path / "checkpoints", step)
-    assert newest_step(tmp_path) == 12
-    assert newest_step(tmp_path / "none") == 0
 
 
 def test_what_srun_says_of_tasks() -> None:

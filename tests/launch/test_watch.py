@@ -21,14 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecgscale.errors import InputError
-from ecgscale_launch import slurm
+from ecgscale_launch import launching, slurm
 from ecgscale_launch.devcluster import DevCluster
-from ecgscale_launch.folder import JobFolder
+from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.listing import details, duration, screen, table
 from ecgscale_launch.runs import estimated_end, find_runs, steps_to_do, tail_events
 from ecgscale_launch.slurm import Known
 from ecgscale_launch.standing import Standing, is_process, local_word, slurm_word, standings
-from ecgscale_launch.watch import cancel, check_resumable, logs, refuse_active, resume, status
+from ecgscale_launch.watch import cancel, logs, refuse_active, resume, status
 from small_jobs import put_checkpoint
 
 NOW = time.time()
@@ -281,7 +281,7 @@ def test_without_slurm_what_was_written_last_is_shown(
     assert {one["name"]: one["state"] for one in json.loads(out)} == {"a": "done", "b": "queued"}
     assert "squeue is not on the PATH" in err
     with pytest.raises(InputError, match="may still be in the queue: squeue is not on the PATH"):
-        check_resumable(tmp_path / "runs" / "b")
+        refuse_active(tmp_path / "runs" / "b")
     with pytest.raises(InputError, match="squeue is not on the PATH"):
         cancel([str(tmp_path / "runs" / "b")])
 
@@ -308,11 +308,11 @@ def test_accounting_is_asked_for_what_the_controller_has_forgotten(monkeypatch: 
 
 
 def test_runs_are_found_four_levels_deep(tmp_path: Path) -> None:
-    for name in ("a", "sweep/1", "sweep/2", "w/x/y/z", "v/w/x/y/z", "a/checkpoints/no", "a/after"):
+    for name in ("a", "sweep/1", "sweep/2", "w/x/y/z", "v/w/x/y/z", "a/checkpoints/no", "a/after", "profile"):
         make_job(tmp_path / name)
     (tmp_path / "link").symlink_to(tmp_path / "a")
     found = [str(run.relative_to(tmp_path)) for run in find_runs(tmp_path)]
-    assert found == ["a", "a/after", "sweep/1", "sweep/2", "w/x/y/z"]
+    assert found == ["a", "a/after", "profile", "sweep/1", "sweep/2", "w/x/y/z"]
 
 
 def test_status_lists_newest_first_and_shows_damaged_jobs(
@@ -519,7 +519,7 @@ def test_cancel_asks_a_local_job_to_save(tmp_path: Path, capsys: pytest.CaptureF
     folder = make_job(tmp_path, "local")
     with start_stub(folder) as stub:
         with pytest.raises(InputError, match="is starting; wait for its end or cancel it first"):
-            check_resumable(tmp_path)
+            refuse_active(tmp_path)
         assert cancel([str(tmp_path)]) == 0
         assert f"process {stub.pid} was told: it saves and ends" in capsys.readouterr().out
         assert stub.wait(10) == 75
@@ -567,26 +567,27 @@ def test_of_a_sweep_what_still_runs_is_cancelled(
 
 
 def test_resume_hands_over_the_job_and_the_overrides(
-    tmp_path: Path, slurm_says: dict[str, Known], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, slurm_says: dict[str, Known], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
 
     def submit(job: Any, overrides: list[str], new_code: bool) -> str:
         given.append((job.run, overrides, new_code))
-        return "job 8"
+        return "8"
 
+    monkeypatch.setattr(launching, "resubmit", submit)
     write_state(make_job(tmp_path), "failed")
     for says in ("RUNNING", "PENDING"):
         write_state(make_job(tmp_path), "running")
         slurm_says["7"] = Known(says, began=NOW - 500)
         with pytest.raises(InputError, match=r"is (starting|requeued) as job 7; wait for its end or cancel it first"):
-            resume([str(tmp_path)], submit)
+            resume([str(tmp_path)])
     slurm_says["7"] = Known("TIMEOUT")
-    assert resume([str(tmp_path), "--time", "8:00:00", "--new-code", "--nodes=2"], submit) == 0
-    assert given == [(tmp_path, ["--time", "8:00:00", "--nodes=2"], True)]
+    assert resume([str(tmp_path), "--time", "8:00:00", "--new-code", "--nodes=2"]) == 0
+    assert given == [(str(tmp_path), ["--time", "8:00:00", "--nodes=2"], True)]
     assert "submitted again as job 8" in capsys.readouterr().out
     with pytest.raises(InputError, match="give RUN first"):
-        resume(["--time", "8:00:00", str(tmp_path)], submit)
+        resume(["--time", "8:00:00", str(tmp_path)])
 
 
 def test_watching_does_not_wait_for_slow_imports() -> None:
@@ -632,7 +633,7 @@ def test_slurm_queued_running_asked_to_save_and_ended(
     write_rank(folder)
     assert stand(tmp_path / "a").state == "running"
     with pytest.raises(InputError, match=f"is running as job {job_id}"):
-        check_resumable(tmp_path / "a")
+        refuse_active(tmp_path / "a")
 
     assert cancel([str(tmp_path / "a")]) == 0
     assert f"; {after}, depending on it, will not start" in capsys.readouterr().out

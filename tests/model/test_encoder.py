@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ECGEncoder, ModelConfig, _attention_in_steps, mean_over_time, valid_tokens
+from ecgscale.model.base import mean_over_time, valid_tokens
+from ecgscale.model.encoder import ECGEncoder, ModelConfig, _attention_in_steps
 
 
 @pytest.fixture(

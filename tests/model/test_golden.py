@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours
-from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.model.base import mean_over_time
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
+from ecgscale.objectives import build_objective, objective_config
 from ecgscale.objectives.masking import TimeMask
 from ecgscale.objectives.objective import Draws
 from ecgscale_kernels import info_nce_logits
@@ -59,10 +60,10 @@ def golden(request, shared_reference):
     tensors = load_file(shared_reference / f"{request.param}.safetensors")
     about = json.loads((shared_reference / f"{request.param}.json").read_text())
     config = about["config"]
-    objective_config = ObjectiveConfig(
+    chosen = objective_config(
         code_groups=config["latent_groups"], codes=config["latent_vars"], code_width=config["final_dim"]
     )
-    objective = build_objective(model_config(config), objective_config, seed=0, rate_hz=500).eval()
+    objective = build_objective(model_config(config), chosen, seed=0, rate_hz=500).eval()
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     objective.load_state_dict(to_ours(weights, contents(objective)))
     batch = batch_of(tensors["input.signal"], patient_B=tensors["input.patient_id"], segment_B=tensors["input.segment"])

@@ -10,7 +10,7 @@ import torch
 from ecgscale.cost import parameters
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.model.presets import PRESETS, preset_of
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import build_objective, objective_config
 
 COUNTS = {  # with the pretraining heads, without
     "tiny": (596_576, 392_672),
@@ -30,10 +30,10 @@ COUNTS = {  # with the pretraining heads, without
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_exactly_as_many_parameters_as_they_should(preset: str) -> None:
     with torch.device("meta"):
-        objective = build_objective(PRESETS[preset], ObjectiveConfig(), seed=0, rate_hz=500)
+        objective = build_objective(PRESETS[preset], objective_config(), seed=0, rate_hz=500)
     total = sum(parameter.numel() for parameter in objective.parameters())
     assert (total, sum(parameter.numel() for parameter in objective.encoder.parameters())) == COUNTS[preset]
-    assert sum(parameters(PRESETS[preset], ObjectiveConfig()).values()) == total, "what a plan reckons with"
+    assert sum(parameters(PRESETS[preset], objective_config()).values()) == total, "what a plan reckons with"
 
 
 def test_every_preset_is_counted_and_they_stand_in_the_order_of_their_size() -> None:

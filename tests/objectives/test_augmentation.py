@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecgscale.errors import InputError
-from ecgscale.objectives import ObjectiveConfig, objective_named
+from ecgscale.objectives import OBJECTIVES, objective_config
 from ecgscale.objectives.augmentation import EIGHT, EIGHT_LEADS, NOISE, add_noise, as_values, normal, twelve_leads
 from ecgscale.record import LEADS
 
@@ -211,10 +211,10 @@ def test_values_are_what_the_counts_stand_for(make_batch):
 
 @pytest.mark.parametrize("name", ["wav2vec2", "cmsc", "wav2vec2+cmsc", "3kg", "simclr"])
 def test_simclr_has_noise_of_its_own_and_any_objective_may_have_some(name):
-    kind = objective_named(name)
-    assert kind.noise(ObjectiveConfig(name=name)) == (tuple(NOISE) if name == "simclr" else ())
-    assert kind.noise(ObjectiveConfig(name=name, augmentations=["none"])) == ()
-    assert kind.noise(ObjectiveConfig(name=name, augmentations=["emg", "power_line"])) == ("emg", "power_line")
+    kind = OBJECTIVES.find(name)
+    assert kind.noise(objective_config(name=name)) == (tuple(NOISE) if name == "simclr" else ())
+    assert kind.noise(objective_config(name=name, augmentations=["none"])) == ()
+    assert kind.noise(objective_config(name=name, augmentations=["emg", "power_line"])) == ("emg", "power_line")
 
 
 @pytest.mark.parametrize(
@@ -235,5 +235,5 @@ def test_simclr_has_noise_of_its_own_and_any_objective_may_have_some(name):
 )
 def test_wrong_ones_are_refused(fields, said):
     with pytest.raises(InputError) as refused:
-        ObjectiveConfig(**fields)
+        objective_config(**fields)
     assert str(refused.value) == said

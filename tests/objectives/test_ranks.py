@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ecgscale.training import checkpoint
-from small_jobs import NO_DROPOUT, SMALL, losses
+from small_jobs import NO_DROPOUT, losses, small
 
 STEPS = 2
 # fp32 sums over ranks are added up in another order: 1e-7 relative per loss, which Adam amplifies.
@@ -22,7 +22,8 @@ ON_TWO_RANKS = [("simclr", 0), ("3kg", 1), ("parted", 2), ("simclr", 3), ("3kg",
 
 def job(shards: Path, run: Path, kind: str, *more: str) -> list[str]:
     few = [f"--train.steps={STEPS}", "--train.validation_recordings=1", "--train.checkpoint_every=1"]
-    return ["pretrain", *SMALL, *NO_DROPOUT, *KINDS[kind], *few, f"--data.shards={shards}", f"--run.dir={run}", *more]
+    data = [f"--data.shards={shards}", f"--run.dir={run}"]
+    return ["pretrain", *small(*NO_DROPOUT, *KINDS[kind], *few, *data, *more)]
 
 
 @pytest.fixture(scope="module")

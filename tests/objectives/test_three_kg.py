@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.objectives.augmentation import EIGHT, twelve_leads
 from ecgscale.objectives.three_kg import ThreeKG, another_heart, rotation
 from ecgscale.record import LEADS
@@ -139,7 +139,7 @@ def test_missing_leads_stay_missing_and_rows_without_the_eight_are_not_turned(be
     ],
 )
 def test_data_without_a_vectorcardiogram_are_refused(data, said):
-    config = ObjectiveConfig(name="3kg")
+    config = objective_config(name="3kg")
     ThreeKG.check(ModelConfig(), config, DataConfig(leads=["I", "II", "V1", "V2", "V3", "V4", "V5", "V6"]), 500)
     with pytest.raises(InputError) as refused:
         ThreeKG.check(ModelConfig(), config, DataConfig(**data), 500)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ecgscale.data.batch import synthetic_batch
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import build_objective, objective_config
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import start_ranks
 
@@ -43,7 +43,7 @@ def count(name: str) -> None:
 
 def step_of(stage: int, accumulation: int) -> dict[str, int]:
     ranks = start_ranks()
-    module = build_objective(replace(PRESETS["tiny"], depth=2), ObjectiveConfig(), 0, 500.0)
+    module = build_objective(replace(PRESETS["tiny"], depth=2), objective_config(), 0, 500.0)
     engine = Engine(module, EngineConfig(zero_stage=stage, whole_below=1000), ranks, accumulation, 2)
     batch = engine.put(synthetic_batch(4, 320))
     for step in range(2):  # the first makes buffers

@@ -10,19 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ecgscale.cost import Costs, costs_of
+from ecgscale.dry_run import PARTS
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan import check, command, measure
-from ecgscale.plan.activations import Storage, saved_bytes
 from ecgscale.plan.config import ClusterConfig, PlanConfig
-from ecgscale.plan.memory import Parallel, sizes_of
-from ecgscale.plan.speed import PARTS, READ_S, Rates, micro_step, update_s
+from ecgscale.plan.memory import Parallel
+from ecgscale.plan.speed import READ_S, Rates, micro_step, update_s
 from ecgscale.plan.trial import Times
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
 
-ONE = Parallel(0, 1, "fp32", "cpu")
+ONE, MANY = Parallel(0, 1, "fp32", "cpu"), Parallel(1, 2048, "bf16", "cuda")
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def quick(monkeypatch):
 
 
 def test_rates_are_measured(quick):
-    rates = measure.measure_rates(PRESETS["tiny"], ObjectiveConfig(), EngineConfig(), samples=320, rows=2)
+    rates = measure.measure_rates(PRESETS["tiny"], objective_config(), EngineConfig(), samples=320, rows=2)
     assert set(rates.products_flops_per_s) == {64, 128}
     assert min(rates.products_flops_per_s.values()) > 0
     assert set(PARTS) <= set(rates.seconds_per_byte)
     assert rates.update_s_per_parameter > 0
-    assert micro_step(PRESETS["tiny"], ObjectiveConfig(), ONE, rates, 2, 320).total > 0
+    assert micro_step(Costs(PRESETS["tiny"], objective_config(), 320), ONE, rates, 2).total > 0
 
 
 def test_rows_are_enough_when_a_row_takes_no_less():
@@ -64,9 +65,10 @@ def test_what_is_short_is_done_often_between_two_looks_at_the_clock(monkeypatch)
 def test_what_a_step_takes_beyond_its_products_is_found_again():
     model = replace(PRESETS["tiny"], depth=1, pre_norm=True)
     seconds = {"stem": 3.0, "position": 2.0, "layers": 5.0, "rest": 7.0}
-    rates = measure._rates(model, ObjectiveConfig(), "cpu", "fp32", 8, 2500, {64: 1e15}, seconds, 0.0)
-    parts = micro_step(model, ObjectiveConfig(), ONE, rates, 8, 2500).parts
-    rest = parts["features"] + parts["local_head"] + parts["contrast"]
+    costs = Costs(model, objective_config(), 2500)
+    rates = measure.rates_of(costs, "cpu", "fp32", 8, {64: 1e15}, seconds)
+    parts = micro_step(costs, ONE, rates, 8).parts
+    rest = parts["rest"] + parts["loss"]
     assert [parts["stem"], parts["position"], parts["layers"], rest] == pytest.approx([3, 2, 5, 7], rel=1e-3)
 
 
@@ -83,11 +85,10 @@ def test_a_cpu_has_its_memory_without_the_reserve(monkeypatch, given_gb):
     ("stage", "precision", "device"), [(0, "bf16", "cuda"), (1, "bf16", "cuda"), (0, "fp32", "cuda")]
 )
 def test_only_stage_0_in_bf16_reads_each_parameter_back(stage, precision, device):
-    model, objective, free = PRESETS["base"], ObjectiveConfig(), Rates("", {64: 1e12}, {}, 0.0)
-    parameters = len(sizes_of(model, objective))
-    read = parameters * READ_S if stage == 0 and precision == "bf16" else 0.0
-    assert update_s(model, objective, Parallel(stage, 8, precision, device), free) == pytest.approx(read)
-    assert update_s(model, objective, Parallel(stage, 8, precision, "cpu"), free) == 0
+    sizes, free = Costs(PRESETS["base"], objective_config(), 2500).sizes, Rates("", {64: 1e12}, {}, 0.0)
+    read = len(sizes) * READ_S if stage == 0 and precision == "bf16" else 0.0
+    assert update_s(sizes, Parallel(stage, 8, precision, device), free) == pytest.approx(read)
+    assert update_s(sizes, Parallel(stage, 8, precision, "cpu"), free) == 0
 
 
 @pytest.fixture
@@ -122,16 +123,15 @@ def test_an_unknown_gpu_is_refused_before_it_is_measured(monkeypatch):
 
 
 def test_contrast_is_in_fp32_and_everything_that_is_kept_costs_time():
-    model, objective = replace(PRESETS["base"], pre_norm=True), ObjectiveConfig(name="cmsc")
-    parallel = Parallel(1, 64, "bf16", "cuda")
+    costs, parallel = Costs(replace(PRESETS["base"], pre_norm=True), objective_config(name="cmsc"), 2500), MANY
     rates = Rates.of_device("x", 1000e12, 0.5, 1e12, 0.0, True, fp32_slower=15.0)
-    parts = micro_step(model, objective, parallel, rates, 8, 2500, contrast_rows=16_384).parts
-    kept = saved_bytes(model, objective, 8, 2500, Storage.on("cuda", "bf16", model), contrast_rows=16_384)
-    products_s = 3 * 2 * 8192**2 * model.width / 500e12
-    assert parts["contrast"] == pytest.approx(15 * products_s + 6 * kept["contrast"] / 1e12)
+    parts = micro_step(costs, parallel, rates, 8).parts
+    kept = costs.kept("cuda", "bf16", 8, ranks=2048)
+    products_s = 3 * 2 * 8192**2 * costs.model.width / 500e12
+    assert parts["loss"] == pytest.approx(15 * products_s + 6 * kept.parts["loss"] / 1e12)
     free = Rates.of_device("x", 1e30, 0.5, 1e12, 0.0, True)
-    bytes_s = sum(micro_step(model, objective, parallel, free, 8, 2500, contrast_rows=16_384).parts.values())
-    assert bytes_s == pytest.approx(6 * sum(kept.values()) / 1e12)
+    bytes_s = sum(micro_step(costs, parallel, free, 8).parts.values())
+    assert bytes_s == pytest.approx(6 * kept.total / 1e12)
 
 
 def test_a_gpu_is_checked_against_what_is_predicted_for_a_gpu(monkeypatch):
@@ -148,7 +148,7 @@ def test_a_gpu_is_checked_against_what_is_predicted_for_a_gpu(monkeypatch):
     assert memory.predicted == (check.predicted_memory(check.MEMORY_CASES[0], "cuda").peak,)
     assert memory.predicted != (check.predicted_memory(check.MEMORY_CASES[0]).peak,)
     one = check.TIME_CASES[0]
-    cpu = micro_step(one.model, one.objective, ONE, check.measure_rates(), one.rows, one.samples)
+    cpu = micro_step(costs_of(one.model, one.objective, one.samples), ONE, check.measure_rates(), one.rows)
     assert len(time.predicted) == len(time.measured) == 2
     assert max(time.predicted) < cpu.total  # less is kept
 

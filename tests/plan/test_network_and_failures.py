@@ -14,19 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from ecgscale.cost import Costs
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.failures import daly_interval_s, effective_share, simulated_share, young_interval_s
-from ecgscale.plan.memory import Parallel, sizes_of
+from ecgscale.plan.memory import Parallel
 from ecgscale.plan.network import Network, collective_s, collectives_of, communication_s
 
 WITHIN = Network(1, 8, 1e-6, 100e9, 0.0, 1.0)
-GLOBAL, LOCAL = ObjectiveConfig(name="cmsc"), ObjectiveConfig(name="wav2vec2")
+GLOBAL = Costs(PRESETS["base"], objective_config(name="cmsc"), 2500)
+LOCAL, BOTH = (Costs(PRESETS["base"], objective_config(name=name), 2500) for name in ("wav2vec2", "wav2vec2+cmsc"))
 
 
 def volume(stage: int, accumulation: int = 1, ranks: int = 8) -> dict[tuple[str, str], int]:
     parallel = Parallel(stage, ranks, "bf16", "cuda", accumulation=accumulation)
-    return {(one.kind, one.what): one.bytes for one in collectives_of(PRESETS["base"], GLOBAL, parallel, 128)}
+    return {(one.kind, one.what): one.bytes for one in collectives_of(GLOBAL, parallel, 16)}
 
 
 def test_a_ring_within_a_machine():
@@ -43,12 +45,12 @@ def test_large_tensors_between_machines_are_bound_by_the_adapters_and_small_ones
 
 
 def test_one_rank_sends_nothing():
-    assert collectives_of(PRESETS["base"], GLOBAL, Parallel(1, 1, "bf16", "cuda"), 128) == []
+    assert collectives_of(GLOBAL, Parallel(1, 1, "bf16", "cuda"), 128) == []
     assert communication_s([], Network(1, 1, 1e-6, 1e9, 1e-6, 1e9)) == 0
 
 
 def test_volume_of_each_stage():
-    n = sum(sizes_of(PRESETS["base"], GLOBAL))
+    n = sum(GLOBAL.sizes)
     assert volume(0)["all-reduce", "gradients"] == 2 * n
     assert ("all-gather", "weights") not in volume(0)
     assert volume(1)["all-gather", "weights"] == 2 * n
@@ -61,10 +63,15 @@ def test_volume_of_each_stage():
 
 def test_what_the_objective_sends():
     parallel = Parallel(0, 8, "bf16", "cuda")
-    local = {one.what for one in collectives_of(PRESETS["base"], LOCAL, parallel, 128)}
-    both = {one.what for one in collectives_of(PRESETS["base"], ObjectiveConfig(), parallel, 128)}
-    assert "embeddings" not in local
-    assert {"embeddings", "code usage"} <= both
+    local, alone, both = (
+        [(one.kind, one.bytes) for one in collectives_of(costs, parallel, 16) if one.what == "objective"]
+        for costs in (LOCAL, GLOBAL, BOTH)
+    )
+    codes, embeddings = 4 * 2 * 320, 128 * 4 * 768
+    assert sorted(local) == [("all-reduce", 4), *[("all-reduce", codes)] * 3]
+    assert ("all-gather", embeddings) in alone
+    assert ("all-reduce", embeddings) in alone, "their gradients"
+    assert sorted(both) == sorted(local + alone)
 
 
 def test_two_ranks_send_what_is_predicted():
@@ -75,12 +82,12 @@ def test_two_ranks_send_what_is_predicted():
     command = [sys.executable, str(Path(__file__).parent / "sent_bytes.py"), json.dumps(ways)]
     environment = os.environ | {"MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
     said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=120, check=True).stdout
-    model, objective = replace(PRESETS["tiny"], depth=2), ObjectiveConfig()
+    costs = Costs(replace(PRESETS["tiny"], depth=2), objective_config(), 320)
     for (stage, accumulation), line in zip(ways, said.splitlines(), strict=True):
         sent = json.loads(line)
         parallel = Parallel(stage, 2, "fp32", "cpu", whole_below=1000, accumulation=accumulation)
         predicted = Counter()
-        for one in collectives_of(model, objective, parallel, 8):
+        for one in collectives_of(costs, parallel, 4):
             predicted[one.kind] += one.bytes
         assert sent["all_reduce"] - predicted["all-reduce"] in range(0, 17)  # and a norm of the gradient
         assert sent["all_gather"] + sent.get("all_gather_into_tensor", 0) == predicted["all-gather"]
@@ -88,7 +95,7 @@ def test_two_ranks_send_what_is_predicted():
 
 
 def test_a_ring_sends_what_its_ranks_lack():
-    gradients = collectives_of(PRESETS["base"], GLOBAL, Parallel(0, 8, "bf16", "cuda"), 128)[0]
+    gradients = collectives_of(GLOBAL, Parallel(0, 8, "bf16", "cuda"), 16)[0]
     assert gradients.sent(8) == pytest.approx(2 * gradients.bytes * 7 / 8)
 
 

@@ -10,9 +10,9 @@ import yaml
 from ecgscale import config
 from ecgscale.cli import main
 from ecgscale.config import PretrainConfig
-from ecgscale.cost import step_flops
+from ecgscale.cost import Costs, step_flops
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig
+from ecgscale.objectives import objective_config
 from ecgscale.plan.failures import effective_share
 from ecgscale.plan.memory import Parallel
 from ecgscale.plan.speed import Rates, micro_step, update_s
@@ -55,7 +55,7 @@ def test_a_plan_adds_up(planned):
     assert survival["effective"] == effective_share(1800, save_s, 300, survival["between_failures_s"])
     train = plan["pretraining"]["train"]
     assert (train["checkpoint_every_s"], train["checkpoint_every"]) == (1800, train["keep_every"])
-    flops = sum(one.total for one in step_flops(PRESETS["base"], ObjectiveConfig(), 64, 2500, 1024).values())
+    flops = step_flops(PRESETS["base"], objective_config(), 64, 2500, 1024)
     assert way["mfu"] == pytest.approx(flops / way["step_s"] / 989.5e12)
     assert way["fits"]
     assert {(one["zero_stage"], one["offload"]) for one in plan["ways"]} >= {(0, False), (3, False), (3, True)}
@@ -179,17 +179,16 @@ def test_refusals(refusal, arguments, expected):
 
 
 def test_time_follows_from_rates():
-    model, objective, parallel = PRESETS["base"], ObjectiveConfig(), Parallel(1, 4, "bf16", "cuda")
+    costs, parallel = Costs(PRESETS["base"], objective_config(), 2500), Parallel(1, 4, "bf16", "cuda")
     slow = Rates.of_device("x", 1e12, 0.5, 1e12, 0.0, True)
     fast = Rates.of_device("x", 4e12, 0.5, 4e12, 0.0, True)
-    one = micro_step(model, objective, parallel, slow, 8, 2500)
-    quick = micro_step(model, objective, parallel, fast, 8, 2500)
+    one, quick = micro_step(costs, parallel, slow, 8), micro_step(costs, parallel, fast, 8)
     assert one.total == pytest.approx(4 * quick.total)
     assert sum(one.parts.values()) > one.flops / 0.5e12  # products alone
-    assert micro_step(model, objective, parallel, slow, 8, 2500, 6).recompute == pytest.approx(
-        micro_step(model, objective, parallel, slow, 8, 2500, 12).recompute / 2
+    assert 2 * micro_step(costs, parallel, slow, 8, 6).recompute == pytest.approx(
+        micro_step(costs, parallel, slow, 8, 12).recompute
     )
-    assert update_s(model, objective, parallel, slow) == pytest.approx(90_883_072 / 4 * 36 / 1e12, rel=1e-6)
+    assert update_s(costs.sizes, parallel, slow) == pytest.approx(90_883_072 / 4 * 36 / 1e12, rel=1e-6)
 
 
 def test_rates_between_two_widths():

@@ -79,12 +79,12 @@ def waits_of(stage: int, precision: str) -> dict[str, int]:
     """Of the fifth step, which has two micro-steps."""
     from ecgscale.data.batch import synthetic_batch
     from ecgscale.model.presets import PRESETS
-    from ecgscale.objectives import ObjectiveConfig, build_objective
+    from ecgscale.objectives import build_objective, objective_config
     from ecgscale.training.engine import Engine, EngineConfig
     from ecgscale.training.ranks import start_ranks
 
     ranks = start_ranks()
-    module = build_objective(replace(PRESETS["tiny"], depth=2), ObjectiveConfig(), 0, 500.0)
+    module = build_objective(replace(PRESETS["tiny"], depth=2), objective_config(), 0, 500.0)
     engine = Engine(module, EngineConfig(zero_stage=stage, precision=precision), ranks, 2, 2)
     batch = synthetic_batch(4, 320)
     for _ in range(5):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ecgscale.data.batch import synthetic_batch
 from ecgscale.model.presets import PRESETS
-from ecgscale.objectives import ObjectiveConfig, build_objective
+from ecgscale.objectives import build_objective, objective_config
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.metrics import Work
 from ecgscale.training.monitor import Monitor
@@ -63,11 +63,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.pop("RANK", None)
     ranks = start_ranks()
-    objective = build_objective(PRESETS[options.preset], ObjectiveConfig(), seed=0, rate_hz=500.0)
+    objective = build_objective(PRESETS[options.preset], objective_config(), seed=0, rate_hz=500.0)
     engine = Engine(objective, EngineConfig(precision=options.precision), ranks, 1, options.batch)
     cpu_batch = synthetic_batch(2 * options.batch, SAMPLES)
     cpu_batch = cpu_batch.pin_memory() if ranks.device.type == "cuda" else cpu_batch
-    engine.create_optimizer_state(engine.put(cpu_batch))
 
     def step(monitor: Monitor | None) -> dict[str, Tensor]:
         clock = monitor.clock if monitor else lambda part: nullcontext()

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from ecgscale.cli import main
 from ecgscale.errors import InputError
 from ecgscale.files import JSON_LIMIT_BYTES, file_sha256
-from ecgscale.run import leave_run
+from ecgscale.run_folder import leave_run
 from ecgscale.training import checkpoint
 from ecgscale.training.state import STATE, read_state, write_state
-from small_jobs import SMALL, events, put_checkpoint
+from small_jobs import SMALL, events, losses, put_checkpoint
 
 TENSORS = "tensors-00000-of-00001.safetensors"
 
@@ -85,7 +85,7 @@ def test_no_stage_saves_what_is_not_finite(world_size, tmp_path) -> None:
     outcomes = [json.loads(process.communicate(timeout=240)[0]) for process in started]
     for name, outcome in outcomes[0].items():
         _, _, what, value = name.split("-")
-        assert outcome["made"], name
+        assert outcome["fresh"], name
         if value in ("1.0", "2.0"):
             assert (outcome["said"], outcome["left"]) == ("", ["step-00000007"]), name
         else:
@@ -241,6 +241,11 @@ LIES: dict[str, dict[str, object]] = {
     "text for the config": {"config": "engine: {}"},
     "a list of versions": {"versions": ["torch"]},
     "data of a number": {"data": 3},
+    "an optimizer without its numbers": {"optimizer": {"slots": [], "scalars": {}}},
+    "a slot of the optimizer that is a number": {"optimizer": {"slots": [1], "scalars": {}, "group": {}}},
+    "a step of the optimizer as text": {"optimizer": {"slots": [], "scalars": {"step": "1"}, "group": {}}},
+    "a step of the optimizer beyond all": {"optimizer": {"slots": [], "scalars": {"step": 10**400}, "group": {}}},
+    "a list of the optimizer's numbers": {"optimizer": {"slots": [], "scalars": [], "group": {}}},
     "no model": {"about": []},
     "another format": {"format": 7},
 }
@@ -371,6 +376,21 @@ def test_a_checkpoint_that_lacks_its_state_is_not_passed_over(run, shards, capsy
     state.unlink()
     line = told(capsys, job(shards, run, "--train.steps=8"))
     assert line == f"ecgscale: {state}: missing, so {state.parent} is no complete checkpoint; remove the folder"
+
+
+# --- what earlier versions wrote ---
+
+
+def test_a_checkpoint_without_buffers_and_optimizer_goes_on_with_the_same_bits(run, shards) -> None:
+    early = run.parent / "early"
+    shutil.copytree(run, early)
+    folder = early / "checkpoints" / "step-00000004"
+    state = read_state(folder)
+    assert state["optimizer"] == {"slots": ["exp_avg", "exp_avg_sq"], "scalars": {"step": 4.0}, "group": {}}
+    write_state(folder, {key: value for key, value in state.items() if key not in ("sha256", "optimizer")})
+    for each in (run, early):
+        assert main(job(shards, each, "--train.steps=6")) == 0
+    assert losses(early) == losses(run)
 
 
 # --- what the disk does ---

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ecgscale.errors import InputError
-from ecgscale.model.encoder import ECGEncoder, ModelConfig, mean_over_time
+from ecgscale.model.base import mean_over_time
+from ecgscale.model.encoder import ECGEncoder, ModelConfig
 from ecgscale.training.compiling import compile_layers
 from ecgscale.training.engine import EngineConfig
 

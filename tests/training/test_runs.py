@@ -15,7 +15,7 @@ from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.simulate import Simulation
 from ecgscale.training import checkpoint
-from small_jobs import NO_DROPOUT, SMALL, events, losses
+from small_jobs import NO_DROPOUT, events, losses, small
 
 # fp32 sums over ranks are added up in another order: 1e-7 relative per loss, which six updates by Adam amplify.
 TOLERANCE = 2e-5
@@ -27,7 +27,7 @@ PROJECTED = ["--train.projected_recordings=2"]
 
 
 def job(shards: Path, run: Path, *more: str) -> list[str]:
-    return ["pretrain", *SMALL, f"--data.shards={shards}", f"--run.dir={run}", *more]
+    return ["pretrain", *small(f"--data.shards={shards}", f"--run.dir={run}", *more)]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,20 @@ def test_killed_run_goes_on_with_the_same_bits(shards, jobs, one_process, tmp_pa
     jobs.run(1, again)
     assert losses(run) == losses(one_process / "dropout")
     assert sum(event.get("step") == 5 and "train/loss" in event for event in events(run)) == 2
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own_go_on_with_the_same_bits(shards, jobs, tmp_path) -> None:
+    own = ["--engine.optimizer=own_parts:Lion", "--engine.optimizer_options.decay=0.1", "--engine.learning_rate=1e-4"]
+    own += ["--train.schedule=own_parts:steps_down", "--train.checkpoint_every=2"]
+    whole, killed = (job(shards, tmp_path / name, *own) for name in ("whole", "killed"))
+    jobs.run(1, whole)
+    jobs.killed_after(5, tmp_path / "killed", 1, killed)
+    state = checkpoint.latest(tmp_path / "killed" / "checkpoints").state
+    assert state["optimizer"] == {"slots": ["average"], "scalars": {"count": 4}, "group": {"rounds": 4}}
+    jobs.run(1, killed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    rates = [event["train/learning_rate"] for event in events(tmp_path / "whole") if "train/learning_rate" in event]
+    assert rates == pytest.approx([1e-4] * 3 + [1e-5] * 3)
 
 
 def test_checkpoint_goes_on_at_another_world_size_and_stage(shards, jobs, one_process, tmp_path) -> None:

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecgscale.training.schedule import Schedule, learning_rate_factor
+from ecgscale.config import PretrainConfig, load
+from ecgscale.errors import InputError
+from ecgscale.training.schedule import SCHEDULES, learning_rate_factor
 
-SCHEDULES: list[Schedule] = ["constant", "linear", "cosine", "tri_stage"]
 STEPS, WARMUP, FINAL = 1000, 100, 0.01
 
 
-def factor(step: int, schedule: Schedule) -> float:
+def factor(step: int, schedule: str) -> float:
     return learning_rate_factor(step, STEPS, schedule, WARMUP, FINAL)
 
 
@@ -72,7 +73,7 @@ def test_final_zero_ends_at_zero_or_next_to_it():
 
 @settings(max_examples=100)
 @given(
-    schedule=st.sampled_from(SCHEDULES),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
     steps=st.integers(1, 300),
     warmup=st.integers(0, 300),
     final=st.floats(0, 1),
@@ -86,3 +87,29 @@ def test_rises_in_warm_up_never_rises_after_it_and_stays_in_range(schedule, step
     assert all(min(final, 1e-8) - 1e-12 <= value <= 1 for value in falling)
     if falling:
         assert falling[0] == 1
+
+
+def test_a_schedule_of_ones_own_counts_from_the_first_step() -> None:
+    given = ["--train.schedule=own_parts:steps_down", "--train.steps=100", "--train.warmup_steps=4"]
+    train = load(PretrainConfig, given).train
+    assert [train.learning_rate_factor(step) for step in (0, 3, 4, 49, 50, 99)] == [0.25, 1, 1, 1, 0.1, 0.1]
+    assert train.learning_rate_factor(50, steps=200) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cosin", "train.schedule 'cosin' is unknown; did you mean 'cosine'?"),
+        ("own_parts:step_down", "own_parts has no function step_down; did you mean own_parts:steps_down?"),
+        ("own_parts:QUEUE", "own_parts has no function QUEUE"),
+        ("nowhere:at_all", "train.schedule 'nowhere:at_all': cannot import nowhere"),
+        ("own_parts:rises_below_zero", "own_parts:rises_below_zero: gives -1 at step 0; give 0 or more"),
+        ("math:sqrt", "train.schedule math:sqrt: fails at step 0 ("),
+        ("", "train.schedule '' is unknown; known are constant, linear"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused_at_once(name, message) -> None:
+    with pytest.raises(InputError) as refused:
+        load(PretrainConfig, ["--train.schedule", name])
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)

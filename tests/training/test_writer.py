@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from ecgscale import run as module
+from ecgscale import run_folder as module
 from ecgscale.errors import MachineError, RankError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from ecgscale import run
-run.lock_run(Path(sys.argv[1]))
+from ecgscale.run_folder import lock_run
+lock_run(Path(sys.argv[1]))
 print("up", flush=True)
 time.sleep(60)
 """

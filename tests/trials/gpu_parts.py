@@ -151,7 +151,7 @@ def kernel_tests(place: Place) -> None:
 
 
 def compiled_for_sm_90(place: Place) -> None:
-    script = ROOT / "tests" / "kernels" / "compile_without_gpu.py"
+    script = ROOT / "tests" / "trials" / "compile_without_gpu.py"
     command = [sys.executable, str(script), "90", "bfloat16", "float16", "--blocks=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)
@@ -189,7 +189,7 @@ def losses(place: Place) -> None:
 
     from ecgscale.data.batch import synthetic_batch
     from ecgscale.model.presets import PRESETS
-    from ecgscale.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+    from ecgscale.objectives import OBJECTIVES, build_objective, objective_config
     from ecgscale.training.ranks import exact_fp32
     from ecgscale_kernels import forced
 
@@ -206,7 +206,8 @@ def losses(place: Place) -> None:
         return loss.item(), {n: p.grad.double().cpu() for n, p in objective.named_parameters() if p.grad is not None}
 
     for name in OBJECTIVES:
-        config = ObjectiveConfig(name=name, codes=16, code_width=16, negatives=20)
+        small_codes = {"codes": 16, "code_width": 16, "negatives": 20} if "wav2vec2" in name else {}
+        config = objective_config(name, **small_codes)
         objective = build_objective(small, config, seed=3, rate_hz=500).eval()
         loss, gradients = found(objective, "cpu", "reference")
         largest = max(float(gradient.norm()) for gradient in gradients.values())
@@ -235,14 +236,6 @@ def kernels(place: Place) -> None:
 def kernels_compiled(place: Place) -> None:
     """The same beside what torch.compile makes of it, which may be the best baseline."""
     _bench_kernel(place, *(("--only", "patches", "stems") if place.cuda else ("--only", "stems")))
-
-
-def tune(place: Place) -> None:
-    """Other block sizes, which only a GPU can measure."""
-    if not place.cuda:
-        place.tell("nothing to try without a GPU")
-        return
-    _bench_kernel(place, "--tune")
 
 
 def _bench_kernel(place: Place, *arguments: object) -> None:
@@ -336,8 +329,7 @@ def batches(place: Place) -> None:
     """ECG/s, MFU and memory by batch, doubled until memory runs out."""
     import torch
 
-    from ecgscale.bench.step_batches import synthetic_batches
-    from ecgscale.bench.step_case import Axes
+    from ecgscale.bench.step_case import Axes, synthetic_batches
     from ecgscale.training.engine import Engine
     from ecgscale.training.metrics import device_peak
     from ecgscale.training.ranks import start_ranks
@@ -400,7 +392,7 @@ def plan(place: Place) -> None:
     import torch
 
     from ecgscale.model.presets import PRESETS
-    from ecgscale.objectives import ObjectiveConfig
+    from ecgscale.objectives import objective_config
     from ecgscale.plan.check import check_memory, predicted_s
     from ecgscale.plan.measure import measure_rates
     from ecgscale.plan.trial import Trial, timed
@@ -415,7 +407,7 @@ def plan(place: Place) -> None:
         f"{memory.measured[0] / 1e9:.3g} GB measured ({memory.off:+.1%})",
         peak_off=memory.off,
     )
-    rates = measure_rates(PRESETS["small" if place.cuda else "tiny"], ObjectiveConfig(), engine)
+    rates = measure_rates(PRESETS["small" if place.cuda else "tiny"], objective_config(), engine)
     planned_s, measured_s = predicted_s(trial, rates, place.device), timed(trial).total
     place.tell(
         f"a step: {1e3 * planned_s:.4g} ms planned, {1e3 * measured_s:.4g} ms measured "
@@ -428,7 +420,7 @@ PARTS: dict[str, Callable[[Place], None]] = {
     part.__name__: part
     for part in (
         device, kernel_tests, losses, kernels, pretrain, batches, ways, waits, plan, sanitizer, kernels_compiled,
-        cuda_tests, tune,
+        cuda_tests,
     )
 }  # fmt: skip
 

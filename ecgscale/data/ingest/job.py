@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class IngestJob:
     """An ingest; equal in all processes that take part in it."""
 
     source: Source
@@ -101,7 +101,9 @@ class Job:
             yield self.tar(number), read_part(self.tar(number), self.identity)
 
 
-def open_job(source: Source, out: Path, options: IngestOptions, arguments: Mapping[str, str], append: bool) -> Job:
+def open_job(
+    source: Source, out: Path, options: IngestOptions, arguments: Mapping[str, str], append: bool
+) -> IngestJob:
     """Find out what there is to do, and tidy up behind an ingest that was killed when it had finished.
 
     Raises InputError for a folder that holds a set, and with ``append`` for one that holds none or none that fits.
@@ -123,7 +125,7 @@ def open_job(source: Source, out: Path, options: IngestOptions, arguments: Mappi
         held = _names_held(out, base, source.dataset, items)
     identity = hashlib.sha256(json.dumps([version(base), asked["conversion"]]).encode()).hexdigest()
     first = _after(base["shards"]) if base else 0
-    return Job(source, items, out, options, asked, base, identity, first, finished, held)
+    return IngestJob(source, items, out, options, asked, base, identity, first, finished, held)
 
 
 def _old_tars(out: Path, base: Mapping[str, Any]) -> Iterator[tuple[Path, Payload, Columns]]:

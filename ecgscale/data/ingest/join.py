@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.copies import Copies, about_copies, content_keys, is_flat, write_copies
-from ecgscale.data.ingest.job import Job
+from ecgscale.data.ingest.job import IngestJob
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import OTHER_LABELS, SPLIT_VALUE, Part, read_columns
@@ -77,7 +77,7 @@ class Ingested:
         return Ingested(**always, **later, remarked=remarked, copies=copies, near_ids=near_ids)
 
 
-def finish(job: Job, mark: Mark) -> Ingested:
+def finish(job: IngestJob, mark: Mark) -> Ingested:
     """Join the parts, which must all be there, write the manifest and copies.csv, and tidy up.
 
     Raises InputError when no record could be read, when the splits are wrong and when the disk is full.
@@ -126,7 +126,7 @@ def finish(job: Job, mark: Mark) -> Ingested:
     return Ingested.of(described, about_copies(shards, copies), near_ids(shards))
 
 
-def _note_older_ids(job: Job, found: _Found, records: _Records) -> None:
+def _note_older_ids(job: IngestJob, found: _Found, records: _Records) -> None:
     """Say of how many old records the patients' ids are not those of this version, or are not compared with others."""
     named = [one for one in job.base["sources"] if one.get("patients_known")] if job.base else []
     if as_written := sum(one["records"] for one in named if "notes" not in one):
@@ -135,7 +135,7 @@ def _note_older_ids(job: Job, found: _Found, records: _Records) -> None:
         found.notes[_UNTOLD_IDS] = job.base["records"]
 
 
-def check_all_there(job: Job, mark: Mark) -> None:
+def check_all_there(job: IngestJob, mark: Mark) -> None:
     """Raises InputError that names the part of the first slice that is missing, or whose records changed since."""
     missing = [number for number, (_, part) in enumerate(job.parts()) if part is None]
     if missing:
@@ -146,7 +146,7 @@ def check_all_there(job: Job, mark: Mark) -> None:
         raise _not_there(job, mark, older, why, "run its part again")
 
 
-def _not_there(job: Job, mark: Mark, numbers: Sequence[int], why: str, what_to_do: str) -> InputError:
+def _not_there(job: IngestJob, mark: Mark, numbers: Sequence[int], why: str, what_to_do: str) -> InputError:
     n = mark.parts()
     i = next(i for i in range(1, n + 1) if numbers[0] in job.numbers_of_part(i, n))
     return InputError(
@@ -176,7 +176,7 @@ class _Found:
     def records(self) -> int:
         return sum(entry["records"] for entry in self.entries)
 
-    def add(self, job: Job, tar: Path, part: Part) -> None:
+    def add(self, job: IngestJob, tar: Path, part: Part) -> None:
         if part.records:
             about = (part.records, job.source.dataset, job.options.payload, part.bytes, part.sha256)
             self.entries.append(shard_entry(tar, *about))
@@ -190,7 +190,7 @@ class _Found:
             self.remarked[kind] = self.remarked.get(kind, NONE).plus(item)
 
 
-def _gather(job: Job) -> _Found:
+def _gather(job: IngestJob) -> _Found:
     """Go through the parts once, and write rejected.csv and remarks.csv on the way."""
     found = _Found()
     remarked_before = sum(
@@ -218,7 +218,7 @@ def _remarked(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 @contextmanager
 def _table(
-    job: Job, name: str, columns: Sequence[str], rows_before: int
+    job: IngestJob, name: str, columns: Sequence[str], rows_before: int
 ) -> Iterator[Callable[[Iterable[Sequence[str]]], None]]:
     """What writes rows into a table beside the shards, complete or as it was.
 
@@ -250,7 +250,7 @@ class _Records:
     """Of the old records as they stand, of the new ones as the options say."""
 
     @staticmethod
-    def read(job: Job, found: _Found) -> _Records:
+    def read(job: IngestJob, found: _Found) -> _Records:
         """Goes through the old index and the part files once."""
         each = []
         for _, _, old in job.old_tars():
@@ -268,7 +268,7 @@ def _split(columns: Columns, values: list[str], options: IngestOptions) -> Split
     return splits_by_hash(columns["patient"], options)
 
 
-def _columns(job: Job, found: _Found, split_N: Splits) -> Iterator[Columns]:
+def _columns(job: IngestJob, found: _Found, split_N: Splits) -> Iterator[Columns]:
     """Of the index, those of the old one first."""
     first = 0
     if job.base is not None:
@@ -282,7 +282,7 @@ def _columns(job: Job, found: _Found, split_N: Splits) -> Iterator[Columns]:
         first = last
 
 
-def _check_patients(job: Job, found: _Found, records: _Records, split_N: Splits) -> None:
+def _check_patients(job: IngestJob, found: _Found, records: _Records, split_N: Splits) -> None:
     """Raises InputError where a patient stands in two splits."""
     if job.base is None and not job.options.split_by:
         return  # a hash puts no patient into two
@@ -299,13 +299,13 @@ def _check_patients(job: Job, found: _Found, records: _Records, split_N: Splits)
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
-def _copies(job: Job, found: _Found, records: _Records) -> Copies:
+def _copies(job: IngestJob, found: _Found, records: _Records) -> Copies:
     """Of all records that are not flat."""
     copies = Copies.find(records.key_N)
     return copies.only(_not_flat(job, found, copies.one_of_each))
 
 
-def _splits(job: Job, records: _Records, copies: Copies) -> Splits:
+def _splits(job: IngestJob, records: _Records, copies: Copies) -> Splits:
     """(N,) with exact copies in one split, where a hash decides; where values name the splits, they are kept."""
     if job.options.split_by:
         return records.split_N
@@ -319,7 +319,7 @@ def _splits(job: Job, records: _Records, copies: Copies) -> Splits:
     return np.concatenate([records.split_N[:old], new_B])
 
 
-def _not_flat(job: Job, found: _Found, number_G: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _not_flat(job: IngestJob, found: _Found, number_G: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Of some records, whether any lead changes. Of one that cannot be read nobody knows: it counts as a copy."""
     result_G, first = np.ones(len(number_G), bool), 0
     for tar, payload, columns in _tars(job, found) if len(number_G) else ():
@@ -333,14 +333,14 @@ def _not_flat(job: Job, found: _Found, number_G: npt.NDArray[np.int64]) -> npt.N
     return result_G
 
 
-def _tars(job: Job, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:
+def _tars(job: IngestJob, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:
     """Each tar with its payload and its columns, but for the split; those of the old set first."""
     yield from job.old_tars()
     for entry in found.entries:
         yield job.out / entry["file"], entry["payload"], read_columns(job.out / entry["file"])[0]
 
 
-def _shared_ids(job: Job, records: _Records) -> dict[str, int]:
+def _shared_ids(job: IngestJob, records: _Records) -> dict[str, int]:
     """Other data set of the old set -> how many patient ids of the new records it has too."""
     if job.base is None:
         return {}
@@ -355,7 +355,7 @@ def _shared_ids(job: Job, records: _Records) -> dict[str, int]:
     return {dataset: count for dataset, count in shared.items() if count}
 
 
-def _name_of(job: Job, found: _Found, code: int) -> str:
+def _name_of(job: IngestJob, found: _Found, code: int) -> str:
     """A patient's name, out of the first new record of that code."""
     for entry in found.entries:
         tar = job.out / entry["file"]

@@ -21,7 +21,7 @@ from ecgscale.errors import InputError, file_error, naming_file
 from ecgscale.files import JSON_LIMIT_BYTES, NO_LOCKS, free_name, is_partial, json_bytes, parse_json, seal_holds, sealed
 
 if TYPE_CHECKING:
-    from ecgscale.data.ingest.job import Job
+    from ecgscale.data.ingest.job import IngestJob
 
 UNFINISHED = "ingest.unfinished"
 NAMES = "the sha256 of their names"
@@ -32,7 +32,7 @@ Asked = dict[str, dict[str, str]]
 class Mark:
     """``ingest.unfinished``, open and locked."""
 
-    def __init__(self, file: IO[bytes], job: Job) -> None:
+    def __init__(self, file: IO[bytes], job: IngestJob) -> None:
         self._file, self._job = file, job
 
     def parts(self) -> int:
@@ -78,7 +78,7 @@ class Mark:
 
 
 @contextmanager
-def claimed(job: Job, part: tuple[int, int] | None = None, restart: bool = False) -> Iterator[Mark]:
+def claimed(job: IngestJob, part: tuple[int, int] | None = None, restart: bool = False) -> Iterator[Mark]:
     """The folder, marked, while this process works on a part of the slices, or on all and on what follows.
 
     Raises InputError where another process works on them, and where another ingest was begun.
@@ -98,7 +98,7 @@ def claimed(job: Job, part: tuple[int, int] | None = None, restart: bool = False
         yield mark
 
 
-def _begin(job: Job, parts: int) -> None:
+def _begin(job: IngestJob, parts: int) -> None:
     """Make and mark the folder, unless it holds shards that somebody else made."""
     mark = job.out / UNFINISHED
     try:
@@ -122,7 +122,7 @@ def _begin(job: Job, parts: int) -> None:
         raise file_error(job.out, "cannot make a data set there", error) from error
 
 
-def _mark_content(job: Job, asked: Mapping[str, object], parts: int) -> bytes:
+def _mark_content(job: IngestJob, asked: Mapping[str, object], parts: int) -> bytes:
     return json_bytes(sealed({"base": version(job.base), "parts": parts, "asked": asked}))
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ecgscale.data.copies import about_copies
-from ecgscale.data.ingest.job import Job, open_job
+from ecgscale.data.ingest.job import IngestJob, open_job
 from ecgscale.data.ingest.join import Ingested, check_all_there, finish
 from ecgscale.data.ingest.mark import Mark, claimed, sweep
 from ecgscale.data.ingest.options import IngestOptions
@@ -114,19 +114,19 @@ def merge_parts(
 
 def _open(
     source: Source, out: Path, options: IngestOptions, arguments: Mapping[str, str], append: bool, workers: int
-) -> Job:
+) -> IngestJob:
     if workers < 1:
         raise InputError(f"workers {workers}: give 1 or more processes")
     return open_job(source, out, options, arguments, append)
 
 
-def _finished(job: Job) -> Ingested:
+def _finished(job: IngestJob) -> Ingested:
     assert job.base is not None
     shards = ShardSet.open(job.out)
     return Ingested.of(job.base["sources"][-1], about_copies(shards), near_ids(shards))
 
 
-def _abandon(job: Job, mark: Mark) -> None:
+def _abandon(job: IngestJob, mark: Mark) -> None:
     sweep(job.out)
     mark.remove()
 
@@ -134,7 +134,7 @@ def _abandon(job: Job, mark: Mark) -> None:
 # -- conversion ------------------------------------------------------------------------------------------------------
 
 
-def _convert(job: Job, numbers: range, workers: int) -> None:
+def _convert(job: IngestJob, numbers: range, workers: int) -> None:
     """Convert those of the slices that are not done."""
     to_do = [number for number in numbers if not job.is_done(number)]
     total, left = (sum(len(job.items_of(number)) for number in some) for some in (numbers, to_do))
@@ -153,7 +153,7 @@ class _UnknownKeyError(InputError):
     """No record has the key that should name its split."""
 
 
-def _check_split_key(job: Job) -> None:
+def _check_split_key(job: IngestJob) -> None:
     """Ask records all over the source for the key, before hours are spent on converting them."""
     keys: set[str] = set()
     for item in job.items[:: -(-len(job.items) // _PROBED)]:

@@ -1,0 +1,1 @@
+"""What the `ecgscale` command can do: a dataclass per command, whose fields are its options."""

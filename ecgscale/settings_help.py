@@ -1,0 +1,117 @@
+"""The help of a command, from the dataclass that its options become."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ecgscale.settings import alternatives, is_group, metavar, option_of, places
+
+
+@cache
+def documentation(kind: type) -> dict[str, str]:
+    """The text under each field of a dataclass, of its bases too."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for one, after in pairwise(body.body):
+            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
+                assert isinstance(after.value, ast.Constant)
+                texts[one.target.id] = " ".join(str(after.value.value).split())
+    return texts
+
+
+More = Mapping[str, Sequence[tuple[Field[Any], type]]]
+"""By group, keys that it has where another class stands there, with the class that has each."""
+
+
+def help_text(
+    config_type: Any,
+    command: str,
+    description: str = "",
+    short: bool = False,
+    more: More = MappingProxyType({}),
+    owners: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Usage, and every key with its meaning, type and default. ``short``: a command without groups of keys.
+
+    ``owners`` says of dotted keys whose they are, where that is not everybody's.
+    """
+    positional = places(config_type)
+    words = " ".join(f"{one.name.upper()}{' ...' if option_of(one).several else ''}" for one in positional)
+    options = "[--option VALUE ...]" if short else "[--config FILE] [--any.key VALUE ...]"
+    lines = [f"usage: ecgscale {command} {words}{' ' if words else ''}{options}", ""]
+    lines += [inspect.cleandoc(description or config_type.__doc__ or ""), ""]
+    if positional:
+        lines += ["arguments:", *(_entry(one.name, one, config_type) for one in positional), ""]
+    if not short:
+        lines += [_wrapped("--config FILE", "YAML file with any of these keys; later arguments win"), ""]
+    lines += _help_of(config_type, "", short, more, owners)
+    return "\n".join(lines).rstrip()
+
+
+def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[str, str]) -> list[str]:
+    hints = get_type_hints(kind)
+    own = [(one, kind) for one in fields(kind) if not is_group(hints[one.name]) and not option_of(one).positional]
+    own += more.get(prefix.rstrip("."), ())
+    lines = []
+    if own:
+        heading = (kind.__doc__ or "").strip().splitlines()[0].rstrip(".") if prefix else "options"
+        lines.append(f"{heading}:")
+        for one, owner in own:
+            lines.append(
+                _entry(f"--{prefix}{_name_of(one, dashed)}", one, owner, dashed, owners.get(prefix + one.name))
+            )
+        lines.append("")
+    for one in fields(kind):
+        if is_group(hints[one.name]):
+            lines += _help_of(hints[one.name], f"{prefix}{one.name}.", False, more, owners)
+    return lines
+
+
+def _name_of(one: Field[Any], dashed: bool) -> str:
+    return option_of(one).name or (one.name.replace("_", "-") if dashed else one.name)
+
+
+def _entry(name: str, one: Field[Any], kind: Any, bare: bool = False, whose: str | None = None) -> str:
+    """``bare``: a flag needs no value."""
+    hint = get_type_hints(kind)[one.name]
+    text = (f"[{whose}] " if whose else "") + documentation(kind).get(one.name, "")
+    default = one.default_factory() if one.default_factory is not MISSING else one.default
+    if option_of(one).positional:
+        return _wrapped(name, text)
+    told = [] if hint is bool and bare else [f"default: {_default_in_words(default)}"]
+    if default is MISSING:
+        told = ["required"]
+    if choices := [choice for kind in alternatives(hint) if get_origin(kind) is Literal for choice in get_args(kind)]:
+        told.insert(0, f"one of {', '.join(map(str, choices))}")
+    value = "" if hint is bool and bare else f" {metavar(one, hint)}"
+    return _wrapped(name + value, f"{text} ({'; '.join(told)})" if told else text)
+
+
+def _default_in_words(default: Any) -> str:
+    if default in (None, "", [], ()):
+        return "none"
+    if isinstance(default, list | tuple):
+        return ",".join(map(str, default))
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _wrapped(name: str, text: str) -> str:
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    indent = 24
+    lines = textwrap.wrap(text, width - indent)
+    if len(name) + 4 > indent or not lines:
+        return "\n".join([f"  {name}", *(" " * indent + line for line in lines)])
+    return "\n".join([f"  {name:<{indent - 3}} {lines[0]}", *(" " * indent + line for line in lines[1:])])

@@ -1,0 +1,205 @@
+"""An objective and an encoder from a folder outside the packages, through everything that a run goes through."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import ecgscale
+from conftest import TOYS
+from ecgscale.cli import main
+from ecgscale.config import PretrainConfig
+from ecgscale.config import load as load_config
+from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.errors import InputError
+from ecgscale.simulate import Simulation
+from ecgscale.training.checkpoint import Checkpoint, latest
+from small_jobs import events, losses
+
+OBJECTIVE, ENCODER = "toylab.amplitude:Amplitude", "toylab.recurrent:Recurrent"
+OWN_OBJECTIVE = [f"--objective.name={OBJECTIVE}", "--objective.mixtures=4"]
+OWN_ENCODER = [f"--model.encoder={ENCODER}", "--model.width=8", "--model.depth=2"]
+OWN = [*OWN_OBJECTIVE, *OWN_ENCODER]
+OURS = ["--model.preset=tiny", "--model.depth=1", "--model.dropout=0", "--model.attention_dropout=0"]
+SHORT = [
+    "--data.segment_s=2.5", "--data.min_record_s=5", "--train.global_batch=8", "--train.log_every=1",
+    "--train.checkpoint_every=2", "--train.keep_last=9", "--train.projected_recordings=2",
+    "--train.validation_recordings=2", "--engine.learning_rate=1e-2", "--engine.whole_below=0",
+]  # fmt: skip
+STEPS = 4
+TOLERANCE = 2e-5  # fp32 sums over ranks are added up in another order, which Adam amplifies
+
+
+@pytest.fixture
+def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where the user has the package on the path: nothing of it is imported yet."""
+    forget()
+    monkeypatch.syspath_prepend(str(TOYS))
+    yield
+    forget()
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "toylab"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "simulated"
+    chosen = IngestOptions(rate_hz=250, validation_fraction=0.25, test_fraction=0.25)
+    ingest(Simulation(patients=32, duration_s=6, rate_hz=250), out, chosen)
+    return out
+
+
+def job(shards: Path, run: Path, *more: str, steps: int = STEPS) -> list[str]:
+    return ["pretrain", *SHORT, f"--train.steps={steps}", f"--data.shards={shards}", f"--run.dir={run}", *more]
+
+
+@pytest.fixture(scope="module")
+def runs(shards, jobs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    said = jobs.run(
+        1,
+        job(shards, folder / "whole", *OWN),
+        job(shards, folder / "objective", *OWN_OBJECTIVE, *OURS, steps=1),
+        job(shards, folder / "encoder", *OWN_ENCODER, "--objective.name=cmsc", steps=1),
+    )
+    (folder / "said").write_text(said)
+    return folder
+
+
+def test_losses_on_two_ranks_equal_those_on_one_and_a_killed_run_goes_on(shards, jobs, runs, tmp_path):
+    stages = {stage: job(shards, tmp_path / f"stage-{stage}", *OWN, f"--engine.zero_stage={stage}") for stage in (0, 3)}
+    jobs.run(2, *stages.values())
+    expected = losses(runs / "whole")
+    assert len(expected) == STEPS
+    assert expected[STEPS] < expected[1]
+    for stage in stages:
+        assert losses(tmp_path / f"stage-{stage}") == pytest.approx(expected, rel=TOLERANCE), stage
+    killed = tmp_path / "killed"
+    again = job(shards, killed, *OWN, "--engine.zero_stage=3")
+    jobs.killed_after(3, killed, 2, again)
+    assert latest(killed / "checkpoints").step == 2
+    jobs.run(1, again)
+    assert losses(killed) == pytest.approx(expected, rel=TOLERANCE)
+    assert [event["step"] for event in events(killed) if "train/loss" in event].count(3) == 2, "was done again"
+
+
+def test_the_log_and_the_config_say_whose_code_it_is(runs):
+    said = (runs / "said").read_text()
+    assert f"objective.name {OBJECTIVE} from {TOYS / 'toylab' / 'amplitude.py'}" in said
+    assert f"model.encoder {ENCODER} from {TOYS / 'toylab' / 'recurrent.py'}" in said
+    config = yaml.safe_load((runs / "whole" / "config.yaml").read_text())
+    assert config["objective"] == {"name": OBJECTIVE, "lead_mask_probability": 0.5, "mixtures": 4}
+    assert config["model"] == {"encoder": ENCODER, "patch_samples": 25, "width": 8, "depth": 2}
+
+
+def test_each_segment_that_the_objective_reads_is_a_row(runs):
+    """One for the own objective, two for cmsc: so many tokens of 25 samples in a step of eight recordings."""
+    for name, segments in (("whole", 1), ("encoder", 2)):
+        first = next(event for event in events(runs / name) if "train/loss" in event)
+        tokens_per_s, ecg_per_s = (first[f"throughput/{what}_per_s"] for what in ("tokens", "ecg"))
+        assert tokens_per_s / ecg_per_s == pytest.approx(segments * 25), name
+
+
+def test_an_export_holds_what_the_objective_exports(runs):
+    said, whole = (runs / "said").read_text(), runs / "whole"
+    about = json.loads((whole / "export" / "config.json").read_text())
+    assert about["parts"] == ["encoder", "amplitude_head"]
+    exported = load_file(whole / "export" / "model.safetensors")
+    saved = Checkpoint.open(whole / "checkpoints" / f"step-{STEPS:08d}").tensors("weight")
+    assert saved.keys() - exported.keys() == {"mixture.weight"}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in exported.items())
+    assert "an export leaves out mixture" in said
+
+
+@pytest.mark.usefixtures("on_path")
+def test_a_model_imports_nothing_unless_its_user_names_the_code(runs, tmp_path, refusal):
+    export = runs / "whole" / "export"
+    said = f"{export}: model.encoder '{ENCODER}' is code that is not ours; name it in your command to have it imported"
+    for folder in (export, runs / "whole"):
+        with pytest.raises(InputError, match="is code that is not ours"):
+            ecgscale.load(folder)
+    ecg = tmp_path / "ecg.npy"
+    np.save(ecg, np.random.default_rng(0).normal(size=(12, 1500)).astype(np.float32))
+    embed = ["embed", export, ecg, tmp_path / "out.npz", "--rate-hz=250"]
+    assert said in refusal(*embed)
+    assert said in refusal("inspect", export)
+    assert said in refusal("finetune", "--init", export, "--data.shards=x", "--task.label=rhythm")
+    assert said in refusal("pretrain", "--init", export, "--data.shards=x")
+    assert f"its encoder is '{ENCODER}', not 'transformer'" in refusal(*embed, "--encoder=transformer")
+    assert "toylab" not in sys.modules
+    assert main([str(word) for word in [*embed, f"--encoder={ENCODER}"]]) == 0
+    assert np.load(tmp_path / "out.npz")["record_embedding"].shape == (1, 8)
+    assert ecgscale.load(runs / "whole", ENCODER).encoder.config.depth == 2
+    assert main(["inspect", str(export), f"--encoder={ENCODER}"]) == 0
+    assert main(["export", str(runs / "whole"), str(tmp_path / "again")]) == 0, "weights are copied without code"
+
+
+def test_it_is_fine_tuned_evaluated_and_begun_with(shards, jobs, runs, tmp_path):
+    init, task = ["--init", str(runs / "whole"), f"--init.encoder={ENCODER}"], ["--task.label=rhythm"]
+    few = ["--task.min_positives=2", "--train.global_batch=8", "--train.steps=2", "--data.min_record_s=5"]
+    task, data = [*task, "--task.kind=singlelabel"], [f"--data.shards={shards}"]
+    said = jobs.run(
+        1,
+        ["finetune", *init, *task, *few, *data, f"--run.dir={tmp_path / 'tuned'}"],
+        ["evaluate", str(tmp_path / "tuned"), *data, f"--encoder={ENCODER}", f"--out={tmp_path / 'report.json'}"],
+        job(shards, tmp_path / "begun", "--init", str(runs / "whole"), *OWN, steps=1),
+    )
+    assert f"model.encoder {ENCODER} from {TOYS / 'toylab' / 'recurrent.py'}" in said
+    assert f"begins with {runs / 'whole' / 'export'}, step {STEPS}: encoder, amplitude_head; new: mixture" in said
+    assert json.loads((tmp_path / "report.json").read_text())["macro"]["auroc"]
+    tuned = json.loads((tmp_path / "tuned" / "export" / "config.json").read_text())
+    assert tuned["model"]["encoder"] == ENCODER
+    assert tuned["parts"] == ["encoder", "head"]
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([f"--objective.name={OBJECTIVE}e"], "has no class Amplitudee; did you mean toylab.amplitude:Amplitude?"),
+        (["--objective.name=toylab.nothing:X"], "cannot import toylab.nothing (No module named 'toylab.nothing')"),
+        ([f"--objective.name={ENCODER}"], f"objective.name '{ENCODER}': is no Objective"),
+        ([f"--model.encoder={OBJECTIVE}"], f"model.encoder '{OBJECTIVE}': is no Encoder"),
+        (["--objective.name=toylab.unfinished:NoLoss"], "does not define loss of ecgscale.objectives.objective"),
+        (["--objective.name=toylab.unfinished:NoConfig"], "its Config is no dataclass that derives from ecgscale."),
+        (["--model.encoder=toylab.unfinished:NoDefault"], "its Config gives patch_samples no default"),
+        ([*OWN, "--objective.negatives=3"], f"negatives belongs to wav2vec2 and wav2vec2+cmsc, not to {OBJECTIVE}"),
+        ([*OWN, "--objective.mixture=3"], "unknown key objective.mixture; did you mean objective.mixtures?"),
+        ([*OWN, "--objective.mixtures=0"], "objective.mixtures 0: give 1 or more"),
+        ([*OWN, "--objective.mixtures=few"], "objective.mixtures"),
+        ([*OWN, "--model.heads=3"], f"model.heads belongs to transformer, not to {ENCODER}"),
+        ([*OWN, "--model.width=0"], "model.width 0: give 1 or more"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(given, said, refusal):
+    assert said in refusal("pretrain", *given, "--data.shards=x", "--run.dir=y")
+
+
+@pytest.mark.usefixtures("on_path")
+def test_an_encoder_that_masks_no_tokens_does_not_go_with_the_local_objective(shards, tmp_path, refusal):
+    given = [*SHORT, *OWN_ENCODER, f"--data.shards={shards}", f"--run.dir={tmp_path / 'run'}"]
+    assert refusal("pretrain", *given) == (
+        f"ecgscale: model.encoder {ENCODER}: does not go with objective.name wav2vec2+cmsc, which needs one that masks "
+        "tokens\n"
+    )
+    assert not (tmp_path / "run").exists()
+    assert f"model.encoder {ENCODER}: a plan knows the transformer alone" in refusal("plan", *given)
+
+
+@pytest.mark.usefixtures("on_path")
+def test_names_may_stand_in_a_config_file(tmp_path):
+    given = {"objective": {"name": OBJECTIVE, "mixtures": 3}, "model": {"encoder": ENCODER}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(given))
+    config = load_config(PretrainConfig, ["--config", str(tmp_path / "own.yaml")])
+    assert (config.objective.mixtures, config.model.patch_samples) == (3, 25)
