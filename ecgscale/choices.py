@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
-from typing import Any, get_type_hints
+from typing import Any
 
-from ecgscale import model, objectives
+from ecgscale import downstream, model, objectives
+from ecgscale.downstream import TASKS
+from ecgscale.downstream.task import WRITTEN_BEFORE, TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.objectives import OBJECTIVES, ObjectiveConfig
-from ecgscale.objectives.keys import WRITTEN_BEFORE
 from ecgscale.registry import Registry
+from ecgscale.settings import field_types
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Choice:
     registry: Registry[Any]
     usual: str
     """The name where none is given."""
+    written_before: frozenset[str] = frozenset()
+    """Keys, not all of one class, that earlier versions wrote into the config of each run."""
 
     def keys(self, name: str) -> type:
         """The dataclass of the keys of a named class. Raises InputError for a class without a fitting one."""
@@ -51,15 +55,10 @@ class Choice:
 
 
 CHOICES = (
-    Choice(ObjectiveConfig, "name", OBJECTIVES, objectives.DEFAULT),
+    Choice(ObjectiveConfig, "name", OBJECTIVES, objectives.DEFAULT, frozenset(objectives.keys.WRITTEN_BEFORE)),
     Choice(EncoderConfig, "encoder", ENCODERS, model.DEFAULT),
+    Choice(TaskConfig, "kind", TASKS, downstream.DEFAULT, frozenset(WRITTEN_BEFORE)),
 )
-
-
-def field_types(config_type: Any) -> dict[str, Any]:
-    """The keys of a config, with the type of each."""
-    hints = get_type_hints(config_type)
-    return {one.name: hints[one.name] for one in fields(config_type)}
 
 
 def choices_of(config_type: type) -> dict[str, Choice]:
@@ -138,7 +137,8 @@ def fitting(config_type: type, tree: dict[str, Any], names: Mapping[str, str]) -
 def current(config_type: type, saved: dict[str, Any]) -> dict[str, Any]:
     """The saved config of a run as this version writes it: without keys of classes of ours that it does not name.
 
-    Earlier versions wrote the keys of all objectives into each config. Nothing is imported that is not ours.
+    Earlier versions wrote the keys of all objectives, or of all tasks, into each config. Nothing is imported that is
+    not ours.
     """
     kept, names = dict(saved), named(config_type, saved)
     for group, choice in choices_of(config_type).items():
@@ -149,10 +149,13 @@ def current(config_type: type, saved: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def is_saved_before(tree: Mapping[str, Any]) -> bool:
+def is_saved_before(config_type: type, tree: Mapping[str, Any]) -> bool:
     """Whether an earlier version has written a config, as it did into run folders."""
-    objective = tree.get("objective")
-    return isinstance(objective, dict) and objective.keys() >= WRITTEN_BEFORE
+    for group, choice in choices_of(config_type).items():
+        given = tree.get(group)
+        if choice.written_before and isinstance(given, dict) and given.keys() >= choice.written_before:
+            return True
+    return False
 
 
 def _names(kind: type) -> set[str]:

@@ -24,7 +24,8 @@ from ecgscale.choices import (
     resolved,
 )
 from ecgscale.data.selection import DataConfig
-from ecgscale.downstream.tasks import InitConfig, TaskConfig
+from ecgscale.downstream import task_config
+from ecgscale.downstream.task import TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import described, read_about
 from ecgscale.model import DEFAULT as USUAL_ENCODER
@@ -57,6 +58,19 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """What fine-tuning begins with."""
+
+    model: str = ""
+    """Run folder or export folder of the pretrained model."""
+    encoder: str = ""
+    """The class of its encoder, package.module:Class, where that is not one of ours: a model's own word imports
+    nothing."""
+    random: bool = False
+    """Keep the model's shape and preprocessing but begin with new weights: the baseline."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Everything about a pretraining run."""
 
@@ -75,7 +89,7 @@ class FinetuneConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=task_config)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -94,7 +108,7 @@ def load(config_type: type[Config], words: list[str]) -> Config:
     def file(path: Path) -> settings.Given:
         given = settings.read_file(path)
         given.elsewhere = belonging_elsewhere
-        if is_saved_before(given.tree):
+        if is_saved_before(config_type, given.tree):
             given.tree = current(config_type, given.tree)
         settings.refuse_unknown(resolved(config_type, next(known_then)), given)
         given.tree = fitting(config_type, given.tree, names)

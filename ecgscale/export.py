@@ -50,6 +50,7 @@ _TYPES: dict[str, type] = {
     "source": dict,
     "neighbours": int,
     "run": str,
+    "exclusive": bool,
     _PARTS: list,
 }
 

@@ -399,13 +399,14 @@ def _head(weights: dict[str, Tensor], about: dict[str, Any], width: int, place: 
     if not weights:
         return None
     if weights.keys() == {"centre", "bank", "target"}:
-        kind, k = about.get("task", {}).get("kind"), about.get("neighbours", 0)
+        k = about.get("neighbours", 0)
+        exclusive = about.get("exclusive", "thresholds" not in about)  # earlier versions do not say it
         rows = len(weights["bank"])
         fits = [weights[name].shape for name in ("centre", "bank")] == [(width,), (rows, width)]
-        if not fits or weights["target"].ndim != 2 or len(weights["target"]) != rows or k < 1 or kind is None:
+        if not fits or weights["target"].ndim != 2 or len(weights["target"]) != rows or k < 1:
             raise InputError(f"{place}: its neighbours are not those of an encoder of width {width}")
         _check_classes(about, weights["target"].shape[1], place)
-        return Neighbours(weights["centre"], weights["bank"], weights["target"], k, kind == "multilabel")
+        return Neighbours(weights["centre"], weights["bank"], weights["target"], k, not exclusive)
     classes = len(weights["weight"]) if "weight" in weights and weights["weight"].ndim else 1
     head = nn.Linear(width, classes)
     load_weights(head, weights, place)

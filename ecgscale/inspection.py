@@ -68,7 +68,8 @@ def summarise_model(path: Path, encoder: str = "") -> str:
         f"step        {about.get('step', 'unknown')}",
     ]
     if task := about.get("task"):
-        lines.append(f"task        {_printable(str(task.get('label')))}, {task.get('kind')}, {task.get('protocol')}")
+        said = [str(task[key]) for key in ("label", "kind", "protocol") if task.get(key)]
+        lines.append(f"task        {_printable(', '.join(said))}")
     if "head.weight" in weights:
         classes = about.get("classes")
         named = f": {', '.join(map(_printable, classes))}" if classes else ", whose names the model does not know"

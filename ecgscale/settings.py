@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -52,6 +53,17 @@ def option(default: Any = MISSING, *, default_factory: Any = MISSING, **what: An
     if default_factory is not MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def field_types(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return _field_types(kind)
+
+
+@cache  # Python compiles each annotation anew when it is asked
+def _field_types(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {one.name: hints[one.name] for one in fields(kind)}
 
 
 def option_of(one: Field[Any]) -> Option:
@@ -264,7 +276,7 @@ def refuse_unknown(config_type: Any, given: Given) -> None:
 
 
 def _refuse_unknown_in(kind: Any, tree: dict[str, Any], given: Given, prefix: str) -> None:
-    hints = get_type_hints(kind)
+    hints = field_types(kind)
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in hints:
@@ -286,7 +298,7 @@ def _groups_in(hint: Any, value: Any, key: str) -> list[tuple[Any, Any, str]]:
 
 
 def _group(kind: Any, tree: dict[str, Any], given: Given, prefix: str) -> Any:
-    hints = get_type_hints(kind)
+    hints = field_types(kind)
     values: dict[str, Any] = {}
     for one in fields(kind):
         key = prefix + one.name
@@ -431,7 +443,7 @@ _OWN_NAME = option(metavar="VALUE")  # stands for the entries of a mapping, whos
 
 def all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a tree."""
-    hints = get_type_hints(kind)
+    hints = field_types(kind)
     for one in fields(kind):
         if is_group(hints[one.name]):
             yield from all_keys(hints[one.name], f"{prefix}{one.name}.")
@@ -441,7 +453,7 @@ def all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
 
 def _unknown(kind: Any, name: str, prefix: str, given: Given) -> str:
     """What to say of a key that a group does not have: unknown, with the nearest right one or all of them."""
-    if not prefix and not any(is_group(hint) for hint in get_type_hints(kind).values()):
+    if not prefix and not any(is_group(hint) for hint in field_types(kind).values()):
         known = [f"--{_shown(one.name, one).replace('_', '-')}" for one in fields(kind)]
         name = f"--{name.replace('_', '-')}"
         near = get_close_matches(name, known, 1)
@@ -462,7 +474,7 @@ def _key_of(config_type: Any, written: str) -> str:
         if not is_dataclass(kind):
             break  # names of the user's own
         parts[place] = part.replace("-", "_")
-        kind = get_type_hints(kind).get(parts[place])
+        kind = field_types(kind).get(parts[place])
     return ".".join(parts)
 
 
@@ -483,7 +495,7 @@ def _field_at(config_type: Any, key: str, given: Given) -> tuple[Any, Field[Any]
         one = next((other for other in fields(kind) if other.name == name), None)
         if one is None:
             raise InputError(_unknown(kind, name, prefix, given))
-        hint = kind = get_type_hints(kind)[name]
+        hint = kind = field_types(kind)[name]
         prefix += f"{name}."
     assert one is not None
     return hint, one

@@ -11,9 +11,9 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from ecgscale.settings import alternatives, is_group, metavar, option_of, places
+from ecgscale.settings import alternatives, field_types, is_group, metavar, option_of, places
 
 
 @cache
@@ -62,7 +62,7 @@ def help_text(
 
 
 def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[str, str]) -> list[str]:
-    hints = get_type_hints(kind)
+    hints = field_types(kind)
     own = [(one, kind) for one in fields(kind) if not is_group(hints[one.name]) and not option_of(one).positional]
     own += more.get(prefix.rstrip("."), ())
     lines = []
@@ -86,7 +86,7 @@ def _name_of(one: Field[Any], dashed: bool) -> str:
 
 def _entry(name: str, one: Field[Any], kind: Any, bare: bool = False, whose: str | None = None) -> str:
     """``bare``: a flag needs no value."""
-    hint = get_type_hints(kind)[one.name]
+    hint = field_types(kind)[one.name]
     text = (f"[{whose}] " if whose else "") + documentation(kind).get(one.name, "")
     default = one.default_factory() if one.default_factory is not MISSING else one.default
     if option_of(one).positional:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ecgscale.config import PretrainConfig, dump, help_text, load
+from ecgscale.config import FinetuneConfig, PretrainConfig, dump, help_text, load
+from ecgscale.downstream.classification import SingleLabel
+from ecgscale.downstream.identification_task import IdentificationTask
 from ecgscale.errors import InputError
 from ecgscale.objectives.cmsc import CMSC
 from ecgscale.objectives.wav2vec2 import Wav2Vec2
@@ -119,3 +121,56 @@ def test_an_objective_is_told_before_its_keys(tmp_path):
     (tmp_path / "config.yaml").write_text(dump(load(PretrainConfig, ["--objective.name=3kg"])))
     with pytest.raises(InputError, match=r"the run has objective\.name '3kg', now it is 'wav2vec2\+cmsc'"):
         refuse_other_config(tmp_path / "config.yaml", load(PretrainConfig, ["--objective.codes=16"]))
+
+
+# What a run of identification has left in its folder before tasks had keys of their own.
+TASK_BEFORE = """
+task:
+  label: ''
+  kind: identification
+  session: ECG date
+  one_probe: true
+  classes: []
+  min_positives: 10
+  min_scored_s: 0.0
+  label_fraction: 1.0
+  challenge_weights: ''
+  protocol: finetune
+  freeze_stem: true
+  lead_mask_probability: 0.0
+  arcface_scale: 16.0
+  arcface_margin: 0.2
+"""
+SAME_TASK = ["--task.kind=identification", "--task.session=ECG date", "--task.one_probe=true"]
+SAME_TASK += ["--task.arcface_scale=16", "--task.arcface_margin=0.2"]
+
+
+def refused_task(*arguments: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load(FinetuneConfig, list(arguments))
+    return str(caught.value)
+
+
+def test_a_task_has_its_own_keys_alone(file):
+    config = load(FinetuneConfig, ["--task.label=rhythm", "--task.kind=singlelabel"])
+    assert config.task == SingleLabel.Config(label="rhythm")
+    said = "task.session belongs to identification, not to multilabel"
+    assert refused_task("--task.session=day") == said
+    given = file("task: {session: day}")
+    assert refused_task(given) == f"{given.partition('=')[2]}, line 1: {said}"
+    given = file("task: {label: rhythm, freeze_stem: false}")
+    of_persons = load(FinetuneConfig, [given, "--task.kind=identification"]).task
+    assert of_persons == IdentificationTask.Config(freeze_stem=False), "the file's keys of its own task are left out"
+
+
+def test_a_task_of_an_earlier_version_is_read_and_its_run_goes_on(file, tmp_path):
+    same = load(FinetuneConfig, SAME_TASK)
+    assert load(FinetuneConfig, [file(TASK_BEFORE)]) == same
+    few = file("task: {kind: identification, classes: [], label: ''}")
+    assert "task.classes belongs to multilabel and singlelabel" in refused_task(few), "nobody but a run writes them all"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(dump(same)) | yaml.safe_load(TASK_BEFORE)))
+    refuse_other_config(tmp_path / "config.yaml", same)
+    with pytest.raises(InputError, match=r"the run has task\.arcface_margin 0\.2, now it is 1\.0"):
+        refuse_other_config(tmp_path / "config.yaml", load(FinetuneConfig, SAME_TASK[:-1]))
+    with pytest.raises(InputError, match=r"the run has task\.kind 'identification', now it is 'multilabel'"):
+        refuse_other_config(tmp_path / "config.yaml", load(FinetuneConfig, ["--task.label=rhythm"]))

@@ -1,9 +1,10 @@
-"""An objective and an encoder from a folder outside the packages, through everything that a run goes through."""
+"""What comes from a folder outside the packages, through all that ours goes through: one class of each kind."""
 
 from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +15,24 @@ import yaml
 from safetensors.torch import load_file
 
 import ecgscale
-from conftest import TOYS
+from conftest import TOYS, export_weights
 from ecgscale.cli import main
 from ecgscale.config import PretrainConfig
 from ecgscale.config import load as load_config
 from ecgscale.data.ingest import IngestOptions, ingest
+from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
+from ecgscale.export import write_export
+from ecgscale.inspection import summarise_model
 from ecgscale.simulate import Simulation
 from ecgscale.training.checkpoint import Checkpoint, latest
+from ecgscale_launch.sweep_table import figures
 from small_jobs import events, losses
 
 OBJECTIVE, ENCODER = "toylab.amplitude:Amplitude", "toylab.recurrent:Recurrent"
+LAYOUT = "toylab.csv_folder:CsvFolder"
+TASK = "toylab.how_many:HowMany"
+OWN_TASK = [f"--task.kind={TASK}", "--task.most=3"]
 OWN_OBJECTIVE = [f"--objective.name={OBJECTIVE}", "--objective.mixtures=4"]
 OWN_ENCODER = [f"--model.encoder={ENCODER}", "--model.width=8", "--model.depth=2"]
 OWN = [*OWN_OBJECTIVE, *OWN_ENCODER]
@@ -163,6 +171,61 @@ def test_it_is_fine_tuned_evaluated_and_begun_with(shards, jobs, runs, tmp_path)
     assert tuned["parts"] == ["encoder", "head"]
 
 
+def tuned(shards: Path, runs: Path, run: Path, *more: str) -> list[str]:
+    places = ["--init", str(runs / "whole"), f"--init.encoder={ENCODER}", f"--data.shards={shards}"]
+    few = ["--train.global_batch=8", "--train.steps=2", "--data.min_record_s=5", "--train.log_every=1"]
+    return ["finetune", *places, f"--run.dir={run}", *few, *OWN_TASK, *more]
+
+
+def test_a_task_is_learnt_scored_and_imported_where_its_user_names_it(shards, jobs, runs, tmp_path):
+    run = tmp_path / "tuned"
+    named = [f"--encoder={ENCODER}", f"--task={TASK}", f"--out={tmp_path / 'again.json'}"]
+    said = jobs.run(1, tuned(shards, runs, run), ["evaluate", str(run), f"--data.shards={shards}", *named])
+    assert f"task.kind {TASK} from {TOYS / 'toylab' / 'how_many.py'}" in said
+    config = yaml.safe_load((run / "config.yaml").read_text())["task"]
+    assert (config["kind"], config["codes"], config["most"]) == (TASK, "Dx", 3)
+    assert {"label", "classes", "arcface_scale"}.isdisjoint(config)
+    report = json.loads((run / "evaluation-test.json").read_text())
+    assert report["recordings"] == report["coverage"]["used"] > 0
+    assert report["headline"] == figures(run) == {"mean_error": report["mean_error"]["value"]}
+    assert json.loads((tmp_path / "again.json").read_text())["mean_error"] == report["mean_error"]
+    assert list(losses(run)) == [1, 2]
+    assert json.loads((run / "export" / "config.json").read_text())["parts"] == ["encoder", "head"]
+
+
+@pytest.mark.usefixtures("on_path")
+def test_a_model_imports_no_task_by_itself(shards, make_model, tmp_path, refusal):
+    model = make_model(classes=1)
+    said = model.about | {"task": {"kind": TASK, "most": 3}, "min_record_s": 5.0}
+    export = write_export(tmp_path / "export", export_weights(model), said)
+    evaluate = ["evaluate", export, f"--data.shards={shards}"]
+    assert refusal(*evaluate) == (
+        f"ecgscale: {export}: task.kind '{TASK}' is code that is not ours; name it in your command to have it imported "
+        "(evaluate --task NAME)\n"
+    )
+    assert f"its task is '{TASK}', not 'multilabel'" in refusal(*evaluate, "--task=multilabel")
+    assert ecgscale.load(export).head is not None, "weights are read without code"
+    assert summarise_model(export).count(f"task        {TASK}") == 1
+    assert "toylab" not in sys.modules
+    assert "the model takes 500 Hz, the shards have 250 Hz" in refusal(*evaluate, f"--task={TASK}")
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([f"--task.kind={TASK}x"], "has no class HowManyx; did you mean toylab.how_many:HowMany?"),
+        ([f"--task.kind={OBJECTIVE}"], f"task.kind '{OBJECTIVE}': is no Task"),
+        (["--task.kind=toylab.unfinished:NoScore"], "does not define objective, score of ecgscale.downstream.task."),
+        ([*OWN_TASK, "--task.label=Dx"], f"task.label belongs to multilabel and singlelabel, not to {TASK}"),
+        ([*OWN_TASK, "--task.most=0"], "task.most 0: give 1 or more"),
+        ([*OWN_TASK, "--task.protocol=probe"], f"task.protocol probe: task.kind {TASK} has finetune alone"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused_in_one_line(given, said, refusal):
+    assert said in refusal("finetune", *given, "--init=x", "--data.shards=x", "--run.dir=y")
+
+
 @pytest.mark.usefixtures("on_path")
 @pytest.mark.parametrize(
     ("given", "said"),
@@ -203,3 +266,69 @@ def test_names_may_stand_in_a_config_file(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(given))
     config = load_config(PretrainConfig, ["--config", str(tmp_path / "own.yaml")])
     assert (config.objective.mixtures, config.model.patch_samples) == (3, 25)
+
+
+# --- a layout ---
+
+
+@pytest.fixture
+def csv_folder(tmp_path: Path, smooth_ecg) -> Path:
+    """Six recordings of three people, two leads, and one that cannot be read."""
+    folder = tmp_path / "ward" / "ecgs"
+    folder.mkdir(parents=True)
+    for number in range(6):
+        lines = [",".join(f"{value:.4f}" for value in row) for row in smooth_ecg(250, 6, seed=number)[:2].T]
+        (folder / f"p{number // 2}_{number}.csv").write_text("\n".join(["I,II", *lines]))
+    (folder / "p9_9.csv").write_text("I,II\n0.1,x\n")
+    return folder
+
+
+def test_a_layout_is_read_by_workers_and_in_parts(csv_folder, jobs, tmp_path):
+    how = [f"--layout={LAYOUT}", "--source-rate-hz=250", "--rate-hz=250", "--records-per-shard=2"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    jobs.run(
+        1,
+        ["ingest", str(csv_folder), str(whole), *how, "--workers=2"],
+        *(["ingest", str(csv_folder), str(parted), *how, "--workers=1", f"--part={i}/2"] for i in (2, 1)),
+        ["ingest", str(csv_folder.parent), str(parted), *how, "--merge"],
+        ["verify", str(whole)],
+    )
+    files = sorted(path.name for path in whole.iterdir() if path.suffix in (".tar", ".csv"))
+    assert len([name for name in files if name.endswith(".tar")]) == 3
+    assert all((parted / name).read_bytes() == (whole / name).read_bytes() for name in files)
+    assert "p9_9.csv: could not convert string" in (whole / "rejected.csv").read_text()
+    shards = ShardSet.open(whole)
+    assert (len(shards), len(np.unique(shards.column("patient")))) == (6, 3)
+    record = shards.record(0)
+    expected_LT = np.loadtxt(csv_folder / f"{record.name}.csv", delimiter=",", skiprows=1).T
+    np.testing.assert_allclose(record.millivolts(), expected_LT, atol=2e-3)
+
+
+@pytest.mark.usefixtures("on_path")
+def test_it_is_said_whose_layout_it_is(csv_folder, tmp_path, capsys):
+    how = [f"--layout={LAYOUT}", "--source-rate-hz=250", "--workers=1"]
+    assert main(["ingest", str(csv_folder.parent), str(tmp_path / "out"), *how]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"layout {LAYOUT} from {TOYS / 'toylab' / 'csv_folder.py'}"
+    assert second == f"{csv_folder}: 7 ECGs as CSV", "it lies a level deeper"
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "no WFDB header (*.hea) in or below it"),
+        ([f"--layout={LAYOUT}"], ".csv files say no sample rate; give --source-rate-hz"),
+        ([f"--layout={LAYOUT}", "--unit=uV"], f"--unit does not go with layout {LAYOUT}, only with code15, npy"),
+        ([f"--layout={LAYOUT}s"], "has no class CsvFolders; did you mean toylab.csv_folder:CsvFolder?"),
+        ([f"--layout={TASK}"], f"layout '{TASK}': is no Layout"),
+        (["--layout=toylab.unfinished:NoRead"], "does not define open, read of ecgscale.data.sources.layout.Layout"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_in_one_line(csv_folder, given, said, refusal, tmp_path):
+    assert said in refusal("ingest", csv_folder, tmp_path / "out", *given)
+    packed = tmp_path / "packed.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.write(csv_folder / "p0_0.csv", "p0_0.csv")
+    whole = [f"--layout={LAYOUT}", "--source-rate-hz=250"]
+    assert f"layout {LAYOUT} is not read from an archive" in refusal("ingest", packed, tmp_path / "out", *whole)

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ecgscale.commands.command import Command, part_of_n
 from ecgscale.data.label_columns import parse_label_columns
-from ecgscale.data.source_options import SourceOptions
+from ecgscale.data.source_options import LAYOUTS, SourceOptions
 from ecgscale.errors import InputError
 from ecgscale.lead_names import parse_renames
+from ecgscale.registry import is_code
 from ecgscale.settings import option
 
 if TYPE_CHECKING:
     from ecgscale.data.ingest import Ingested, IngestOptions
     from ecgscale.data.sources import Source
-
-Layout = Literal["auto", "wfdb", "ptbxl", "mimic-iv-ecg", "cinc2021", "code15", "npy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +128,9 @@ class Ingest(Writing, Command):
     """Folder or archive (.zip, .tar, .tar.gz ...) of WFDB records, or another --layout."""
     out: Path = option(positional=True)
     """Folder to make; where it was interrupted, the same command goes on."""
-    layout: Layout = "auto"
-    """How the source is laid out; auto: by its files."""
+    layout: str = "auto"
+    """How the source is laid out: ptbxl, mimic-iv-ecg, cinc2021, code15, npy, wfdb, or package.module:Class for one of
+    your own. auto: by its files, one of ours."""
     dataset: str | None = None
     """Name of the data set, by default that of the source folder; patients are (data set, id)."""
     labels: tuple[Path, ...] = option((), repeated=True, metavar="CSV")
@@ -159,7 +159,8 @@ class Ingest(Writing, Command):
         from ecgscale.data.sources.listing import shared_names
 
         source = open_source(self.source, self._source_options())
-        about = [source.description]
+        about = [f"{LAYOUTS.key} {LAYOUTS.place(self.layout)}"] if is_code(self.layout) else []
+        about.append(source.description)
         if not self.part:  # --merge says it once for all
             about += [f"{self.source}: {line}" for line in source.left_out()]
             if self.patient_key == "@folder" and (line := shared_names(source.items())):

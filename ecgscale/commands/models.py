@@ -33,14 +33,15 @@ class Evaluate(Command):
 
     encoder: str = option("", metavar="PACKAGE.MODULE:CLASS")
     """Class of the model's encoder, where that is not one of ours; a model's own word imports nothing."""
+    task: str = option("", metavar="PACKAGE.MODULE:CLASS")
+    """Class of its task, where that is not one of ours."""
 
     def run(self) -> None:
         from ecgscale.downstream.evaluate import evaluate, table
 
         lead_sets = [tuple(filter(None, leads.split(","))) for leads in self.leads]
-        print(
-            table(evaluate(self.model, self.shards, self.split, lead_sets, self.out, self.min_record_s, self.encoder))
-        )
+        given = (self.model, self.shards, self.split, lead_sets, self.out, self.min_record_s, self.encoder, self.task)
+        print(table(evaluate(*given)))
 
 
 @dataclass(frozen=True, kw_only=True)

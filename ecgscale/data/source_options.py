@@ -5,20 +5,35 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.errors import InputError
+from ecgscale.registry import Registry
 
-# Layout -> the options that say something about it; any other is refused rather than ignored.
-_TABLE_OPTIONS = ("--labels", "--label-columns", "--record-column")
-LAYOUTS = {
-    "wfdb": (*_TABLE_OPTIONS, "--patient-key", "--ignore-leads", "--rename-leads"),
-    "ptbxl": (*_TABLE_OPTIONS, "--ignore-leads", "--rename-leads"),
-    "mimic-iv-ecg": (*_TABLE_OPTIONS, "--ignore-leads", "--rename-leads"),
-    "cinc2021": (*_TABLE_OPTIONS, "--patient-key", "--ignore-leads", "--rename-leads"),
-    "code15": ("--unit",),
-    "npy": (*_TABLE_OPTIONS, "--patient-key", "--source-rate-hz", "--source-leads", "--unit", "--mv-per-count"),
-}
+if TYPE_CHECKING:
+    from ecgscale.data.sources.layout import Layout
+
+
+def _base() -> type[Layout]:
+    from ecgscale.data.sources.layout import Layout
+
+    return Layout
+
+
+LAYOUTS: Registry[Layout] = Registry(
+    "layout",
+    _base,
+    {
+        "ptbxl": "ecgscale.data.sources.ptbxl:PtbXl",
+        "mimic-iv-ecg": "ecgscale.data.sources.mimic_iv_ecg:MimicIvEcg",
+        "cinc2021": "ecgscale.data.sources.cinc2021:Cinc2021",
+        "code15": "ecgscale.data.sources.code15:Code15",
+        "npy": "ecgscale.data.sources.npy_table:NpyTable",
+        "wfdb": "ecgscale.data.sources.wfdb_layout:PlainWfdb",
+    },
+)
+"""In the order in which a path is asked what it is; plain WFDB records are what nothing else is."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class SourceOptions:
     dataset: str | None = None
     """Name of the data set; None: that of the folder or file."""
     layout: str = "auto"
-    """A key of LAYOUTS, or auto."""
+    """A name of LAYOUTS, package.module:Class of one's own, or auto."""
     labels_csv: Path | tuple[Path, ...] | None = None
     """Several are one table."""
     label_columns: LabelColumns = ()
@@ -48,8 +63,8 @@ class SourceOptions:
     """Of integers in .npy arrays."""
 
     def __post_init__(self) -> None:
-        if self.layout != "auto" and self.layout not in LAYOUTS:
-            raise InputError(f"layout {self.layout!r}: give auto or one of {', '.join(LAYOUTS)}")
+        if self.layout != "auto":
+            LAYOUTS.find(self.layout)
         for name, value in (("source-rate-hz", self.source_rate_hz), ("mv-per-count", self.mv_per_count)):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} {value:g}: give a finite number above 0")
@@ -69,8 +84,8 @@ class SourceOptions:
             "--mv-per-count": self.mv_per_count,
         }
         for option, value in given.items():
-            if value and option not in LAYOUTS[layout]:
-                fitting = ", ".join(name for name, options in LAYOUTS.items() if option in options)
+            if value and option not in LAYOUTS.find(layout).options:
+                fitting = ", ".join(name for name in LAYOUTS if option in LAYOUTS.find(name).options)
                 raise InputError(f"{option} does not go with layout {layout}, only with {fitting}; leave it out")
 
 

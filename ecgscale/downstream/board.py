@@ -31,12 +31,13 @@ def show(run: Path, step: int, scored: Sequence[Scored]) -> None:
     with board_of(run / TENSORBOARD) as board:
         for one in scored:
             place = f"test/{lead_set_name(one.leads)}"
-            for name, value in one.report.scalars().items():
+            report, embedding_RD, label_R, target_RC, score_RC, *_ = one.outcome
+            for name, value in report.scalars().items():
                 board.add_scalar(f"{place}/{name}", value, step)
-            if isinstance(one.report, Report):
-                board.add_figure(f"{place}/roc", roc_figure(one.report, one.target_RC, one.score_RC), step)
+            if isinstance(report, Report):
+                board.add_figure(f"{place}/roc", roc_figure(report, target_RC, score_RC), step)
             shown = slice(0, _PROJECTED)
-            project(board, place, one.embedding_RD[shown], one.label_R[shown], step)
+            project(board, place, embedding_RD[shown], label_R[shown], step)
 
 
 def roc_figure(report: Report, target_RC: Floats, score_RC: Floats) -> Figure:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.downstream.coverage import Coverage
-from ecgscale.downstream.evaluate import FIGURES
+from ecgscale.downstream.evaluate import title
 from ecgscale.downstream.metrics import interval
 from ecgscale.downstream.report import Estimate
 from ecgscale.files import write_whole
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.float64]
-_SHOWN = ("challenge_score", "auroc", "top1")  # the first one that a task has stands in the table and the plot
+_SHOWN = ("challenge_score", "auroc", "top1")  # the first one that a task has stands in table and plot, else its first
 _PROTOCOLS = {"probe": "linear probe", "neighbours": "nearest neighbours", "finetune": "fine-tuned"}
 
 
@@ -97,8 +97,8 @@ class Results:
 
     def shown(self, task: str) -> str:
         """The figure by which a task is shown."""
-        figures = {case.figure for case in self.cases if case.task == task}
-        return next(name for name in _SHOWN if name in figures)
+        figures = [case.figure for case in self.cases if case.task == task]
+        return next((name for name in _SHOWN if name in figures), figures[0])
 
     def of_task(self, task: str) -> tuple[list[tuple[str, float]], list[str]]:
         """Protocols with their label fractions, and lead sets."""
@@ -164,7 +164,7 @@ def markdown(results: Results, reference: str) -> str:
         figure = results.shown(task)
         head = " | ".join(f"{leads} lead{'s' * (leads != '1')}" if leads.isdecimal() else leads for leads in lead_sets)
         rule = "|---" * (len(lead_sets) + 1) + "|"
-        lines += [f"{task}: {FIGURES[figure]}", "", f"| {FIGURES[figure]} | {head} |", rule]
+        lines += [f"{task}: {title(figure)}", "", f"| {title(figure)} | {head} |", rule]
         differences = [f"| {reference} minus | {head} |", rule]
         for protocol, fraction in protocols:
             cases = [Case(task, protocol, fraction, leads, figure) for leads in lead_sets]
@@ -243,7 +243,7 @@ def plot(results: Results) -> Figure:
             axes.set_xticks(range(len(lead_sets)), lead_sets)
             axes.set_xlim(-0.5, len(lead_sets) - 0.5)
             axes.set_xlabel("leads")
-        row[0].set_ylabel(f"{task}: {FIGURES[results.shown(task)]}")
+        row[0].set_ylabel(f"{task}: {title(results.shown(task))}")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize="small")
     return figure

@@ -21,6 +21,7 @@ from ecgscale.config import FinetuneConfig, PretrainConfig, load
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
+from ecgscale.downstream import TASKS, build_task
 from ecgscale.downstream.board import show
 from ecgscale.downstream.comparison import (
     RANDOM,
@@ -33,7 +34,6 @@ from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
 from ecgscale.downstream.method_table import Case, Measured, write_results
-from ecgscale.downstream.tasks import load_task
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
 from ecgscale.files import write_whole
@@ -96,12 +96,11 @@ class Unit:
         """Seeds and fractions that change nothing are left out, such as those of a probe of a given encoder."""
         config, encoders = self.config, self.config.encoders(self.method)
         for task in config.tasks:
-            identification = config.task_config(task).task.kind == "identification"
+            kind = TASKS.find(config.task_config(task).task.kind)
             for protocol in config.protocols:
-                if identification and protocol == "neighbours":
+                if protocol not in kind.protocols:
                     continue
-                untrained = identification and protocol == "probe"
-                for fraction in [1.0] if untrained else config.fractions_of(task):
+                for fraction in [1.0] if protocol in kind.untrained else config.fractions_of(task):
                     drawn = self.method is None or protocol == "finetune" or fraction < 1
                     for seed in range(config.seeds):
                         if seed % encoders == self.pretrain_seed and (drawn or seed < encoders):
@@ -241,11 +240,13 @@ class Unit:
             fit(config, start_ranks())
         samples = _read_samples(folder) if found else {}
         coverages = read_result(folder / "coverage.json") if found else {}
-        for one in evaluate(folder, config.data.shards, "test", missing, encoder=config.init.encoder):
+        encoder, kind = config.init.encoder, config.task.kind
+        for one in evaluate(folder, config.data.shards, "test", missing, encoder=encoder, task=kind):
+            report = one.outcome.report
             name = lead_set_name(one.leads)
-            found[name] = {figure: asdict(value) for figure, value in one.report.headline.items()}
+            found[name] = {figure: asdict(value) for figure, value in report.headline.items()}
             coverages[name] = one.coverage.to_dict()
-            samples |= {f"{name}/{figure}": sample for figure, sample in one.report.samples.items()}
+            samples |= {f"{name}/{figure}": sample for figure, sample in report.samples.items()}
             show(folder, config.train.steps, [one])
         buffer = io.BytesIO()
         np.savez(buffer, **samples)
@@ -262,7 +263,7 @@ def units(config: ReproduceConfig) -> list[Unit]:
     found = [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
     if not any(True for unit in found for _ in unit.leaves()):
         protocols = ", ".join(config.protocols)
-        raise InputError(f"protocols {protocols}: nothing to measure, since identification has no neighbours")
+        raise InputError(f"protocols {protocols}: nothing to measure, since no task has them")
     return found
 
 
@@ -318,9 +319,9 @@ def _check(mine: list[Unit]) -> None:
             continue
         checked.add(key)
         more = ["--task.label_fraction", str(leaf.fraction), "--train.seed", str(leaf.seed)]
-        chosen = mine[0].config.task_config(leaf.task, *more)
+        chosen = mine[0].config.task_config(leaf.task, "--task.protocol", leaf.protocol, *more)
         shards = ShardSet.open(chosen.data.shards, chosen.data.cache)
-        labelled_R = load_task(shards, chosen.task, seed=leaf.seed).labelled_R
+        labelled_R = build_task(chosen.task).label(shards, seed=leaf.seed).labelled_R
         Selection(shards, chosen.data, "train", labelled_R).refuse_empty()
         if leaf.protocol == "finetune":
             chosen.train.order(Selection(shards, chosen.data, "train", labelled_R), 1)

@@ -71,7 +71,9 @@ def collect_above(run: Path) -> None:
 def figures(run: Path) -> dict[str, float]:
     """What a finished run came to: its test figures, else its last losses; nothing where it is not finished."""
     report = read_json_if_there(run / TEST_REPORT)
-    if report is not None:
+    if report is not None and "headline" in report:
+        return {name: value for name, value in report["headline"].items() if value is not None}
+    if report is not None:  # of an earlier version
         of, names = (report["macro"], _FIGURES) if "macro" in report else (report, _OF_PERSONS)
         found = {shown: of[name]["value"] for name, shown in names.items()}
         if report.get("challenge_score"):

@@ -22,7 +22,7 @@ from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
-from ecgscale.downstream.tasks import TaskConfig, load_task
+from ecgscale.downstream import build_task, task_config
 from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.record import LEADS
@@ -103,7 +103,7 @@ def test_a_set_of_the_webdataset_library_is_a_data_set(tmp_path, capsys) -> None
     assert "AF 10, SR 5" in capsys.readouterr().out
     assert cli.main(["index", str(folder)]) == 2
     assert "holds a data set already" in capsys.readouterr().err
-    task = load_task(shards, TaskConfig(label="dx", classes=["SR", "AF"]), splits=["train"])
+    task = build_task(task_config(label="dx", classes=["SR", "AF"])).label(shards, splits=["train"])
     np.testing.assert_array_equal(task.target_RC[:, 0], [1, 0] * 5)
 
 

@@ -463,7 +463,7 @@ def test_a_layout_can_be_forced(ptbxl: Path) -> None:
     assert "layout npy is not read from an archive" in refusal(as_kind(ptbxl, "zip"), layout="npy")
     assert "no exams_part*.hdf5 in it" in refusal(ptbxl, layout="code15")
     assert "no .npy in or below it" in refusal(ptbxl, layout="npy", source_rate_hz=500.0)
-    assert "layout 'ptb': give auto or one of wfdb, ptbxl" in refusal(ptbxl, layout="ptb")
+    assert "layout 'ptb' is unknown; did you mean 'ptbxl'?" in refusal(ptbxl, layout="ptb")
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_options_that_are_missing_or_wrong(folder: Path, tmp_path) -> None:
     assert "unit 'mm'" in refusal(folder, unit="mm") or "unknown unit" in refusal(folder, unit="mm")
     assert "--ignore-leads does not go with layout npy" in refusal(folder, ignore_leads=("V1",))
     np.save(tmp_path / "x.npy", np.ones((2, 12, 50)))
-    assert "layout wfdb is not that of .npy arrays" in refusal(tmp_path / "x.npy", layout="wfdb")
+    assert "layout wfdb is not that of .npy files" in refusal(tmp_path / "x.npy", layout="wfdb")
 
 
 def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path, mv_NLT: np.ndarray) -> None:

@@ -15,9 +15,9 @@ from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.data.selection import DataConfig
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
+from ecgscale.downstream import build_task, task_config
 from ecgscale.downstream.coverage import Coverage
-from ecgscale.downstream.evaluate import LabelledSet
-from ecgscale.downstream.tasks import TaskConfig
+from ecgscale.downstream.labelled import LabelledSet
 from ecgscale.inference import load, recordings_of
 from ecgscale.record import LEADS, Record
 from ecgscale_launch.sweep_table import figures
@@ -92,11 +92,13 @@ def run(*arguments: object) -> None:
         assert main([str(argument) for argument in arguments]) == 0
 
 
-def tuned(export: Path, shards: Path, folder: Path, *more: str) -> tuple[str, ...]:
-    """A small fine-tuning by the label rhythm."""
+RHYTHM = ("--task.label=rhythm", "--task.min_positives=2")
+
+
+def tuned(export: Path, shards: Path, folder: Path, *more: str, task: tuple[str, ...] = RHYTHM) -> tuple[str, ...]:
+    """A small fine-tuning, by the label rhythm."""
     places = ("--init", str(export), f"--data.shards={shards}", f"--run.dir={folder}")
-    task = ("--task.label=rhythm", "--task.min_positives=2", "--train.steps=2", "--train.global_batch=8")
-    return ("finetune", *places, *task, *more)
+    return ("finetune", *places, *task, "--train.steps=2", "--train.global_batch=8", *more)
 
 
 @pytest.mark.parametrize("protocol", ["probe", "finetune", "neighbours"])
@@ -146,8 +148,8 @@ def test_many_labels_count_negatives_and_leads(small_export, tmp_path, capsys) -
 def test_what_a_recording_lacks_is_padded_and_does_not_depend_on_the_others(make_model, tmp_path) -> None:
     shards = write([*PLAIN, *TEST], tmp_path / "set")
     model = make_model()
-    config = TaskConfig("rhythm", min_positives=2)
-    labelled = LabelledSet.open(model, DataConfig([str(shards)]), config, splits=["test"])
+    task = build_task(task_config(label="rhythm", min_positives=2))
+    labelled = LabelledSet.open(model, DataConfig([str(shards)]), task, splits=["test"])
     together_RD = model.embed_recordings(labelled.recordings("test")).record_embedding
     alone = [model.embed_recordings([one]).record_embedding[0] for one in recordings_of(labelled.selection("test"))]
     np.testing.assert_allclose(together_RD, alone, atol=1e-5)
@@ -159,8 +161,8 @@ def test_persons_with_one_session_and_recordings_without_a_session_count(small_e
     ]
     rows += [Row("test", {}, patient="once", session="1"), Row("test", {}, patient="test0")]
     shards = write(rows, tmp_path / "set")
-    options = ["--task.kind=identification", "--task.session=session", "--task.protocol=probe", "--task.one_probe=true"]
-    run(*tuned(small_export, shards, tmp_path / "run", *options))
+    task = ("--task.kind=identification", "--task.session=session", "--task.protocol=probe", "--task.one_probe=true")
+    run(*tuned(small_export, shards, tmp_path / "run", task=task))
     said = (
         "test: 6 of 11 recordings scored; left out: 1 without a session, 0 shorter than 0.032 s, "
         "1 of persons with one session, 3 that are not their person's last (task.one_probe)"
@@ -190,9 +192,9 @@ def test_each_recording_is_used_or_left_out_for_one_reason(kind, fraction, make_
         for _ in range(60)
     ]
     shards = ShardSet.open(write(rows, tmp_path / "set"))
-    config = TaskConfig("rhythm", kind=kind, classes=["slow", "fast"], label_fraction=fraction)
+    task = build_task(task_config(kind, label="rhythm", classes=["slow", "fast"], label_fraction=fraction))
     data = DataConfig([shards.sets[0].place], leads=["V1"])
-    labelled = LabelledSet.open(make_model(), data, config, training=True)
+    labelled = LabelledSet.open(make_model(), data, task, training=True)
     for split in SPLITS:
         covered = labelled.coverage(split)
         assert covered.used == len(labelled.selection(split)) > 0

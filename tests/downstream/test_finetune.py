@@ -17,15 +17,18 @@ from ecgscale.cli import main
 from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.downstream.finetune import _logistic, _supervised
-from ecgscale.downstream.tasks import TaskConfig
+from ecgscale.downstream import build_task, task_config
+from ecgscale.downstream.classification import logistic
+from ecgscale.downstream.finetune import _supervised
+from ecgscale.downstream.task import Labelling
 from ecgscale.inference import Neighbours, load
 from ecgscale.pretrain import _project
 from ecgscale.record import LEAD_SETS, LEADS, Record
 from ecgscale.simulate import Simulation
 from ecgscale.training.loop import TrainConfig
 
-SHORT = ["--train.steps=6", "--train.global_batch=16", "--task.min_positives=2", "--engine.learning_rate=1e-3"]
+SHORT = ["--train.steps=6", "--train.global_batch=16", "--engine.learning_rate=1e-3"]
+RHYTHM = ["--task.label=rhythm", "--task.kind=singlelabel", "--task.min_positives=2"]
 SPLIT = IngestOptions(rate_hz=500, validation_fraction=0.2, test_fraction=0.3)
 
 
@@ -42,9 +45,8 @@ def run(*arguments: object) -> None:
         assert main([str(argument) for argument in arguments]) == 0
 
 
-def finetune(export: Path, shards: Path, folder: Path, *more: str) -> dict:
-    label = ["--task.label=rhythm", "--task.kind=singlelabel"]
-    run("finetune", "--init", export, f"--data.shards={shards}", f"--run.dir={folder}", *SHORT, *label, *more)
+def finetune(export: Path, shards: Path, folder: Path, *more: str, task: list[str] = RHYTHM) -> dict:
+    run("finetune", "--init", export, f"--data.shards={shards}", f"--run.dir={folder}", *SHORT, *task, *more)
     return json.loads((folder / "evaluation-test.json").read_text())
 
 
@@ -105,6 +107,30 @@ def test_a_task_that_is_not_whole_is_refused(small_export, shards, without_check
         (export / "config.json").write_text(json.dumps(about))
         assert main(["evaluate", str(export), f"--data.shards={shards}"]) == 2
         assert f"{export}: does not describe a task of this version" in capsys.readouterr().err
+
+
+FLAT = {
+    "label": "rhythm", "kind": "singlelabel", "session": "", "one_probe": False, "classes": [], "min_positives": 2,
+    "min_scored_s": 0.0, "label_fraction": 1.0, "challenge_weights": "", "freeze_stem": True,
+    "lead_mask_probability": 0.0, "arcface_scale": 192.0, "arcface_margin": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", ["probe", "neighbours"])
+@pytest.mark.parametrize("kind", ["singlelabel", "multilabel"])
+def test_an_export_of_an_earlier_version_is_scored_as_before(
+    protocol, kind, small_export, shards, without_checksums, tmp_path
+) -> None:
+    """It lists the keys of all tasks, and does not say whether classes exclude each other."""
+    report = finetune(small_export, shards, tmp_path / "run", f"--task.protocol={protocol}", f"--task.kind={kind}")
+    export = without_checksums(tmp_path / "run" / "export")
+    about = json.loads((export / "config.json").read_text())
+    about.pop("exclusive", None)
+    flat = FLAT | {"kind": kind, "protocol": protocol}
+    assert about["task"].items() <= flat.items()
+    (export / "config.json").write_text(json.dumps(about | {"task": flat}))
+    run("evaluate", export, f"--data.shards={shards}", "--out", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["macro"] == report["macro"]
 
 
 def test_the_preprocessing_is_the_models_which_is_said(small_export, shards, tmp_path, capsys) -> None:
@@ -169,13 +195,8 @@ def test_a_recording_without_the_kept_leads_is_left_out(small_export, tmp_path) 
 
 @pytest.mark.parametrize("protocol", ["finetune", "probe"])
 def test_identification(protocol, small_export, shards, tmp_path, capsys) -> None:
-    report = finetune(
-        small_export,
-        shards,
-        tmp_path / "run",
-        *("--task.kind=identification", "--task.session=session", f"--task.protocol={protocol}"),
-        "--task.lead_mask_probability=0.5",
-    )
+    task = ["--task.kind=identification", "--task.session=session", f"--task.protocol={protocol}"]
+    report = finetune(small_export, shards, tmp_path / "run", "--task.lead_mask_probability=0.5", task=task)
     patients = ShardSet.open([str(shards)])
     tested = Selection(patients, DataConfig(), "test").numbers
     assert report["persons"] == len(np.unique(patients.take("patient", tested)))
@@ -186,8 +207,9 @@ def test_identification(protocol, small_export, shards, tmp_path, capsys) -> Non
 
 
 def test_leads_are_masked_in_training_alone(make_model, make_batch) -> None:
-    task = TaskConfig(kind="multilabel", lead_mask_probability=0.5)
-    objective = _supervised(make_model().encoder, 3, task, np.array([], np.int64), seed=0)
+    task = build_task(task_config("multilabel", lead_mask_probability=0.5))
+    labelling = Labelling(np.zeros((0, 3), np.float32), np.zeros(0, np.uint8), ())
+    objective = _supervised(task, make_model().encoder, labelling, np.array([], np.int64), seed=0)
     batch = make_batch(torch.randn(8, 12, 2500), target_BC=torch.ones(8, 3))
     seen = []
     objective.encoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].lead_draw))
@@ -231,13 +253,13 @@ def test_neighbours_vote(multilabel) -> None:
     assert Neighbours(centre_D, bank_RD[:3], target_RC[:3], 10, multilabel)(x_RD).isfinite().all(), "fewer than k"
 
 
-@pytest.mark.parametrize("kind", ["singlelabel", "multilabel"])
+@pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_probe_finds_separable_classes_and_never_an_unseen_one(kind, classes) -> None:
+def test_probe_finds_separable_classes_and_never_an_unseen_one(exclusive, classes) -> None:
     rng = np.random.default_rng(0)
     number_R = rng.integers(classes, size=200)
     target_RC = np.eye(classes + 1, dtype=np.float32)[number_R]  # the last class never occurs
     x_RD = (5 * target_RC[:, :classes] @ rng.normal(size=(classes, 6)) + rng.normal(size=(200, 6))).astype(np.float32)
-    weight_CD, bias_C = _logistic(x_RD, target_RC, kind, 1.0)
+    weight_CD, bias_C = logistic(x_RD, target_RC, exclusive, 1.0)
     predicted_R = (x_RD @ weight_CD.T + bias_C).argmax(axis=1)
     assert (predicted_R == number_R).mean() > 0.97

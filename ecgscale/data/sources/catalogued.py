@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 from tqdm import tqdm
 
@@ -18,6 +20,7 @@ from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
 from ecgscale.data.sources.catalogue import Catalogue
+from ecgscale.data.sources.layout import Layout, Place
 from ecgscale.data.sources.listing import header_names, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
@@ -184,3 +187,48 @@ class Presence:
     def __contains__(self, name: str) -> bool:
         folder, _, child = name.rpartition("/")
         return child in self._children(folder)
+
+
+class About(NamedTuple):
+    """What the tables of a known set say."""
+
+    described: Described
+    description: str
+    """One line for people, ``{n}`` is the number of records."""
+    others: Callable[[Tree], list[str]]
+    """Lines on what is left out."""
+
+
+class KnownWfdb(Layout):
+    """A known data set of WFDB records, which its own tables or folders describe."""
+
+    marks: ClassVar[str]
+    """What it is recognised by, for people."""
+    options: ClassVar[tuple[str, ...]] = (
+        *("--labels", "--label-columns", "--record-column"),
+        *("--ignore-leads", "--rename-leads"),
+    )
+    reads_archives = True
+
+    @classmethod
+    @abstractmethod
+    def about(cls, place: Place, scratch: Scratch, absent: Absent) -> About:
+        """What is known of the records; ``scratch`` has room for tables, ``absent`` takes what is not there."""
+
+    @classmethod
+    def open(cls, place: Place, options: SourceOptions) -> CataloguedWfdb:
+        tree = place.tree
+        if not place.recognised:
+            raise InputError(f"{tree.where}: no {cls.marks} in it, so not layout {place.layout}; leave --layout out")
+        assert isinstance(tree, Folder | Archive)
+        scratch, absent = tree.disk if isinstance(tree, Archive) else Scratch.make(), Absent()
+        try:
+            about = cls.about(place, scratch, absent)
+            description = f"{about.description}; {place.how}" if place.how else about.description
+            return catalogued(tree, scratch, about.described, description, options, (), about.others, absent)
+        except InputError as error:
+            if options.layout != "auto":
+                raise
+            raise InputError(
+                f"{error} (taken for {cls.title} because of {cls.marks}; --layout wfdb reads plain records)"
+            ) from error

@@ -29,6 +29,7 @@ from ecgscale.data.description import Description
 from ecgscale.data.label_table import LabelTable
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.catalogue import Catalogue
+from ecgscale.data.sources.layout import Layout, Place
 from ecgscale.data.sources.listing import is_junk
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table
@@ -57,7 +58,7 @@ _BROKEN: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, Looku
 
 
 @dataclass(frozen=True)
-class Code15:
+class Code15(Layout):
     """Exams by the name ``<part>/<row>_<exam_id>``, so that sorted names stand in the order of the files."""
 
     root: Path
@@ -68,9 +69,29 @@ class Code15:
     parts: tuple[str, ...]  # names of the files
     mv_per_value: float
 
+    title = "CODE-15 %"
+    options = ("--unit",)
+    suffixes = (".hdf5", ".h5")
+
     @classmethod
-    def open(cls, root: Path, parts: tuple[str, ...], options: SourceOptions) -> Code15:
-        """The parts with that name in ``root``; raises InputError for a missing or broken table."""
+    def is_here(cls, tree: Tree) -> bool:
+        """By its parts: without exams.csv beside them the patients are unknown, which is to be said."""
+        names = tree.children("")
+        return any(fnmatch(name, PARTS) for name in names) or (
+            EXAMS in names and any(name.startswith("exams_part") for name in names)
+        )
+
+    @classmethod
+    def open(cls, place: Place, options: SourceOptions) -> Code15:
+        """All parts of a folder, or one; raises InputError for a missing or broken table."""
+        root = place.tree.where
+        parts = (place.within,) if place.within else parts_in(root)
+        if not parts:
+            packed = any(root.glob("exams_part*.zip"))
+            hint = "unpack exams_part*.zip first" if packed else "they belong beside exams.csv"
+            raise InputError(f"{root}: no {PARTS} in it; {hint}")
+        if not (root / EXAMS).is_file():
+            raise InputError(f"{root}: no {EXAMS} beside the parts; it names the patients")
         _part.cache_clear()  # a file may have been replaced since
         unit = options.unit or "mV"
         mv_per_value = parse_unit(unit)
@@ -138,14 +159,6 @@ class Code15:
         packed = [path.name for path in self.root.glob("exams_part*.zip") if f"{path.stem}.hdf5" not in self.parts]
         reason = "parts are still packed; unpack them here"
         return [f"left out: {len(packed)} {reason}; the first is {min(packed)}"] if packed else []
-
-
-def is_here(tree: Tree) -> bool:
-    """By its parts: without exams.csv beside them the patients are unknown, which is to be said."""
-    names = tree.children("")
-    return any(fnmatch(name, PARTS) for name in names) or (
-        EXAMS in names and any(name.startswith("exams_part") for name in names)
-    )
 
 
 def parts_in(root: Path) -> tuple[str, ...]:

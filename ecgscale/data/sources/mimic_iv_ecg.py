@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ecgscale.data.cells import Cells, is_known
 from ecgscale.data.description import Description
 from ecgscale.data.sources.catalogue import Catalogue
-from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in, not_named
+from ecgscale.data.sources.catalogued import About, Absent, Described, KnownWfdb, Presence, lies_in, not_named
+from ecgscale.data.sources.layout import Place
 from ecgscale.data.sources.listing import header_names
+from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table, unreadable_row, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -28,36 +31,47 @@ _PATIENT_FOLDER = re.compile(r"(?:^|/)p(\d{8})/s(\d+)/[^/]+$")
 _BY_FOLDERS = "MIMIC-IV-ECG: {n} records, patients by their folders, since there is no record_list.csv; label report "
 
 
-def is_here(tree: Tree) -> bool:
-    """By its list of records.
+class MimicIvEcg(KnownWfdb):
+    """Recognised by its list of records, or by its folders."""
 
-    A list of that name with other columns, beside nothing else of MIMIC-IV-ECG, is somebody's own.
-    """
-    names = tree.children("")
-    return RECORDS in names and (MEASUREMENTS in names or "files" in names or not _lacking(tree))
+    title, marks = "MIMIC-IV-ECG", RECORDS
 
+    @classmethod
+    def is_here(cls, tree: Tree) -> bool:
+        """By its list of records.
 
-def has_shape(tree: Tree) -> bool:
-    """By its folders, p1000/p10000032/s40689238, which name the patients where there is no list of records."""
-    if RECORDS in tree.children(""):
-        return False
-    return any(_holds_patients(tree, folder) for folder in ("", "files"))
+        A list of that name with other columns, beside nothing else of MIMIC-IV-ECG, is somebody's own.
+        """
+        names = tree.children("")
+        return RECORDS in names and (MEASUREMENTS in names or "files" in names or not _lacking(tree))
 
+    @classmethod
+    def has_shape(cls, tree: Tree) -> bool:
+        """By its folders, p1000/p10000032/s40689238, which name the patients where there is no list of records."""
+        if RECORDS in tree.children(""):
+            return False
+        return any(_holds_patients(tree, folder) for folder in ("", "files"))
 
-def has_part(name: str) -> bool:
-    """Whether its recordings lie in a folder of that name."""
-    return name == "files"
+    @classmethod
+    def has_part(cls, name: str) -> bool:
+        """Whether its recordings lie in a folder of that name."""
+        return name == "files"
 
+    @classmethod
+    def why_not(cls, tree: Tree, forced: bool) -> list[str]:
+        """A line where there is a list of records of another kind."""
+        if forced or RECORDS not in tree.children(""):
+            return []
+        lacking = "; ".join(f"no column {name}" for name in _lacking(tree)[:1])
+        return [
+            f"{RECORDS} is not the list of MIMIC-IV-ECG ({lacking}), so these are read as plain WFDB records; "
+            f"--labels {RECORDS} takes its columns as labels"
+        ]
 
-def why_not(tree: Tree) -> list[str]:
-    """A line where there is a list of records of another kind."""
-    if RECORDS not in tree.children(""):
-        return []
-    lacking = "; ".join(f"no column {name}" for name in _lacking(tree)[:1])
-    return [
-        f"{RECORDS} is not the list of MIMIC-IV-ECG ({lacking}), so these are read as plain WFDB records; "
-        f"--labels {RECORDS} takes its columns as labels"
-    ]
+    @classmethod
+    def about(cls, place: Place, scratch: Scratch, absent: Absent) -> About:
+        described = _described(place.tree, scratch.path, place.within, absent)
+        return About(described, _title(place.tree), partial(left_out, within=place.within))
 
 
 def _lacking(tree: Tree) -> list[str]:
@@ -77,7 +91,7 @@ def _holds_patients(tree: Tree, folder: str) -> bool:
     return any(re.fullmatch(inner, name) for name in tree.folders(f"{folder}/{first}" if folder else first))
 
 
-def description(tree: Tree) -> str:
+def _title(tree: Tree) -> str:
     if RECORDS not in tree.children(""):
         with_reports = MEASUREMENTS in tree.children("")
         return _BY_FOLDERS + (f"from {MEASUREMENTS}" if with_reports else f"missing: no {MEASUREMENTS}")
@@ -85,7 +99,7 @@ def description(tree: Tree) -> str:
     return DESCRIPTION + (f"from {MEASUREMENTS}" if with_reports else f"missing: no {MEASUREMENTS}")
 
 
-def described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Described:
+def _described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Described:
     """The records whose patient's folder is there, or those of a folder; ``scratch`` is a folder for a table.
 
     A patient's folder rather than each record's file: with 800,000 of them, asking for each takes long over a network.

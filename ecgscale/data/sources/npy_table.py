@@ -19,8 +19,10 @@ from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
 from ecgscale.data.matching import NameMatcher, RowMatcher
 from ecgscale.data.source_options import SourceOptions
+from ecgscale.data.sources.layout import Layout, Place
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch
+from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_listing import stays_inside
 from ecgscale.data.units import mv_per_value, parse_unit, to_signal
 from ecgscale.errors import InputError, unreadable
@@ -33,7 +35,7 @@ _BROKEN += (RecursionError, SyntaxError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
-class NpyTable:
+class NpyTable(Layout):
     """A folder of arrays (leads, samples) or (samples, leads), or one array with an axis for the records before.
 
     A record's name is its path below the folder without suffix, or the number of its row, with leading zeros.
@@ -52,9 +54,26 @@ class NpyTable:
     patient_key: str | None = None
     label_columns: LabelColumns = ()
 
+    options = (
+        *("--labels", "--label-columns", "--record-column", "--patient-key"),
+        *("--source-rate-hz", "--source-leads", "--unit", "--mv-per-count"),
+    )
+    suffixes = (".npy",)
+
     @classmethod
-    def open(cls, path: Path, options: SourceOptions) -> NpyTable:
+    def is_plain(cls, tree: Tree) -> bool:
+        """Whether there are .npy and no WFDB headers below a folder; one header ends the search."""
+        arrays = False
+        for contents in tree.contents() if isinstance(tree, Folder) else ():
+            if any(file.endswith(".hea") for file in contents.files):
+                return False
+            arrays = arrays or any(file.endswith(".npy") for file in contents.files)
+        return arrays
+
+    @classmethod
+    def open(cls, place: Place, options: SourceOptions) -> NpyTable:
         """Raises InputError where the options do not say what the arrays leave open."""
+        path = place.path
         _stacked.cache_clear()  # a file may have been replaced since
         rate_hz = options.source_rate_hz
         if rate_hz is None:

@@ -8,12 +8,17 @@ soon as it is listed. The classes are those of scp_statements.csv; they are give
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from ecgscale.data.cells import Cells
 from ecgscale.data.description import Description
-from ecgscale.data.sources.catalogued import Absent, Described, Presence, lies_in, not_named
+from ecgscale.data.sources.catalogued import About, Absent, Described, KnownWfdb, Presence, lies_in, not_named
+from ecgscale.data.sources.layout import Place
+from ecgscale.data.sources.listing import header_names
+from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tables import Table, unreadable_row, whole_number
 from ecgscale.data.sources.tree import Tree
 from ecgscale.errors import InputError
@@ -30,17 +35,51 @@ _SEX = {"0": "male", "1": "female"}
 _OLDEST = 89  # the data set writes 300 for whoever is older
 
 
-def is_here(tree: Tree) -> bool:
-    """By the name of its table."""
-    return DATABASE in tree.children("")
+class PtbXl(KnownWfdb):
+    """Recognised by its table."""
+
+    title, marks = "PTB-XL", DATABASE
+
+    @classmethod
+    def is_here(cls, tree: Tree) -> bool:
+        """By the name of its table."""
+        return DATABASE in tree.children("")
+
+    @classmethod
+    def has_part(cls, name: str) -> bool:
+        """Whether its recordings lie in a folder of that name."""
+        return name in _FOLDERS.values()
+
+    @classmethod
+    def why_not(cls, tree: Tree, forced: bool) -> list[str]:
+        """A line on records whose table is not there.
+
+        Raises InputError where each recording would be read twice, unless it is ``forced`` to read them as they are.
+        """
+        headers = header_names(tree.contents())
+        first = next(headers, "")
+        if not _rate_of(first):
+            return []
+        rates = {_rate_of(first)} | {_rate_of(name) for name in headers}
+        lost = f"no {DATABASE} with it, so its labels and patients"
+        if forced:
+            twice = "both rates of PTB-XL are read, each recording twice and as two persons"
+            twice += "; give one of records500, records100"
+            return [twice] if {"hr", "lr"} <= rates else []
+        if {"hr", "lr"} <= rates:
+            raise InputError(
+                f"{tree.where}: looks like PTB-XL at both rates (such as {first}), with {lost} would be lost and "
+                "each recording be read twice; give the folder that holds the table, one rate alone, or --layout wfdb"
+            )
+        return [f"it looks like a part of PTB-XL, with {lost} are unknown: give the folder that holds the table"]
+
+    @classmethod
+    def about(cls, place: Place, scratch: Scratch, absent: Absent) -> About:
+        described = _described(place.tree, place.within, absent)
+        return About(described, DESCRIPTION, partial(left_out, within=place.within))
 
 
-def has_part(name: str) -> bool:
-    """Whether its recordings lie in a folder of that name."""
-    return name in _FOLDERS.values()
-
-
-def described(tree: Tree, within: str, absent: Absent) -> Described:
+def _described(tree: Tree, within: str, absent: Absent) -> Described:
     """The records that are there, of the 500 Hz folder or, where that is absent, of the 100 Hz one.
 
     ``within``: only those of that folder. Raises InputError for tables that are not PTB-XL's.
@@ -131,3 +170,9 @@ def _statements(tree: Tree) -> dict[str, dict[str, str]]:
                 raise InputError(f"{table.where()}: the code {code!r} stands twice; each may have one row")
             statements[code] = {label: value for label, value in labels.items() if value}
     return statements
+
+
+def _rate_of(header: str) -> str:
+    """``hr`` or ``lr`` for a name such as records500/00000/00001_hr, else "" ."""
+    match = re.search(r"(?:^|/)\d{5}_(hr|lr)$", header)
+    return match[1] if match else ""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-from ecgscale.data.sources import cinc2021, code15, mimic_iv_ecg, ptbxl
-from ecgscale.data.sources.listing import header_names
+from ecgscale.data.sources.layout import Layout, Place
 from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.errors import InputError, MachineError
 
@@ -19,41 +16,11 @@ _MOST_FOLDERS = 64  # that a folder may hold to be searched: a known set has mor
 _HIGHEST = 3  # levels above: records500/00000, files/p1000/p10000032
 
 
+Layouts = Mapping[str, type[Layout]]
 Tests = Mapping[str, Callable[[Tree], bool]]  # by layout
 
 
-class Layout(NamedTuple):
-    """How a data set is known."""
-
-    title: str
-    marks: str  # what it is recognised by
-    is_here: Callable[[Tree], bool]
-    has_part: Callable[[str], bool] = lambda name: False  # whether its recordings lie in a folder of that name
-    has_shape: Callable[[Tree], bool] = lambda tree: False  # whether it is known by its folders, without its tables
-
-
-LAYOUTS = {
-    "ptbxl": Layout("PTB-XL", ptbxl.DATABASE, ptbxl.is_here, ptbxl.has_part),
-    "mimic-iv-ecg": Layout(
-        "MIMIC-IV-ECG", mimic_iv_ecg.RECORDS, mimic_iv_ecg.is_here, mimic_iv_ecg.has_part, mimic_iv_ecg.has_shape
-    ),
-    "cinc2021": Layout("CinC 2021", cinc2021.MARKS, cinc2021.is_here, cinc2021.has_part),
-    "code15": Layout("CODE-15 %", code15.PARTS, code15.is_here),
-}
-
-
-class Place(NamedTuple):
-    """Where a known set lies."""
-
-    layout: str
-    tree: Tree
-    within: str
-    """The folder of it that was given; "" for all of it."""
-    how: str
-    """For people, where it is not what was given itself."""
-
-
-def recognise(tree: Tree, layouts: Mapping[str, Layout]) -> Place | None:
+def recognise(tree: Tree, layouts: Layouts) -> Place | None:
     """The one of these sets that the tree is, holds in a folder of its own, or is a part of.
 
     Raises InputError where it holds several, or one and other records.
@@ -63,9 +30,9 @@ def recognise(tree: Tree, layouts: Mapping[str, Layout]) -> Place | None:
     by_tables = {name: layout.is_here for name, layout in layouts.items()}
     by_shape = {name: layout.has_shape for name, layout in layouts.items()}
     return (
-        _at_or_below(tree, by_tables)
+        _at_or_below(tree, layouts, by_tables)
         or (_above(tree, layouts) if isinstance(tree, Folder) else None)
-        or _at_or_below(tree, by_shape)
+        or _at_or_below(tree, layouts, by_shape)
     )
 
 
@@ -79,20 +46,11 @@ class _ListedOnce(Folder):
         return _ListedOnce(self.where / folder)
 
 
-def unrecognised(tree: Tree, forced: bool) -> list[str]:
-    """Lines on what plain records look like part of.
-
-    Raises InputError where each recording would be read twice, unless it is ``forced`` to read them as they are.
-    """
-    about_ptbxl = _looks_like_ptbxl(tree, forced)
-    return about_ptbxl if forced else [*about_ptbxl, *mimic_iv_ecg.why_not(tree)]
-
-
-def _at_or_below(tree: Tree, tests: Tests) -> Place | None:
+def _at_or_below(tree: Tree, layouts: Layouts, tests: Tests) -> Place | None:
     if (name := _layout_of(tree, tests)) is not None:
-        return Place(name, _plain(tree), "", "")
+        return Place(name, _plain(tree))
     below = list(_below(tree, tests))
-    return _only(tree, below) if below else None
+    return _only(tree, layouts, below) if below else None
 
 
 def _plain(tree: Tree) -> Tree:
@@ -120,9 +78,10 @@ def _below(tree: Tree, tests: Tests) -> Iterator[Place]:
         level = deeper
 
 
-def _only(tree: Tree, places: list[Place]) -> Place:
+def _only(tree: Tree, layouts: Layouts, places: list[Place]) -> Place:
     folders = [place.how.removeprefix("it lies in ") for place in places]
-    titles = [f"{LAYOUTS[place.layout].title} in {folder}" for place, folder in zip(places, folders, strict=True)]
+    names = [layouts[place.layout].title or place.layout for place in places]
+    titles = [f"{name} in {folder}" for name, folder in zip(names, folders, strict=True)]
     if len(places) > 1:
         raise InputError(
             f"{tree.where}: holds {' and '.join(titles[:3])}; give one of them, or --layout wfdb to read all as plain "
@@ -136,7 +95,7 @@ def _only(tree: Tree, places: list[Place]) -> Place:
     return places[0]
 
 
-def _above(tree: Folder, layouts: Mapping[str, Layout]) -> Place | None:
+def _above(tree: Folder, layouts: Layouts) -> Place | None:
     given = Path(os.path.realpath(tree.where))
     for root in given.parents[:_HIGHEST]:
         within = given.relative_to(root).as_posix()
@@ -146,34 +105,8 @@ def _above(tree: Folder, layouts: Mapping[str, Layout]) -> Place | None:
     return None
 
 
-def _is_above(root: Path, layout: Layout) -> bool:
+def _is_above(root: Path, layout: type[Layout]) -> bool:
     try:
         return layout.is_here(Folder(root))
     except (InputError, MachineError):
         return False  # a folder above what was given, into which we may not look
-
-
-def _looks_like_ptbxl(tree: Tree, forced: bool) -> list[str]:
-    headers = header_names(tree.contents())
-    first = next(headers, "")
-    if not _of_ptbxl(first):
-        return []
-    rates = {_of_ptbxl(first)} | {_of_ptbxl(name) for name in headers}
-    lost = f"no {ptbxl.DATABASE} with it, so its labels and patients"
-    if forced:
-        twice = (
-            "both rates of PTB-XL are read, each recording twice and as two persons; give one of records500, records100"
-        )
-        return [twice] if {"hr", "lr"} <= rates else []
-    if {"hr", "lr"} <= rates:
-        raise InputError(
-            f"{tree.where}: looks like PTB-XL at both rates (such as {first}), with {lost} would be lost "
-            "and each recording be read twice; give the folder that holds the table, one rate alone, or --layout wfdb"
-        )
-    return [f"it looks like a part of PTB-XL, with {lost} are unknown: give the folder that holds the table"]
-
-
-def _of_ptbxl(header: str) -> str:
-    """``hr`` or ``lr`` for a name such as records500/00000/00001_hr, else "" ."""
-    match = re.search(r"(?:^|/)\d{5}_(hr|lr)$", header)
-    return match[1] if match else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ecgscale.data.sources.layout import FileSource
+from ecgscale.downstream.task import Task
 from ecgscale.model import Encoder
 from ecgscale.objectives import Objective
 from toylab.amplitude import Amplitude
@@ -24,4 +26,18 @@ class NoDefault(Encoder):
         raise NotImplementedError
 
     def contextualise(self, token_BND, valid_BN, masked_BN=None):
+        raise NotImplementedError
+
+
+class NoScore(Task):
+    """Says neither what is learnt nor how a model does."""
+
+    def label(self, shards, splits=(), seed=0, trained=None):
+        raise NotImplementedError
+
+
+class NoRead(FileSource):
+    """Says neither how it is opened nor how a recording is read."""
+
+    def items(self):
         raise NotImplementedError
