@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ecgscale.errors import InputError, unreadable
 from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Embedding, Recording, load, log_remarks
 from ecgscale.record import LEADS, Record, Remark, source_leads
+
+_LOG = logging.getLogger(__name__)
 
 # Kind of input -> the options that say something about it; any other is refused rather than ignored.
 _OPTIONS = {
@@ -42,6 +45,7 @@ def embed_files(
 ) -> str:
     """Embed a WFDB record, a folder of them, a data set or an .npy; writes ``out`` and returns the line to print.
 
+    Leads that the model's training masked are masked here too, and that is logged.
     What is odd about recordings is logged, as by ``ECGModel.embed``; those of a data set were judged at its ingest.
     Raises InputError for an option that says nothing about that kind of input.
     """
@@ -62,6 +66,8 @@ def embed_files(
             fitting = " or ".join(name for name, options in _OPTIONS.items() if option in options)
             raise InputError(f"{source}: {option} goes with {fitting}, not with {kind}; leave it out")
     model = load(model_path, encoder)
+    if model.leads != LEADS and kind != "an .npy":  # of which ``ECGModel.embed`` says it
+        _LOG.warning("all other leads are masked, as in training: %s", model.trained_with())
     names: list[str] = []
     rejected: list[str] = []
     odd: list[tuple[str, Remark]] = []
@@ -79,12 +85,18 @@ def embed_files(
     arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
     if splits:
         arrays["split"] = np.array(splits)
+    if rejected:
+        arrays["rejected"] = np.array(rejected)
     if embedding.tokens is not None:
         arrays["tokens"] = embedding.tokens
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_whole(out, buffer.getvalue())
-    skipped = f", {len(rejected)} could not be read or are too short (first: {rejected[0]})" if rejected else ""
+    skipped = (
+        f", {len(rejected)} could not be read or are too short (first: {rejected[0]}; all: 'rejected' in the file)"
+        if rejected
+        else ""
+    )
     return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}{skipped}"
 
 
@@ -126,21 +138,25 @@ def _of_data_set(
     split_R = shards.column("split").tolist()
     for number, split in enumerate(tqdm(split_R, desc="embed", unit="rec", disable=None)):
         record = shards.record(number).resampled(model.profile.rate_hz)
-        if reason := _too_short(record, model):
-            rejected.append(reason)
+        try:
+            recording = _taken(record, model)
+        except InputError as error:
+            rejected.append(f"{record.name}: {error}")
             continue
         names.append(record.name)
         splits.append(SPLITS[split])
-        yield Recording.of(record)
+        yield recording
     if not names:
         raise InputError(f"{shards.sets[0].place}: none of the {len(rejected)} records can be embedded: {rejected[0]}")
 
 
-def _too_short(record: Record, model: ECGModel) -> str:
-    """Why a recording has no embedding, or nothing."""
+def _taken(record: Record, model: ECGModel) -> Recording:
+    """As the model takes it; raises InputError where it has no embedding."""
     token = model.encoder.config.patch_samples
     samples = record.signal_LT.shape[1]
-    return f"{record.name}: {samples} samples, shorter than one token of {token}" if samples < token else ""
+    if samples < token:
+        raise InputError(f"{samples} samples, shorter than one token of {token}")
+    return model.narrowed(Recording.of(record))
 
 
 def _wfdb_recordings(
@@ -163,14 +179,13 @@ def _wfdb_recordings(
         for item in tqdm(folder.items(), desc="embed", unit="rec", disable=None):
             try:
                 record = folder.read(item).resampled(model.profile.rate_hz)
-                if reason := _too_short(record, model):
-                    raise InputError(reason)
+                recording = _taken(record, model)
             except InputError as error:
                 rejected.append(str(error))
                 continue
             names.append(item)
             odd += [(item, remark) for remark in record.remarks]
-            yield Recording.of(record)
+            yield recording
         if not names:
             raise InputError(f"{source}: none of the {len(rejected)} records could be read, the first: {rejected[0]}")
     else:
@@ -178,4 +193,4 @@ def _wfdb_recordings(
         record = plausible(record, source)
         names.append(source.stem if source.suffix == ".hea" else source.name)
         odd += [(names[0], remark) for remark in record.remarks]
-        yield Recording.of(record.resampled(model.profile.rate_hz))
+        yield _taken(record.resampled(model.profile.rate_hz), model)

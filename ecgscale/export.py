@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ecgscale import run_folder
 from ecgscale.data.selection import Normalisation
-from ecgscale.errors import InputError
+from ecgscale.errors import InputError, naming_file
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
 from ecgscale.model import DEFAULT, ENCODERS, EncoderConfig, build_encoder
 from ecgscale.record import LEADS
 from ecgscale.registry import is_code
-from ecgscale.run_folder import CHECKPOINTS, EXPORT, TRAINED_ON, newest_checkpoint, step_of
+from ecgscale.run_folder import CHECKPOINTS, EXPORT, RUN_ID, TRAINED_ON, newest_checkpoint, step_of
 from ecgscale.training.checkpoint import Checkpoint
 from ecgscale.training.engine import Engine
 from ecgscale.training.ranks import first_rank
@@ -49,6 +49,7 @@ _TYPES: dict[str, type] = {
     "codes": dict,
     "source": dict,
     "neighbours": int,
+    "run": str,
     "exclusive": bool,
     _PARTS: list,
 }
@@ -131,9 +132,21 @@ def about_model(model: EncoderConfig, profile: Profile, **task: Any) -> dict[str
 
 def export_engine(run: Path, engine: Engine, about: dict[str, Any], step: int) -> Path:
     """The engine's weights as the export of a run folder. All ranks call it together."""
-    weights, folder = engine.module_state(), run / EXPORT
-    first_rank(engine.ranks, lambda: write_export(folder, weights, about | {"step": step}, run / TRAINED_ON))
-    return folder
+    weights = engine.module_state()
+    first_rank(engine.ranks, lambda: export_of_run(run, weights, about | {"step": step}))
+    return run / EXPORT
+
+
+def export_of_run(run: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> Path:
+    """The export in a run folder, which says whose it is."""
+    return write_export(run / EXPORT, weights, about | run_of(run), run / TRAINED_ON)
+
+
+def run_of(run: Path) -> dict[str, str]:
+    """What an export says of the run that it is of; nothing of one that an earlier version began."""
+    path = run / RUN_ID
+    with naming_file(path, "cannot read"):
+        return {"run": path.read_text().strip()} if path.is_file() else {}
 
 
 def amend_export(folder: Path, **more: Any) -> None:
@@ -271,12 +284,15 @@ def _newest(path: Path) -> tuple[Path, dict[str, Any]]:
     export, saved = standing(path / EXPORT), newest_checkpoint(path)
     if (export / CONFIG).is_file():
         about = _read_about(export)
+        own = run_of(path)
+        if own and "run" in about and about["run"] != own["run"]:
+            raise InputError(f"{export}: is of another run than {path}; put it elsewhere and give it by its own path")
         if saved is None or step_of(saved) <= about.get("step", 0):
             return export, about
     if saved is None:
         raise InputError(f"{path}: neither an export (config.json) nor a run folder with checkpoints")
     checkpoint = Checkpoint.open(saved, verify=False)
-    return saved, checkpoint.state["about"] | {"step": checkpoint.step}
+    return saved, checkpoint.state["about"] | {"step": checkpoint.step} | run_of(path)
 
 
 def _read_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:

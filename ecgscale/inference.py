@@ -28,7 +28,16 @@ from ecgscale.export import Profile, described, read_model
 from ecgscale.model import Encoder, build_encoder
 from ecgscale.model.base import mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import LEADS, Record, Remark, canonical_leads, electrode_offset, pieces, resample_millivolts
+from ecgscale.record import (
+    LEADS,
+    Record,
+    Remark,
+    canonical_leads,
+    chosen_leads,
+    electrode_offset,
+    pieces,
+    resample_millivolts,
+)
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is
@@ -109,6 +118,8 @@ class ECGModel:
 
     def __init__(self, encoder: Encoder, profile: Profile, head: nn.Module | None, about: dict[str, Any]) -> None:
         self.encoder, self.profile, self.head, self.about = encoder.eval(), profile, head, about
+        self.leads = chosen_leads(about.get("leads", [])) or LEADS
+        """That it was trained with; the others were masked."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_kernels(self.device)
         if self.device.type == "cuda":
@@ -143,23 +154,24 @@ class ECGModel:
     ) -> Embedding:
         """Embeddings of ECGs, in millivolts unless ``unit`` or ``mv_per_count`` says otherwise.
 
+        Leads that training masked (see ``leads``) are masked here too, which is logged as a warning.
         Their numbers are checked as `ecgscale ingest` checks them: leads without a signal, or of NaN alone, are masked,
         and that and what else is odd is logged as a warning, see ``ecgscale.data.plausibility``.
 
         Args:
-            signal_mv: (leads, samples) or (recordings, leads, samples).
+            signal_mv: (leads, samples) or (recordings, leads, samples). Masked floats of numpy.ma count as NaN.
             rate_hz: sample rate; other rates than the model's are resampled.
-            leads: names of the leads, any subset of the twelve in any order; the others are masked.
+            leads: names of the leads of ``signal_mv``, any of the twelve in any order; the others are masked.
             tokens: also return one vector per 16 samples.
             progress: show a bar, in a terminal.
             unit: of floats: V, mV (also where nothing is said) or uV, with a factor where need be, such as 0.5mV.
             mv_per_count: of integers, which say no unit.
 
         Raises InputError for unknown leads, a shape that does not fit, NaN in a lead that has numbers too, integers
-        without ``mv_per_count``, a rate or a duration that no ECG has, numbers that are no ECG's, and recordings below
-        one token.
+        without ``mv_per_count`` or with masked numbers, a rate or a duration that no ECG has, numbers that are no
+        ECG's, recordings below one token, and where all leads that hold a signal are masked.
         """
-        signal_RLT = np.asarray(signal_mv)
+        signal_RLT = _unmasked(signal_mv)
         if mv_per_count is not None and not 0 < mv_per_count < np.inf:
             raise InputError(f"mv_per_count {mv_per_count:g}: give a finite number above 0")
         mv_per_1 = mv_per_value(signal_RLT.dtype, unit, mv_per_count)
@@ -175,8 +187,10 @@ class ECGModel:
             raise InputError(f"signal of shape {signal_RLT.shape} is empty; give at least one lead and one sample")
         rate_hz = float(rate_hz)  # numpy's own floats make no Fraction
         check_geometry(signal_RLT.shape[2], rate_hz)
-        rows_R, remarks = _judged(signal_RLT, mv_per_1, names)
+        rows_R, remarks = _judged(signal_RLT, mv_per_1, names, rate_hz)
         log_remarks(remarks)
+        if masked := [lead for lead in names if lead not in self.leads]:
+            _LOG.warning("leads %s are masked, as in training: %s", ",".join(masked), self.trained_with())
 
         def recordings() -> Iterator[Recording]:
             bar = tqdm(signal_RLT, desc="embed", unit="rec", disable=None if progress else True)
@@ -184,9 +198,23 @@ class ECGModel:
                 mv_LT = _millivolts(signal_LT, rows, mv_per_1)
                 resampled_LT = resample_millivolts(mv_LT, rate_hz, self.profile.rate_hz)
                 positions = [LEADS.index(names[row]) for row in rows]
-                yield Recording(resampled_LT, np.ones(len(rows), np.float32), positions)
+                yield self.narrowed(Recording(resampled_LT, np.ones(len(rows), np.float32), positions))
 
         return self.embed_recordings(recordings(), tokens)
+
+    def narrowed(self, recording: Recording) -> Recording:
+        """Without the leads that training masked. Raises InputError where no lead is left."""
+        at = recording.lead_positions
+        rows = [row for row, position in enumerate(at) if LEADS[position] in self.leads]
+        if not rows:
+            raise InputError(f"none of its leads {','.join(LEADS[i] for i in at)} is left: {self.trained_with()}")
+        if len(rows) == len(at):
+            return recording
+        return Recording(recording.signal_LT[rows], recording.scale_L[rows], [at[row] for row in rows])
+
+    def trained_with(self) -> str:
+        """In words, which leads it knows."""
+        return f"the model was trained with {','.join(self.leads)} alone"
 
     def embed_recordings(self, recordings: Iterable[Recording], tokens: bool = False) -> Embedding:
         """Embeddings of recordings at the model's own rate, read one by one."""
@@ -242,6 +270,22 @@ class ECGModel:
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
 
 
+def _unmasked(signal: npt.ArrayLike) -> npt.NDArray[Any]:
+    """As an array, masked floats as NaN. Raises InputError for masked integers, which have no NaN."""
+    parts = signal if isinstance(signal, list | tuple) else [signal]
+    if not any(np.ma.isMaskedArray(part) for part in parts):
+        return np.asarray(signal)
+    masked: Any = np.ma.array(signal)
+    if masked.dtype.kind == "f":
+        values: npt.NDArray[Any] = masked.filled(np.nan)
+        return values
+    if n_masked := np.count_nonzero(np.ma.getmaskarray(masked)):
+        raise InputError(
+            f"{n_masked} of its numbers are masked; interpolate them, or give floats in which they are NaN"
+        )
+    return np.asarray(masked.data)
+
+
 def _millivolts(signal_LT: npt.NDArray[Any], rows: Sequence[int], mv_per_1: float) -> Floats:
     """Some rows in mV. As when records are read, an offset that int16 could not hold is taken off."""
     mv_LT = np.empty((len(rows), signal_LT.shape[1]), np.float32)
@@ -253,14 +297,14 @@ def _millivolts(signal_LT: npt.NDArray[Any], rows: Sequence[int], mv_per_1: floa
 
 
 def _judged(
-    signal_RLT: npt.NDArray[Any], mv_per_1: float, leads: Sequence[str]
+    signal_RLT: npt.NDArray[Any], mv_per_1: float, leads: Sequence[str], rate_hz: float
 ) -> tuple[list[list[int]], list[tuple[str, Remark]]]:
     """Of each recording the rows that hold a signal; and what is odd, with the recordings' names."""
     rows_R: list[list[int]] = []
     odd: list[tuple[str, Remark]] = []
     for number, signal_LT in enumerate(signal_RLT):
         try:
-            rows, remarks = checked(signal_LT, mv_per_1, leads)
+            rows, remarks = checked(signal_LT, mv_per_1, leads, rate_hz)
         except InputError as error:
             raise type(error)(f"recording {number}: {error}" if len(signal_RLT) > 1 else str(error)) from error
         rows_R.append(rows)

@@ -17,7 +17,7 @@ from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.errors import InputError
 from ecgscale.export import described, is_model, part_of, read_model
 from ecgscale.plot import plot_record
-from ecgscale.record import LEADS
+from ecgscale.record import LEADS, chosen_leads
 
 _SHOWN_VALUES = 12
 _NO_CLASS = "(none)"  # how recordings are counted that are known to have no class
@@ -53,6 +53,7 @@ def summarise_model(path: Path, encoder: str = "") -> str:
     """Parameters, shape, preprocessing, heads and origin of a model."""
     place, weights, about = read_model(path)
     model, profile = described(place, about, encoder)
+    leads = chosen_leads(about.get("leads", [])) or profile.leads
     counts: Counter[str] = Counter()
     for name, tensor in weights.items():
         counts[part_of(name)] += tensor.numel()
@@ -63,7 +64,7 @@ def summarise_model(path: Path, encoder: str = "") -> str:
         f"profile     {profile.rate_hz:g} Hz, "
         + ("millivolts" if profile.normalisation == "mv" else "each lead z-scored over the recording")
         + f", segments of {profile.segment_s:g} s",
-        f"leads       {', '.join(profile.leads)}; any subset, the others are masked",
+        f"leads       {', '.join(leads)}; any subset, the others are masked",
         f"step        {about.get('step', 'unknown')}",
     ]
     if task := about.get("task"):

@@ -31,6 +31,10 @@ _PREFIX = re.compile(r"(?:(?:mdc|ecg|ekg|lead) )+")
 _LIMB = re.compile(r"(?:d|ml)(i{1,3}|[123])")  # DI, D1 (Latin America, France), MLII (modified, on the torso)
 _STROKES = re.compile(r"[il|]{1,3}")
 _REMARK = re.compile(r"(\w+)[ -]?[(\[ -][a-z ]{3,}[)\]]?")  # I (raw), II filtered; not I-II
+_TURNED = r"(?:inverted|inverse|inv|negative|neg|negated|reversed|flipped|upside down|minus|-)"
+_TURNED_AFTER = re.compile(rf"(.*\w) ?[ (\[-] ?{_TURNED}[)\].]*")
+_TURNED_BEFORE = re.compile(rf"[(\[]?{_TURNED}[)\].]?[ (\[-] ?(\w.*?)[)\]]?")
+_DASH = re.compile("[\u2010-\u2015\u2212\ufe63\uff0d]")
 _LOOK_ALIKES = {
     **dict.fromkeys("\u0406\u0456\u04c0\u04cf\u0399\u03b9\u0131\u0130", "I"),  # Cyrillic, Greek, Turkish
     **dict.fromkeys("\u0410\u0430\u0391\u03b1", "a"),
@@ -69,9 +73,18 @@ def _read(name: str) -> str | None:
 
 
 def _inverted(name: str) -> str | None:
-    """The lead that a name with a minus, such as -aVR, is the negative of."""
-    before, minus, after = name.strip().rpartition("-")
-    return _read(f"{before} {after}") if minus and (not before or _PREFIX.match(_folded(before) + " ")) else None
+    """The lead that a name with a minus or a word for it, such as -aVR or I inverted, is the negative of.
+
+    In ECG-I the hyphen stands where a blank would: that is no minus.
+    """
+    folded = _folded(_DASH.sub("-", name))
+    for turned in (_TURNED_AFTER.fullmatch(folded), _TURNED_BEFORE.fullmatch(folded)):
+        if turned and (lead := _read(turned[1])):
+            return lead
+    before, minus, after = folded.rpartition("-")
+    if not minus or not (before == "" or (_PREFIX.fullmatch(before) and not after.startswith(" "))):
+        return None
+    return _read(after)
 
 
 def _odd_characters(name: str) -> str:
@@ -96,6 +109,9 @@ def _likely(name: str) -> str | None:
     """The lead that somebody most likely meant, for a hint."""
     plain = _plain(name)
     if lead := _read(plain):
+        return lead
+    folded = _PREFIX.sub("", re.sub(" ?- ?", " ", _folded(plain), count=1), count=1)
+    if lead := _LEAD_BY_FOLDED_NAME.get(folded):  # ECG-I
         return lead
     folded = _PREFIX.sub("", _folded(plain), count=1)
     if limb := _LIMB.fullmatch(folded):

@@ -47,7 +47,8 @@ def pretrain(config: PretrainConfig) -> Path:
     order = config.train.order(selection, ranks.world_size)
     profile = Profile(shards.rate_hz, config.data.segment_s, config.data.normalisation)
     kind = OBJECTIVES.find(config.objective.name)
-    about = about_model(config.model, profile, codes={key: getattr(config.objective, key) for key in kind.shape_keys})
+    codes = {key: getattr(config.objective, key) for key in kind.shape_keys}
+    about = about_model(config.model, profile, codes=codes, leads=config.data.leads)
     kind.check(config.model, config.objective, config.data, shards.rate_hz)
     torch.manual_seed(config.train.seed)
     objective = build_objective(

@@ -39,6 +39,7 @@ MAX_VALUES = 1 << 29  # leads x samples of one record: 12 leads, 24 hours, 500 H
 _MV_PER_UNIT = {"v": 1000.0, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
 _MV_PER_UNIT |= {"volt": 1000.0, "millivolt": 1.0, "microvolt": 1e-3, "nanovolt": 1e-6}
 _INT16_MAX = 32767
+_ELECTRODE_MV = 1.0  # of a lead's median: less is the ECG's own, in counts so fine that they do not fit
 _DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
 _PIECE = 1 << 18  # samples of a lead that are worked on at once, so that a day's recording needs little beyond itself
 _LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")
@@ -183,7 +184,9 @@ class Fitted(NamedTuple):
         return {lead: mv for lead, mv in zip(leads, self.offset_mv_L.tolist(), strict=True) if mv}
 
     def remarks(self, leads: Sequence[str]) -> tuple[Remark, ...]:
-        offset = ", ".join(f"{lead} {mv:.3g} mV" for lead, mv in self.offsets(leads).items())
+        offset = ", ".join(
+            f"{lead} {mv:.3g} mV" for lead, mv in self.offsets(leads).items() if abs(mv) >= _ELECTRODE_MV
+        )
         coarse = ", ".join(
             f"{lead} {1000 * scale:.3g} µV"
             for lead, scale, is_coarse in zip(leads, self.scale_L, self.coarse_L, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ecgscale import yaml_text
 from ecgscale.choices import choices_of, current, dotted
@@ -12,7 +13,7 @@ from ecgscale.config import dump
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import write_whole
-from ecgscale.run_folder import CONFIG, lock_run, newest_checkpoint
+from ecgscale.run_folder import CONFIG, RUN_ID, lock_run, newest_checkpoint
 from ecgscale.settings import resumable_keys
 from ecgscale.training.ranks import Ranks, first_rank
 from ecgscale.training.state import STATE, read_state
@@ -49,6 +50,8 @@ def claim_run(folder: str, config: Any, ranks: Ranks) -> Path:
         lock_run(run)
         refuse_other_run(run, config)  # again: another process may have had the folder until now
         write_whole(run / CONFIG, dump(config).encode())
+        if not (run / RUN_ID).exists() and newest_checkpoint(run) is None:
+            write_whole(run / RUN_ID, uuid4().hex.encode())
 
     first_rank(ranks, claim)
     return run

@@ -22,6 +22,7 @@ EXPORT = "export"  # the trained model
 RECORDINGS = "recordings"  # which recordings each step read, where train.log_recordings asks for it
 PROFILE = "profile"  # traces of chosen steps
 TRAINED_ON = "trained_on.keys"  # which recordings its model has learnt from; of an export too
+RUN_ID = "run.id"  # tells its export from one that was put there
 TEST_REPORT = "evaluation-test.json"  # the scores of a fine-tuning on its test split
 LAUNCH = "launch"  # what ecgscale-launch keeps of the job
 FOLDERS = frozenset({CHECKPOINTS, TENSORBOARD, EXPORT, RECORDINGS, PROFILE, LAUNCH})

@@ -3,6 +3,7 @@
 Eight bytes for each, a hash of its samples, leads and scale (``content_keys``): the same folder, ingested anew with
 other splits, has the same ones. Ids of patients are left out: short ones could be guessed from their hashes, while a
 hash of samples tells nothing to whoever has not got the recording. So other recordings of one person are not found.
+Nor is a recording that is stored with other leads: where these differ, it is said that it is not known.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from safetensors.numpy import save
 
 from ecgscale.data.copies import content_keys
 from ecgscale.data.selection import Selection
-from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shard_set import ShardSet, lead_positions
 from ecgscale.errors import InputError, naming_file
 from ecgscale.export import read_about, trained_on_file
 from ecgscale.files import parse_json, seal_holds, sealed, write_whole
+from ecgscale.record import LEADS, lead_set_name
 from ecgscale.run_folder import TRAINED_ON, newest_checkpoint
 from ecgscale.training.ranks import Ranks, first_rank
 
@@ -32,6 +34,7 @@ Keys = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 
 PRETRAINING, FINE_TUNING = "pretraining", "fine-tuning"
+_USUAL = 0.1  # share of the recordings
 _CHUNK = 1 << 18  # recordings whose keys are made at once
 _ABOUT = "about"  # key of the file's metadata
 
@@ -70,6 +73,8 @@ class TrainedOn:
     """By stage, sorted."""
     payloads: frozenset[str] = frozenset()
     """How they were stored, on which the keys depend."""
+    leads: frozenset[int] = frozenset()
+    """Bits of the lead sets that a tenth of them or more have, on which the keys depend likewise."""
     complete: bool = True
     """False: a model that it began with does not say what it was trained on."""
 
@@ -90,20 +95,23 @@ class TrainedOn:
                 keys = {stage: file.get_tensor(stage) for stage in file.keys()}  # noqa: SIM118, it is no dict
             if not seal_holds(about) or about["keys_sha256"] != _sha256(keys):
                 raise ValueError("its sha256 is another")
-            return TrainedOn(keys, frozenset(about["payloads"]), about["complete"])
+            leads = frozenset(about.get("leads", []))  # which earlier versions did not write
+            return TrainedOn(keys, frozenset(about["payloads"]), leads, about["complete"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error}); copy or export the model again, or remove it") from error
 
     def write(self, path: Path) -> None:
         """Complete or absent."""
-        about = {"payloads": sorted(self.payloads), "complete": self.complete, "keys_sha256": _sha256(self.keys)}
+        about = {"payloads": sorted(self.payloads), "leads": sorted(self.leads), "complete": self.complete}
+        about["keys_sha256"] = _sha256(self.keys)
         write_whole(path, save(dict(self.keys), {_ABOUT: json.dumps(sealed(about))}))
 
     def plus(self, stage: str, selection: Selection) -> TrainedOn:
         """Those, and the recordings of a selection."""
         keys = np.union1d(self.keys.get(stage, np.zeros(0, np.uint64)), _keys(selection.shards, selection.numbers))
         payloads = _payloads(selection.shards, selection.numbers)
-        return TrainedOn({**self.keys, stage: keys}, self.payloads | payloads, self.complete)
+        leads = _usual_leads(selection)
+        return TrainedOn({**self.keys, stage: keys}, self.payloads | payloads, self.leads | leads, self.complete)
 
     def among(self, selection: Selection) -> Seen:
         """How many recordings of a selection are among them."""
@@ -117,7 +125,13 @@ class TrainedOn:
         if not self.complete:
             return "an earlier version wrote it, or another system trained it"
         payloads = self.payloads | _payloads(selection.shards, selection.numbers)
-        return f"recordings are stored as {' and '.join(sorted(payloads))}" if len(payloads) > 1 else ""
+        if len(payloads) > 1:
+            return f"recordings are stored as {' and '.join(sorted(payloads))}"
+        leads = self.leads | _usual_leads(selection)
+        if self.leads and len(leads) > 1:
+            names = " and ".join(sorted(lead_set_name([LEADS[i] for i in lead_positions(bits)]) for bits in leads))
+            return f"recordings are stored with unequal leads ({names})"
+        return ""
 
 
 def keep_trained_on(run: Path, begun_with: str, stage: str, selection: Selection, ranks: Ranks) -> None:
@@ -151,6 +165,12 @@ def _keys(shards: ShardSet, number_R: Int64) -> Keys:
     names = ("checksum", "samples", "leads", "scale")
     keys = [content_keys({name: shards.take(name, chunk) for name in names}) for chunk in chunks]
     return np.concatenate([np.zeros(0, np.uint64), *keys])
+
+
+def _usual_leads(selection: Selection) -> frozenset[int]:
+    """Bits of the lead sets that a tenth of the recordings or more have; fewer lack a lead that was flat."""
+    bits, counts = np.unique(selection.shards.take("leads", selection.numbers), return_counts=True)
+    return frozenset(bits[counts >= _USUAL * len(selection)].tolist())
 
 
 def _payloads(shards: ShardSet, number_R: Int64) -> frozenset[str]:

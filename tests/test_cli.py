@@ -199,7 +199,9 @@ def test_embed_a_folder_of_different_records(command, small_export, write_record
     assert "1 could not be read" in out
     assert "x.hea" in out
     assert "'vx'" in out
-    assert np.load(tmp_path / "out.npz", allow_pickle=False)["name"].tolist() == ["a/y", "b/z"]
+    found = np.load(tmp_path / "out.npz", allow_pickle=False)
+    assert found["name"].tolist() == ["a/y", "b/z"]
+    assert [reason.split(": ")[0] for reason in found["rejected"].tolist()] == [str(tmp_path / "ecgs" / "x.hea")]
     given = ("embed", small_export, tmp_path / "ecgs", tmp_path / "out.npz", "--tokens", "--ignore-leads", "vx")
     assert command(*given)[0] == 0
     found = dict(np.load(tmp_path / "out.npz", allow_pickle=False))

@@ -201,6 +201,23 @@ def test_units_that_are_none(model, ecg_12_s, option, said):
         model.embed(ecg_12_s, 500, LEADS, **option)
 
 
+def test_masked_numbers_are_missing(model, ecg_12_s, caplog):
+    garbage_LT = ecg_12_s.copy()
+    garbage_LT[4] = 7.0
+    lead = np.zeros(garbage_LT.shape, bool)
+    lead[4] = True
+    expected = model.embed(np.where(lead, np.nan, ecg_12_s), 500, LEADS).record_embedding
+    masked_LT = np.ma.masked_array(garbage_LT, lead)
+    for signal in (masked_LT, list(masked_LT)):
+        np.testing.assert_array_equal(model.embed(signal, 500, LEADS).record_embedding, expected)
+    assert BLANK in caplog.text
+    with pytest.raises(InputError, match="NaN or infinity"):
+        model.embed(np.ma.masked_array(ecg_12_s, np.eye(*ecg_12_s.shape) > 0), 500, LEADS)
+    counts_LT = np.ma.masked_array(np.rint(1000 * garbage_LT).astype(np.int16), lead)
+    with pytest.raises(InputError, match="6000 of its numbers are masked; interpolate them, or give floats"):
+        model.embed(counts_LT, 500, LEADS, mv_per_count=1e-3)
+
+
 @pytest.mark.parametrize("normalisation", ["mv", "zscore"])
 def test_a_stored_record_embeds_as_its_millivolts_do(make_model, ecg_12_s, normalisation):
     model, record = make_model(normalisation), record_of(ecg_12_s[:6, : 2 * WINDOW] + 1.25, LEADS[:6])
@@ -620,6 +637,18 @@ def test_the_export_of_a_run_comes_before_its_checkpoints(run, make_model):
     assert load(run).profile.rate_hz == 250
     write_export(run / "export", weights_of(make_model()), other | {"step": 1})
     assert load(run).profile.rate_hz == 500, "the run has gone on since"
+
+
+def test_the_export_of_another_run_is_refused(run, model, tmp_path):
+    (run / "run.id").write_text("a" * 32)
+    export_run(run, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", run / "export")
+    assert load(run).about["run"] == "a" * 32
+    (run / "run.id").write_text("b" * 32)
+    with pytest.raises(InputError, match=f"export: is of another run than {run}; put it elsewhere"):
+        load(run)
+    (run / "run.id").unlink()
+    assert load(run).about["step"] == 2, "of a run that an earlier version began it is not known"
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):

@@ -86,6 +86,10 @@ def test_lead_sets_are_in_canonical_order() -> None:
         ("\u2161", "II"),  # one character, ROMAN NUMERAL TWO
         ("V\uff11", "V1"),  # fullwidth
         ("I\u200b", "I"),  # a blank of no width
+        ("ECG-I", "I"),
+        ("Lead-aVR", "aVR"),
+        ("MDC_ECG_LEAD-II", "II"),
+        ("ECG - V2", "V2"),
     ],
 )
 def test_names_that_need_a_word_of_the_user(name: str, likely: str) -> None:
@@ -108,7 +112,11 @@ def test_no_lead_is_guessed_for_other_names(name: str) -> None:
     assert "=LEAD" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["-aVR", "ECG -aVR", " - avr", "lead_-AVR"])
+TURNED = ["-aVR", "ECG -aVR", " - avr", "lead_-AVR", "\u2212aVR", "aVR inverted", "aVR (inverted)", "ECG aVR-inverted"]
+TURNED += ["inverted aVR", "AVR_neg", "minus aVR", "aVR (-)", "neg. aVR", "aVR [flipped]"]
+
+
+@pytest.mark.parametrize("name", TURNED)
 def test_a_lead_upside_down_is_named_and_not_renamed(name: str) -> None:
     for refuse in (canonical_lead, lambda name: source_leads([name], {}), lambda name: parse_renames([f"{name}=aVR"])):
         with pytest.raises(InputError, match="is aVR upside down") as caught:

@@ -110,7 +110,7 @@ def test_an_electrode_offset_leaves_the_ecg_its_microvolts(offset_mv: float) -> 
 
 
 def test_what_int16_cannot_hold_is_said() -> None:
-    drift_mv_T = np.linspace(-200, 200, 5000) + heartbeats_mv()
+    drift_mv_T = np.linspace(-190, 210, 5000) + heartbeats_mv()
     record = Record.of("r", quantise([drift_mv_T, heartbeats_mv()]), 500.0, ("V1", "V2"))
     assert [(remark.kind, remark.detail[:3]) for remark in record.remarks][1:] == [(COARSE, "V1 ")]
     assert record.scale_L[0] == pytest.approx(6.1e-3, rel=0.01)

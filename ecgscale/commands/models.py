@@ -102,7 +102,7 @@ class Embed(Command):
     INPUT is a WFDB record, a folder of them, a data set of `ecgscale ingest`, or an .npy of (leads, samples) or
     (records, leads, samples), floats in mV unless --unit says otherwise. Its numbers are checked as `ecgscale ingest`
     checks them. OUTPUT.npz holds record_embedding (records, width), name (records,), with --tokens tokens
-    (records, N, width), and of a data set split (records,).
+    (records, N, width), of a data set split (records,), and where some have no embedding rejected, the reasons.
     """
 
     model: Path = option(positional=True)

@@ -2,7 +2,8 @@
 
 A copy that a file manager made, a folder that was ingested twice, or a recording that stands under two names is no
 second recording: in another split it would be known there. Equal payloads have equal checksums, so the index tells.
-What has been filtered, cut or scaled anew is not found, nor is a plain payload beside a compressed one.
+What has been filtered, cut or scaled anew is not found, nor is a plain payload beside a compressed one,
+nor the same recording with fewer leads.
 
 Shape suffixes: N records, R records that have copies, G groups of equal records, P persons.
 """

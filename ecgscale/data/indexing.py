@@ -240,7 +240,7 @@ def _oddities(tar: Bytes, record: Found) -> Iterator[str]:
     signal_LT = tar[end - 2 * len(about.leads_L) * n_samples : end].view("<i2").reshape(-1, n_samples)
     try:
         check_geometry(n_samples, about.rate_hz)
-        verdict = judge(signal_LT, about.scale_L, about.leads_L)
+        verdict = judge(signal_LT, about.scale_L, about.leads_L, about.rate_hz)
         if verdict.refusal:
             raise verdict.refusal
     except UnlikelyUnitError:

@@ -8,8 +8,8 @@ were set on 2,934 real records (CinC 2011 set A, CinC 2021, PTB-XL, ECG-ID):
 - Loose electrodes swing by 20 to 180 mV. They are kept and named, as are leads that stand still for a quarter of the
   record (one of 1,993 good records), or lie at their own extreme for a twentieth of it (none: up to 2.1 %).
 - The median lead swings by 0.4 mV or more, and in an eighth of the record, where the baseline has no time to drift, by
-  2.3 mV at most in good records; medians of five sets are 1.1 to 1.7, and 0.65 to 1.06 mV. A tenth of the one, or ten
-  times the other, is another unit.
+  2.3 mV at most in good records, in parts of 1.25 s of shorter ones in 99 of 100; medians of five sets are 1.1 to 1.7,
+  and 0.65 to 1.06 mV. A tenth of the one, or ten times the other, is another unit.
 - I + III = II and Goldberger's equations hold to 1.7 % of the largest lead where a recorder or a filter has rounded,
   and to 4 % where electrodes were loose; leads in a wrong order miss by 50 to 150 %.
 
@@ -27,7 +27,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.proportions import missed_equations, scaled_by_deviation, scaled_to_1
+from ecgscale.data.proportions import (
+    alike,
+    missed_equations,
+    near_power_of_two,
+    reaches,
+    scaled_by_deviation,
+    scaled_to_1,
+)
 from ecgscale.errors import InputError
 from ecgscale.record import Record, Remark, check_rate
 
@@ -41,10 +48,13 @@ _LOUD_MV = 3.0  # median deviation of the median lead: microvolts, or counts
 _STILL = 0.25
 _CLIPPED, _CLIPPED_MV = 0.05, 0.3  # of leads that swing by so much: a few levels have no extreme to speak of
 _CLIPPED_FAR = 0.25  # of the swing, from the median
+# Offsets that three leads share, of which two limb leads with one electrode would not; of fewer, powers of two alone.
+_SHARED_MV, _SHARED_BY, _FEW_SHARED_MV = 0.9, 3, 1.9
 _APART = 30.0  # between the deviations of leads next to each other, sorted by it
 _QUIET_MV = 0.005  # a deviation below it is rounding
 _SMALL_MV = 0.3  # swing of the median lead
 _LARGE_MV, _PARTS = 2.5, 8  # likewise, in the median of so many parts of the record
+_PART_S = 1.25  # at least: a beat at 48 a minute
 
 _PROBED = 256
 
@@ -59,8 +69,12 @@ SMALL = f"most leads swing by less than {_SMALL_MV:g} mV, an ECG by about 1 mV"
 LOOSE = f"leads beyond {_LOOSE_MV:g} mV from their median, as of loose electrodes"
 STUCK = "leads that stand still or are clipped for a part of the record"
 APART = "leads far louder or quieter than the others, as of loose electrodes or in another unit"
+ZERO = "all leads share an offset, as of counts whose zero was not taken off; electrodes' offsets differ"
 SCALED = "leads that were scaled one by one, such as z-scores: no millivolts"
-REACHES_1 = "the largest number is exactly 1, as of records that were scaled one by one: no millivolts then"
+REACHES_1 = (
+    "the largest number is exactly 1 mV, or the largest of its integer type, as of records that were scaled one by "
+    "one: no millivolts then"
+)
 UNEQUAL = "I + III = II, aVR = -(I + II)/2 or their like do not hold: leads out of order, or not recorded together"
 
 _SCALED_THEN = "Then no unit makes them millivolts: train with data.normalisation=zscore"
@@ -72,6 +86,8 @@ _QUESTIONS = {
     f"--mv-per-count of integers; with WFDB, mend the gain. Or are they z-scores? {_SCALED_THEN}",
     SMALL: "is their unit tenfold, 10 mV instead of 1 mV? Then give --unit 10mV, or ten times --mv-per-count of "
     "integers; with WFDB, mend the gain",
+    ZERO: "is it the middle of the converter, such as 2048 or 32768 of unsigned integers? Then take it off the numbers "
+    "first; with WFDB, mend the ADC zero in the header",
     SCALED: f"are they z-scores, or was the largest number of each lead made 1? {_SCALED_THEN}",
     REACHES_1: f"was each record divided by its largest number? {_SCALED_THEN}",
     UNEQUAL: "is the order of the leads another? Then name them by --source-leads (.npy), --leads (index) or "
@@ -109,13 +125,13 @@ def questions(records_of: Mapping[str, int], records: int) -> list[str]:
 
 
 def checked(
-    values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Sequence[str]
+    values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Sequence[str], rate_hz: float
 ) -> tuple[list[int], tuple[Remark, ...]]:
     """Rows that hold a signal, in their order, and what is odd about them; raises InputError for what is no ECG.
 
     Arguments as of ``judge``.
     """
-    verdict = judge(values_LT, mv_per_value_L, leads)
+    verdict = judge(values_LT, mv_per_value_L, leads, rate_hz)
     if verdict.refusal:
         raise verdict.refusal
     kept = [row for row in range(len(leads)) if row not in verdict.empty]
@@ -131,7 +147,7 @@ def plausible(record: Record, shown: Path | str) -> Record:
     """
     try:
         check_geometry(record.n_samples, record.rate_hz)
-        kept, remarks = checked(record.signal_LT, record.scale_L, record.leads)
+        kept, remarks = checked(record.signal_LT, record.scale_L, record.leads, record.rate_hz)
     except InputError as error:
         raise type(error)(f"{shown}: {error}") from error
     record = replace(record, remarks=(*record.remarks, *remarks))
@@ -168,20 +184,21 @@ def code_in(values_T: npt.NDArray[Any], extremes: tuple[float, float], offset: i
     return None
 
 
-def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Sequence[str]) -> Verdict:
+def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Sequence[str], rate_hz: float) -> Verdict:
     """Whether numbers can be those of an ECG.
 
     Args:
         values_LT: integers or floats as the source has them, offsets included.
         mv_per_value_L: what a 1 is worth, one number or one for each lead.
         leads: canonical names, one for each row.
+        rate_hz: samples in a second.
 
     A row of NaN alone is a lead that was not recorded. Raises InputError for other NaN and for infinity.
     """
     mv_per_value_L1 = np.full((len(leads), 1), 1.0)
     mv_per_value_L1[:, 0] *= mv_per_value_L
     if blank := _blank_rows(values_LT):
-        return _judged_without(blank, values_LT, mv_per_value_L1[:, 0], leads)
+        return _judged_without(blank, values_LT, mv_per_value_L1[:, 0], leads, rate_hz)
     low_L, high_L = values_LT.min(axis=1).astype(np.float64), values_LT.max(axis=1).astype(np.float64)
     if not (np.isfinite(low_L).all() and np.isfinite(high_L).all()):
         raise InputError("the signal holds NaN or infinity; all samples must be finite millivolts")
@@ -189,7 +206,7 @@ def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Seq
     flat_L = swing_mv_L < _FLAT_MV
     if flat_L.all():
         return Verdict(_nothing(low_L, swing_mv_L, mv_per_value_L1[:, 0]), tuple(range(len(leads))), ())
-    numbers = _Numbers(values_LT, mv_per_value_L1, leads, low_L, high_L, flat_L)
+    numbers = _Numbers(values_LT, mv_per_value_L1, leads, low_L, high_L, flat_L, rate_hz)
     refusal = numbers.beyond() or numbers.code()
     if refusal:
         return Verdict(refusal, (), ())
@@ -199,6 +216,7 @@ def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Seq
         numbers.loose(),
         numbers.apart(),
         numbers.stuck(),
+        numbers.zero(),
         *numbers.relations(),
     )
     return Verdict(
@@ -214,13 +232,17 @@ def _blank_rows(values_LT: npt.NDArray[Any]) -> list[int]:
 
 
 def _judged_without(
-    blank: Sequence[int], values_LT: npt.NDArray[Any], mv_per_value_L: npt.NDArray[np.float64], leads: Sequence[str]
+    blank: Sequence[int],
+    values_LT: npt.NDArray[Any],
+    mv_per_value_L: npt.NDArray[np.float64],
+    leads: Sequence[str],
+    rate_hz: float,
 ) -> Verdict:
     """The verdict on the other rows, and a remark on the blank ones."""
     rows = [row for row in range(len(leads)) if row not in blank]
     if not rows:
         return Verdict(InputError("all samples are NaN"), tuple(blank), ())
-    verdict = judge(values_LT[rows], mv_per_value_L[rows], [leads[row] for row in rows])
+    verdict = judge(values_LT[rows], mv_per_value_L[rows], [leads[row] for row in rows], rate_hz)
     empty = sorted((*blank, *(rows[i] for i in verdict.empty)))
     return verdict._replace(
         empty=tuple(empty), remarks=(absent_remark([leads[row] for row in blank]), *verdict.remarks)
@@ -258,7 +280,9 @@ class _Numbers:
         low_L: npt.NDArray[np.float64],
         high_L: npt.NDArray[np.float64],
         flat_L: npt.NDArray[np.bool_],
+        rate_hz: float,
     ) -> None:
+        self.duration_s = values_LT.shape[1] / rate_hz
         self.values_LT, self.mv_per_value_L, self.leads = values_LT, mv_per_value_L1[:, 0], leads
         self.low_L, self.high_L, self.flat_L = low_L, high_L, flat_L
         self.step = max(1, values_LT.shape[1] // _PROBED)
@@ -339,6 +363,21 @@ class _Numbers:
             share_L[row] = max(share_L[row], still if still >= _STILL else 0.0)
         return self._remark(STUCK, (share_L > 0) & ~self.flat_L, lambda row: f" {share_L[row]:.0%}")
 
+    def zero(self) -> Remark | None:
+        """A zero of the counts that is in the numbers still, in mV or, of leads with unequal scales, in counts."""
+        kept_L = ~self.flat_L
+        median_mv_L, is_count = self.median_mv_L[kept_L], self.values_LT.dtype.kind != "f"
+        if self.typical_mv > _LOUD_MV or np.abs(median_mv_L).min() < _SHARED_MV:
+            return None
+        median_L = median_mv_L / self.mv_per_value_L[kept_L]
+        if len(median_L) < _SHARED_BY:
+            is_zero = is_count and np.abs(median_mv_L).min() > _FEW_SHARED_MV and near_power_of_two(median_L)
+        else:
+            is_zero = alike(median_mv_L) or (is_count and alike(median_L))
+        middle = len(median_L) // 2
+        counts = f", {np.sort(median_L)[middle]:.0f} counts" if is_count else ""
+        return Remark(ZERO, f"by {np.sort(median_mv_L)[middle]:.3g} mV{counts}") if is_zero else None
+
     def _still(self, row: int, alike_P: npt.NDArray[np.bool_]) -> float:
         """Share of the longest stretch in which nothing moves; 0 where something does between the probed samples."""
         ends_P = np.flatnonzero(np.concatenate(([True], ~alike_P, [True])))
@@ -352,24 +391,34 @@ class _Numbers:
         kept_L = ~self.flat_L
         low_mv_L, high_mv_L = ((of_L * self.mv_per_value_L)[kept_L] for of_L in (self.low_L, self.high_L))
         deviations = (self.values_LT, self.mv_per_value_L, self.centred_mv_LP, kept_L)
-        if scaled := scaled_to_1(low_mv_L, high_mv_L) or scaled_by_deviation(*deviations):
+        scaled = scaled_to_1(low_mv_L, high_mv_L)
+        if not scaled and (full_mv := self._full_scale_mv()):
+            scaled = scaled_to_1(low_mv_L / full_mv, high_mv_L / full_mv)
+        if scaled := scaled or scaled_by_deviation(*deviations):
             return [Remark(SCALED, scaled)]
         missed = missed_equations(self.centred_mv_LP, self.leads, self.flat_L)
         remarks = [Remark(UNEQUAL, missed)] if missed else []
         largest = max(high_mv_L.max(), -low_mv_L.min())
-        if self.values_LT.dtype.kind == "f" and largest == 1:
+        if reaches(largest, 1) or reaches(largest, self._full_scale_mv()):
             remarks.append(Remark(REACHES_1))
         elif self.typical_mv <= _LOUD_MV:
             remarks += self._tenfold()
         return remarks
+
+    def _full_scale_mv(self) -> float:
+        """What the largest number of an integer type is worth; 0 for floats and for leads of unequal scales."""
+        if self.values_LT.dtype.kind == "f" or np.ptp(self.mv_per_value_L):
+            return 0.0
+        return float(np.iinfo(self.values_LT.dtype).max * self.mv_per_value_L[0])
 
     def _tenfold(self) -> list[Remark]:
         """Whether beats are much smaller or larger than any, in most leads and most of the time."""
         swing_mv = self._of_median_lead(self.swing_mv_L)
         if swing_mv < _SMALL_MV:
             return [Remark(SMALL, f"by {swing_mv:.2g} mV")]
-        n = self.probed_LP.shape[1] // _PARTS
-        parts_LSP = self.centred_mv_LP[:, : n * _PARTS].reshape(len(self.leads), _PARTS, n)
+        parts = min(_PARTS, max(1, int(self.duration_s / _PART_S)))
+        n = self.probed_LP.shape[1] // parts
+        parts_LSP = self.centred_mv_LP[:, : n * parts].reshape(len(self.leads), parts, n)
         swing_mv = self._of_median_lead(_median(np.ptp(parts_LSP, axis=2))) if n else 0.0
         return [Remark(LARGE, f"by {swing_mv:.2g} mV")] if swing_mv > _LARGE_MV else []
 

@@ -19,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 _EQUATION_MISSED = 0.25  # of the largest lead of the equation
 _SAME_SCALE = 2e-3  # equal standard deviations of all samples
 _PROBED_ALIKE = 2.5  # what a few samples make of equal ones
+_ALIKE = 0.25  # of offsets: what the medians of leads differ by
+_NEAR_POWER = 1 / 16
 _EXACT = 1e-6  # what float32 makes of a 1
 
 _EQUATIONS: tuple[dict[str, float], ...] = (
@@ -42,6 +44,11 @@ def scaled_to_1(low_mv_L: Floats, high_mv_L: Floats) -> str:
     return "each reaches exactly 1 or -1" if len(peak_mv_L) > 1 and _is_exactly(peak_mv_L, 1) else ""
 
 
+def reaches(largest: float, number: float) -> bool:
+    """Whether the largest number is that number, but for what float32 makes of it."""
+    return number > 0 and abs(largest / number - 1) < _EXACT
+
+
 def _is_exactly(value_L: Floats, number: int) -> bool:
     return bool((np.abs(value_L - number) < _EXACT).all())
 
@@ -63,6 +70,17 @@ def scaled_by_deviation(values_LT: npt.NDArray[Any], mv_per_value_L: Floats, cen
     if is_1 or (same and len(deviation_mv_L) >= 3):
         return f"each deviates by {deviation_mv_L.mean():.3g} mV"
     return ""
+
+
+def alike(median_L: Floats) -> bool:
+    """Whether numbers have one sign and differ little from each other, against what they are."""
+    return bool(np.ptp(median_L) < _ALIKE * np.abs(median_L).min())
+
+
+def near_power_of_two(median_L: Floats) -> bool:
+    """Whether all are near one and the same power of two, the middle of a converter of so many bits."""
+    power_L = 2.0 ** np.rint(np.log2(np.maximum(median_L, 1.0)))
+    return bool(np.ptp(power_L) == 0 and (np.abs(median_L - power_L) < _NEAR_POWER * power_L).all())
 
 
 def missed_equations(centred_mv_LP: Floats, leads: Sequence[str], flat_L: npt.NDArray[np.bool_]) -> str:

@@ -62,7 +62,7 @@ def to_signal(values_LT: npt.NDArray[np.generic], leads: Sequence[str], mv_per_v
     """
     check_geometry(values_LT.shape[1], rate_hz)
     values_LT = np.ascontiguousarray(values_LT)  # along a transposed array everything takes several times as long
-    rows, remarks = checked(values_LT, mv_per_value, leads)
+    rows, remarks = checked(values_LT, mv_per_value, leads, rate_hz)
     order = sorted(rows, key=lambda row: LEADS.index(leads[row]))
     value_LT = [values_LT[row] for row in order]  # views
     if values_LT.dtype.kind in "iu":

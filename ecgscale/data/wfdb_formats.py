@@ -9,6 +9,7 @@ Shape suffixes: F frames, W samples of a frame over all signals, T samples.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -23,8 +24,16 @@ from ecgscale.errors import InputError
 Integers = npt.NDArray[np.integer]
 
 _BLOCK_VALUES = 1 << 20
+PADDING = 2  # the most values that fill up a pair or triplet at a file's end
 _FRAMES_APART = 6  # blocks begin at whole pairs (212) and triplets (310, 311) whatever the number of signals
 _FLAC_SAMPLES_PER_BYTE = 65_535 / 8  # the most that a FLAC file can hold: one constant block in some 10 bytes
+
+
+_MAT_HEADER = struct.Struct("<5i")  # type, rows, columns, imaginary, bytes of the name that follows
+_LONGEST_MAT_NAME = 64
+# Numbers of MATLAB's version 4, little-endian, and the format of WFDB that they are.
+_MAT_TYPES = {0: ("double", ""), 10: ("single", ""), 20: ("int32", "32"), 30: ("int16", "16"), 40: ("uint16", "160")}
+_MAT_TYPES |= {50: ("uint8", "80")}
 
 
 class Format(NamedTuple):
@@ -66,6 +75,8 @@ def frames_in(path: Path, lines: Sequence[SignalLine]) -> int:
     if not path.is_file():
         raise InputError("no such data file")
     size = path.stat().st_size
+    if path.suffix.lower() == ".mat" and (in_mat := _mat_frames(path, first, _width(lines))) is not None:
+        size = min(size, first.byte_offset + in_mat * _n_bytes(first.format, _width(lines)))
     if first.format in FLAC_FORMATS:
         return max(0, _flac_samples(path, size) - first.byte_offset) // first.samples_per_frame
     width = _width(lines)
@@ -73,6 +84,32 @@ def frames_in(path: Path, lines: Sequence[SignalLine]) -> int:
     while n_frames and _n_bytes(first.format, n_frames * width) > size - first.byte_offset:
         n_frames -= 1
     return n_frames
+
+
+def _mat_frames(path: Path, line: SignalLine, width: int) -> int | None:
+    """Columns of a MATLAB file of version 4, by its own header; None for raw samples that are only called so.
+
+    Raises InputError where it is not what the WFDB header takes it for: the samples would be read shifted.
+    """
+    with path.open("rb") as file:
+        head = file.read(_MAT_HEADER.size)
+    if head.startswith(b"MATLAB"):
+        raise InputError("a MATLAB file of version 5 or later, which no WFDB format is; save it as version 4, of int16")
+    numbers: tuple[int, ...] = _MAT_HEADER.unpack(head.ljust(_MAT_HEADER.size, b"\xff"))
+    kind, rows, columns, imaginary, name_length = numbers
+    if kind not in _MAT_TYPES or imaginary not in (0, 1) or not 0 < name_length <= _LONGEST_MAT_NAME:
+        if line.byte_offset:
+            raise InputError(f"no MATLAB file of version 4, although samples begin at byte {line.byte_offset}; damaged")
+        return None
+    name, format_ = _MAT_TYPES[kind]
+    if imaginary or format_ != line.format:
+        raise InputError(f"a MATLAB file of {'complex ' * imaginary}{name}; the header says format {line.format}")
+    if rows != width:
+        hint = ": it is transposed" if columns == width else ""
+        raise InputError(f"a MATLAB file of {rows} rows and {columns} columns; the header says {width} signals{hint}")
+    if (begin := _MAT_HEADER.size + name_length) != line.byte_offset:
+        raise InputError(f"samples begin at byte {begin} of the MATLAB file; the header says {line.byte_offset}")
+    return columns
 
 
 def _n_bytes(format_: str, n_values: int) -> int:

@@ -19,6 +19,8 @@ from ecgscale.record import pieces, source_leads
 
 UNSUMMED = "WFDB headers with 0 for every checksum, as of programs that leave them out: damage is not noticed"
 
+LONGER = "data files hold more samples than their headers say: the rest is left out; is the number of signals right?"
+
 _NO_RENAMES: Mapping[str, str] = {}
 
 
@@ -33,6 +35,7 @@ class Signals:
     baseline_L: list[int]  # that was subtracted; of segments the first one's
     rate_hz: float
     unsummed: bool = False  # the header has zeros for checksums, in a segment at least
+    longer: str = ""  # which data file holds more than the header says; "": none
 
 
 def by_file(lines: Sequence[SignalLine]) -> dict[str, list[SignalLine]]:
@@ -153,6 +156,7 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
     counts = {lead: np.zeros(n_samples, dtypes[lead]) for lead in scales}
     valid = {lead: np.zeros(n_samples, bool) for lead in scales}
     unsummed = any(signals.unsummed for signals in present)
+    longer = next((signals.longer for signals in present if signals.longer), "")
     del signals, present
     segments.reverse()
     start = 0
@@ -172,6 +176,7 @@ def join(segments: list[tuple[int, Signals | None]], frame_rate_hz: float) -> Si
         [baselines[lead] for lead in scales],
         rates_hz[0],
         unsummed,
+        longer,
     )
 
 

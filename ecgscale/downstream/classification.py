@@ -64,6 +64,8 @@ class ByClasses(Task):
         embedding_RD, logit_RC = model.embed_and_classify(labelled.recordings(split))
         score_RC, target_RC = self.probabilities(logit_RC), labelled.targets(split)
         prediction_RC, thresholds = self.predictions(score_RC, model, labelled, as_trained)
+        if thresholds and split == "validation":
+            thresholds = Thresholds.OWN_VALIDATION if thresholds is Thresholds.OWN else Thresholds.TUNED_HERE
         challenge = None if known.challenge is None else (known.classes, known.challenge)
         report = evaluate(target_RC, score_RC, prediction_RC, known.classes, labelled.patients(split), challenge)
         names = ["|".join(np.array(known.classes)[row > 0]) or "none" for row in target_RC]

@@ -59,7 +59,7 @@ def evaluate(
     chosen_task, usual_s = _task_of(model_path, model.about, task, min_scored_s)
     if missing := [key for key in chosen_task.tuned_keys if key not in model.about]:
         raise InputError(f"{model_path}: has no {missing[0]}, since its fine-tuning is not finished; run it to the end")
-    trained = chosen_leads(model.about.get("leads", [])) or LEADS
+    trained = model.leads
     chosen = [chosen_leads(list(leads)) or LEADS for leads in lead_sets] or [trained]
     for leads in chosen:
         if unseen := [lead for lead in leads if lead not in trained]:
@@ -142,7 +142,7 @@ def table(scored: Sequence[Scored]) -> str:
     notes: dict[str, list[str]] = {}  # what is to be said -> lead sets of which it is true
     for one in scored:
         note = f"{one.coverage.text()}; {one.trained_on.text()}"
-        if one.outcome.thresholds is Thresholds.OF_OTHER_LEADS:
+        if one.outcome.thresholds not in (None, Thresholds.OWN, Thresholds.TUNED):
             note += f"; thresholds {one.outcome.thresholds}"
         notes.setdefault(note, []).append(lead_set_name(one.leads))
     prefixed = len(notes) > 1

@@ -26,13 +26,14 @@ from ecgscale.downstream.evaluate import Scored, evaluate
 from ecgscale.downstream.labelled import LabelledSet
 from ecgscale.downstream.task import Labelling, Task
 from ecgscale.errors import InputError
-from ecgscale.export import about_model, amend_export, export_engine, write_export
+from ecgscale.export import about_model, amend_export, export_engine, export_of_run
 from ecgscale.inference import ECGModel, load
 from ecgscale.model import ENCODERS, Encoder, build_encoder
 from ecgscale.objectives.masking import draw_leads
+from ecgscale.record import LEADS, chosen_leads
 from ecgscale.registry import is_code
 from ecgscale.run import claim_run
-from ecgscale.run_folder import EXPORT, TEST_REPORT, TRAINED_ON, leave_run
+from ecgscale.run_folder import EXPORT, TEST_REPORT, leave_run
 from ecgscale.trained_on import FINE_TUNING, keep_trained_on
 from ecgscale.training.loop import Job, train
 from ecgscale.training.ranks import Ranks, log, start_ranks
@@ -76,6 +77,8 @@ def fit(config: FinetuneConfig, ranks: Ranks) -> Path:
     log(ranks, f"{len(patients)} labelled recordings of {len(set(patients.tolist()))} patients for training")
     log(ranks, f"read as the model takes it: {model.profile.rate_hz:g} Hz, segments of {labelled.data.segment_s:g} s, "
                f"{labelled.data.normalisation}")  # fmt: skip
+    if new := [lead for lead in chosen_leads(config.data.leads) or LEADS if lead not in model.leads]:
+        log(ranks, f"leads {','.join(new)} are new to it: {model.trained_with()}")
     log(ranks, labelled.coverage("train").text("used"))
     log(ranks, labelled.coverage("validation").text("used"))
     for line in apart(labelled.shards) if ranks.first else ():
@@ -169,4 +172,4 @@ def _train(
 def _write(run: Path, model: ECGModel, head: dict[str, Tensor], about: dict[str, Any]) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     weights |= {f"head.{name}": tensor for name, tensor in head.items()}
-    write_export(run / EXPORT, weights, about, run / TRAINED_ON)
+    export_of_run(run, weights, about)

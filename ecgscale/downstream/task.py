@@ -170,6 +170,8 @@ class Thresholds(StrEnum):
 
     OWN = "of the fine-tuning"
     TUNED = "tuned on the validation split of this set"
+    OWN_VALIDATION = "of the fine-tuning, tuned on its validation split; if that is this one, F1 and the like flatter"
+    TUNED_HERE = "tuned on these very recordings, so that F1 and the like flatter"
     OF_OTHER_LEADS = "of the fine-tuning, for its own leads, since this set has no validation recordings to tune them"
 
 

@@ -26,6 +26,7 @@ from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives.wav2vec2 import CODES
+from ecgscale.record import LEADS, chosen_leads
 from ecgscale.weights import refuse_nonfinite
 
 SYSTEM = "fairseq-signals"
@@ -37,7 +38,8 @@ _DTYPES = {f"{dtype}".removeprefix("torch."): dtype for dtype in (torch.float32,
 def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, classes: tuple[str, ...] = ()) -> str:
     """A checkpoint as an export in ``out``; returns what to print.
 
-    ``classes`` name the rows of a classification head. Raises InputError for anything that is not accounted for.
+    ``classes`` name the rows of a classification head. What ecgscale wrote into a file, its classes and its profile,
+    may be given again but not otherwise. Raises InputError for that, and for anything that is not accounted for.
     """
     if profile_name is not None and profile_name not in PROFILES:
         raise InputError(f"--profile {profile_name!r} is unknown; known are {', '.join(PROFILES)}")
@@ -49,9 +51,10 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
         contents = contents_of(cfg, tensors)
         weights = to_ours(tensors, contents)
         ours = _our_mark(state)
-        profile, why = _own_profile(ours) if ours and profile_name is None else profile_of(cfg, profile_name)
+        profile, why = _own_profile(ours, profile_name) if ours else profile_of(cfg, profile_name)
         about = about_model(contents.model, profile, step=_updates(state), source=_source(path, cfg, tensors, contents))
-        about |= _about_classes(contents, classes or _classes_of(ours))
+        about |= _about_classes(contents, classes, _classes_of(ours))
+        about["leads"] = list(chosen_leads(ours.get("leads", [])))
         if contents.codes is not None:
             about["codes"] = dict(zip(CODES, contents.codes, strict=True))
     except InputError as error:
@@ -177,11 +180,17 @@ def _classes_of(mark: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
-def _own_profile(mark: dict[str, Any]) -> tuple[Profile, str]:
+def _own_profile(mark: dict[str, Any], given: str | None) -> tuple[Profile, str]:
+    """Raises InputError where ``given``, one of PROFILES, is another; it stands for one that cannot be read."""
     try:
         profile = Profile(**mark["profile"] | {"leads": tuple(mark["profile"]["leads"])})
     except (KeyError, TypeError, InputError) as error:
+        if given is not None:
+            return PROFILES[given], f"{given}, as given, since the one in the file is not of this version"
         raise InputError(f"extra_state.{_MARK}: no profile of this version ({error}); give --profile") from error
+    if given is not None and profile != PROFILES[given]:
+        own = f"{profile.normalisation}, {profile.rate_hz:g} Hz, {profile.segment_s:g} s"
+        raise InputError(f"--profile {given}: the file itself says {own}; leave --profile out")
     return profile, "the one that ecgscale wrote into the file"
 
 
@@ -201,7 +210,11 @@ def _source(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], content
     }
 
 
-def _about_classes(contents: Contents, classes: tuple[str, ...]) -> dict[str, Any]:
+def _about_classes(contents: Contents, given: tuple[str, ...], own: tuple[str, ...]) -> dict[str, Any]:
+    """Of the names ``given`` and those in the file. Raises InputError where they differ or do not fit its head."""
+    if given and own and given != own:
+        raise InputError(f"--classes {','.join(given)}: the file itself says {','.join(own)}; leave --classes out")
+    classes = given or own
     if not classes:
         return {}
     if len(classes) != contents.classes:
@@ -252,12 +265,21 @@ def export_checkpoint(run: Path, out: Path) -> str:
         "extra_state": {
             "epoch": 1,
             "train_iterator": {"epoch": 1, "iterations_in_epoch": 0},
-            _MARK: json.loads(json.dumps({"profile": asdict(profile), "classes": about.get("classes")})),
+            _MARK: json.loads(json.dumps(_to_mark(profile, about))),
         },
         "last_optimizer_state": None,
     }
     write_over(out, ".pt", _is_ours, lambda path: _save(state, path))
-    return f"export: {out}, {_kind(contents)}, {len(tensors)} tensors"
+    line = f"export: {out}, {_kind(contents)}, {len(tensors)} tensors"
+    leads = chosen_leads(about.get("leads", []))
+    return (
+        line if leads in ((), LEADS) else f"{line}\nnote: trained with leads {','.join(leads)} alone; mask all others"
+    )
+
+
+def _to_mark(profile: Profile, about: dict[str, Any]) -> dict[str, Any]:
+    """What a cfg does not say."""
+    return {"profile": asdict(profile), "classes": about.get("classes"), "leads": about.get("leads", [])}
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

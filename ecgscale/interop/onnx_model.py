@@ -24,10 +24,8 @@ from torch.export import Dim
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import zscore_gain
 from ecgscale.errors import InputError
-from ecgscale.export import Profile
 from ecgscale.inference import ECGModel, load
 from ecgscale.interop.output import refuse_foreign, write_over
-from ecgscale.model import Encoder
 from ecgscale.model.base import mean_over_time
 from ecgscale.record import LEADS
 from ecgscale_kernels import forced
@@ -59,6 +57,7 @@ def export_onnx(run: Path, out: Path, encoder: str = "") -> str:
     program = _program(model)
     about: dict[str, Any] = {"profile": asdict(model.profile), "units": "mV", "patch_samples": _patch(model)}
     about |= {key: model.about[key] for key in ("classes", "step") if key in model.about}
+    about["trained_leads"] = list(model.leads)
     program.model.metadata_props[_MARK] = json.dumps(about)
     program.model.metadata_props["leads"] = ",".join(LEADS)
     difference, inputs = 0.0, 0
@@ -70,21 +69,28 @@ def export_onnx(run: Path, out: Path, encoder: str = "") -> str:
 
     write_over(out, ".onnx", _is_ours, write)
     outputs = ", ".join(_outputs(model))
+    masked = "" if model.leads == LEADS else f"\nleads: all others are masked in the file, as {model.trained_with()}"
     return (
-        f"export: {out}, {outputs} of {INPUT} (batch, {len(LEADS)}, samples) in mV\n"
+        f"export: {out}, {outputs} of {INPUT} (batch, {len(LEADS)}, samples) in mV{masked}\n"
         f"checked: onnxruntime and PyTorch differ by {difference:.1e} at most, over {inputs} inputs"
     )
 
 
 class _Graph(nn.Module):
-    """What the file computes. Missing leads are zero; a flat lead is as good as missing to the z-score."""
+    """What the file computes. Missing leads are zero; a flat lead is as good as missing to the z-score.
 
-    def __init__(self, encoder: Encoder, head: nn.Module | None, profile: Profile) -> None:
+    Leads that training masked are masked here too: whatever their samples are, they count as zero.
+    """
+
+    def __init__(self, model: ECGModel) -> None:
         super().__init__()
-        self.encoder, self.head, self.zscore = encoder, head, profile.normalisation == "zscore"
+        self.encoder, self.head, self.zscore = model.encoder, model.head, model.profile.normalisation == "zscore"
+        self.masked_L = [lead not in model.leads for lead in LEADS]
 
     def forward(self, signal: Tensor) -> tuple[Tensor, ...]:
         """(B, 12, T) millivolts -> tokens (B, N, D), their mean (B, D) and, with a head, logits (B, C)."""
+        if any(self.masked_L):
+            signal = signal.masked_fill(torch.tensor(self.masked_L)[:, None], 0.0)
         signal_BLT = _zscored(signal) if self.zscore else signal
         token_BND, _ = self.encoder(_batch(signal_BLT, torch.ones_like(signal_BLT[..., 0])))
         embedding_BD = mean_over_time(token_BND, None)
@@ -110,7 +116,7 @@ def _batch(signal_BLT: Tensor, gain_BL: Tensor, offset_BL: Tensor | None = None)
 
 def _program(model: ECGModel) -> Any:
     """The traced model, of any batch and length."""
-    graph, patch = _Graph(model.encoder, model.head, model.profile).eval(), _patch(model)
+    graph, patch = _Graph(model).eval(), _patch(model)
     example_BLT = torch.randn(2, len(LEADS), 8 * patch)
     sizes = {INPUT: {0: Dim("batch"), 2: Dim("samples", min=patch)}}
     with forced("reference"), torch.no_grad(), _quiet():
@@ -167,6 +173,8 @@ def _largest_difference(model: ECGModel, path: Path) -> tuple[float, int]:
 
 def _right(model: ECGModel, signal_BLT: Floats) -> list[Floats]:
     """The outputs by the way that PyTorch goes at inference: gains and offsets, zero for missing leads."""
+    kept_L = np.array([lead in model.leads for lead in LEADS])
+    signal_BLT = np.where(kept_L[:, None], signal_BLT, np.float32(0))
     gain_BL: Floats = np.asarray(signal_BLT.any(axis=2), np.float32)
     offset_BL: Floats = np.zeros(gain_BL.shape, np.float32)
     if model.profile.normalisation == "zscore":

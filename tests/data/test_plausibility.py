@@ -21,6 +21,7 @@ from ecgscale.data.plausibility import (
     SMALL,
     STUCK,
     UNEQUAL,
+    ZERO,
     UnlikelyUnitError,
     check_geometry,
     checked,
@@ -42,14 +43,16 @@ def mv_LT() -> np.ndarray:
     return simulation.read(simulation.items()[0]).millivolts().astype(np.float64)
 
 
-def kinds(values_LT: np.ndarray, mv_per_value=1.0, leads=LEADS) -> dict[str, str]:
+def kinds(values_LT: np.ndarray, mv_per_value=1.0, leads=LEADS, rate_hz=500.0) -> dict[str, str]:
     """Kind of each remark -> its detail."""
-    return dict(checked(values_LT, mv_per_value, leads)[1])
+    return dict(checked(values_LT, mv_per_value, leads, rate_hz)[1])
 
 
-def refusal(values_LT: np.ndarray, mv_per_value=1.0, leads=LEADS, error: type[Exception] = InputError) -> str:
+def refusal(
+    values_LT: np.ndarray, mv_per_value=1.0, leads=LEADS, error: type[Exception] = InputError, rate_hz=500.0
+) -> str:
     with pytest.raises(InputError) as caught:
-        checked(values_LT, mv_per_value, leads)
+        checked(values_LT, mv_per_value, leads, rate_hz)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -68,7 +71,7 @@ def changed(mv_LT: np.ndarray, lead: str, value: object, where: object = slice(N
 @pytest.mark.parametrize("offset_mv", [0.0, -80.0, 300.0])
 def test_an_ecg_passes_whatever_its_offset(mv_LT, dtype, offset_mv) -> None:
     offset_L1 = offset_mv * np.linspace(-1, 1, 12)[:, None]
-    kept, remarks = checked((mv_LT + offset_L1 * (dtype != "f2")).astype(dtype), 1.0, LEADS)
+    kept, remarks = checked((mv_LT + offset_L1 * (dtype != "f2")).astype(dtype), 1.0, LEADS, 500.0)
     assert (kept, remarks) == ([*range(12)], ())
 
 
@@ -204,7 +207,7 @@ def test_possible_geometry(n_samples, rate_hz) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 32.767, -80.0])
 def test_flat_and_railed_leads_are_left_out(mv_LT, value) -> None:
-    kept, remarks = checked(changed(mv_LT, "V3", value), 1.0, LEADS)
+    kept, remarks = checked(changed(mv_LT, "V3", value), 1.0, LEADS, 500.0)
     assert [LEADS[row] for row in kept] == [lead for lead in LEADS if lead != "V3"]
     assert remarks == ((FLAT, "V3"),)
 
@@ -293,6 +296,26 @@ def test_a_sign_that_was_changed(mv_LT) -> None:
     assert kinds(changed(mv_LT, "aVR", -mv_LT[3]))[UNEQUAL].startswith("aVR = -(I + II)/2 missed")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "zero", "mv_per_count"), [("u2", 2048, 0.005), ("u2", 32768, 1e-3), ("i2", 1024, 1e-3), ("u1", 128, 0.05)]
+)
+def test_a_zero_that_is_in_the_counts_still(mv_LT, dtype, zero, mv_per_count) -> None:
+    count_LT = np.rint(mv_LT / mv_per_count)
+    detail = kinds((count_LT + zero).astype(dtype), mv_per_count)[ZERO]
+    assert abs(float(detail.split()[1]) - zero * mv_per_count) < 0.3
+    assert detail.endswith(" counts")
+    assert ZERO in kinds((count_LT + zero) * mv_per_count), "of floats too"
+    assert ZERO not in kinds(count_LT.astype("i4"), mv_per_count)
+    assert (ZERO in kinds((count_LT[:1] + zero).astype(dtype), mv_per_count, ("I",))) == (zero * mv_per_count > 2)
+    assert ZERO not in kinds((count_LT[:1] + 1.4 * zero).astype("i4"), mv_per_count, ("I",)), "an electrode's"
+    assert "mend the ADC zero" in questions({ZERO: 10}, 10)[0]
+
+
+def test_a_zero_of_leads_with_unequal_scales(mv_LT) -> None:
+    scale_L = np.linspace(2e-3, 9e-3, 12)
+    assert ZERO in kinds(np.rint(mv_LT / scale_L[:, None] + 2048).astype("i2"), scale_L)
+
+
 def test_questions_are_of_most_records() -> None:
     assert questions({LOUD: 5, UNEQUAL: 6, FLAT: 10}, 10) == questions({UNEQUAL: 10}, 10)
     assert "--source-leads" in questions({UNEQUAL: 10}, 10)[0]
@@ -318,6 +341,18 @@ def test_ten_times_as_much_is_seen_in_real_sets(shared_data: Path) -> None:
         assert SMALL in kinds(mv_LT / 10, leads=record.leads) or np.median(np.ptp(mv_LT, axis=1)) > 3
 
 
+@pytest.mark.parametrize("seconds", [1.25, 2.0, 2.5, 3.0, 6.0])
+def test_ten_times_as_much_is_seen_in_short_strips(mv_LT, shared_data: Path, seconds) -> None:
+    source = WfdbFolder(shared_data / "cinc2021", "c")
+    records = [source.read(item) for item in source.items()[:20]]
+    for signal_LT, leads, rate_hz in [(mv_LT, LEADS, 500.0), *((r.millivolts(), r.leads, r.rate_hz) for r in records)]:
+        n = round(seconds * rate_hz)
+        for first in range(0, signal_LT.shape[1] - n, 2 * n):
+            strip_LT = signal_LT[:, first : first + n]
+            assert LARGE in kinds(strip_LT * 10, leads=leads, rate_hz=rate_hz)
+            assert LARGE not in kinds(strip_LT, leads=leads, rate_hz=rate_hz)
+
+
 def test_a_short_strip_is_not_called_small(mv_LT) -> None:
     for first in range(0, 3000, 500):
         assert SMALL not in kinds(mv_LT[:, first : first + 600])  # 1.2 s
@@ -337,12 +372,28 @@ def test_leads_whose_largest_number_is_1(mv_LT, leads, dtype) -> None:
 @pytest.mark.parametrize("leads", [("I",), LEADS])
 def test_records_whose_largest_number_is_1(mv_LT, leads) -> None:
     some_LT = mv_LT[[LEADS.index(lead) for lead in leads]]
-    assert kinds(some_LT / np.abs(some_LT).max(), leads=leads) == {REACHES_1: ""}
+    unit_LT = some_LT / np.abs(some_LT).max()
+    assert kinds(unit_LT, leads=leads) == {REACHES_1: ""}
+    for dtype, full, mv_per_count in (
+        ("i2", 32767, 1 / 32767),
+        ("i2", 32767, 1e-4),
+        ("i2", 1000, 1e-3),
+        ("i4", 2**31 - 1, 1e-9),
+    ):
+        assert REACHES_1 in kinds(np.rint(unit_LT * full).astype(dtype), mv_per_count, leads)
+        assert REACHES_1 not in kinds(np.rint(unit_LT * full * 0.99).astype(dtype), mv_per_count, leads)
+
+
+@pytest.mark.parametrize(("dtype", "full"), [("i2", 32767), ("i4", 2**31 - 1), ("i1", 127)])
+def test_leads_whose_largest_number_is_the_largest_of_their_type(mv_LT, dtype, full) -> None:
+    peak_LT = mv_LT / np.abs(mv_LT).max(axis=1, keepdims=True)
+    counts_LT = np.rint(peak_LT * full).astype(dtype)
+    assert kinds(counts_LT, 3 / full)[SCALED] == "each reaches exactly 1 or -1"
 
 
 def test_leads_of_nan_alone_are_absent(mv_LT) -> None:
     blank_LT = changed(changed(mv_LT, "aVF", np.nan), "V3", 4.0)
-    kept, remarks = checked(blank_LT, 1.0, LEADS)
+    kept, remarks = checked(blank_LT, 1.0, LEADS, 500.0)
     assert [LEADS[row] for row in kept] == [lead for lead in LEADS if lead not in ("aVF", "V3")]
     assert remarks == ((BLANK, "aVF"), (FLAT, "V3"))
     assert kinds(changed(mv_LT, "V6", np.nan) * 1000, np.full(12, 1e-3)) == {BLANK: "V6"}
@@ -352,6 +403,6 @@ def test_leads_of_nan_alone_are_absent(mv_LT) -> None:
 
 def test_long_records_are_judged_in_blocks(mv_LT, monkeypatch) -> None:
     z_LT = (mv_LT - mv_LT.mean(axis=1, keepdims=True)) / mv_LT.std(axis=1, keepdims=True)
-    whole = judge(z_LT, 1.0, LEADS)
+    whole = judge(z_LT, 1.0, LEADS, 500.0)
     monkeypatch.setattr(record_module, "_PIECE", 777)
-    assert judge(z_LT, 1.0, LEADS) == whole
+    assert judge(z_LT, 1.0, LEADS, 500.0) == whole

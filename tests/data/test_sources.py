@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ecgscale.data.plausibility import BLANK
 from ecgscale.data.sources import Source, SourceOptions, WfdbFolder, open_source, read_wfdb, wfdb
 from ecgscale.data.wfdb_formats import FLAC_FORMATS
 from ecgscale.data.wfdb_header import parse_header
-from ecgscale.data.wfdb_signals import UNSUMMED
+from ecgscale.data.wfdb_signals import LONGER, UNSUMMED
 from ecgscale.errors import InputError
 from ecgscale.record import LEADS, OFFSET, Record, resample_millivolts
 
@@ -171,9 +172,49 @@ def test_counts_are_exact_in_every_format(tmp_path: Path, format_: str) -> None:
     assert read_wfdb(path.with_suffix("")).leads == ("I", "II", "III")
 
 
+def mat_header(rows: int, columns: int, kind: int = 30, name: bytes = b"val\0") -> bytes:
+    """Of a MATLAB file of version 4, little-endian; 30: int16."""
+    return struct.pack("<5i", kind, rows, columns, 0, len(name)) + name
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (mat_header(301, 2), "MATLAB file of 301 rows and 2 columns; the header says 2 signals: it is transposed"),
+        (mat_header(3, 301), "MATLAB file of 3 rows and 301 columns; the header says 2 signals$"),
+        (mat_header(2, 301, 20), "a MATLAB file of int32; the header says format 16"),
+        (mat_header(2, 301, 0), "a MATLAB file of double; the header says format 16"),
+        (mat_header(2, 301, name=b"signal\0\0"), "samples begin at byte 28 of the MATLAB file; the header says 24"),
+        (mat_header(2, 300), "truncated: 300 samples per signal, the header says 301"),
+        (b"MATLAB 5.0 MAT-file, Platform: GLNXA64".ljust(128), "a MATLAB file of version 5 or later"),
+        (bytes(range(1, 25)), "no MATLAB file of version 4, although samples begin at byte 24"),
+    ],
+)
+def test_matlab_files_that_are_not_what_the_header_says(tmp_path: Path, head: bytes, reason: str) -> None:
+    (tmp_path / "m.mat").write_bytes(head + bytes(8000))
+    lines = [f"m.mat 16+24 1000/mV 16 0 0 0 0 {lead}" for lead in ("I", "II")]
+    (tmp_path / "m.hea").write_text("\n".join(["m 2 500 301", *lines]))
+    with pytest.raises(InputError, match=rf"m\.hea: m\.mat: .*{reason}"):
+        read_wfdb(tmp_path / "m.hea")
+
+
+def test_a_data_file_that_is_longer_than_its_header_says(tmp_path: Path) -> None:
+    counts_TL = random_counts(n_leads=4)
+    path = write_wfdb(tmp_path, counts_TL)
+    edit(path, lambda text: text.replace("r 4 500 301", "r 4 500 250"))
+    said = r"r\.dat holds 301 samples per signal, the header says 250"
+    with pytest.raises(InputError, match=rf"the data are damaged, or the header is not theirs: {said}"):
+        read_wfdb(path)
+    record = read_wfdb(path, verify_checksums=False)
+    assert [remark.kind for remark in record.remarks] == [LONGER]
+    edit(path, lambda text: "\n".join(text.splitlines()[:-1]).replace("r 4 500 250", "r 3 500 301"))
+    with pytest.raises(InputError, match=r"not theirs: r\.dat holds 401 samples per signal, the header says 301"):
+        read_wfdb(path)
+
+
 def test_matlab_offset_and_header_written_by_hand(tmp_path: Path) -> None:
     counts_TL = random_counts(bits=16, n_leads=2)
-    (tmp_path / "m.mat").write_bytes(b"\x01" * 24 + counts_TL.astype("<i2").tobytes())
+    (tmp_path / "m.mat").write_bytes(mat_header(2, 301) + counts_TL.astype("<i2").tobytes())
     lines = [f"m.mat 16x1+24 500(7)/uV 16 0 0 {int(counts_TL[:, i].sum())} 0 {n}" for i, n in ((0, "V6"), (1, "aVR"))]
     (tmp_path / "m.hea").write_text("\r\n".join(["# Age: 60", "m 2 360.5/360(0) 301 12:00:00 01/01/2001", *lines, ""]))
     record = read_wfdb(tmp_path / "m.hea")
@@ -306,6 +347,15 @@ def test_codes_for_missing_samples_are_found_in_counts_as_written(
 def test_a_count_that_happens_to_be_a_code_is_kept(tmp_path: Path) -> None:
     counts_TL = np.linspace(-9999, 40_000, 600, dtype=int)[:, None]
     assert read_wfdb(write_wfdb(tmp_path, counts_TL, fmt=["32"])).n_samples == 600
+
+
+def test_the_median_of_fine_counts_is_no_electrodes_offset(tmp_path: Path) -> None:
+    """16 nV a count, ±0.5 mV: more than int16 holds, and no electrode's offset."""
+    counts_TL = random_counts(bits=16, n_leads=2) + 3000
+    path = write_wfdb(tmp_path, counts_TL, fmt=["24"] * 2, adc_gain=[62_500.0] * 2)
+    record = read_wfdb(path)
+    assert set(record.offset_mv) == {"I", "II"}, "the JSON says what was taken off"
+    assert record.remarks == ()
 
 
 def test_differences_begin_at_the_initial_value(tmp_path: Path) -> None:

@@ -80,6 +80,12 @@ def test_many_labels_then_evaluate_again_and_elsewhere(small_export, shards, tmp
     run("evaluate", tmp_path / "run", f"--data.shards={tmp_path / 'other'}", "--leads", "1", "--out", tmp_path / "o")
     assert "thresholds of the fine-tuning, for its own leads" in capsys.readouterr().out
     assert json.loads((tmp_path / "o").read_text())["thresholds"].startswith("of the fine-tuning, for its own leads")
+    # Those of the validation split were tuned on it, whichever they are.
+    for leads, flattered in (("12", "of the fine-tuning, tuned on its validation split"), ("1", "tuned on these very")):
+        given = ["--split", "validation", "--leads", leads, "--out", tmp_path / "v"]
+        run("evaluate", tmp_path / "run", f"--data.shards={shards}", *given)
+        assert f"thresholds {flattered}" in capsys.readouterr().out
+        assert json.loads((tmp_path / "v").read_text())["thresholds"].startswith(flattered)
     # Lead sets beside each other: as trained it is the same as before; the masked leads do not matter.
     run("evaluate", tmp_path / "run", f"--data.shards={shards}", "--leads", "12", "2", "I,V5", "--out", tmp_path / "l")
     shown = capsys.readouterr().out.splitlines()

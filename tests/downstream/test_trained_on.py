@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
+from ecgscale.record import LEAD_SETS, Record
 from ecgscale.simulate import Simulation
 from ecgscale.trained_on import TrainedOn
 from small_jobs import SMALL
@@ -125,6 +127,19 @@ def test_what_is_not_known_is_said(models, tmp_path, capsys) -> None:
     assert seen["seen"] == seen["fine-tuning"] == seen["scored"]
     assert seen["unknown"]
     assert "of others it is not known" in capsys.readouterr().out
+
+
+def test_the_same_recordings_with_fewer_leads_are_not_said_to_be_new(models, tmp_path, capsys) -> None:
+    class ThreeLeads(Simulation):
+        def read(self, item: str) -> Record:
+            record, rows = super().read(item), [0, 1, 7]
+            return replace(record, signal_LT=record.signal_LT[rows], scale_L=record.scale_L[rows], leads=LEAD_SETS[3])
+
+    three = tmp_path / "three"
+    ingest(ThreeLeads(patients=PATIENTS, records_per_patient=1), three, IngestOptions(**ALL_FOR_TEST))
+    seen = evaluated(models / "finetune", three, tmp_path / "out.json")
+    assert (seen["seen"], seen["unknown"]) == (0, "recordings are stored with unequal leads (12 and 3)")
+    assert "trained on any of them is not known: recordings are stored with unequal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "text"])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ecgscale.errors import InputError
-from ecgscale.export import Profile
+from ecgscale.export import Profile, amend_export
 from ecgscale.inference import Recording, load
 from ecgscale.interop.fairseq import export_checkpoint, import_checkpoint
 from ecgscale.interop.fairseq_config import cfg_for, contents_of
@@ -110,6 +110,38 @@ def test_ours_there_and_back(command, make_export, small_model_config, tmp_path,
     back = load(tmp_path / "back")
     assert (back.profile, back.encoder.config) == (profile, replace(config, preset="base"))
     assert back.about["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--classes", "b,a,c"], "--classes b,a,c: the file itself says a,b,c; leave --classes out"),
+        (["--classes", "a,b"], "--classes a,b: the file itself says a,b,c; leave --classes out"),
+        (
+            ["--profile", "zscore-500hz"],
+            "--profile zscore-500hz: the file itself says mv, 500 Hz, 5 s; leave --profile",
+        ),
+        (["--profile", "mv-250hz"], "--profile mv-250hz: the file itself says mv, 500 Hz, 5 s; leave --profile out"),
+    ],
+)
+def test_what_our_own_files_say_is_not_overruled(command, refusal, make_export, tmp_path, arguments, reason):
+    names = ["a", "b", "c"]
+    export = make_export(tmp_path / "ours", profile=Profile(500.0, 5.0, "mv"), classes=3)
+    amend_export(export, classes=names)
+    command("export", export, tmp_path / "a.pt", "--format", "fairseq")
+    assert reason in refusal("import-fairseq", tmp_path / "a.pt", tmp_path / "back", *arguments)
+    assert not (tmp_path / "back").exists()
+    command("import-fairseq", tmp_path / "a.pt", tmp_path / "same", "--classes", "a,b,c", "--profile", "mv-500hz")
+    back = load(tmp_path / "same")
+    assert (back.about["classes"], back.profile) == (names, Profile(500.0, 5.0, "mv"))
+
+
+def test_leads_that_a_model_knows_travel_along(command, make_export, tmp_path):
+    export = make_export(tmp_path / "ours", leads=["I", "II", "V2"])
+    printed = command("export", export, tmp_path / "a.pt", "--format", "fairseq")
+    assert "note: trained with leads I,II,V2 alone; mask all others" in printed
+    command("import-fairseq", tmp_path / "a.pt", tmp_path / "back")
+    assert load(tmp_path / "back").leads == ("I", "II", "V2")
 
 
 def test_no_projection_is_the_identity(command, make_export, small_model_config, tmp_path, read, written):

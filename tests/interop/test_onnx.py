@@ -83,6 +83,19 @@ def test_the_file_says_what_goes_in(made):
     assert float(said.split("differ by ")[1].split()[0]) < 1e-4
 
 
+def test_leads_that_training_masked_are_masked(make_export, small_model_config, smooth_ecg, tmp_path):
+    export, path = tmp_path / "export", tmp_path / "model.onnx"
+    make_export(export, replace(small_model_config, depth=1), Profile(250.0, 2.0, "zscore"), leads=["I", "II", "V2"])
+    printed = onnx_model.export_onnx(export, path)
+    assert "all others are masked in the file, as the model was trained with I,II,V2 alone" in printed
+    properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(properties["ecgscale"])["trained_leads"] == ["I", "II", "V2"]
+    signal_LT = smooth_ecg(250, 2)
+    embedding_BD = session(path).run(["embedding"], {"signal": signal_LT[None]})[0]
+    expected = load(export).embed(signal_LT[[0, 1, 7]], 250, ("I", "II", "V2")).record_embedding
+    np.testing.assert_allclose(embedding_BD, expected, **CLOSE)
+
+
 def test_a_file_that_computes_something_else_is_not_kept(made, refusal, tmp_path, monkeypatch):
     export, _, _ = made
     out = tmp_path / "model.onnx"

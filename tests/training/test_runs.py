@@ -303,6 +303,7 @@ def test_run_folder_holds_what_it_should(one_process) -> None:
         "tensorboard",
         "events.jsonl",
         "export",
+        "run.id",
         "trained_on.keys",
     }
     assert {path.name for path in run.iterdir()} == expected

@@ -24,9 +24,18 @@ from ecgscale.data.plausibility import absent_remark, check_codes, plausible
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.wfdb_listing import all_headers_of, check_place, headers_below, read_header, without_segments
-from ecgscale.data.wfdb_formats import FLAC_FORMATS, Integers, empty_samples, frame_blocks, frames_in, read_file
+from ecgscale.data.wfdb_formats import (
+    FLAC_FORMATS,
+    PADDING,
+    Integers,
+    empty_samples,
+    frame_blocks,
+    frames_in,
+    read_file,
+)
 from ecgscale.data.wfdb_header import Header, SignalLine
 from ecgscale.data.wfdb_signals import (
+    LONGER,
     UNSUMMED,
     Signals,
     by_file,
@@ -190,8 +199,17 @@ def read_wfdb(
             metadata=known.metadata,
             invalid_samples=n_invalid,
             notes=known.notes,
-            remarks=(*([absent_remark(blank)] if blank else ()), *([Remark(UNSUMMED)] if signals.unsummed else ())),
+            remarks=tuple(_remarks(signals, blank)),
         )
+
+
+def _remarks(signals: Signals, blank: Sequence[str]) -> Iterator[Remark]:
+    if blank:
+        yield absent_remark(blank)
+    if signals.unsummed:
+        yield Remark(UNSUMMED)
+    if signals.longer:
+        yield Remark(LONGER, signals.longer)
 
 
 def _folder_name(path: Path, root: Path | None) -> str | None:
@@ -262,17 +280,23 @@ class _Reader:
             raise InputError(f"signals of unequal rates ({rates}); ignore all but those of one rate")
         rate_hz = header.rate_hz * lines[0].samples_per_frame
         check_rate(rate_hz)
-        n_frames = self._check_data_files(header, path)
+        n_frames, longer = self._check_data_files(header, path)
         samples = _decode(header, path, kept, n_frames)
-        unsummed = self.verify_checksums and not check_sums(lines, samples)
-        return replace(to_signals(lines, samples, rate_hz, dict(self.renames)), unsummed=unsummed)
+        try:
+            unsummed = self.verify_checksums and not check_sums(lines, samples)
+        except InputError as error:
+            raise InputError(f"{error}, or the header is not theirs: {longer}") if longer else error from error
+        return replace(to_signals(lines, samples, rate_hz, dict(self.renames)), unsummed=unsummed, longer=longer)
 
     def _ignores(self, line: SignalLine) -> bool:
         return line.name.casefold() in self.ignored
 
-    def _check_data_files(self, header: Header, path: Path) -> int:
-        """The number of frames; raises InputError unless every data file is there and holds so many."""
-        n_frames, given_by = header.n_frames, "the header says"
+    def _check_data_files(self, header: Header, path: Path) -> tuple[int, str]:
+        """The number of frames, and which file holds more.
+
+        Raises InputError unless every data file is there and holds so many.
+        """
+        n_frames, given_by, longer = header.n_frames, "the header says", ""
         for file_name, lines in by_file(header.signals).items():
             if all(map(self._ignores, lines)):
                 continue
@@ -283,12 +307,14 @@ class _Reader:
                     n_frames, given_by = available, f"the header says no number and {file_name} holds"
                 elif header.n_frames is None and available > n_frames:
                     raise InputError(f"{available} samples per signal; {given_by} {n_frames}; write it into the header")
+                if (available - n_frames) * sum(line.samples_per_frame for line in lines) > PADDING:
+                    longer = f"{file_name} holds {available} samples per signal, {given_by} {n_frames}"
                 if available < n_frames or n_frames == 0:
                     raise InputError(f"truncated: {available} samples per signal, {given_by} {n_frames}")
         assert n_frames is not None
         if n_frames * sum(line.samples_per_frame for line in header.signals) > MAX_VALUES:
             raise InputError(f"{n_frames} samples of {len(header.signals)} signals; at most {MAX_VALUES} in all")
-        return n_frames
+        return n_frames, longer
 
 
 def _decode(header: Header, path: Path, channels: Sequence[int], n_frames: int) -> list[Integers]:
