@@ -204,7 +204,9 @@ def test_the_commit_of_a_package_with_a_plus_where_it_was_changed(committed, tmp
     assert commit_of(tmp_path) is None
 
 
-@pytest.mark.parametrize("module", ["run_folder", "files", "json_lines", "provenance", "stopping", "progress", "typed"])
+@pytest.mark.parametrize(
+    "module", ["run_folder", "files", "json_lines", "provenance", "stopping", "progress", "errors", "registry"]
+)
 def test_the_ground_floor_imports_no_torch(module):
     code = f"import ecgscale.{module}, sys; print(*{{'torch', 'numpy', 'yaml'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
