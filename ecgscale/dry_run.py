@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import ref
 
 import torch
@@ -21,12 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ecgscale.data.batch import ECGBatch, synthetic_batch
 from ecgscale.model.stem import BLOCKS, ConvStem, PatchStem
 from ecgscale.objectives import Objective
 from ecgscale.objectives.gather import Sent, pretended_ranks
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 Device = Literal["cpu", "cuda"]
 STEM, POSITION, LAYERS, REST, LOSS = PARTS = ("stem", "position", "layers", "rest", "loss")
@@ -89,6 +91,8 @@ def counted_flops(
     module: nn.Module, run: Callable[[], Tensor], part: Callable[[str], str] = lambda _: ""
 ) -> dict[str, Flops]:
     """FLOPs of ``run``, which calls ``module``, and of its backward pass, by the part that an inner path belongs to."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     own_formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=own_formulas) as counter:
         result = run()
@@ -123,6 +127,8 @@ def _convolution_backward(
     grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *rest: Any, **_: Any
 ) -> int:
     """Each gradient takes as much as the forward pass; torch 2.13 counts one without groups."""
+    from torch.utils.flop_counter import conv_flop_count
+
     transposed, output_mask = rest[4], rest[7]
     forward: int = conv_flop_count(list(x_shape), list(weight_shape), list(grad_shape), transposed=transposed)
     return forward * (int(output_mask[0]) + int(output_mask[1]))

@@ -84,7 +84,9 @@ class Writing(Splits):
         about: dict[str, Any] = {"append": self.append, "arguments": arguments}
         if self.part:
             missing = ingest_part(source, out, chosen, part_of_n(self.part), self.workers, **about)
-            what = f"{missing} shards of other parts are missing" if missing else "all are there, --merge finishes"
+            what = (
+                f"{missing} shards of other parts are missing" if missing else "all shards are there, --merge finishes"
+            )
             print(f"{out}: part {self.part} is done; {what}")
             return
         if self.merge:
