@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 DATA ?= ../shared/data
 RUNS ?= runs
 
-.PHONY: help setup demo test lint docs gpu gpu-run gpu-rehearse gpu-wheels real endurance clean
+.PHONY: help setup demo test test-fast lint docs gpu gpu-run gpu-rehearse gpu-wheels real endurance clean
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
 	@echo "make test   the test suite: about 11 minutes on 2 cores"
+	@echo "make test-fast  what takes seconds of it: a minute and a half"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the pages of docs/ as a site with a search: build/docs/index.html"
 	@echo "make gpu    on a GPU, in 9 minutes at most: the kernels' tests, losses, benchmarks, training; results in $(RUNS)/gpu"
@@ -35,6 +36,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
