@@ -18,7 +18,8 @@ from ecgscale.data.sources import WfdbFolder, read_wfdb
 from ecgscale.errors import InputError, unreadable
 from ecgscale.files import write_whole
 from ecgscale.inference import ECGModel, Embedding, Recording, load, log_remarks
-from ecgscale.record import LEADS, Record, Remark, source_leads
+from ecgscale.lead_names import LEADS, source_leads
+from ecgscale.record import Record, Remark
 
 _LOG = logging.getLogger(__name__)
 

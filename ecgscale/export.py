@@ -21,8 +21,8 @@ from ecgscale import run_folder
 from ecgscale.data.selection import Normalisation
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import SEAL, file_sha256, read_json, seal_holds, sealed, standing, whole_folder, write_json
+from ecgscale.lead_names import LEADS
 from ecgscale.model import DEFAULT, ENCODERS, EncoderConfig, build_encoder
-from ecgscale.record import LEADS
 from ecgscale.registry import is_code
 from ecgscale.run_folder import CHECKPOINTS, EXPORT, RUN_ID, TRAINED_ON, newest_checkpoint, step_of
 from ecgscale.training.checkpoint import Checkpoint

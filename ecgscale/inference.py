@@ -25,19 +25,11 @@ from ecgscale.data.shard_set import lead_positions
 from ecgscale.data.units import mv_per_value
 from ecgscale.errors import InputError, one_line
 from ecgscale.export import Profile, described, read_model
+from ecgscale.lead_names import LEADS, canonical_leads, chosen_leads
 from ecgscale.model import Encoder, build_encoder
 from ecgscale.model.base import mean_over_time
 from ecgscale.model.stem import check_kernels
-from ecgscale.record import (
-    LEADS,
-    Record,
-    Remark,
-    canonical_leads,
-    chosen_leads,
-    electrode_offset,
-    pieces,
-    resample_millivolts,
-)
+from ecgscale.record import Record, Remark, electrode_offset, pieces, resample_millivolts
 from ecgscale.training.ranks import exact_fp32
 
 _MIN_TAIL_S = 1.0  # a shorter rest of a recording is left out, unless it is all there is

@@ -16,8 +16,8 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, SPLITS
 from ecgscale.errors import InputError
 from ecgscale.export import described, is_model, part_of, read_model
+from ecgscale.lead_names import LEADS, chosen_leads
 from ecgscale.plot import plot_record
-from ecgscale.record import LEADS, chosen_leads
 
 _SHOWN_VALUES = 12
 _NO_CLASS = "(none)"  # how recordings are counted that are known to have no class

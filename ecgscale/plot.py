@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from ecgscale.errors import InputError
 from ecgscale.files import whole_file
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 
 MM_PER_S = 25.0
 MM_PER_MV = 10.0

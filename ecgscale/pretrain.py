@@ -22,9 +22,9 @@ from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, described, export_engine, parts_of, read_model
 from ecgscale.inference import check_weights, load, recordings_of
+from ecgscale.lead_names import LEADS
 from ecgscale.model import ENCODERS
 from ecgscale.objectives import OBJECTIVES, Objective, build_objective
-from ecgscale.record import LEADS
 from ecgscale.registry import is_code
 from ecgscale.run import claim_run
 from ecgscale.run_folder import TENSORBOARD, leave_run, newest_checkpoint, newest_step

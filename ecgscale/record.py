@@ -23,14 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.errors import InputError
-from ecgscale.lead_names import LEAD_SETS as LEAD_SETS
-from ecgscale.lead_names import LEADS as LEADS
-from ecgscale.lead_names import canonical_lead as canonical_lead
-from ecgscale.lead_names import canonical_leads as canonical_leads
-from ecgscale.lead_names import chosen_leads as chosen_leads
-from ecgscale.lead_names import in_canonical_order as in_canonical_order
-from ecgscale.lead_names import lead_set_name as lead_set_name
-from ecgscale.lead_names import source_leads as source_leads
+from ecgscale.lead_names import LEADS
 
 MIN_RATE_HZ = 20.0  # below, a QRS complex of 100 ms has less than two samples
 MAX_RATE_HZ = 100_000.0  # the fastest ECG recorders sample at some 10 kHz

@@ -29,8 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.noise import electrode_noise, seen_by_channels
-from ecgscale.record import LEADS, Floats, Record
+from ecgscale.record import Floats, Record
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -26,7 +26,7 @@ from ecgscale.data.shard_set import ShardSet, lead_positions
 from ecgscale.errors import InputError, naming_file
 from ecgscale.export import read_about, trained_on_file
 from ecgscale.files import parse_json, seal_holds, sealed, write_whole
-from ecgscale.record import LEADS, lead_set_name
+from ecgscale.lead_names import LEADS, lead_set_name
 from ecgscale.run_folder import TRAINED_ON, newest_checkpoint
 from ecgscale.training.ranks import Ranks, first_rank
 

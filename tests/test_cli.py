@@ -13,7 +13,7 @@ from ecgscale import __version__
 from ecgscale.cli import COMMANDS, main
 from ecgscale.errors import InputError
 from ecgscale.inference import load
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 
 ARGUMENTS = {
     "ingest": "source out --layout --dataset --labels --label-columns --record-column --patient-key --ignore-leads"

@@ -24,7 +24,8 @@ from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, export_run, write_export
 from ecgscale.files import file_sha256, read_json, sealed, write_json
 from ecgscale.inference import ECGModel, Recording, load
-from ecgscale.record import LEADS, Record, Remark, quantise
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record, Remark, quantise
 from ecgscale.training.state import write_state
 
 WINDOW = 2500  # samples of 5 s at 500 Hz

@@ -10,8 +10,9 @@ from matplotlib.image import imread
 
 from ecgscale.data.sources import WfdbFolder
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.plot import DPI, plot_record
-from ecgscale.record import LEADS, Record
+from ecgscale.record import Record
 
 PX_PER_MM = 10
 

@@ -19,7 +19,8 @@ from scipy.ndimage import uniform_filter1d
 from scipy.signal import find_peaks
 
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 from ecgscale.simulate import RHYTHMS, Simulation
 
 NAMES = list(RHYTHMS)

@@ -14,7 +14,7 @@ from ecgscale.errors import InputError
 from ecgscale.export import amend_export
 from ecgscale.inference import load
 from ecgscale.inspection import summarise_model
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 from ecgscale.simulate import Simulation
 
 THREE = ("I", "II", "V2")

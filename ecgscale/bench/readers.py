@@ -20,7 +20,8 @@ from ecgscale.data.payload import header_bytes
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
-from ecgscale.record import LEADS, Counts
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Counts
 
 _AHEAD = 16  # batches that are read before the clock starts, where something makes them ahead of need
 

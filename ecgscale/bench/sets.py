@@ -15,7 +15,8 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST
 from ecgscale.data.sources.protocol import Source
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 from ecgscale.simulate import Simulation
 
 _DURATION_S = 5.0

@@ -17,8 +17,8 @@ from ecgscale.bench.straightforward import Straightforward, can_be_written, name
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import Copied
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.objectives.keys import TimeMasking
-from ecgscale.record import LEADS
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import Ranks
 

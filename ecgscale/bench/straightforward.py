@@ -20,12 +20,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_theirs
+from ecgscale.lead_names import LEADS
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import BLOCKS
 from ecgscale.objectives import ObjectiveConfig
 from ecgscale.objectives.objective import Draws
 from ecgscale.objectives.wav2vec2_cmsc import Wav2Vec2CMSC
-from ecgscale.record import LEADS
 
 
 class PlainDraws(NamedTuple):

@@ -13,7 +13,8 @@ import numpy as np
 import webdataset
 
 from ecgscale.data.payload import Payload, decode
-from ecgscale.record import LEADS, Counts
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Counts
 
 Reader = Callable[[], int]  # reads every record once, and says how many
 

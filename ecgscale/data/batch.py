@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 from ecgscale_kernels import LeadDraw
 
 

@@ -24,7 +24,8 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError, MachineError, naming_file, one_line
 from ecgscale.files import whole_file
-from ecgscale.record import LEADS, Counts
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Counts
 
 Int64 = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]

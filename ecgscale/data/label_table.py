@@ -132,65 +132,76 @@ def load_label_table(
     in two columns, if two files contradict each other, or if a column of ``label_columns`` is missing.
     """
     path = scratch.path / "labels.sqlite"
-    files: list[CsvFile] = []
-    likelihoods: set[str] = set()
-    patients: list[_Patients] = []
-    spellings = Spellings()
-    rows_of_none, row_of_none = 0, ""
     with being_filled(path) as table:
         table.execute(_SCHEMA)
+        filling = _Filling(table, matcher)
         for csv_path in csv_paths:
-            text = CsvText.open(csv_path)
-            _check_columns(text)
-            columns = text.columns
-            _check_spelling(text, files)
-            file = CsvFile(text, _record_column(text, matcher, record_column))
-            files.append(file)
-            at = columns.index(file.record_column)
-            matched, first_cell = 0, ""
-            patients.append(_Patients(file))
-            for row in text.rows():
-                _check_nothing_swallowed(file, row, at, matcher)
-                line, cells, _ = row
-                first_cell = first_cell or cells[at]
-                item = _record_of(file, line, cells[at], matcher)
-                if item is None:
-                    rows_of_none += 1
-                    row_of_none = row_of_none or f"{csv_path}: line {line}: {cells[at]!r}"
-                    continue
-                matched += 1
-                likelihoods |= {
-                    column
-                    for column, cell in zip(columns, cells, strict=True)
-                    if cell[:1] == "{" and column not in likelihoods and has_likelihoods(cell)
-                }
-                patients[-1].add(cells)
-                for column, cell in zip(columns, cells, strict=True):
-                    spellings.add(column, cell)
-                _insert(table, files, item, line, cells)
+            filling.take(csv_path, record_column)
             table.commit()
-            if not matched:
-                candidates = " or ".join(matcher.columns(columns, record_column, csv_path))
-                raise InputError(
-                    f"{csv_path}: column {candidates} names no record below {matcher.source}: it says {first_cell!r}, "
-                    f"{matcher.example()}"
-                )
-    column_of = {one.path: one.column for one in patients if one.column}
+    column_of = {one.path: one.column for one in filling.patients if one.column}
     done = LabelTable(
         path,
         scratch,
-        tuple(files),
+        tuple(filling.files),
         label_columns,
-        frozenset(likelihoods),
+        frozenset(filling.likelihoods),
         tuple(dict.fromkeys(column_of.values())),
-        tuple(line for one in patients for line in one.passed_over()),
-        tuple(spellings.lines()),
-        rows_of_none,
-        row_of_none,
-        _contradiction(column_of) or "; ".join(filter(None, (one.refusal() for one in patients))),
+        tuple(line for one in filling.patients for line in one.passed_over()),
+        tuple(filling.spellings.lines()),
+        filling.rows_of_none,
+        filling.row_of_none,
+        _contradiction(column_of) or "; ".join(filter(None, (one.refusal() for one in filling.patients))),
     )
     _check_label_columns(done)
     return done
+
+
+class _Filling:
+    """A table that takes one CSV after the other, and what is learnt of them meanwhile."""
+
+    def __init__(self, table: sqlite3.Connection, matcher: Matcher) -> None:
+        self._table, self._matcher = table, matcher
+        self.files: list[CsvFile] = []
+        self.likelihoods: set[str] = set()
+        self.patients: list[_Patients] = []
+        self.spellings = Spellings()
+        self.rows_of_none, self.row_of_none = 0, ""
+
+    def take(self, csv_path: Path, record_column: str | None) -> None:
+        """Match the rows of a CSV. Raises InputError as ``load_label_table`` does."""
+        text = CsvText.open(csv_path)
+        _check_columns(text)
+        _check_spelling(text, self.files)
+        file = CsvFile(text, _record_column(text, self._matcher, record_column))
+        self.files.append(file)
+        self.patients.append(_Patients(file))
+        at = text.columns.index(file.record_column)
+        matched, first_cell = 0, ""
+        for row in text.rows():
+            _check_nothing_swallowed(file, row, at, self._matcher)
+            line, cells, _ = row
+            first_cell = first_cell or cells[at]
+            item = _record_of(file, line, cells[at], self._matcher)
+            if item is None:
+                self.rows_of_none += 1
+                self.row_of_none = self.row_of_none or f"{csv_path}: line {line}: {cells[at]!r}"
+                continue
+            matched += 1
+            self._learn(text.columns, cells)
+            _insert(self._table, self.files, item, line, cells)
+        if not matched:
+            candidates = " or ".join(self._matcher.columns(text.columns, record_column, csv_path))
+            raise InputError(
+                f"{csv_path}: column {candidates} names no record below {self._matcher.source}: it says "
+                f"{first_cell!r}, {self._matcher.example()}"
+            )
+
+    def _learn(self, columns: Sequence[str], cells: Sequence[str]) -> None:
+        self.patients[-1].add(cells)
+        for column, cell in zip(columns, cells, strict=True):
+            self.spellings.add(column, cell)
+            if cell[:1] == "{" and column not in self.likelihoods and has_likelihoods(cell):
+                self.likelihoods.add(column)
 
 
 class _Patients:

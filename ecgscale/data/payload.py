@@ -31,7 +31,8 @@ from pcodec.standalone import simple_compress, simple_decompress_into
 from xxhash import xxh3_64_intdigest
 
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Counts
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Counts
 
 Payload = Literal["pco", "npy"]
 PAYLOADS: tuple[Payload, ...] = ("pco", "npy")

@@ -13,7 +13,7 @@ from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
 from ecgscale.data.shards import index_row, person_row
 from ecgscale.data.tar import Member, Sample, samples
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 
 
 class Found(NamedTuple):

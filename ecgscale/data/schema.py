@@ -10,7 +10,7 @@ from typing import Any
 from ecgscale.data.payload import PAYLOADS
 from ecgscale.errors import InputError
 from ecgscale.files import without_repeats
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 
 JSON_LIMIT_BYTES = 1 << 22  # of a record's JSON, which is parsed into twenty times as much memory
 MANIFEST_LIMIT_BYTES = 1 << 26  # of a quarter of a million shards

@@ -21,7 +21,8 @@ from ecgscale.data.remote import CacheConfig
 from ecgscale.data.shard_set import DamagedRecordError, ShardSet, UnreadableShardError, lead_positions
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Counts, chosen_leads, moments
+from ecgscale.lead_names import LEADS, chosen_leads
+from ecgscale.record import Counts, moments
 from ecgscale.rng import Purpose, below, random_words
 from ecgscale.settings import option
 

@@ -39,7 +39,8 @@ from ecgscale.data.shards import (
 from ecgscale.data.tar import name_before
 from ecgscale.errors import InputError, MachineError, file_error, naming_file
 from ecgscale.files import file_sha256
-from ecgscale.record import LEADS, Counts, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Counts, Record
 
 Int64 = npt.NDArray[np.int64]
 T = TypeVar("T")

@@ -28,7 +28,8 @@ from ecgscale.data.payload import Payload, decode_member, encode
 from ecgscale.data.schema import INDEX_HEADER_LIMIT_BYTES, check_manifest, data_offsets
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import file_sha256, free_name, parse_json, put_in_place, seal_holds, sealed, whole_file, write_whole
-from ecgscale.record import LEADS, Counts, Record, id_hash, patient_code
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Counts, Record, id_hash, patient_code
 
 FORMAT = "ecgscale-shards/2"
 MANIFEST = "manifest.json"

@@ -26,7 +26,7 @@ from ecgscale.data.remote import is_remote
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import DamagedRecordError, UnreadableShardError
 from ecgscale.errors import InputError, MachineError
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 
 Int64 = npt.NDArray[np.int64]
 Copied = Callable[[], torch.cuda.Event | None]

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from ecgscale.data.plausibility import check_geometry, checked
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Fitted, Remark, fit_counts, mv_per_unit, quantise
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Fitted, Remark, fit_counts, mv_per_unit, quantise
 
 _UNIT = re.compile(r"(\d+\.?\d*(?:[eE][-+]?\d{1,2})?)?\s*([^\W\d]+)")
 

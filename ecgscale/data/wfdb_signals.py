@@ -15,7 +15,8 @@ import numpy.typing as npt
 from ecgscale.data.wfdb_formats import FORMATS, Integers
 from ecgscale.data.wfdb_header import SignalLine
 from ecgscale.errors import InputError
-from ecgscale.record import pieces, source_leads
+from ecgscale.lead_names import source_leads
+from ecgscale.record import pieces
 
 UNSUMMED = "WFDB headers with 0 for every checksum, as of programs that leave them out: damage is not noticed"
 

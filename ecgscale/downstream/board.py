@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ecgscale.downstream.evaluate import Scored
 from ecgscale.downstream.metrics import roc_curve
 from ecgscale.downstream.report import Report
-from ecgscale.record import lead_set_name
+from ecgscale.lead_names import lead_set_name
 from ecgscale.run_folder import TENSORBOARD
 from ecgscale.training.monitor import board_of, project
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ecgscale.config import FinetuneConfig, RunConfig, load
 from ecgscale.errors import InputError
-from ecgscale.record import chosen_leads, lead_set_name
+from ecgscale.lead_names import chosen_leads, lead_set_name
 from ecgscale.studies import options_of, places, refuse_names, refuse_twice
 
 RANDOM = "random init"  # the baseline that always stands beside

@@ -21,7 +21,7 @@ from ecgscale.downstream.task import Outcome, Task, Thresholds
 from ecgscale.errors import InputError
 from ecgscale.files import write_json
 from ecgscale.inference import load
-from ecgscale.record import LEADS, chosen_leads, lead_set_name
+from ecgscale.lead_names import LEADS, chosen_leads, lead_set_name
 from ecgscale.registry import is_code
 from ecgscale.trained_on import Seen, TrainedOn
 

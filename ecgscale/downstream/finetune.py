@@ -28,9 +28,9 @@ from ecgscale.downstream.task import Labelling, Task
 from ecgscale.errors import InputError
 from ecgscale.export import about_model, amend_export, export_engine, export_of_run
 from ecgscale.inference import ECGModel, load
+from ecgscale.lead_names import LEADS, chosen_leads
 from ecgscale.model import ENCODERS, Encoder, build_encoder
 from ecgscale.objectives.masking import draw_leads
-from ecgscale.record import LEADS, chosen_leads
 from ecgscale.registry import is_code
 from ecgscale.run import claim_run
 from ecgscale.run_folder import EXPORT, TEST_REPORT, leave_run

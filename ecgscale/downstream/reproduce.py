@@ -37,9 +37,9 @@ from ecgscale.downstream.method_table import Case, Measured, write_results
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
 from ecgscale.files import write_whole
+from ecgscale.lead_names import lead_set_name
 from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.pretrain import pretrain
-from ecgscale.record import lead_set_name
 from ecgscale.registry import is_code
 from ecgscale.run import first_difference
 from ecgscale.run_folder import leave_run, lock_run

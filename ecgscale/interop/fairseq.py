@@ -24,9 +24,9 @@ from ecgscale.export import Profile, about_model, described, is_export, read_mod
 from ecgscale.interop.fairseq_config import PROFILES, cfg_for, contents_of, notes_of, profile_of
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
+from ecgscale.lead_names import LEADS, chosen_leads
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives.wav2vec2 import CODES
-from ecgscale.record import LEADS, chosen_leads
 from ecgscale.weights import refuse_nonfinite
 
 SYSTEM = "fairseq-signals"

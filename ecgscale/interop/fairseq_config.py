@@ -11,10 +11,10 @@ from torch import Tensor
 from ecgscale.errors import InputError
 from ecgscale.export import Profile
 from ecgscale.interop.fairseq_layout import Codes, Contents
+from ecgscale.lead_names import LEADS
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import preset_of
 from ecgscale.model.stem import BLOCKS
-from ecgscale.record import LEADS
 
 PROFILES = {
     "mv-500hz": Profile(500.0, 5.0, "mv"),

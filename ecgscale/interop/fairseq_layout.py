@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import BLOCKS
-from ecgscale.record import LEADS
 
 _SHOWN = 5  # names of an error message
 

@@ -26,8 +26,8 @@ from ecgscale.data.selection import zscore_gain
 from ecgscale.errors import InputError
 from ecgscale.inference import ECGModel, load
 from ecgscale.interop.output import refuse_foreign, write_over
+from ecgscale.lead_names import LEADS
 from ecgscale.model.base import mean_over_time
-from ecgscale.record import LEADS
 from ecgscale_kernels import forced
 
 INPUT = "signal"

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.model import DEFAULT
 from ecgscale.model.base import Encoder, EncoderConfig, Features, valid_tokens
 from ecgscale.model.dropout import add_dropout, dropout, kept_elements
 from ecgscale.model.position import PositionalConvolution
 from ecgscale.model.stem import CONV_PATCH_SAMPLES, ConvStem, PatchStem, check_kernels
-from ecgscale.record import LEADS
 from ecgscale_kernels import LONGEST_PATCH
 
 # Fields of ModelConfig that count something.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 from ecgscale.rng import Purpose
 from ecgscale_kernels import philox
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from ecgscale.data.batch import ECGBatch
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.model import EncoderConfig
 from ecgscale.objectives.augmentation import EIGHT, EIGHT_LEADS, as_values, twelve_leads, uniform, with_values
 from ecgscale.objectives.gather import gather_rows
 from ecgscale.objectives.keys import GlobalContrast, LeadMasking, Noise, ObjectiveConfig
 from ecgscale.objectives.objective import Draws, Encoded, Objective
 from ecgscale.objectives.simclr import nt_xent_loss, two_views
-from ecgscale.record import LEADS
 from ecgscale.rng import Purpose
 
 LARGEST_ANGLE = pi / 4

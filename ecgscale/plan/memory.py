@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ecgscale.cost import Costs
 from ecgscale.dry_run import Device
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 from ecgscale.training.engine import BUCKET
 
 _FP32 = 4

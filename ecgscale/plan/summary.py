@@ -14,6 +14,7 @@ from ecgscale.data.order import default_lanes
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.objectives import OBJECTIVES
 from ecgscale.plan.candidates import (
     Candidate,
@@ -31,7 +32,6 @@ from ecgscale.plan.config import PlanConfig
 from ecgscale.plan.failures import daly_interval_s, effective_share, simulated_share, young_interval_s
 from ecgscale.plan.memory import MOMENTS
 from ecgscale.plan.network import collective_s
-from ecgscale.record import LEADS
 
 MOST_GPUS = 4096
 LONGEST_INTERVAL_S = 1800.0

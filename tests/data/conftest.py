@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 from ecgscale.simulate import Simulation
 from in_memory import Records
 

@@ -16,7 +16,8 @@ import pytest
 from ecgscale import cli
 from ecgscale.data.sources import SourceOptions, implausible_unit, open_source
 from ecgscale.errors import InputError, MachineError
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 from ecgscale.simulate import Simulation
 
 EXAMS = """exam_id,age,is_male,nn_predicted_age,1dAVb,RBBB,LBBB,SB,ST,AF,patient_id,death,timey,normal_ecg,trace_file

@@ -26,7 +26,7 @@ from ecgscale.data.stream import TrainStream
 from ecgscale.downstream import build_task, task_config
 from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import summarise, verify_dataset
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 from ecgscale.simulate import Simulation
 from in_memory import Records
 

@@ -31,7 +31,8 @@ from ecgscale.data.indexing import index_folder
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import shard_entry, write_index, write_manifest, write_tar
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 
 ABOUT = {"rate_hz": 100, "leads": LEADS, "mv_per_count": 0.001, "patient": "p"}
 MEMORY_LIMIT_BYTES = 256 << 20  # that all cases together may take beyond what is taken when they begin

@@ -21,7 +21,7 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
 from ecgscale.data.sources import WfdbFolder, wfdb
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 
 WFDB_RATE_HZ = 250
 BROKEN = {"bad/cut", "bad/garbage", "bad/lead", "bad/rate", "bad/unit"}

@@ -15,7 +15,8 @@ from ecgscale import cli
 from ecgscale.data.sources import OpenedSource, SourceOptions, WfdbFolder, open_source
 from ecgscale.data.sources.listing import shared_names
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 from ecgscale.simulate import Simulation
 
 KINDS = ("folder", "zip", "tar", "tar.gz", "topped.zip", "topped.tar.gz")

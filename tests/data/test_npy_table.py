@@ -14,7 +14,7 @@ from ecgscale import cli
 from ecgscale.data.plausibility import BLANK
 from ecgscale.data.sources import OpenedSource, SourceOptions, implausible_unit, open_source
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 from ecgscale.simulate import Simulation
 
 RATE_HZ = 250.0

@@ -30,7 +30,8 @@ from ecgscale.data.plausibility import (
 )
 from ecgscale.data.sources import WfdbFolder
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, quantise
+from ecgscale.lead_names import LEADS
+from ecgscale.record import quantise
 from ecgscale.simulate import Simulation
 
 LIMB = LEADS[:6]

@@ -34,7 +34,8 @@ from ecgscale.data.shards import map_index, shard_entry, write_index, write_mani
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import write_whole
 from ecgscale.inspection import verify_dataset
-from ecgscale.record import LEADS, patient_code
+from ecgscale.lead_names import LEADS
+from ecgscale.record import patient_code
 
 LEAD_SUBSETS = st.sets(st.sampled_from(LEADS), min_size=1).map(lambda leads: sorted(leads, key=LEADS.index))
 PAYLOADS = pytest.mark.parametrize("payload", ["pco", "npy"])

@@ -24,7 +24,8 @@ from ecgscale.data.wfdb_formats import FLAC_FORMATS
 from ecgscale.data.wfdb_header import parse_header
 from ecgscale.data.wfdb_signals import LONGER, UNSUMMED
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS, OFFSET, Record, resample_millivolts
+from ecgscale.lead_names import LEADS
+from ecgscale.record import OFFSET, Record, resample_millivolts
 
 RATE_HZ = 500
 LINE = "r.dat 16 1000(0)/mV 16 0 0"  # the checksum and the lead's name follow as needed

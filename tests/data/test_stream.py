@@ -21,7 +21,7 @@ from ecgscale.data.selection import DataConfig, Selection, evaluation_batches
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 
 T = 250  # 2.5 s at 100 Hz
 CONFIG = DataConfig(segment_s=2.5, min_record_s=3)

@@ -19,7 +19,8 @@ from ecgscale.downstream import build_task, task_config
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.labelled import LabelledSet
 from ecgscale.inference import load, recordings_of
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 from ecgscale_launch.sweep_table import figures
 
 RATE_HZ = 500.0

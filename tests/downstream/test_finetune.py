@@ -22,8 +22,9 @@ from ecgscale.downstream.classification import logistic
 from ecgscale.downstream.finetune import _supervised
 from ecgscale.downstream.task import Labelling
 from ecgscale.inference import Neighbours, load
+from ecgscale.lead_names import LEAD_SETS, LEADS
 from ecgscale.pretrain import _project
-from ecgscale.record import LEAD_SETS, LEADS, Record
+from ecgscale.record import Record
 from ecgscale.simulate import Simulation
 from ecgscale.training.loop import TrainConfig
 

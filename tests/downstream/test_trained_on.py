@@ -15,7 +15,8 @@ from ecgscale.data.ingest import IngestOptions, ingest
 from ecgscale.data.selection import DataConfig, Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
-from ecgscale.record import LEAD_SETS, Record
+from ecgscale.lead_names import LEAD_SETS
+from ecgscale.record import Record
 from ecgscale.simulate import Simulation
 from ecgscale.trained_on import TrainedOn
 from small_jobs import SMALL

@@ -12,7 +12,7 @@ import pytest
 from ecgscale.export import Profile
 from ecgscale.inference import Recording, load
 from ecgscale.interop import onnx_model
-from ecgscale.record import LEADS
+from ecgscale.lead_names import LEADS
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.objectives import OBJECTIVES, objective_config
 from ecgscale.objectives.augmentation import EIGHT, EIGHT_LEADS, NOISE, add_noise, as_values, normal, twelve_leads
-from ecgscale.record import LEADS
 
 RATE_HZ, ROWS, SAMPLES = 500.0, 128, 2500
 SEGMENT_S = SAMPLES / RATE_HZ

@@ -11,11 +11,11 @@ from scipy.spatial.transform import Rotation
 
 from ecgscale.data.selection import DataConfig
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives import objective_config
 from ecgscale.objectives.augmentation import EIGHT, twelve_leads
 from ecgscale.objectives.three_kg import ThreeKG, another_heart, rotation
-from ecgscale.record import LEADS
 from ecgscale.rng import Purpose, random_words
 
 # x, y, z from I, II, V1..V6

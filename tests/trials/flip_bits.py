@@ -30,8 +30,8 @@ from ecgscale.data.remote import CacheConfig
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError, MachineError
 from ecgscale.export import Profile, about_model, write_export
+from ecgscale.lead_names import LEADS
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
-from ecgscale.record import LEADS
 from ecgscale.simulate import Simulation
 from ecgscale.studies import read_result, write_result
 

@@ -37,7 +37,8 @@ from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_listing import stays_inside
 from ecgscale.data.units import parse_unit, to_signal
 from ecgscale.errors import InputError, disk_failed, file_error, unreadable
-from ecgscale.record import LEADS, Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record
 
 EXAMS = "exams.csv"
 PARTS = "exams_part*.hdf5"

@@ -26,7 +26,8 @@ from ecgscale.data.sources.tree import Folder, Tree
 from ecgscale.data.sources.wfdb_listing import stays_inside
 from ecgscale.data.units import mv_per_value, parse_unit, to_signal
 from ecgscale.errors import InputError, unreadable
-from ecgscale.record import LEADS, Record, canonical_leads, check_rate
+from ecgscale.lead_names import LEADS, canonical_leads
+from ecgscale.record import Record, check_rate
 
 _TELLING = 64  # samples that tell an array from one in another unit
 

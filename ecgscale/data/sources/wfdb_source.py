@@ -46,7 +46,8 @@ from ecgscale.data.wfdb_signals import (
     without_blank,
 )
 from ecgscale.errors import InputError, MachineError, disk_failed, file_error
-from ecgscale.record import LEADS, MAX_VALUES, Record, Remark, check_rate, fit_counts, in_canonical_order
+from ecgscale.lead_names import LEADS, in_canonical_order
+from ecgscale.record import MAX_VALUES, Record, Remark, check_rate, fit_counts
 
 with warnings.catch_warnings():
     # wfdb 4.3.1 does so while it is imported; pandas 3 warns.

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.model import EncoderConfig
 from ecgscale.objectives import Objective
 from ecgscale.objectives.augmentation import as_values
 from ecgscale.objectives.keys import LeadMasking
 from ecgscale.objectives.objective import Draws, Encoded
-from ecgscale.record import LEADS
 
 
 class Amplitude(Objective):

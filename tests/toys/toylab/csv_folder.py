@@ -12,7 +12,8 @@ from ecgscale.data.sources.layout import FileSource, Place
 from ecgscale.data.sources.tree import Tree
 from ecgscale.data.units import to_signal
 from ecgscale.errors import InputError
-from ecgscale.record import Record, canonical_leads
+from ecgscale.lead_names import canonical_leads
+from ecgscale.record import Record
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ecgscale.data.batch import ECGBatch
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 from ecgscale.model.base import Encoder, EncoderConfig, Features, kept_values, valid_tokens
-from ecgscale.record import LEADS
 
 
 class Recurrent(Encoder):
