@@ -9,6 +9,7 @@ Shape suffixes: L the leads of a record, in the order of its rows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -38,6 +39,8 @@ GAIN_KEYS = ("gain", "adc_gain")  # counts per mV, or per what the units say
 UNIT_KEYS = ("units", "unit")  # of which a gain gives the counts
 ZERO_KEYS = ("baseline", "adc_zero")  # the count of 0 mV; the first that is there counts, as in WFDB headers
 _OLDER_PATIENT_KEYS = ["patient", "patient_id", "subject_id"]  # of manifests that do not say theirs
+
+_FOLDED = {lead.casefold() for lead in LEADS}
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -153,7 +156,10 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         usual |= {*patient_keys}
         told = _under_names(fields, usual)
     told |= _under_names(fields, {*UNIT_KEYS})
-    leads_L = _leads(told, rules, n_leads, [] if n_leads is None else _other_leads(fields, n_leads))
+    others = [] if n_leads is None else _other_leads(fields, n_leads)
+    if not rules.leads and not others and _only(told, LEAD_KEYS) is None:
+        _refuse_unread_leads(fields)
+    leads_L = _leads(told, rules, n_leads, others)
     rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
     _check_other_rates(fields, rate_hz)
     scale_L = _scale(told, rules, len(leads_L))
@@ -195,18 +201,19 @@ def check_zero(fields: Fields, n_leads: int) -> None:
 
     Words under these names, such as of a visit, say nothing of counts.
     """
-    told = _under_names(fields, {*ZERO_KEYS})
-    for key in ZERO_KEYS:
-        said = told.get(key)
-        counts = said if isinstance(said, list) else [said]
-        if not counts or not all(_is_number(count) for count in counts):
-            continue
-        if any(count != 0 for count in counts):
-            raise InputError(
-                f"its {key} is {str(said)[:60]}, so that 0 mV is not the count 0; subtract it from the counts, and "
-                "write 0 or leave it out"
-            )
-        return
+    for one in objects_in(fields):
+        told = _under_names(one, {*ZERO_KEYS})
+        for key in ZERO_KEYS:
+            said = told.get(key)
+            counts = said if isinstance(said, list) else [said]
+            if not counts or not all(_is_number(count) for count in counts):
+                continue
+            if any(count != 0 for count in counts):
+                raise InputError(
+                    f"its {key} is {str(said)[:60]}, so that 0 mV is not the count 0; subtract it from the counts, and "
+                    "write 0 or leave it out"
+                )
+            break
 
 
 def keys_of(fields: Fields) -> frozenset[str]:
@@ -216,11 +223,12 @@ def keys_of(fields: Fields) -> frozenset[str]:
 
 
 def objects_in(fields: Fields) -> Iterator[Fields]:
-    """The JSON itself, and all objects in it."""
+    """The JSON itself, and all objects in it, also in lists."""
     yield fields
     for value in fields.values():
-        if isinstance(value, dict):
-            yield from objects_in(value)
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, dict):
+                yield from objects_in(child)
 
 
 def as_own(described: Described, name: str, dataset: str, samples: int) -> Fields:
@@ -286,6 +294,33 @@ def _other_leads(fields: Fields, n_leads: int) -> list[tuple[str, list[str]]]:
             if all(isinstance(name, str) for name in names) and are_leads(names):
                 others.append((key, names))
     return others
+
+
+def _refuse_unread_leads(fields: Fields) -> None:
+    """Raises InputError where a JSON names leads in a form that is not read: the usual twelve would be taken for them.
+
+    Such as objects with a name each, a mapping of names to rows, or one text. A few letters that look like leads, as in
+    the grades of a disease, are none.
+    """
+    named = {word for text in _texts(fields) for word in re.split(r"[^a-z0-9]+", text.casefold()) if word in _FOLDED}
+    if 2 * len(named) >= len(LEADS):
+        raise InputError(
+            f"it names {len(named)} leads, but in no list of as many names as there are rows; write them as leads: "
+            "[I, II, ...] in the order of the rows, or give --leads I,II,..."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All keys and texts of a JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield key
+            yield from _texts(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _texts(child)
 
 
 def _leads(fields: Fields, rules: Rules, n_leads: int | None, others: list[tuple[str, list[str]]]) -> tuple[str, ...]:

@@ -488,6 +488,40 @@ def test_leads_and_rates_that_contradict_are_refused(tmp_path, said: dict, why: 
     assert why in refused(folder, "s000.json")
 
 
+UNREAD_LEADS = (
+    {"channels": [{"name": lead, "gain": 1000} for lead in MIMIC]},
+    {"signals": {"rows": [{"row": i, "lead": lead} for i, lead in enumerate(MIMIC)]}},
+    {"channels": {lead: i for i, lead in enumerate(MIMIC)}},
+    {"channels": {str(i): lead for i, lead in enumerate(MIMIC)}},
+    {f"channel_{i}": lead for i, lead in enumerate(MIMIC)},
+    {"lead_order": " ".join(MIMIC)},
+    {"lead_order": "|".join(MIMIC)},
+    {"lead_order": json.dumps(MIMIC)},
+    {"channels": [[i, lead] for i, lead in enumerate(MIMIC)]},
+    {"channels": [f"{i}:{lead} (mV)" for i, lead in enumerate(MIMIC)]},
+    {"channels": [*MIMIC, "time"]},
+)
+
+
+@pytest.mark.parametrize("said", UNREAD_LEADS, ids=range(len(UNREAD_LEADS)))
+def test_leads_in_a_form_that_is_not_read_are_refused(tmp_path, said: dict) -> None:
+    about = {"rate_hz": 100, "mv_per_count": 0.001}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about | said}])
+    assert "give --leads" in refused(folder, "s000.json")
+    np.testing.assert_array_equal(
+        index(folder, leads=tuple(MIMIC)).record(0).signal_LT, in_canonical_order(counts(0), MIMIC)
+    )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"signal": {"baseline": 512}}, {"signal": {"adc_zero": [100] * 12}}, {"signals": [{"baseline": 512}] * 12}],
+)
+def test_a_zero_that_stands_deeper_is_refused_too(tmp_path, said: dict) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
+    assert "so that 0 mV is not the count 0" in refused(folder, "s000.json")
+
+
 def test_other_lists_and_rates_say_nothing_of_leads(tmp_path) -> None:
     said = {
         "noisy": ["V1"],
