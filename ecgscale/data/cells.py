@@ -47,7 +47,11 @@ UNKNOWN_WORDS = frozenset(
 _TRUE, _FALSE = frozenset(("true", "t", "yes", "y", "1")), frozenset(("false", "f", "no", "n", "0"))
 _BOOLEANS = {"true": "1", "false": "0"}  # T and F are no class names for them: F is a fusion beat
 
-PATIENT_KEYS = ("patient_id", "patientid", "subject_id", "patient")
+PATIENT_KEYS = (
+    *("patient_id", "patientid", "patient-id", "patient id"),
+    *("subject_id", "subjectid", "subject-id", "subject id"),
+    "patient",
+)
 """Names, in any case, under which tables, headers and JSON say whose a recording is; the first that is known counts."""
 NOBODY = "a record without a known patient, taken as a person of its own"  # a note of records, not of cells
 

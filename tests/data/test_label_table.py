@@ -404,6 +404,8 @@ def test_lists_in_headers_are_read_as_in_tables(lines: list[str], classes: list[
 def test_patients_of_headers() -> None:
     assert describe(("patient_id: 17.0", "Patient_ID: 17"), None, "r").patient == "17"
     assert describe(("patient_id: NA", "subject_id: 4"), None, "r").patient == "4"
+    for spelling in ("Patient-ID", "patient id", "PatientID", "Subject ID", "SUBJECT-ID", "SubjectID"):
+        assert describe((f"{spelling}: 4",), None, "r").patient == "4", spelling
     with pytest.raises(InputError, match="patient_id names two patients, '17' and '18'"):
         describe(("patient_id: 17", "patient_id: 18"), None, "r")
 
