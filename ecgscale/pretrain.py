@@ -64,7 +64,9 @@ def pretrain(config: PretrainConfig) -> Path:
     keep_trained_on(run, config.init.model, PRETRAINING, selection, ranks)
     stream = TrainStream(selection, order, ranks.rank, ranks.world_size, kind.segments)
     contrast_rows = kind.segments * config.train.contrast
+    progress.at(0, progress.START_UP)  # counting what a step computes takes seconds: a phase of its own
     flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
+    progress.at(0, progress.START_UP)
     job = Job(
         name="pretrain",
         run=run,

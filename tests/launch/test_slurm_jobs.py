@@ -87,7 +87,7 @@ def pid_of(run: Path, rank: int) -> int:
 def test_a_run_in_spite_of_everything(cluster, long_job, undisturbed, wait_for, over, tmp_path) -> None:
     """A warning, a requeue, a more urgent job, a killed rank, a stuck rank, a cancel and a resume: on two nodes."""
     run = tmp_path / "run"
-    launch(cluster, "--nodes=2", "--hang_s=6", "--", *long_job, "--run.dir", run)
+    launch(cluster, "--nodes=2", "--hang_s=12", "--", *long_job, "--run.dir", run)
     job = number(run)
 
     def attempts_to(count: int, step: int) -> None:
