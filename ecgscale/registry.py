@@ -24,8 +24,8 @@ Function = TypeVar("Function", bound=Callable[..., object])
 class Registry(Generic[Kind]):
     """The classes that one config key can name."""
 
-    def __init__(self, key: str, base: Callable[[], type[Kind]], ours: Mapping[str, str], by: str = "") -> None:
-        """``ours`` maps each name to ``module:Class``; ``base`` gives the class that all of them derive from.
+    def __init__(self, key: str, base: str, ours: Mapping[str, str], by: str = "") -> None:
+        """``ours`` maps each name to ``module:Class``; ``base`` is the class that all of them derive from, likewise.
 
         Both are looked up late, so that a registry can stand below the rooms that it names. ``by`` says how a command
         names code that stands in what it reads.
@@ -74,7 +74,8 @@ class Registry(Generic[Kind]):
     def _imported(self, place: str) -> type[Kind]:
         module, class_name = _import(self.key, place)
         kind: Any = getattr(module, class_name, None)
-        base = self._base()
+        home, base_name = _import(self.key, self._base)
+        base: type[Kind] = getattr(home, base_name)
         if not inspect.isclass(kind):
             classes = [n for n, one in vars(module).items() if inspect.isclass(one) and issubclass(one, base)]
             near = get_close_matches(class_name, classes, 1) or classes[:1]

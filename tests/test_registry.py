@@ -19,7 +19,7 @@ class Square(Shape):
         return 1.0
 
 
-SHAPES = Registry("shape.name", lambda: Shape, {"square": f"{__name__}:Square", "cube": "nowhere.at_all:Cube"})
+SHAPES = Registry("shape.name", f"{__name__}:Shape", {"square": f"{__name__}:Square", "cube": "nowhere.at_all:Cube"})
 
 
 @pytest.fixture

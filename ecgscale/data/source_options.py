@@ -15,15 +15,9 @@ if TYPE_CHECKING:
     from ecgscale.data.sources.layout import Layout
 
 
-def _base() -> type[Layout]:
-    from ecgscale.data.sources.layout import Layout
-
-    return Layout
-
-
 LAYOUTS: Registry[Layout] = Registry(
     "layout",
-    _base,
+    "ecgscale.data.sources.layout:Layout",
     {
         "ptbxl": "ecgscale.data.sources.ptbxl:PtbXl",
         "mimic-iv-ecg": "ecgscale.data.sources.mimic_iv_ecg:MimicIvEcg",

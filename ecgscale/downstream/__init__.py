@@ -16,15 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT", "TASKS", "build_task", "task_config"]
 
 
-def _base() -> type[Task]:
-    from ecgscale.downstream.task import Task
-
-    return Task
-
-
 TASKS: Registry[Task] = Registry(
     "task.kind",
-    _base,
+    "ecgscale.downstream.task:Task",
     {
         "multilabel": "ecgscale.downstream.classification:MultiLabel",
         "singlelabel": "ecgscale.downstream.classification:SingleLabel",

@@ -13,7 +13,7 @@ __all__ = ["DEFAULT", "ENCODERS", "Encoder", "EncoderConfig", "build_encoder"]
 
 ENCODERS: Registry[Encoder] = Registry(
     "model.encoder",
-    lambda: Encoder,
+    "ecgscale.model.base:Encoder",
     {"transformer": "ecgscale.model.encoder:ECGEncoder"},
     by="--encoder NAME; in a config init.encoder, or of pretraining model.encoder",
 )

@@ -17,7 +17,7 @@ __all__ = ["DEFAULT", "OBJECTIVES", "Objective", "ObjectiveConfig", "build_objec
 
 OBJECTIVES: Registry[Objective] = Registry(
     "objective.name",
-    lambda: Objective,
+    "ecgscale.objectives.objective:Objective",
     {
         "wav2vec2": "ecgscale.objectives.wav2vec2:Wav2Vec2",
         "cmsc": "ecgscale.objectives.cmsc:CMSC",

@@ -17,7 +17,7 @@ from ecgscale.registry import Registry
 Option = bool | int | float | str | list[float]
 
 OPTIMIZERS: Registry[torch.optim.Optimizer] = Registry(
-    "engine.optimizer", lambda: torch.optim.Optimizer, {"adamw": "ecgscale.training.optimizers:AdamW"}
+    "engine.optimizer", "torch.optim:Optimizer", {"adamw": "ecgscale.training.optimizers:AdamW"}
 )
 
 
