@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ecgscale.data.cells import find_key
 from ecgscale.data.foreign import Fields, Rules, common_order
@@ -17,6 +17,8 @@ from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.remarked import Remarked
 from ecgscale.data.shards import Columns
 from ecgscale.errors import InputError
+
+Value = TypeVar("Value", float, str)
 
 
 @dataclass
@@ -44,11 +46,7 @@ class IndexedTar:
 
 def only_rate(found: Sequence[IndexedTar]) -> float:
     """In Hz. Raises InputError where there are two."""
-    rates: dict[float, str] = {}
-    for one in found:
-        for rate_hz, name in one.rates.items():
-            rates.setdefault(rate_hz, f"{one.path}: {name!r}")
-    (rate_hz, first), *others = rates.items()
+    (rate_hz, first), *others = _first_records(found, lambda one: one.rates).items()
     if others:
         raise InputError(
             f"{others[0][1]} has {others[0][0]:g} Hz, {first} has {rate_hz:g} Hz; a data set has one rate: write the "
@@ -57,14 +55,20 @@ def only_rate(found: Sequence[IndexedTar]) -> float:
     return rate_hz
 
 
+def _first_records(found: Sequence[IndexedTar], names_of: Callable[[IndexedTar], dict[Value, str]]) -> dict[Value, str]:
+    """Each value with the first record that has it, as ``a.tar: 'x/1'``."""
+    first_of: dict[Value, str] = {}
+    for one in found:
+        for value, name in names_of(one).items():
+            first_of.setdefault(value, f"{one.path}: {name!r}")
+    return first_of
+
+
 def check_patient_keys(found: Sequence[IndexedTar]) -> None:
     """Raises InputError where records name their patients by different keys: ids of two may be of two kinds."""
-    keys: dict[str, str] = {}
-    for one in found:
-        for key, name in one.patient_keys.items():
-            keys.setdefault(key, f"{one.path}: {name!r} names its patient by {key!r}")
-    if len(keys) > 1:
-        first, second, *_ = keys.values()
+    first_of = _first_records(found, lambda one: one.patient_keys)
+    if len(first_of) > 1:
+        first, second, *_ = (f"{record} names its patient by {key!r}" for key, record in first_of.items())
         raise InputError(
             f"{second}, {first}; ids under two keys may be of two kinds: give all records one --patient-key, null "
             "where it is unknown"
@@ -80,12 +84,9 @@ def dataset_of(fields: Fields) -> str:
 
 def check_one_dataset(found: Sequence[IndexedTar]) -> None:
     """Raises InputError where JSON names several data sets: equal ids are other patients there, but not in one set."""
-    first_of: dict[str, str] = {}
-    for one in found:
-        for dataset, name in one.datasets.items():
-            first_of.setdefault(dataset, f"{one.path}: {name!r} is of {dataset or 'no data set'!r}")
+    first_of = _first_records(found, lambda one: one.datasets)
     if len(first_of) > 1:
-        first, second, *_ = first_of.values()
+        first, second, *_ = (f"{record} is of {dataset or 'no data set'!r}" for dataset, record in first_of.items())
         raise InputError(
             f"{second}, {first}; patients are (data set, id): give each set's tars a folder of their own, or --dataset "
             "where equal ids are one person"
