@@ -13,13 +13,23 @@ from ecgscale.commands.command import OneLineParser, first_rank, part_of_n, want
 Config = TypeVar("Config")
 
 
+def _helped(argv: list[str], config_type: type, command: str, *more: str) -> bool:
+    """Print the help of a command that a config describes, and these lines, where it is wanted."""
+    from ecgscale import config
+
+    if not wants_help(argv):
+        return False
+    print(config.help_text(config_type, command))
+    print("\n".join(more))
+    return True
+
+
 def pretrain(argv: list[str]) -> None:
     """Pretrain an encoder without labels; goes on by itself where the run folder holds a checkpoint."""
     from ecgscale import config
 
-    if wants_help(argv):
-        print(config.help_text(config.PretrainConfig, "pretrain"))
-        print("--init FOLDER is short for --init.model FOLDER. Shape, segments and normalisation are the model's.")
+    short = "--init FOLDER is short for --init.model FOLDER. Shape, segments and normalisation are the model's."
+    if _helped(argv, config.PretrainConfig, "pretrain", short):
         return
     chosen = config.load(config.PretrainConfig, argv)
     from ecgscale.pretrain import pretrain as run
@@ -33,9 +43,8 @@ def finetune(argv: list[str]) -> None:
     """Fine-tune a pretrained encoder on a downstream task, or fit a probe; scored on the test split."""
     from ecgscale import config
 
-    if wants_help(argv):
-        print(config.help_text(config.FinetuneConfig, "finetune"))
-        print("--init FOLDER is short for --init.model FOLDER. Segments and normalisation are those of the model.")
+    short = "--init FOLDER is short for --init.model FOLDER. Segments and normalisation are those of the model."
+    if _helped(argv, config.FinetuneConfig, "finetune", short):
         return
     chosen = config.load(config.FinetuneConfig, argv)
     from ecgscale.downstream.evaluate import table
@@ -86,10 +95,13 @@ def _study(
     how.add_argument("--part", type=part_of_n, default=(1, 1))
     how.add_argument("--merge", action="store_true")
     how.add_argument("--dry-run", action="store_true")
-    if wants_help(argv):
-        print(config.help_text(config_type, command))
-        print("  CONFIG.yaml is short for --config CONFIG.yaml\n  --part I/N   do only part I of N, and write no table")
-        print("  --merge      write the table, when all parts are done\n  --dry-run    only list what is to be done")
+    more = (
+        "  CONFIG.yaml is short for --config CONFIG.yaml",
+        "  --part I/N   do only part I of N, and write no table",
+        "  --merge      write the table, when all parts are done",
+        "  --dry-run    only list what is to be done",
+    )
+    if _helped(argv, config_type, command, *more):
         return
     options, rest = parser.parse_known_args(argv)
     if rest and not rest[0].startswith("-"):
@@ -113,12 +125,13 @@ def plan(argv: list[str]) -> None:
     from ecgscale.plan.command import check, run
     from ecgscale.plan.config import PlanConfig
 
-    if wants_help(argv):
-        print(config.help_text(PlanConfig, "plan"))
-        print("  --out FILE.yaml  write the recommended config, for `ecgscale pretrain --config`")
-        print("  --json           for programs: seconds, bytes, FLOP/s")
-        print("  --measure        plan for this machine, with rates that are measured in half a minute")
-        print("  --check          hold predictions against real steps on this machine, in minutes; takes no other key")
+    more = (
+        "  --out FILE.yaml  write the recommended config, for `ecgscale pretrain --config`",
+        "  --json           for programs: seconds, bytes, FLOP/s",
+        "  --measure        plan for this machine, with rates that are measured in half a minute",
+        "  --check          hold predictions against real steps on this machine, in minutes; takes no other key",
+    )
+    if _helped(argv, PlanConfig, "plan", *more):
         return
     parser = OneLineParser(prog="ecgscale plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path)
