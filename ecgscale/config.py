@@ -102,15 +102,15 @@ def load(config_type: type[Config], words: list[str]) -> Config:
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range, with the
     file and line of the key.
     """
-    names_after_files, names = _names_given(config_type, words)
-    known_then = iter(names_after_files)
+    files, names = _names_given(config_type, words)
+    in_order = iter(files)
 
-    def file(path: Path) -> settings.Given:
-        given = settings.read_file(path)
+    def file(_: Path) -> settings.Given:
+        given, names_then = next(in_order)
         given.elsewhere = belonging_elsewhere
         if is_saved_before(config_type, given.tree):
             given.tree = current(config_type, given.tree)
-        settings.refuse_unknown(resolved(config_type, next(known_then)), given)
+        settings.refuse_unknown(resolved(config_type, names_then), given)
         given.tree = fitting(config_type, given.tree, names)
         return given
 
@@ -118,40 +118,27 @@ def load(config_type: type[Config], words: list[str]) -> Config:
     return _built(config_type, settings.from_words(kind, words, _SHORT, file, belonging_elsewhere))
 
 
-def _names_given(config_type: type, words: list[str]) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Which classes are named, by group: after each file, and at the end."""
+def _names_given(
+    config_type: type, words: list[str]
+) -> tuple[list[tuple[settings.Given, dict[str, str]]], dict[str, str]]:
+    """The files that are named, each with the classes that are named by then, by group; and those at the end."""
     names: dict[str, str] = {}
-    after_files, groups = [], dotted(config_type)
+    files, groups = [], dotted(config_type)
     for word, next_word in pairwise([*words, ""]):
         key, equals, value = word.removeprefix("--").partition("=")
         value = value if equals else next_word
         if word.startswith("--") and key == "config" and value:
-            names = names | named(config_type, settings.read_file(Path(value)).tree)
-            after_files.append(names)
+            given = settings.read_file(Path(value))
+            names = names | named(config_type, given.tree)
+            files.append((given, names))
         elif word.startswith("--") and key in groups:
             names = names | {groups[key]: value}
-    return after_files, names
-
-
-def overridden(config_type: type[Config], tree: dict[str, Any], words: list[str]) -> Config:
-    """A nested dict with ``--any.key value`` on top -> a checked config. Raises InputError as ``load`` does."""
-    given = settings.Given(tree, belonging_elsewhere)
-    kind = resolved(config_type, named(config_type, tree))
-    given.update(settings.from_words(kind, words, _SHORT, elsewhere=belonging_elsewhere))
-    return _built(config_type, given)
+    return files, names
 
 
 def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     """A nested dict -> a checked config; ``model.preset`` and ``init.model`` fill in what the tree does not give."""
     return _built(config_type, settings.Given(tree, belonging_elsewhere))
-
-
-def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
-    """A YAML config as a dict of known keys."""
-    given = settings.read_file(path)
-    given.elsewhere = belonging_elsewhere
-    settings.refuse_unknown(resolved(config_type, named(config_type, given.tree)), given)
-    return given.tree
 
 
 def dump(config: Any) -> str:

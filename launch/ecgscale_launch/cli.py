@@ -129,7 +129,7 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _help() -> str:
-    from ecgscale.config import help_text
+    from ecgscale.settings_help import help_text
     from ecgscale_launch.launch_config import LaunchConfig
 
     title = "What a job asks"

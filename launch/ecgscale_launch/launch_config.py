@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from ecgscale import yaml_text
+from ecgscale import settings, yaml_text
 from ecgscale.errors import InputError
 from ecgscale_launch.slurm_words import (
     FEATURES,
@@ -250,9 +250,9 @@ def load_cluster(path: Path | None, overrides: list[str]) -> LaunchConfig:
 
 def changed(tree: dict[str, Any], overrides: list[str]) -> LaunchConfig:
     """A config with ``--any.key value`` on top. Raises InputError."""
-    from ecgscale.config import overridden  # imports PyTorch, for which the supervisor of a job need not wait
-
-    return overridden(LaunchConfig, tree, overrides)
+    given = settings.Given(tree)
+    given.update(settings.from_words(LaunchConfig, overrides))
+    return settings.build(LaunchConfig, given)
 
 
 def _refusal(tree: dict[str, Any]) -> str | None:
@@ -266,9 +266,7 @@ def _refusal(tree: dict[str, Any]) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A cluster's YAML, with text as it was written: ``time: 1:30:00`` is no number."""
-    from ecgscale.config import read_yaml
-
-    read_yaml(path, LaunchConfig)  # refuses what cannot be read and unknown keys
+    settings.refuse_unknown(LaunchConfig, settings.read_file(path))
     try:
         return _typed(yaml_text.read(path, as_written=True), LaunchConfig)
     except InputError as error:
