@@ -65,7 +65,9 @@ def pretrain(config: PretrainConfig) -> Path:
     stream = TrainStream(selection, order, ranks.rank, ranks.world_size, kind.segments)
     contrast_rows = kind.segments * config.train.contrast
     progress.at(0, progress.START_UP)  # counting what a step computes takes seconds: a phase of its own
-    flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
+    flops = 0.0  # the first rank writes down for all
+    if ranks.first:
+        flops = step_flops(config.model, config.objective, stream.shape[0], selection.samples, contrast_rows)
     progress.at(0, progress.START_UP)
     job = Job(
         name="pretrain",
