@@ -62,10 +62,7 @@ def embed_files(
         "--unit": unit,
         "--mv-per-count": mv_per_count,
     }
-    for option, value in given.items():
-        if value is not None and option not in _OPTIONS[kind]:
-            fitting = " or ".join(name for name, options in _OPTIONS.items() if option in options)
-            raise InputError(f"{source}: {option} goes with {fitting}, not with {kind}; leave it out")
+    _refuse_options_of_others(source, kind, given)
     model = load(model_path, encoder)
     if model.leads != LEADS and kind != "an .npy":  # of which ``ECGModel.embed`` says it
         _LOG.warning("all other leads are masked, as in training: %s", model.trained_with())
@@ -99,6 +96,14 @@ def embed_files(
         else ""
     )
     return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}{skipped}"
+
+
+def _refuse_options_of_others(source: Path, kind: str, given: Mapping[str, Any]) -> None:
+    """Raises InputError for an option that says nothing about this kind of input."""
+    for option, value in given.items():
+        if value is not None and option not in _OPTIONS[kind]:
+            fitting = " or ".join(name for name, options in _OPTIONS.items() if option in options)
+            raise InputError(f"{source}: {option} goes with {fitting}, not with {kind}; leave it out")
 
 
 def _embed_npy(
