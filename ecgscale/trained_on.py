@@ -8,7 +8,6 @@ Nor is a recording that is stored with other leads: where these differ, it is sa
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from safetensors.numpy import save
 from ecgscale.data.copies import content_keys
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet, lead_positions
+from ecgscale.data.shards import columns_sha256
 from ecgscale.errors import InputError, naming_file
 from ecgscale.export import read_about, trained_on_file
 from ecgscale.files import parse_json, seal_holds, sealed, write_whole
@@ -93,7 +93,7 @@ class TrainedOn:
             with naming_file(path, "cannot read"), safe_open(path, "np") as file:
                 about = parse_json((file.metadata() or {}).get(_ABOUT, "").encode())
                 keys = {stage: file.get_tensor(stage) for stage in file.keys()}  # noqa: SIM118, it is no dict
-            if not seal_holds(about) or about["keys_sha256"] != _sha256(keys):
+            if not seal_holds(about) or about["keys_sha256"] != columns_sha256(keys):
                 raise ValueError("its sha256 is another")
             leads = frozenset(about.get("leads", []))  # which earlier versions did not write
             return TrainedOn(keys, frozenset(about["payloads"]), leads, about["complete"])
@@ -103,7 +103,7 @@ class TrainedOn:
     def write(self, path: Path) -> None:
         """Complete or absent."""
         about = {"payloads": sorted(self.payloads), "leads": sorted(self.leads), "complete": self.complete}
-        about["keys_sha256"] = _sha256(self.keys)
+        about["keys_sha256"] = columns_sha256(self.keys)
         write_whole(path, save(dict(self.keys), {_ABOUT: json.dumps(sealed(about))}))
 
     def plus(self, stage: str, selection: Selection) -> TrainedOn:
@@ -150,14 +150,6 @@ def keep_trained_on(run: Path, begun_with: str, stage: str, selection: Selection
         before.plus(stage, selection).write(path)
 
     first_rank(ranks, keep)
-
-
-def _sha256(keys: Mapping[str, Keys]) -> str:
-    digest = hashlib.sha256()
-    for stage, key_R in sorted(keys.items()):
-        digest.update(f"{stage} {key_R.dtype.str} {key_R.shape} ".encode())
-        digest.update(np.ascontiguousarray(key_R).data)
-    return digest.hexdigest()
 
 
 def _keys(shards: ShardSet, number_R: Int64) -> Keys:

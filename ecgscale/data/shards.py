@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -337,3 +337,12 @@ def torn_patients(
         if torn.size:
             return torn, f"{SPLITS[one]} and {SPLITS[other]}"
     return None
+
+
+def columns_sha256(columns: Mapping[str, npt.NDArray[Any]], said: str = "") -> str:
+    """Of columns with their names, types and shapes, behind what is said of them."""
+    digest = hashlib.sha256(said.encode())
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype.str} {column.shape} ".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()

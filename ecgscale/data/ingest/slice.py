@@ -24,7 +24,7 @@ from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import split_value, without_value
 from ecgscale.data.payload import Payload
 from ecgscale.data.schema import parse_json
-from ecgscale.data.shards import COLUMNS, Columns, index_row, read_signal, write_tar
+from ecgscale.data.shards import COLUMNS, Columns, columns_sha256, index_row, read_signal, write_tar
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import whole_file
 from ecgscale.record import Record, Remark, patient_code
@@ -153,21 +153,12 @@ def _read(tar: Path) -> tuple[Part, Columns]:
             columns: Columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         raise _DamagedError from error
-    if digest != _digest(said, columns):
+    if digest != columns_sha256(columns, said):
         raise _DamagedError
     told = json.loads(said)
     if told.keys() != _PART_FIELDS or columns.keys() != _PART_COLUMNS:
         raise _DamagedError  # another version's
     return Part(**told), columns
-
-
-def _digest(said: str, columns: Columns) -> str:
-    """sha256 over what a part file says and over its columns, with their names, types and shapes."""
-    digest = hashlib.sha256(said.encode())
-    for name, column in sorted(columns.items()):
-        digest.update(f"{name} {column.dtype.str} {column.shape} ".encode())
-        digest.update(np.ascontiguousarray(column).data)
-    return digest.hexdigest()
 
 
 @runtime_checkable
@@ -253,7 +244,7 @@ def convert(task: Slice) -> Part:
     columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
     path = part_file(task.tar)
     with whole_file(path, sweep=False) as partial:
-        partial.write_bytes(save(columns, {"part": said, _DIGEST: _digest(said, columns)}))
+        partial.write_bytes(save(columns, {"part": said, _DIGEST: columns_sha256(columns, said)}))
     return part
 
 
