@@ -111,6 +111,22 @@ def test_losses_on_two_ranks_equal_those_on_one_and_a_killed_run_goes_on(shards,
     assert [event["step"] for event in events(killed) if "train/loss" in event].count(3) == 2, "was done again"
 
 
+def tensor_bytes(checkpoint: Path) -> int:
+    """Without the headers of its files."""
+    sizes = [(path.stat().st_size, path.read_bytes()[:8]) for path in checkpoint.glob("*.safetensors")]
+    return sum(size - 8 - int.from_bytes(header, "little") for size, header in sizes)
+
+
+@pytest.mark.usefixtures("on_path")
+def test_a_plan_knows_what_of_an_objective_is_trained(shards, jobs, tmp_path, capsys):
+    jobs.run(1, job(shards, tmp_path / "run", *OWN_OBJECTIVE, *OURS, steps=1))
+    written = tensor_bytes(tmp_path / "run" / "checkpoints" / "step-00000001")
+    assert main(["plan", *OWN_OBJECTIVE, *OURS, "--cluster.gpus_per_node=2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["storage"]["checkpoint_bytes"] == written == 12 * plan["parameters"] - 8 * 4 * 12, "the mixture"
+    assert plan["recommended"]["fits"]
+
+
 def test_each_is_one_file_that_the_packages_do_not_know():
     files = [path for path in (TOYS / "toylab").glob("*.py") if path.stem not in ("__init__", "unfinished")]
     named = {name.partition(":")[0] for name in (OBJECTIVE, ENCODER, LAYOUT, TASK, OPTIMIZER, SCHEDULE)}
