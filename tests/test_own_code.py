@@ -127,6 +127,33 @@ def test_a_plan_knows_what_of_an_objective_is_trained(shards, jobs, tmp_path, ca
     assert plan["recommended"]["fits"]
 
 
+BENCH = ["bench", "step", "--quick", "--batch=2", "--samples=250", "--threads=1"]
+
+
+def test_a_bench_takes_steps_of_an_objective_and_an_encoder_with_their_optimizer(jobs, tmp_path):
+    optimizer = [option for option in OWN_UPDATE if "engine" in option]
+    jobs.run(1, [*BENCH, f"--out={tmp_path}", *OWN_OBJECTIVE, *OWN_ENCODER, *optimizer])
+    (report,) = tmp_path.glob("*.json")
+    (section,) = json.loads(report.read_text())["sections"]
+    (own,) = {(case["preset"], case["objective"]) for case in section["settings"].values()}
+    assert own == (ENCODER, OBJECTIVE)
+    ways = {name.split("/")[-2] for name in section["scalars"] if name.endswith("ecg_per_s")}
+    assert ways == {"ddp", "ecgscale"}, "the method of the paper has another encoder"
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--preset=tiny", *OWN_ENCODER], f"model.preset belongs to transformer, not to {ENCODER}"),
+        (["--checkpointing=1", *OWN_OBJECTIVE, *OWN_ENCODER], "activation_checkpointing 1: the model has 0 layers"),
+        (OWN_ENCODER, f"model.encoder {ENCODER}: does not go with objective.name wav2vec2+cmsc"),
+    ],
+)  # fmt: skip
+def test_a_bench_refuses_what_an_encoder_has_not(given, said, tmp_path, refusal):
+    assert said in refusal(*BENCH, f"--out={tmp_path}", *given)
+
+
 def test_each_is_one_file_that_the_packages_do_not_know():
     files = [path for path in (TOYS / "toylab").glob("*.py") if path.stem not in ("__init__", "unfinished")]
     named = {name.partition(":")[0] for name in (OBJECTIVE, ENCODER, LAYOUT, TASK, OPTIMIZER, SCHEDULE)}
