@@ -13,6 +13,7 @@ import pytest
 
 import ecgscale
 from ecgscale.cli import main
+from ecgscale.config import FinetuneConfig, load
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.training.checkpoint import latest
 from small_jobs import losses
@@ -54,6 +55,12 @@ def test_a_fine_tuned_run_is_scored_the_same(earlier, expected, tmp_path) -> Non
     again = json.loads(report.read_text())
     for key in ("classes", "macro", "leads", "split"):
         assert again[key] == expected["report"][key], key
+
+
+def test_a_fine_tuned_runs_config_is_taken_again(earlier) -> None:
+    """It has the keys of all tasks, as was written then."""
+    config = load(FinetuneConfig, ["--config", str(earlier / "tuned" / "config.yaml")])
+    assert (config.task.kind, config.task.label, config.train.steps) == ("singlelabel", "rhythm", 2)
 
 
 def test_a_killed_run_goes_on_as_it_would_have_then(earlier, jobs, tmp_path) -> None:
