@@ -1,19 +1,22 @@
-"""One dataclass tree per command: YAML file + dotted overrides, unknown keys refused, the resolved tree saved.
+"""Reads the config of any command, and puts together that of pretraining.
 
-The dataclasses stand beside the things that they configure; this file puts them together and reads them.
+A config is one dataclass tree: YAML file + dotted overrides, unknown keys refused, the resolved tree saved. Its
+dataclasses stand beside the things that they configure.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from ecgscale import settings, settings_help
+from ecgscale import model, objectives, settings, settings_help
 from ecgscale.choices import (
+    Choice,
     belonging_elsewhere,
     choices_of,
     current,
@@ -24,14 +27,11 @@ from ecgscale.choices import (
     resolved,
 )
 from ecgscale.data.selection import DataConfig
-from ecgscale.downstream import task_config
-from ecgscale.downstream.task import TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import described, read_about
-from ecgscale.model import DEFAULT as USUAL_ENCODER
 from ecgscale.model import ENCODERS, EncoderConfig
-from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
+from ecgscale.objectives import OBJECTIVES, ObjectiveConfig
+from ecgscale.objectives.keys import WRITTEN_BEFORE
 from ecgscale.run_folder import CONFIG
 from ecgscale.settings import option
 from ecgscale.training.engine_config import EngineConfig
@@ -57,17 +57,8 @@ class StartConfig:
     normalisation are taken where the keys are not given."""
 
 
-@dataclass(frozen=True)
-class InitConfig:
-    """What fine-tuning begins with."""
-
-    model: str = ""
-    """Run folder or export folder of the pretrained model."""
-    encoder: str = ""
-    """The class of its encoder, package.module:Class, where that is not one of ours: a model's own word imports
-    nothing."""
-    random: bool = False
-    """Keep the model's shape and preprocessing but begin with new weights: the baseline."""
+ENCODER = Choice(EncoderConfig, ENCODERS, model.DEFAULT)
+OBJECTIVE = Choice(ObjectiveConfig, OBJECTIVES, objectives.DEFAULT, frozenset(WRITTEN_BEFORE))
 
 
 @dataclass(frozen=True)
@@ -76,20 +67,8 @@ class PretrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     init: StartConfig = field(default_factory=StartConfig)
-    model: EncoderConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=objective_config)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Everything about a fine-tuning run or a linear probe."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    init: InitConfig = field(default_factory=InitConfig)
-    task: TaskConfig = field(default_factory=task_config)
+    model: EncoderConfig = field(default_factory=ENCODER)
+    objective: ObjectiveConfig = field(default_factory=OBJECTIVE)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -103,11 +82,11 @@ def load(config_type: type[Config], words: list[str]) -> Config:
     file and line of the key.
     """
     files, names = _names_given(config_type, words)
-    in_order = iter(files)
+    in_order, elsewhere = iter(files), partial(belonging_elsewhere, config_type)
 
     def file(_: Path) -> settings.Given:
         given, names_then = next(in_order)
-        given.elsewhere = belonging_elsewhere
+        given.elsewhere = elsewhere
         if is_saved_before(config_type, given.tree):
             given.tree = current(config_type, given.tree)
         settings.refuse_unknown(resolved(config_type, names_then), given)
@@ -115,7 +94,7 @@ def load(config_type: type[Config], words: list[str]) -> Config:
         return given
 
     kind = resolved(config_type, names)
-    return _built(config_type, settings.from_words(kind, words, _SHORT, file, belonging_elsewhere))
+    return _built(config_type, settings.from_words(kind, words, _SHORT, file, elsewhere))
 
 
 def _names_given(
@@ -138,7 +117,7 @@ def _names_given(
 
 def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     """A nested dict -> a checked config; ``model.preset`` and ``init.model`` fill in what the tree does not give."""
-    return _built(config_type, settings.Given(tree, belonging_elsewhere))
+    return _built(config_type, settings.Given(tree, partial(belonging_elsewhere, config_type)))
 
 
 def dump(config: Any) -> str:
@@ -195,7 +174,7 @@ def _begin_with(given: settings.Given, init: str) -> None:
     before = current(PretrainConfig, settings.read_file(saved).tree) if saved.is_file() else {}
     encoder = given.get("model.encoder", "")
     if before.get("init", {}).get("model") == init:
-        shape, prepared = {"encoder": USUAL_ENCODER} | before.get("model", {}), before.get("data", {})
+        shape, prepared = {ENCODER.key: ENCODER.usual} | before.get("model", {}), before.get("data", {})
         ENCODERS.find_read(shape["encoder"], saved, [encoder])
         codes = before.get("objective", {})
     else:
@@ -214,5 +193,5 @@ def _begin_with(given: settings.Given, init: str) -> None:
             )
     _fill(given, "model", shape)
     _fill(given, "data", prepared)
-    objective_kind = OBJECTIVES.find(named(PretrainConfig, given.tree).get("objective", DEFAULT))
+    objective_kind = OBJECTIVES.find(named(PretrainConfig, given.tree).get("objective", OBJECTIVE.usual))
     _fill(given, "objective", {key: codes[key] for key in objective_kind.shape_keys if key in codes})

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ecgscale.config import FinetuneConfig, RunConfig, load
+from ecgscale.config import RunConfig, load
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.errors import InputError
 from ecgscale.lead_names import chosen_leads, lead_set_name
 from ecgscale.studies import options_of, places, refuse_names, refuse_twice

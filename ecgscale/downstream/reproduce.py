@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ecgscale.config import FinetuneConfig, PretrainConfig, load
+from ecgscale.config import PretrainConfig, load
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
@@ -33,6 +33,7 @@ from ecgscale.downstream.comparison import (
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.downstream.method_table import Case, Measured, write_results
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
