@@ -6,6 +6,7 @@ dataclasses stand beside the things that they configure.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
@@ -74,8 +75,10 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def load(config_type: type[Config], words: list[str]) -> Config:
+def load(config_type: type[Config], words: list[str], values: Mapping[str, Any] | None = None) -> Config:
     """``--config FILE`` and ``--any.key value`` -> a checked config; later ones win, ``--init`` is ``--init.model``.
+
+    ``values`` of dotted keys win over all words: what a command of ours decides itself.
 
     Where a word names another objective than a file before it, the file's keys of its own objective are left out.
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range, with the
@@ -94,7 +97,10 @@ def load(config_type: type[Config], words: list[str]) -> Config:
         return given
 
     kind = resolved(config_type, names)
-    return _built(config_type, settings.from_words(kind, words, _SHORT, file, elsewhere))
+    given = settings.from_words(kind, words, _SHORT, file, elsewhere)
+    for key, value in (values or {}).items():
+        given.put(key, value, "")
+    return _built(config_type, given)
 
 
 def _names_given(
@@ -131,8 +137,8 @@ def help_text(config_type: type, command: str) -> str:
     more: dict[str, list[tuple[Any, type]]] = {}
     owners: dict[str, str] = {}
     for group, choice in choices_of(config_type).items():
-        usual = [one.name for one in fields(choice.keys(choice.usual))]
-        others = {one.name: (one, keys) for keys in map(choice.keys, choice.registry) for one in fields(keys)}
+        usual = [member.name for member in fields(choice.keys(choice.usual))]
+        others = {member.name: (member, keys) for keys in map(choice.keys, choice.registry) for member in fields(keys)}
         more[group] = [others[name] for name in others if name not in usual]
         for name in others:
             if len(having := choice.owners(name)) < len(choice.registry):
@@ -152,7 +158,7 @@ def _built(config_type: type[Config], given: settings.Given) -> Config:
     if config_type is PretrainConfig and isinstance(given.get("init.model"), str) and given.get("init.model"):
         _begin_with(given, given.get("init.model"))
     built: Any = settings.build(resolved(config_type, named(config_type, given.tree)), given)
-    values = {one.name: getattr(built, one.name) for one in fields(config_type)}  # type: ignore[arg-type]
+    values = {member.name: getattr(built, member.name) for member in fields(config_type)}  # type: ignore[arg-type]
     return config_type(**values)
 
 
