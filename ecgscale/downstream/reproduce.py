@@ -262,17 +262,17 @@ def units(config: ReproduceConfig) -> list[Unit]:
     if not config.run.dir:
         raise InputError("run.dir is missing; give --run.dir FOLDER")
     methods = [None, *config.methods]
-    found = [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
-    if not any(True for unit in found for _ in unit.leaves()):
+    every = [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
+    if not any(True for unit in every for _ in unit.leaves()):
         protocols = ", ".join(config.protocols)
         raise InputError(f"protocols {protocols}: nothing to measure, since no task has them")
-    return found
+    return every
 
 
 def plan(config: ReproduceConfig) -> str:
     """For people: every unit with its runs, which of them are done, and what stands in the way of the others."""
-    lines, found = [], units(config)
-    for number, unit in enumerate(found, 1):
+    lines, every = [], units(config)
+    for number, unit in enumerate(every, 1):
         if not unit.like.init:
             unit.pretraining()
         lines.append(f"unit {number}: {unit.name}, {unit.model}")
@@ -280,7 +280,7 @@ def plan(config: ReproduceConfig) -> str:
             unit.leaf_config(leaf)
             lines.append(f"  {_state(unit, leaf)}  {unit.folder(leaf)}")
     try:
-        _check(found)
+        _check(every)
     except InputError as error:
         lines.append(f"cannot start yet: {error}")
     return "\n".join(lines)
