@@ -152,13 +152,28 @@ class Given:
         return option_name if option_name.startswith("--") else self.place(key) + key
 
 
-def read_file(path: Path) -> Given:
-    """What a YAML file gives."""
-    tree, lines = yaml_text.read_with_lines(path)
+def read_file(path: Path, as_written: bool = False) -> Given:
+    """What a YAML file gives; ``as_written`` keeps scalars as text."""
+    tree, lines = yaml_text.read_with_lines(path, as_written)
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, this is {type(tree).__name__}")
     given = Given({str(key): value for key, value in tree.items()})
     given.origins = {key: f"{path}, line {lines[key]}" if key in lines else str(path) for key in given.origins}
+    return given
+
+
+def read_texts(config_type: type, path: Path) -> Given:
+    """What a YAML file gives, with text as it was written, ``time: 1:30:00``, and numbers where a field wants them.
+
+    Raises InputError for unknown keys and for what is not YAML.
+    """
+    given = read_file(path, as_written=True)
+    refuse_unknown(config_type, given)
+    for names, value in list(given._leaves()):
+        key = ".".join(map(str, names))
+        hint, _ = _field_at(config_type, key, given)
+        if isinstance(value, str) and not is_group(hint) and int in alternatives(hint):
+            given.put(key, yaml_text.parse(value, f"{given.place(key)}{key}"), given.origins[key])
     return given
 
 
