@@ -16,6 +16,7 @@ from ecgscale.data.grouping import Grouping
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.remarked import Remarked
 from ecgscale.data.shards import Columns
+from ecgscale.data.spellings import Spellings, alike
 from ecgscale.errors import InputError
 
 Value = TypeVar("Value", float, str)
@@ -37,6 +38,7 @@ class IndexedTar:
     patient_known: list[bool] = field(default_factory=list)
     remarked: dict[str, Remarked] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    spellings: Spellings = field(default_factory=Spellings)
     likelihoods: set[str] = field(default_factory=set)
     label_keys: set[str] = field(default_factory=set)  # those of the options that some record has
     label_names: dict[str, str] = field(default_factory=dict)  # each -> the first record with it
@@ -131,7 +133,7 @@ def check_label_names(found: Sequence[IndexedTar]) -> None:
                 first_of.setdefault(name, f"{one.path}: {record!r}")
     spelt: dict[str, str] = {}
     for name in labels:
-        if (other := spelt.setdefault(name.casefold(), name)) != name:
+        if (other := spelt.setdefault(alike(name), name)) != name:
             raise InputError(
                 f"{labels[name]} has {name!r}, {labels[other]} {other!r}: they would be two labels; write them alike"
             )
@@ -140,6 +142,14 @@ def check_label_names(found: Sequence[IndexedTar]) -> None:
             f"{flags[name]} has labels with {name!r} as true or false, which makes it a class, {labels[name]} says it "
             "otherwise, which makes it a label; write true and false in all"
         )
+
+
+def classes_of(found: Sequence[IndexedTar]) -> dict[str, list[str]]:
+    """Of each label: see ``Spellings``."""
+    spellings = Spellings()
+    for one in found:
+        spellings.add(one.spellings.kept())
+    return spellings.kept()
 
 
 def lead_order(found: Sequence[IndexedTar]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from ecgscale.data.agreement import (
     check_label_names,
     check_one_dataset,
     check_patient_keys,
+    classes_of,
     dataset_of,
     folder_of,
     lead_order,
@@ -114,6 +115,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
             for kind, several in one.remarked.items():
                 remarked[kind] = remarked.get(kind, NONE).joined(several)
         source = {"dataset": named, "options": _given(options), "records": records, "rejected": 0}
+        source["classes"] = classes_of(found)
         source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
     notes = sum((one.notes for one in found), notes)
@@ -213,6 +215,7 @@ def _index_tar(
         for kind in _oddities(tar, record):
             done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
         done.notes.update(about.notes)
+        done.spellings.add(about.labels)
         if about.patient is None:
             done.notes[NOBODY] += 1
         done.likelihoods |= about.likelihoods

@@ -16,13 +16,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods, is_known
+from ecgscale.data.cells import PATIENT_KEYS, Cells, has_likelihoods, is_known
 from ecgscale.data.csv_rows import CsvText, Row, split_line, swallowed
 from ecgscale.data.disk_tables import being_filled, rows_of
 from ecgscale.data.grouping import Grouping, patient_keys_in
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.matching import Matcher
-from ecgscale.data.spellings import Spellings
+from ecgscale.data.spellings import alike
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ class LabelTable:
     """Of each file that has one, the first of PATIENT_KEYS that is known in any row; alike but for capitals."""
     passed_over: tuple[str, ...] = ()
     """Lines on other columns of patients, which name the same persons."""
-    spellings: tuple[str, ...] = ()
-    """Lines on classes that differ in capitals alone."""
     rows_of_none: int = 0
     """Rows that name no record."""
     row_of_none: str = ""
@@ -79,7 +77,7 @@ class LabelTable:
     @property
     def remarks(self) -> list[str]:
         """Lines on files that are not written the usual way, and how they were read."""
-        return [*(file.text.remark for file in self.files if file.text.remark), *self.passed_over, *self.spellings]
+        return [*(file.text.remark for file in self.files if file.text.remark), *self.passed_over]
 
     def row(self, item: str) -> dict[str, str]:
         """The record's row: column -> cell; empty where the tables have none."""
@@ -147,7 +145,6 @@ def load_label_table(
         frozenset(filling.likelihoods),
         tuple(dict.fromkeys(column_of.values())),
         tuple(line for one in filling.patients for line in one.passed_over()),
-        tuple(filling.spellings.lines()),
         filling.rows_of_none,
         filling.row_of_none,
         _contradiction(column_of) or "; ".join(filter(None, (one.refusal() for one in filling.patients))),
@@ -164,7 +161,6 @@ class _Filling:
         self.files: list[CsvFile] = []
         self.likelihoods: set[str] = set()
         self.patients: list[_Patients] = []
-        self.spellings = Spellings()
         self.rows_of_none, self.row_of_none = 0, ""
 
     def take(self, csv_path: Path, record_column: str | None) -> None:
@@ -199,7 +195,6 @@ class _Filling:
     def _learn(self, columns: Sequence[str], cells: Sequence[str]) -> None:
         self.patients[-1].add(cells)
         for column, cell in zip(columns, cells, strict=True):
-            self.spellings.add(column, cell)
             if cell[:1] == "{" and column not in self.likelihoods and has_likelihoods(cell):
                 self.likelihoods.add(column)
 
@@ -303,12 +298,17 @@ def _check_columns(text: CsvText) -> None:
 
 
 def _check_spelling(text: CsvText, others: Sequence[CsvFile]) -> None:
-    """Raises InputError for a column that another file has in other capitals: they would be two labels."""
+    """Raises InputError for a column that another file writes otherwise: they would be two labels."""
     for other in others:
         for column in text.columns:
-            alike = find_key(other.columns, column)
-            if alike not in (None, column) and column.strip() and column.casefold() not in PATIENT_KEYS:
-                raise InputError(f"{text.path}: column {column!r} is {alike!r} in {other.path}; write it alike in both")
+            spelt = next((name for name in other.columns if alike(name) == alike(column)), column)
+            if (
+                column not in other.columns
+                and spelt != column
+                and alike(column)
+                and column.casefold() not in PATIENT_KEYS
+            ):
+                raise InputError(f"{text.path}: column {column!r} is {spelt!r} in {other.path}; write it alike in both")
 
 
 def _check_nothing_swallowed(file: CsvFile, row: Row, at: int, matcher: Matcher) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.copies import Copies, copies_apart
 from ecgscale.data.shard_set import DataSet, ShardSet
+from ecgscale.data.spellings import odd_labels
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.record import id_hash
 
@@ -72,9 +74,15 @@ def _share(patients: _Patients, shared: Copies) -> str:
     return f"{shared_D[most]} of the {of_all_D[most]} ids of {patients.names[most]} occur in another, {why}"
 
 
-def odd_ids(shards: ShardSet) -> str | None:
-    """A line on ids of one data set that may be one person's, or nobody's."""
-    return "; ".join(filter(None, (near_ids(shards), codes_of_nobody(shards)))) or None
+def odd_names(shards: ShardSet) -> list[str]:
+    """Lines on ids, labels and classes that may be one but for how they are written, and on ids that are nobody's."""
+    ids = (near_ids(shards), codes_of_nobody(shards))
+    return [*filter(None, ids), *odd_labels(_sources(shards))]
+
+
+def _sources(shards: ShardSet) -> list[dict[str, Any]]:
+    """What all ingests say that made the sets."""
+    return [source for one in shards.sets for source in one.manifest["sources"]]
 
 
 def codes_of_nobody(shards: ShardSet) -> str | None:

@@ -365,12 +365,6 @@ def test_columns_of_one_name_in_two_spellings_are_both_kept(tmp_path: Path) -> N
     assert [one.notes.get("age with several values, all kept", 0) for one in both] == [1, 0]
 
 
-def test_classes_that_differ_in_capitals_alone_are_told(tmp_path: Path) -> None:
-    table = load(tmp_path, "record,dx,note\na/x,Sinus|AF,u\na/y,sinus,v\nb/x,SINUS,v\n")
-    (line,) = table.remarks
-    assert line.startswith("2 classes of dx differ from another in capitals alone, such as 'SINUS' and 'Sinus'")
-
-
 def test_all_lines_of_diagnoses_count() -> None:
     comments = (
         "Dx: 426783006",

@@ -26,7 +26,7 @@ from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import OTHER_LABELS, SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
-from ecgscale.data.persons import odd_ids
+from ecgscale.data.persons import odd_names
 from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import (
@@ -38,6 +38,7 @@ from ecgscale.data.shards import (
     write_index_in_parts,
     write_manifest,
 )
+from ecgscale.data.spellings import Spellings
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import whole_file
 
@@ -66,15 +67,15 @@ class Ingested:
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
     copies: list[str] = field(default_factory=list)  # lines on all that the set holds; copies.csv lists them
-    near_ids: str | None = None  # a line on ids that may be one patient's, of all that the set holds
+    odd_names: list[str] = field(default_factory=list)  # lines on ids, labels and classes that may be one, likewise
 
     @staticmethod
-    def of(described: dict[str, Any], copies: list[str], near_ids: str | None) -> Ingested:
+    def of(described: dict[str, Any], shards: ShardSet, copies: list[str]) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
         later = {name: described[name] for name in ("held", "shared_ids", "notes") if name in described}
         remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
-        return Ingested(**always, **later, remarked=remarked, copies=copies, near_ids=near_ids)
+        return Ingested(**always, **later, remarked=remarked, copies=copies, odd_names=odd_names(shards))
 
 
 def finish(job: IngestJob, mark: Mark) -> Ingested:
@@ -116,6 +117,7 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
         "patients_known": found.patients_known,
         "remarked": {kind: asdict(one) for kind, one in found.remarked.items()},
         "notes": dict(found.notes),
+        "classes": found.spellings.kept(),
         "items_sha256": job.items_sha256,
         "held": found.held,
         "shared_ids": _shared_ids(job, records),
@@ -125,7 +127,7 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
     write_copies(shards, job.out, copies)
     sweep(job.out)
     mark.remove()
-    return Ingested.of(described, about_copies(shards, copies), odd_ids(shards))
+    return Ingested.of(described, shards, about_copies(shards, copies))
 
 
 def _note_older_ids(job: IngestJob, found: _Found, records: _Records) -> None:
@@ -169,6 +171,7 @@ class _Found:
     split_values: set[str] = field(default_factory=set)
     patients_known: bool = False
     notes: Counter[str] = field(default_factory=Counter)
+    spellings: Spellings = field(default_factory=Spellings)
     first_reason: str = ""
     """Why a record was rejected."""
     remarked: dict[str, Remarked] = field(default_factory=dict)
@@ -186,6 +189,7 @@ class _Found:
         self.patients_known |= part.patients_known
         self.held += part.held
         self.notes.update(part.notes)
+        self.spellings.add(part.classes)
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
         for item, kind, _ in part.remarks:

@@ -25,6 +25,7 @@ from ecgscale.data.ingest.splits import split_value, without_value
 from ecgscale.data.payload import Payload
 from ecgscale.data.schema import parse_json
 from ecgscale.data.shards import COLUMNS, Columns, columns_sha256, index_row, read_signal, write_tar
+from ecgscale.data.spellings import Spellings
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import whole_file
 from ecgscale.record import Record, Remark, patient_code
@@ -106,6 +107,8 @@ class Part:
     """What was done to labels and ids (see ``Cells``) -> how often."""
     inputs: str = ""
     """What the records were made from: see ``inputs_sha256``."""
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    """Of each label: see ``Spellings``."""
 
 
 _PART_FIELDS = {one.name for one in fields(Part)}
@@ -191,7 +194,7 @@ def convert(task: Slice) -> Part:
     patients_known = False
     remarks: list[tuple[str, str, str]] = []
     held = 0
-    notes = Counter[str]()
+    notes, spellings = Counter[str](), Spellings()
     split_by = task.options.split_by
 
     def records() -> Iterator[tuple[str, Record]]:
@@ -227,6 +230,7 @@ def convert(task: Slice) -> Part:
             patients_known |= record.patient is not None
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
             notes.update(record.notes)
+            spellings.add(record.labels)
             if record.patient is None:
                 notes[NOBODY] += 1
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
@@ -239,7 +243,7 @@ def convert(task: Slice) -> Part:
         task.tar.unlink()
     values = list(place_of_value)
     counted = (len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
-    part = Part(task.identity, *counted, dict(notes), inputs)
+    part = Part(task.identity, *counted, dict(notes), inputs, spellings.kept())
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
     columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
     path = part_file(task.tar)
