@@ -80,6 +80,7 @@ class Record:
     offset_mv: dict[str, float] = field(default_factory=dict)  # lead -> what was taken off; int16 could not hold it
     remarks: tuple[Remark, ...] = ()  # what ingest counts, and lists in remarks.csv
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often; not stored
+    patient_key: str = ""  # the column or the key of a header that names the patient; not stored
 
     def __post_init__(self) -> None:
         assert self.signal_LT.dtype == np.int16

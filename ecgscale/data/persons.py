@@ -9,7 +9,8 @@ Shape suffixes: P patients with known ids, G groups of those with one ``record.i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +77,36 @@ def _share(patients: _Patients, shared: Copies) -> str:
 
 def odd_names(shards: ShardSet) -> list[str]:
     """Lines on ids, labels and classes that may be one but for how they are written, and on ids that are nobody's."""
-    ids = (near_ids(shards), codes_of_nobody(shards))
-    return [*filter(None, ids), *odd_labels(_sources(shards))]
+    ids, sources = (near_ids(shards), codes_of_nobody(shards)), _sources(shards)
+    return [*filter(None, ids), *keys_of_patients(sources), *odd_labels(sources)]
 
 
 def _sources(shards: ShardSet) -> list[dict[str, Any]]:
     """What all ingests say that made the sets."""
     return [source for one in shards.sets for source in one.manifest["sources"]]
+
+
+def keys_of_patients(sources: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each data set whose patients stand under keys that mean other things, by manifests' ``sources``."""
+    counts: dict[str, Counter[str]] = {}
+    for source in sources:
+        counts.setdefault(source["dataset"], Counter()).update(source.get("patient_keys", {}))
+    told = []
+    for dataset, records_of in sorted(counts.items()):
+        if len({_meaning(key) for key in records_of}) > 1:
+            keys = " and ".join(f"{key} ({records} records)" for key, records in sorted(records_of.items()))
+            told.append(
+                one_line(
+                    f"patients of {dataset} are named by {keys}, and equal ids of these count as one person; if they "
+                    "are ids of two kinds, name one by --patient-key, or ingest each kind with a --dataset of its own"
+                )
+            )
+    return told
+
+
+def _meaning(key: str) -> str:
+    """``patient`` for ``PatientID``, ``patient_id`` and ``Patient``."""
+    return "".join(filter(str.isalnum, key.casefold())).removesuffix("id")
 
 
 def codes_of_nobody(shards: ShardSet) -> str | None:

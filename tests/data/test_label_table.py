@@ -331,6 +331,17 @@ def test_an_id_of_the_header_that_the_table_contradicts_is_counted(tmp_path: Pat
     assert [(one.patient, one.notes.get(note, 0)) for one in both] == [("5", 0), ("6", 1), ("7", 1)]
 
 
+def test_a_column_that_the_option_names_contradicts_the_usual_comments(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,mrn\na/x,5\na/y,6\nb/x,\n")
+    note = "a patient id of the header passed over, since column mrn says another"
+    each = [describe(("PatientID: 5",), table, item, patient_key="mrn") for item in ("a/x", "a/y", "b/x")]
+    assert [(one.patient, one.patient_key, one.notes.get(note, 0)) for one in each] == [
+        ("5", "mrn", 0),
+        ("6", "mrn", 1),
+        (None, "", 0),
+    ]
+
+
 def test_ids_of_the_header_beside_those_of_a_table_are_counted(tmp_path: Path) -> None:
     table = load(tmp_path, "record,patient_id\na/x,5\na/y,NA\n")
     note = "a patient id of the header, for a record without one in column patient_id"

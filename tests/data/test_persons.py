@@ -156,3 +156,53 @@ def test_tars_of_others_tell_it_too(write_set, capsys) -> None:
     assert cli.main(["index", str(made), "--workers=1"]) == 0
     assert "such as '007' and '7'" in capsys.readouterr().out.replace("'7' and '007'", "'007' and '7'")
     assert json.loads((made / "manifest.json").read_text())["records"] == 2
+
+
+# --- keys that name patients ---
+
+
+def write_headers(folder: Path, write_record, make_record, comments: Iterable[str]) -> Path:
+    for i, comment in enumerate(comments):
+        name = f"{folder.name}{i}"
+        write_record(folder, name, make_record(name), [comment])
+    return folder
+
+
+def ingest_headers(folder: Path, out: Path, *options: str) -> int:
+    how = ["--rate-hz=100", "--workers=2", "--records-per-shard=1", "--dataset=hospital"]
+    return cli.main(["ingest", *how, *options, str(folder), str(out)])
+
+
+def test_headers_that_name_patients_by_keys_of_two_kinds_are_told(tmp_path, write_record, make_record, capsys) -> None:
+    comments = ["PatientID: 7", "Patient: 8", "patient_id: 9", "subject_id: 7"]
+    folder = write_headers(tmp_path / "in", write_record, make_record, comments)
+    assert ingest_headers(folder, tmp_path / "out") == 0
+    line = (
+        "patients of hospital are named by patient (1 records) and patient_id (1 records) and patientid (1 records) "
+        "and subject_id (1 records), and equal ids of these count as one person; if"
+    )
+    assert line in capsys.readouterr().out
+    assert line in verify_dataset(str(tmp_path / "out"))
+    assert ingest_headers(folder, tmp_path / "one", "--patient-key=PatientID") == 0
+    assert "are named by" not in capsys.readouterr().out
+
+
+def test_keys_of_one_kind_are_no_matter(tmp_path, write_record, make_record, capsys) -> None:
+    comments = ["PatientID: 7", "Patient: 8", "patient_id: 9", "Age: 7"]
+    assert ingest_headers(write_headers(tmp_path / "in", write_record, make_record, comments), tmp_path / "out") == 0
+    assert "are named by" not in capsys.readouterr().out
+
+
+def test_batches_that_name_patients_by_other_keys_are_told(tmp_path, write_record, make_record, capsys) -> None:
+    out = tmp_path / "out"
+    one, two, three = (
+        write_headers(tmp_path / name, write_record, make_record, [comment])
+        for name, comment in (("one", "PatientID: 7"), ("two", "Age: 50"), ("three", "subject_id: 7"))
+    )
+    table = tmp_path / "labels.csv"
+    table.write_text("record,mrn\ntwo0,7\n")
+    assert ingest_headers(one, out) == 0
+    assert ingest_headers(two, out, "--append", "--labels", str(table), "--patient-key=mrn") == 0
+    assert "named by mrn (1 records) and patientid (1 records), and equal ids" in capsys.readouterr().out
+    assert ingest_headers(three, out, "--append", "--dataset=other") == 0
+    assert "hospital are named by mrn (1 records) and patientid (1 records), and" in capsys.readouterr().out

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from ecgscale import cli
 from ecgscale.data.ingest import Ingested, IngestOptions, ingest
+from ecgscale.data.persons import odd_names
 from ecgscale.data.shard_set import ShardSet
+from ecgscale.data.shards import write_manifest
 from ecgscale.data.spellings import Spellings, alike
 from ecgscale.errors import InputError
 from ecgscale.inspection import summarise, verify_dataset
@@ -84,27 +86,37 @@ def test_classes_and_labels_of_two_batches_are_told(make_record, tmp_path) -> No
     assert second == line
 
 
-def test_sets_of_older_versions_say_nothing_of_classes(make_record, tmp_path) -> None:
+LATER = ("classes", "patient_keys")  # of the manifest's ``sources``; earlier versions lack them
+
+
+def write_source(out: Path, **changed: object) -> None:
+    """As another version, or somebody else, has written it."""
+    fields = json.loads((out / "manifest.json").read_text())
+    source = {name: value for name, value in fields["sources"][0].items() if name not in LATER} | changed
+    index = {name: fields["index"][name] for name in ("file", "bytes", "sha256")}
+    write_manifest(out, fields["rate_hz"], index, fields["shards"], [source])
+
+
+def test_sets_of_earlier_versions_say_nothing_of_classes(make_record, tmp_path) -> None:
     out = tmp_path / "out"
     write(make_record, out, "a", [{"rhythm": ["AF"]}])
-    manifest = json.loads((out / "manifest.json").read_text())
-    for broken, reads in ((None, True), ({"rhythm": [1]}, False), (["AF"], False), ({"rhythm": "AF"}, False)):
-        source = {name: value for name, value in manifest["sources"][0].items() if name != "classes"}
-        source |= {} if broken is None else {"classes": broken}
-        changed = {name: value for name, value in manifest.items() if name != "sha256"} | {"sources": [source]}
-        write_manifest_of(out, changed)
-        if reads:
-            assert len(ShardSet.open(out)) == 1
-        else:
-            with pytest.raises(InputError, match="classes is"):
-                ShardSet.open(out)
+    write_source(out)
+    assert odd_names(ShardSet.open(out)) == []
 
 
-def write_manifest_of(out: Path, fields: dict) -> None:
-    from ecgscale.data.shards import write_manifest
-
-    index = {name: fields["index"][name] for name in ("file", "bytes", "sha256")}
-    write_manifest(out, fields["rate_hz"], index, fields["shards"], fields["sources"])
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        *(("classes", value) for value in (["AF"], {"rhythm": "AF"}, {"rhythm": [1]})),
+        *(("patient_keys", value) for value in (["a"], {"a": "1"}, {"a": 0})),
+    ],
+)
+def test_manifests_that_say_it_wrong_are_refused(make_record, tmp_path, name: str, broken: object) -> None:
+    out = tmp_path / "out"
+    write(make_record, out, "a", [{"rhythm": ["AF"]}])
+    write_source(out, **{name: broken})
+    with pytest.raises(InputError, match="ingest the data again"):
+        ShardSet.open(out)
 
 
 def test_classes_of_headers_are_told(make_record, write_record, tmp_path, capsys) -> None:

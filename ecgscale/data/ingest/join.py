@@ -118,6 +118,7 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
         "remarked": {kind: asdict(one) for kind, one in found.remarked.items()},
         "notes": dict(found.notes),
         "classes": found.spellings.kept(),
+        "patient_keys": dict(found.patient_keys),
         "items_sha256": job.items_sha256,
         "held": found.held,
         "shared_ids": _shared_ids(job, records),
@@ -172,6 +173,7 @@ class _Found:
     patients_known: bool = False
     notes: Counter[str] = field(default_factory=Counter)
     spellings: Spellings = field(default_factory=Spellings)
+    patient_keys: Counter[str] = field(default_factory=Counter)
     first_reason: str = ""
     """Why a record was rejected."""
     remarked: dict[str, Remarked] = field(default_factory=dict)
@@ -190,6 +192,7 @@ class _Found:
         self.held += part.held
         self.notes.update(part.notes)
         self.spellings.add(part.classes)
+        self.patient_keys.update(part.patient_keys)
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
         for item, kind, _ in part.remarks:

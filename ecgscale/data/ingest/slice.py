@@ -109,6 +109,8 @@ class Part:
     """What the records were made from: see ``inputs_sha256``."""
     classes: dict[str, list[str]] = field(default_factory=dict)
     """Of each label: see ``Spellings``."""
+    patient_keys: dict[str, int] = field(default_factory=dict)
+    """Column or key that names the patient -> of how many records."""
 
 
 _PART_FIELDS = {one.name for one in fields(Part)}
@@ -194,7 +196,7 @@ def convert(task: Slice) -> Part:
     patients_known = False
     remarks: list[tuple[str, str, str]] = []
     held = 0
-    notes, spellings = Counter[str](), Spellings()
+    notes, patient_keys, spellings = Counter[str](), Counter[str](), Spellings()
     split_by = task.options.split_by
 
     def records() -> Iterator[tuple[str, Record]]:
@@ -231,6 +233,8 @@ def convert(task: Slice) -> Part:
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
             notes.update(record.notes)
             spellings.add(record.labels)
+            if record.patient is not None and record.patient_key:
+                patient_keys[record.patient_key] += 1
             if record.patient is None:
                 notes[NOBODY] += 1
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
@@ -243,7 +247,7 @@ def convert(task: Slice) -> Part:
         task.tar.unlink()
     values = list(place_of_value)
     counted = (len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
-    part = Part(task.identity, *counted, dict(notes), inputs, spellings.kept())
+    part = Part(task.identity, *counted, dict(notes), inputs, spellings.kept(), dict(patient_keys))
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
     columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
     path = part_file(task.tar)

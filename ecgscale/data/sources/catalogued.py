@@ -82,6 +82,7 @@ class CataloguedWfdb:
         return replace(
             plausible(record, self.tree.where / f"{item}.hea"),
             patient=said.patient or record.patient,
+            patient_key="" if said.patient else record.patient_key,
             labels=said.labels | record.labels,
             metadata=said.metadata | record.metadata,
             notes=dict(notes),

@@ -129,7 +129,7 @@ class NpyTable(Layout):
         except InputError as error:
             raise error if str(error).startswith(str(path)) else type(error)(f"{shown}: {error}") from error
         told: dict[str, Any] = {"patient": known.patient, "labels": known.labels, "metadata": known.metadata}
-        told["notes"] = known.notes
+        told |= {"notes": known.notes, "patient_key": known.patient_key}
         return Record.of(item, signal.fitted, self.rate_hz, signal.leads, remarks=signal.remarks, **told)
 
     def fingerprint(self, item: str) -> bytes:

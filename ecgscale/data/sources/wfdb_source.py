@@ -200,6 +200,7 @@ def read_wfdb(
             metadata=known.metadata,
             invalid_samples=n_invalid,
             notes=known.notes,
+            patient_key=known.patient_key,
             remarks=tuple(_remarks(signals, blank)),
         )
 
