@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from ecgscale.data.label_table import WITHOUT_NAME, LabelTable
 from ecgscale.errors import InputError
 
 METADATA_KEYS = ("age", "sex")
+_SIGN = "[:=\uff1a]"  # the last is the colon of Chinese text
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def describe(
     patient_key: str | None = None,
     folder_name: str | None = None,
 ) -> Description:
-    """Patient, labels and metadata of a record, by its header's ``Key: value`` comments and its table row.
+    """Patient, labels and metadata of a record, by its header's ``Key: value`` comments (or ``=``) and its table row.
 
     ``Dx`` (all its lines) and the named columns of the table are labels; other comments, and age and sex from either,
     are metadata. Where a table has a column Dx, it alone counts for all records, since its classes may be other words
@@ -43,9 +45,9 @@ def describe(
     Raises InputError where ``patient_key`` is given and exists neither as a column nor as a comment, where a header
     names two patients, and for cells that could mean two things.
     """
-    values_of_comment = _key_values(comments)
     patient_keys: tuple[str, ...] = PATIENT_KEYS if patient_key is None or patient_key == "@folder" else (patient_key,)
     cells, row = Cells(), {} if table is None else table.row(item)
+    values_of_comment = _key_values(cells, comments, (*patient_keys, *METADATA_KEYS, "Dx"))
     if patient_key == "@folder":
         if folder_name is None:
             raise InputError("stands in the root itself; with patient '@folder' every patient has a folder")
@@ -162,13 +164,23 @@ def _only_id(cells: Cells, values_of_key: Mapping[str, list[str]]) -> tuple[str 
     )
 
 
-def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
-    """``Key: value`` comments; a key that is repeated, upper or lower case alike, has several values."""
+def _key_values(cells: Cells, comments: Iterable[str], known_keys: Iterable[str]) -> dict[str, list[str]]:
+    """``Key: value`` comments, also with ``=``; a key that is repeated, upper or lower case alike, has several values.
+
+    Lines that seem to say something of a known key, and are not read so, are counted.
+    """
+    longest_first = "|".join(sorted(map(re.escape, known_keys), key=len, reverse=True))
+    known_key = re.compile(rf"\b({longest_first})\b", re.IGNORECASE)
     values: dict[str, list[str]] = {}
     for comment in comments:
-        key, colon, value = comment.partition(":")
-        if colon and key.strip():
-            values.setdefault(find_key(values, key) or key.strip(), []).append(value.strip())
+        key, *behind = (part.strip() for part in re.split(_SIGN, comment, maxsplit=1))
+        if key and behind:
+            values.setdefault(find_key(values, key) or key, []).append(behind[0])
+            second = re.search(rf"{known_key.pattern}\s*{_SIGN}", behind[0], re.IGNORECASE)
+            if second:
+                cells.notes[f"a line of the header with {second[1]} behind another key, not read"] += 1
+        elif (first := known_key.match(key)) and re.search(r"\w", key[first.end() :]):
+            cells.notes[f"a line of the header that begins with {first[1]} and has no colon, not read"] += 1
     return values
 
 

@@ -390,6 +390,37 @@ def test_all_lines_of_diagnoses_count() -> None:
     assert describe((), None, "r").labels == {}
 
 
+@pytest.mark.parametrize("line", ["Dx= 1", "Dx = 1", "dx=1", "Dx : 1", "Dx\uff1a1", "DX\t:1"])
+def test_signs_between_a_key_and_its_value(line: str) -> None:
+    known = describe((line, line.replace("1", "AF", 1), "Rhythm = SR", "url: http://x?a=b"), None, "r")
+    assert known.labels == {"Dx": ["1", "AF"]}
+    assert known.metadata == {"Rhythm": "SR", "url": "http://x?a=b"}
+    assert known.notes == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("Dx 426783006", "a line of the header that begins with Dx and has no colon, not read"),
+        ("Dx - AF", "a line of the header that begins with Dx and has no colon, not read"),
+        ("PatientID 7", "a line of the header that begins with PatientID and has no colon, not read"),
+        ("Age: 64 Sex: M", "a line of the header with Sex behind another key, not read"),
+        ("Age: 45, subject_id=7", "a line of the header with subject_id behind another key, not read"),
+    ],
+)
+def test_lines_of_headers_that_are_not_read_are_counted(line: str, note: str) -> None:
+    known = describe((line, line), None, "r")
+    assert known.notes[note] == 2
+    assert (known.labels, known.patient) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    "line", ["Dx", "Dx:", "a note on the Dx of old", "Aged, 5", "Sexes differ", "Dx: none", ": Dx"]
+)
+def test_other_lines_of_headers_are_not_counted(line: str) -> None:
+    assert not any("of the header" in note for note in describe((line,), None, "r").notes)
+
+
 @pytest.mark.parametrize(
     ("lines", "classes"),
     [
