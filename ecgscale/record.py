@@ -35,6 +35,10 @@ _INT16_MAX = 32767
 _ELECTRODE_MV = 1.0  # of a lead's median: less is the ECG's own, in counts so fine that they do not fit
 _DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
 _PIECE = 1 << 18  # samples of a lead that are worked on at once, so that a day's recording needs little beyond itself
+_WHOLE_NUMBER = re.compile(
+    r"0x(?P<hex>[0-9a-f]{1,16})|\+?(?:(?P<digits>[0-9]+|[0-9]{1,3}(?:_[0-9]{3})+)"
+    r"|(?P<scientific>[0-9]{1,20}(?:\.[0-9]{1,20})?e\+?[0-9]{1,2}))"
+)
 _LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")
 
 Counts = npt.NDArray[np.int16]
@@ -369,15 +373,27 @@ def patient_code(dataset: str, patient: str | None, record_name: str) -> int:
 
 
 def id_hash(patient: str | None) -> int:
-    """A number that stands for a patient's id alone, whatever its case and the leading zeros of its numbers.
+    """A number that stands for a patient's id alone, whatever its case and the form of its numbers.
 
-    ``P-007`` and ``p-7`` have one, in data sets of any name: they may be one person, which no program can know. 0 for
-    an unknown patient.
+    ``P-007`` and ``p-7`` have one, and so have ``1000``, ``+1000``, ``1e3``, ``0x3E8`` and ``1_000``, in data sets of
+    any name: they may be one person, which no program can know. 0 for an unknown patient.
     """
     if patient is None:
         return 0
-    alike = _LEADING_ZEROS.sub("", unicodedata.normalize("NFKC", patient).casefold())
-    return 1 + _hash_63(f"id\0{alike}")
+    folded = _without_form(unicodedata.normalize("NFKC", patient).casefold())
+    return 1 + _hash_63(f"id\0{_LEADING_ZEROS.sub('', folded)}")
+
+
+def _without_form(text: str) -> str:
+    """A whole number by its digits alone; any other text as it is."""
+    if (form := _WHOLE_NUMBER.fullmatch(text)) is None:
+        return text
+    if form["hex"]:
+        return str(int(form["hex"], 16))
+    if form["digits"]:
+        return form["digits"].replace("_", "")
+    number = Fraction(form["scientific"])
+    return str(number) if number.denominator == 1 else text
 
 
 def _hash_63(text: str) -> int:

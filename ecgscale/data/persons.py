@@ -127,7 +127,7 @@ def codes_of_nobody(shards: ShardSet) -> str | None:
 
 
 def near_ids(shards: ShardSet) -> str | None:
-    """A line where ids of one data set differ in case or leading zeros alone."""
+    """A line where ids of one data set differ in case or in the form of a number alone."""
     patients = _Patients.of(shards)
     near = Copies.find(patients.id_P + patients.dataset_P.astype(np.uint64) * _FACTOR)
     if not len(near):
@@ -137,8 +137,8 @@ def near_ids(shards: ShardSet) -> str | None:
     shown = torn if len(torn) else near
     first, second = (_id(shards, patients, p) for p in shown.number_R[:2].tolist())
     return one_line(
-        f"{len(near)} patient ids are written in two ways that differ in case or leading zeros alone{splits}, such as "
-        f"{first} and {second}; they count as other people: if they are the same, write them alike"
+        f"{len(near)} patient ids are written in two ways that differ in case, leading zeros or the like alone"
+        f"{splits}, such as {first} and {second}; they count as other people: if they are the same, write them alike"
     )
 
 

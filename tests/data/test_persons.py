@@ -110,7 +110,7 @@ def test_near_ids_of_one_set_are_counted(write_set) -> None:
     line = near_ids(ShardSet.open(out))
     assert line is not None
     assert line.startswith(
-        "2 patient ids are written in two ways that differ in case or leading zeros alone, such as '"
+        "2 patient ids are written in two ways that differ in case, leading zeros or the like alone, such as '"
     )
     assert line.endswith("they count as other people: if they are the same, write them alike")
     assert line in verify_dataset(str(out))
@@ -118,6 +118,18 @@ def test_near_ids_of_one_set_are_counted(write_set) -> None:
     clean = write_set("b", ["7", "8", "80"])
     assert near_ids(ShardSet.open(clean)) is None
     assert near_ids(ShardSet.open([out, clean])) == line  # of two data sets they are no matter here
+
+
+@pytest.mark.parametrize("other", ["+1000", "1e3", "1.0E3", "1E+03", "0x3E8", "0X03e8", "1_000", "01000"])
+def test_one_number_in_two_forms_is_near(write_set, other: str) -> None:
+    line = near_ids(ShardSet.open(write_set("a", ["1000", other])))
+    assert line is not None
+    assert f"{other!r}" in line
+
+
+@pytest.mark.parametrize("ids", [("1-000", "1000"), ("P1e3", "P1000"), ("1.5e0", "1"), ("-1", "1"), ("3E8", "0x3E8")])
+def test_other_ids_are_not_near(write_set, ids: tuple[str, str]) -> None:
+    assert near_ids(ShardSet.open(write_set("a", ids))) is None
 
 
 def test_ids_that_may_be_codes_of_nobody_are_told(write_set) -> None:
@@ -135,10 +147,8 @@ def test_near_ids_in_two_splits_are_shown_first(write_set) -> None:
     split_of = {shards.metadata(i)["patient"]: int(split) for i, split in enumerate(shards.column("split"))}
     torn = {one for one in ids if not one.startswith("0") and split_of[one] != split_of[f"0{one}"]}
     line = str(near_ids(shards))
-    assert (
-        f"40 patient ids are written in two ways that differ in case or leading zeros alone, {len(torn)} of which"
-        in line
-    )
+    alone = "40 patient ids are written in two ways that differ in case, leading zeros or the like alone"
+    assert f"{alone}, {len(torn)} of which" in line
     assert any(f"'{one}'" in line and f"'0{one}'" in line for one in torn)
 
 
