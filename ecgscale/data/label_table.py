@@ -315,14 +315,16 @@ def _check_nothing_swallowed(file: CsvFile, row: Row, at: int, matcher: Matcher)
     """Raises InputError where a line inside of a row is the row of another record: a quote was not closed."""
     for number, line in enumerate(row.inner_lines, row.line + 1):
         cells = split_line(line, file.text.delimiter)
-        if len(cells) == len(file.columns) and _records_or_none(matcher, cells[at], file.path.parent):
+        if len(cells) == len(file.columns) and _records_or_none(
+            matcher, file.record_column, cells[at], file.path.parent
+        ):
             raise swallowed(str(file.path), row.line, number)
 
 
-def _records_or_none(matcher: Matcher, cell: str, csv_folder: Path) -> Sequence[str]:
+def _records_or_none(matcher: Matcher, column: str, cell: str, csv_folder: Path) -> Sequence[str]:
     """Those that a cell may name; none for a cell that can name none."""
     try:
-        return matcher.records(cell, csv_folder)
+        return matcher.records(column, cell, csv_folder)
     except InputError:
         return ()
 
@@ -337,7 +339,8 @@ def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -
     contradictions: dict[str, str] = {}
     for line, cells, _ in text.rows():
         records = {
-            column: _records_or_none(matcher, cells[columns.index(column)], path.parent) for column in candidates
+            column: _records_or_none(matcher, column, cells[columns.index(column)], path.parent)
+            for column in candidates
         }
         named = {column: items[0] for column, items in records.items() if len(items) == 1}
         matched.update(named.keys())
@@ -355,7 +358,7 @@ def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -
 
 def _record_of(file: CsvFile, line: int, cell: str, matcher: Matcher) -> str | None:
     try:
-        records = matcher.records(cell, file.path.parent)
+        records = matcher.records(file.record_column, cell, file.path.parent)
     except InputError as error:
         raise InputError(f"{file.path}: line {line}: {file.record_column} {error}") from error
     if len(records) > 1:

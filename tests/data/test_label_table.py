@@ -82,7 +82,7 @@ def test_one_letter_may_be_written_in_two_ways(tmp_path: Path) -> None:
     assert [one.patient for one in known] == [composed, composed]
     assert [one.labels["dx"] for one in known] == [[composed], [composed]]
     both = NameMatcher(tmp_path, [composed, apart])
-    assert [list(both.records(name, tmp_path)) for name in (composed, apart)] == [[composed], [apart]]
+    assert [list(both.records("record", name, tmp_path)) for name in (composed, apart)] == [[composed], [apart]]
 
 
 def test_a_base_name_that_several_share_is_refused(tmp_path: Path) -> None:
