@@ -32,9 +32,13 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern
 
 
 def apart(shards: ShardSet) -> list[str]:
-    """Lines for people on what stands in different splits of sets that are read together: copies, and patient ids."""
+    """Lines for people on sets that are read together.
+
+    Copies and patient ids that stand in different splits, and labels and classes that are written in two ways.
+    """
     lines = (copies_apart(shards), ids_apart(shards))
-    return [line for line in lines if line is not None]
+    labels = odd_labels(_sources(shards)) if len(shards.sets) > 1 else []  # of one set its ingest has told
+    return [*filter(None, lines), *labels]
 
 
 def ids_apart(shards: ShardSet) -> str | None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ecgscale import cli
 from ecgscale.data.ingest import Ingested, IngestOptions, ingest
-from ecgscale.data.persons import odd_names
+from ecgscale.data.persons import apart, odd_names
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
 from ecgscale.data.spellings import Spellings, alike
@@ -84,6 +84,14 @@ def test_classes_and_labels_of_two_batches_are_told(make_record, tmp_path) -> No
     first, second = write(make_record, out, "c", [{"Rhythm": ["AF"]}], append=True).odd_names
     assert first.startswith("1 labels may be another that is written otherwise, such as 'Rhythm' and 'rhythm'")
     assert second == line
+
+
+def test_classes_of_two_folders_are_told_where_they_are_read_together(make_record, tmp_path) -> None:
+    for name, rhythm in (("a", "AF"), ("b", "af")):
+        assert write(make_record, tmp_path / name, name, [{"rhythm": [rhythm]}]).odd_names == []
+    (line,) = apart(ShardSet.open([tmp_path / "a", tmp_path / "b"]))
+    assert line.startswith(ONE_CLASS)
+    assert apart(ShardSet.open(tmp_path / "a")) == []
 
 
 LATER = ("classes", "patient_keys")  # of the manifest's ``sources``; earlier versions lack them
