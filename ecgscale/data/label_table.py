@@ -38,6 +38,8 @@ class CsvFile:
 
     text: CsvText
     record_column: str
+    contradiction: str = ""
+    """A line on another column, which names fewer records, and others."""
 
     @property
     def path(self) -> Path:
@@ -77,7 +79,8 @@ class LabelTable:
     @property
     def remarks(self) -> list[str]:
         """Lines on files that are not written the usual way, and how they were read."""
-        return [*(file.text.remark for file in self.files if file.text.remark), *self.passed_over]
+        of_files = [line for file in self.files for line in (file.text.remark, file.contradiction) if line]
+        return [*of_files, *self.passed_over]
 
     def row(self, item: str) -> dict[str, str]:
         """The record's row: column -> cell; empty where the tables have none."""
@@ -168,7 +171,7 @@ class _Filling:
         text = CsvText.open(csv_path)
         _check_columns(text)
         _check_spelling(text, self.files)
-        file = CsvFile(text, _record_column(text, self._matcher, record_column))
+        file = CsvFile(text, *_record_column(text, self._matcher, record_column))
         self.files.append(file)
         self.patients.append(_Patients(file))
         at = text.columns.index(file.record_column)
@@ -329,12 +332,15 @@ def _records_or_none(matcher: Matcher, column: str, cell: str, csv_folder: Path)
         return ()
 
 
-def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -> str:
-    """The column that names the most records. Raises InputError where two name as many, and others."""
+def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -> tuple[str, str]:
+    """The column that names the most records, and a line on one that names others.
+
+    Raises InputError where two name as many, and others.
+    """
     path, columns = text.path, text.columns
     candidates = matcher.columns(columns, record_column, path)
     if len(candidates) == 1:
-        return candidates[0]
+        return candidates[0], ""
     matched = Counter[str]()
     contradictions: dict[str, str] = {}
     for line, cells, _ in text.rows():
@@ -348,12 +354,15 @@ def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -
             for column, item in named.items():
                 contradictions.setdefault(column, f"line {line}: {column} names the record {item}")
     best = max(candidates, key=lambda column: matched[column])
+    told = ""
     for column in candidates:
-        if column != best and matched[column] == matched[best] and {column, best} <= contradictions.keys():
-            raise InputError(
-                f"{path}: {contradictions[best]}, {column} another; say which one counts with --record-column"
-            )
-    return best
+        if column == best or not {column, best} <= contradictions.keys():
+            continue
+        others = f"{path}: {contradictions[best]}, {column} another"
+        if matched[column] == matched[best]:
+            raise InputError(f"{others}; say which one counts with --record-column")
+        told = told or f"{others}; {best} counts, since it names more records; if it should not, give --record-column"
+    return best, told
 
 
 def _record_of(file: CsvFile, line: int, cell: str, matcher: Matcher) -> str | None:

@@ -115,6 +115,16 @@ def refusal_of_bytes(tmp_path: Path, content: bytes) -> str:
     return str(caught.value)
 
 
+def test_a_column_that_names_other_records_is_told_or_refused(tmp_path: Path) -> None:
+    table = load(tmp_path, "filename,record,n\na/x,a/x,1\nr1,a/y,2\nnobody,r1,3\n")
+    assert table.row("a/y")["n"] == "2"
+    (line,) = table.remarks
+    assert "line 3: record names the record a/y, filename another; record counts, since it names more records" in line
+    said = refusal(tmp_path, "filename,record,n\na/x,a/x,1\nr1,a/y,2\n")
+    assert "line 3: record names the record a/y, filename another; say which one counts with --record-column" in said
+    assert load(tmp_path, "filename,record,n\nnobody,a/x,1\nr1,r1,2\n").remarks == []
+
+
 @pytest.mark.parametrize(
     ("text", "line", "inner_line"),
     [
