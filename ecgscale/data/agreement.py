@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ecgscale.data.cells import find_key
-from ecgscale.data.foreign import Fields, Rules, common_order
+from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.grouping import Grouping
+from ecgscale.data.json_keys import Fields
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.remarked import Remarked
 from ecgscale.data.shards import Columns

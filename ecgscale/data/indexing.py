@@ -36,7 +36,7 @@ from ecgscale.data.agreement import (
 )
 from ecgscale.data.cells import NOBODY, find_key
 from ecgscale.data.copies import Copies, content_keys, is_flat
-from ecgscale.data.foreign import Rules, keys_of, objects_in
+from ecgscale.data.foreign import Rules, keys_of
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import (
     Splits,
@@ -47,6 +47,7 @@ from ecgscale.data.ingest.splits import (
     splits_by_value,
     without_value,
 )
+from ecgscale.data.json_keys import objects_in
 from ecgscale.data.payload import Bytes
 from ecgscale.data.plausibility import FLAT, UnlikelyUnitError, check_geometry, judge
 from ecgscale.data.remarked import NONE, Remarked
