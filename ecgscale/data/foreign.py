@@ -19,12 +19,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ecgscale.data.amplitude import GAIN_KEYS, SCALE_KEYS, UNIT_KEYS, read_scale
+from ecgscale.data.amplitude_names import squashed
 from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods
 from ecgscale.data.json_keys import (
     Fields,
     agreed,
+    as_float,
     folded,
     is_number,
+    numbers_in,
     objects_in,
     only,
     under_names,
@@ -42,6 +45,9 @@ RATE_KEYS = (
 )
 _PERHAPS_RATE_KEYS = ("rate", "frequency", "freq", "hz")  # of a heart too: they contradict, but say nothing themselves
 _LEAST_HZ = 200  # under such a key: hearts are slower, per minute, but for the fastest
+_SQUASHED_RATE_KEYS = frozenset(map(squashed, RATE_KEYS))
+_LENGTH_KEYS = ("siglen", "nsamples", "numsamples", "nsamp", "numberofsamples", "samplecount", "samples")
+_DURATION_KEYS = ("durations", "durationsec", "durationseconds", "recorddurations", "signaldurations")  # in s
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
 _OLDER_PATIENT_KEYS = ["patient", "patient_id", "subject_id"]  # of manifests that do not say theirs
 
@@ -326,10 +332,27 @@ def _rate(fields: Fields, has_option: bool) -> float | None:
 def _check_other_rates(fields: Fields, rate_hz: float) -> None:
     """Raises InputError where a key that may be the sample rate's says another."""
     for key, value in ((key, value) for one in objects_in(fields) for key, value in one.items()):
-        if not is_number(value) or value == rate_hz:
+        name = squashed(key)
+        if name not in _SQUASHED_RATE_KEYS and name not in _PERHAPS_RATE_KEYS:
             continue
-        if folded(key) in RATE_KEYS or (folded(key) in _PERHAPS_RATE_KEYS and value >= _LEAST_HZ):
-            raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {value:g}; leave one out")
+        for other_hz in numbers_in(value):
+            if other_hz != rate_hz and (name in _SQUASHED_RATE_KEYS or other_hz >= _LEAST_HZ):
+                raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {other_hz:g}; leave one out")
+
+
+def check_length(fields: Fields, n_samples: int, rate_hz: float) -> None:
+    """Raises InputError where a JSON says another length than the array has: it may be at another rate."""
+    for key, value in ((key, value) for one in objects_in(fields) for key, value in one.items()):
+        name = squashed(key)
+        if not is_number(value) or value != value or not (name in _LENGTH_KEYS or name in _DURATION_KEYS):
+            continue
+        samples = as_float(value) * (1 if name in _LENGTH_KEYS else rate_hz)
+        tolerance = 0 if name in _LENGTH_KEYS else 0.02 * n_samples + 2  # durations are rounded
+        if abs(samples - n_samples) > tolerance:
+            raise InputError(
+                f"its {key} is {str(value)[:40]}, but its array has {n_samples} samples at {rate_hz:g} Hz: was it "
+                "cut, or resampled? Correct the JSON, or give --rate-hz"
+            )
 
 
 def _label_values(fields: Fields, given: Any, rules: Rules) -> tuple[Fields, dict[str, Fields]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence, Set
 from typing import Any, TypeVar
 
 from ecgscale.errors import InputError
 
 T = TypeVar("T")
+_HERTZ = re.compile(r"\s*(\d+\.?\d*)\s*(?:hz)?\s*", re.IGNORECASE)
 Fields = dict[str, Any]
 
 
@@ -25,6 +27,18 @@ def _objects_within(value: Any) -> Iterator[Fields]:
     elif isinstance(value, list):
         for child in value:
             yield from _objects_within(child)
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """The number, or all numbers of a list or an object; texts such as ``500`` and ``500 Hz`` are numbers too."""
+    if isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(child)
+    elif isinstance(value, str):
+        if matched := _HERTZ.fullmatch(value):
+            yield float(matched[1])
+    elif is_number(value) and value == value:
+        yield as_float(value)
 
 
 def as_float(number: float) -> float:

@@ -9,7 +9,7 @@ import xxhash
 
 from ecgscale.data.agreement import asked_keys
 from ecgscale.data.amplitude import check_amplitude
-from ecgscale.data.foreign import Described, Rules, describe, foreign_name
+from ecgscale.data.foreign import Described, Rules, check_length, describe, foreign_name
 from ecgscale.data.json_keys import Fields
 from ecgscale.data.payload import Bytes, header_bytes, npy_shape
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
@@ -40,6 +40,8 @@ def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator
             fields = parse_json(content, unique=True)
             described = describe(fields, rules, leads)
             check_amplitude(fields, described.leads_L, described.scale_L, asked_keys(rules))
+            if rules.rate_hz is None:
+                check_length(fields, n_samples, described.rate_hz)
         except InputError as error:
             raise _wrong(place, meta, error) from error
         except RecursionError as error:

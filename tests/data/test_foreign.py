@@ -551,6 +551,30 @@ def test_a_mapping_of_gains_beside_the_option_is_compared(tmp_path) -> None:
     assert index(folder, mv_per_count=0.005).record(0).scale_L[0] == np.float32(0.005)
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        *(({key: 3500}, f"its {key} is 3500, but its array has 700") for key in ("sig_len", "n_samples", "NumSamples")),
+        ({"header": {"duration_s": 35}}, "its duration_s is 35, but its array has 700 samples at 100 Hz"),
+    ],
+)
+def test_a_length_that_the_array_contradicts_is_refused(tmp_path, said: dict, reason: str) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
+    assert reason in refused(folder, "s000.json", "--rate-hz")
+    index(folder, rate_hz=100.0)
+    same = {"sig_len": 700, "duration_s": 7.01, "samples": None, "duration": 10}
+    index(write_tars(tmp_path / "same", [{"npy": counts(0), "json": ABOUT | same}]))
+
+
+@pytest.mark.parametrize(
+    "said", [{"fs": [100] * 11 + [50]}, {"h": {"fs": {"I": 50}}}, {"h": [[{"Sampling Rate": "50 Hz"}]]}]
+)
+def test_a_rate_of_one_lead_is_a_rate(tmp_path, said: dict) -> None:
+    about = {key: value for key, value in ABOUT.items() if key != "rate_hz"} | {"srate": None}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about | said}])
+    assert "says 50; leave one out" in refused(folder, "s000.json", rate_hz=100.0)
+
+
 def test_json_that_nests_deep_is_read_or_refused(tmp_path) -> None:
     text = json.dumps(ABOUT)[:-1] + ', "x": ' + '{"a":' * 700 + "1" + "}" * 701
     refused(write_tars(tmp_path / "set", [{"npy": counts(0), "json": text.encode()}]), "s000.json", "nests too deep")
