@@ -28,11 +28,13 @@ from ecgscale.data.agreement import (
     check_label_names,
     check_one_dataset,
     check_patient_keys,
+    check_sources,
     dataset_of,
     folder_of,
     lead_order,
     only_rate,
     same_patients,
+    source_of,
 )
 from ecgscale.data.cells import NOBODY, find_key
 from ecgscale.data.copies import Copies, content_keys, is_flat
@@ -99,6 +101,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         found = list(_run(_tars(folder), rules, named, options.split_by, workers))
         if not dataset:
             check_one_dataset(found)
+            check_sources(found)
         rate_hz = only_rate(found)
         check_patient_keys(found)
         notes = Counter(same_patients(found))
@@ -209,6 +212,8 @@ def _index_tar(
         if about.patient is not None:
             done.datasets.setdefault(dataset_of(record.fields), record.name)
             of_patient = (about.patient_key, about.patient)
+            if source := source_of(record.fields):
+                done.sources.add((*of_patient, source))
             done.other_ids |= {(*of_patient, key, id_) for key, id_ in about.other_ids.items()}
         done.patient_known.append(about.patient is not None)
         for kind in _oddities(tar, record):

@@ -575,6 +575,32 @@ def test_a_rate_of_one_lead_is_a_rate(tmp_path, said: dict) -> None:
     assert "says 50; leave one out" in refused(folder, "s000.json", rate_hz=100.0)
 
 
+@pytest.mark.parametrize("per_tar", [1, 4])
+@pytest.mark.parametrize(
+    "said", [{"meta": {"dataset": "?"}}, {"DataSet": {"name": "?"}}, {"from": [{"database": "?"}]}, {"source": "?"}]
+)
+def test_data_sets_are_told_apart_at_any_depth(tmp_path, said: dict, per_tar: int) -> None:
+    def of(name: str) -> dict:
+        return json.loads(json.dumps(said).replace("?", name))
+
+    def write(folder: str, names: tuple[str, str]) -> Path:
+        samples = [{"npy": counts(i), "json": ABOUT | of(name)} for i, name in enumerate(names)]
+        return write_tars(tmp_path / folder, samples, per_tar)
+
+    folder = write("two", ("A", "B"))
+    refused(folder, "of ", "'A'", "'B'", "--dataset")
+    index_folder(folder, Rules(), ALL_TRAIN, dataset="both")
+    assert len(index(write("one", ("A", "A")))) == 2
+
+
+def test_sources_of_other_patients_and_files_name_no_data_set(tmp_path) -> None:
+    each = [
+        *({"patient": "a", "source": source} for source in ("raw/1.dat", "raw/2.dat", "3.hea")),
+        *({"patient": patient, "source": patient} for patient in ("b", "c")),
+    ]
+    assert len(index(write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | one} for one in each]))) == 5
+
+
 def test_json_that_nests_deep_is_read_or_refused(tmp_path) -> None:
     text = json.dumps(ABOUT)[:-1] + ', "x": ' + '{"a":' * 700 + "1" + "}" * 701
     refused(write_tars(tmp_path / "set", [{"npy": counts(0), "json": text.encode()}]), "s000.json", "nests too deep")
