@@ -144,7 +144,7 @@ def check_all_there(job: IngestJob, mark: Mark) -> None:
         raise _not_there(job, mark, missing, "are not there yet", "run what is missing")
     older = [number for number in range(len(job)) if not job.is_done(number)]
     if older:
-        why = "were made before their records' headers or tables changed"
+        why = "were made before their records' files or tables changed"
         raise _not_there(job, mark, older, why, "run its part again")
 
 
