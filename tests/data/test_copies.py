@@ -17,6 +17,7 @@ from ecgscale.data.copies import Copies, about_copies, content_keys, copies_apar
 from ecgscale.data.ingest import Ingested, IngestOptions, ingest, ingest_part, merge_parts
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS, map_index, read_manifest, write_index_in_parts, write_manifest
+from ecgscale.data.sources import SourceOptions, open_source
 from ecgscale.errors import InputError
 from ecgscale.inspection import summarise, verify_dataset
 from ecgscale.lead_names import LEADS
@@ -449,6 +450,24 @@ def test_patient_ids_that_occur_in_another_data_set_are_counted(make_record, ing
     again = ingest(Records(batches["2019"], "2019"), tmp_path / "two", HALVES)
     assert again.shared_ids == {}
     assert add(tmp_path / "two", batches["2020"], "2019").shared_ids == {}
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_equal_rows_and_files_of_arrays_are_copies(tmp_path, stacked) -> None:
+    simulation = Simulation(patients=3, records_per_patient=1, rate_hz=RATE_HZ)
+    mv_NLT = np.stack([simulation.read(item).millivolts() for item in simulation.items()])[[0, 1, 2, 1]]
+    source = tmp_path / "in.npy"
+    if stacked:
+        np.save(source, mv_NLT)
+    else:
+        source = tmp_path / "in"
+        source.mkdir()
+        for i, mv_LT in enumerate(mv_NLT):
+            np.save(source / f"{i}.npy", mv_LT)
+    out = tmp_path / "out"
+    ingest(open_source(source, SourceOptions(source_rate_hz=RATE_HZ)), out, HALVES)
+    assert copies_in(ShardSet.open(out)).number_R.tolist() == [1, 3]
+    assert splits(out)["1"] == splits(out)["3"]
 
 
 def test_the_command_line_says_it(tmp_path, write_record, capsys) -> None:
