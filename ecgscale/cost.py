@@ -79,8 +79,13 @@ class Costs:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Elements of each parameter."""
-        return tuple(parameters(self.model, self.objective).values())
+        """Elements of each parameter that is trained."""
+        return tuple(parameters(self.model, self.objective, trained=True).values())
+
+    @cached_property
+    def frozen(self) -> tuple[int, ...]:
+        """Elements of each parameter that is not."""
+        return tuple(parameters(self.model, self.objective, trained=False).values())
 
     def flops(self, rows: int, ranks: int = 1) -> dict[str, Flops]:
         """By part of the model."""
@@ -208,8 +213,13 @@ def encoder_flops(encoder: Encoder, rows: int, samples: int) -> int:
     return sum(count.total for count in counted_flops(twin, lambda: twin(batch)[0]).values())
 
 
-def parameters(model: EncoderConfig, objective: ObjectiveConfig | None = None) -> dict[str, int]:
-    """Elements of each parameter of an encoder, or of an objective with its heads, by name. Nothing is allocated."""
+def parameters(
+    model: EncoderConfig, objective: ObjectiveConfig | None = None, trained: bool | None = None
+) -> dict[str, int]:
+    """Elements of each parameter of an encoder, or of an objective with its heads, by name. Nothing is allocated.
+
+    ``trained`` asks for those alone that are trained, or that are frozen.
+    """
     with torch.device("meta"):
         module = build_objective(model, objective, 0, SYNTHETIC_RATE_HZ) if objective else build_encoder(model)
-    return {name: parameter.numel() for name, parameter in module.named_parameters()}
+    return {name: p.numel() for name, p in module.named_parameters() if trained in (None, p.requires_grad)}

@@ -230,7 +230,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _follow(self, objective: Objective) -> None:
         """Which part and which phase a pass is in; gradients of weights are given back as soon as they are there."""
-        for parameter in objective.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, objective.parameters()):
             parameter.register_post_accumulate_grad_hook(_forget)  # type: ignore[no-untyped-call]
         for name, module in objective.named_modules():
             module.register_forward_pre_hook(partial(self._enter, part_of(name)))

@@ -35,7 +35,13 @@ TASK = "toylab.how_many:HowMany"
 OWN_TASK = [f"--task.kind={TASK}", "--task.most=3"]
 OWN_OBJECTIVE = [f"--objective.name={OBJECTIVE}", "--objective.mixtures=4"]
 OWN_ENCODER = [f"--model.encoder={ENCODER}", "--model.width=8", "--model.depth=2"]
-OWN = [*OWN_OBJECTIVE, *OWN_ENCODER]
+OPTIMIZER, SCHEDULE = "toylab.heavy_ball:HeavyBall", "toylab.halving:halving"
+OWN_UPDATE = [
+    f"--engine.optimizer={OPTIMIZER}",
+    "--engine.optimizer_options.friction=0.2",
+    f"--train.schedule={SCHEDULE}",
+]
+OWN = [*OWN_OBJECTIVE, *OWN_ENCODER, *OWN_UPDATE]
 OURS = ["--model.preset=tiny", "--model.depth=1", "--model.dropout=0", "--model.attention_dropout=0"]
 SHORT = [
     "--data.segment_s=2.5", "--data.min_record_s=5", "--train.global_batch=8", "--train.log_every=1",
@@ -43,6 +49,7 @@ SHORT = [
     "--train.validation_recordings=2", "--engine.learning_rate=1e-2", "--engine.whole_below=0",
 ]  # fmt: skip
 STEPS = 4
+ROOT = Path(__file__).parents[1]
 TOLERANCE = 2e-5  # fp32 sums over ranks are added up in another order, which Adam amplifies
 
 
@@ -86,7 +93,9 @@ def runs(shards, jobs, tmp_path_factory) -> Path:
 
 
 def test_losses_on_two_ranks_equal_those_on_one_and_a_killed_run_goes_on(shards, jobs, runs, tmp_path):
-    stages = {stage: job(shards, tmp_path / f"stage-{stage}", *OWN, f"--engine.zero_stage={stage}") for stage in (0, 3)}
+    stages = {
+        stage: job(shards, tmp_path / f"stage-{stage}", *OWN, f"--engine.zero_stage={stage}") for stage in range(4)
+    }
     jobs.run(2, *stages.values())
     expected = losses(runs / "whole")
     assert len(expected) == STEPS
@@ -100,6 +109,58 @@ def test_losses_on_two_ranks_equal_those_on_one_and_a_killed_run_goes_on(shards,
     jobs.run(1, again)
     assert losses(killed) == pytest.approx(expected, rel=TOLERANCE)
     assert [event["step"] for event in events(killed) if "train/loss" in event].count(3) == 2, "was done again"
+
+
+def tensor_bytes(checkpoint: Path) -> int:
+    """Without the headers of its files."""
+    sizes = [(path.stat().st_size, path.read_bytes()[:8]) for path in checkpoint.glob("*.safetensors")]
+    return sum(size - 8 - int.from_bytes(header, "little") for size, header in sizes)
+
+
+@pytest.mark.usefixtures("on_path")
+def test_a_plan_knows_what_of_an_objective_is_trained(shards, jobs, tmp_path, capsys):
+    jobs.run(1, job(shards, tmp_path / "run", *OWN_OBJECTIVE, *OURS, steps=1))
+    written = tensor_bytes(tmp_path / "run" / "checkpoints" / "step-00000001")
+    assert main(["plan", *OWN_OBJECTIVE, *OURS, "--cluster.gpus_per_node=2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["storage"]["checkpoint_bytes"] == written == 12 * plan["parameters"] - 8 * 4 * 12, "the mixture"
+    assert plan["recommended"]["fits"]
+
+
+BENCH = ["bench", "step", "--quick", "--batch=2", "--samples=250", "--threads=1"]
+
+
+def test_a_bench_takes_steps_of_an_objective_and_an_encoder_with_their_optimizer(jobs, tmp_path):
+    optimizer = [option for option in OWN_UPDATE if "engine" in option]
+    jobs.run(1, [*BENCH, f"--out={tmp_path}", *OWN_OBJECTIVE, *OWN_ENCODER, *optimizer])
+    (report,) = tmp_path.glob("*.json")
+    (section,) = json.loads(report.read_text())["sections"]
+    (own,) = {(case["preset"], case["objective"]) for case in section["settings"].values()}
+    assert own == (ENCODER, OBJECTIVE)
+    ways = {name.split("/")[-2] for name in section["scalars"] if name.endswith("ecg_per_s")}
+    assert ways == {"ddp", "ecgscale"}, "the method of the paper has another encoder"
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--preset=tiny", *OWN_ENCODER], f"model.preset belongs to transformer, not to {ENCODER}"),
+        (["--checkpointing=1", *OWN_OBJECTIVE, *OWN_ENCODER], "activation_checkpointing 1: the model has 0 layers"),
+        (OWN_ENCODER, f"model.encoder {ENCODER}: does not go with objective.name wav2vec2+cmsc"),
+    ],
+)  # fmt: skip
+def test_a_bench_refuses_what_an_encoder_has_not(given, said, tmp_path, refusal):
+    assert said in refusal(*BENCH, f"--out={tmp_path}", *given)
+
+
+def test_each_is_one_file_that_the_packages_do_not_know():
+    files = [path for path in (TOYS / "toylab").glob("*.py") if path.stem not in ("__init__", "unfinished")]
+    named = {name.partition(":")[0] for name in (OBJECTIVE, ENCODER, LAYOUT, TASK, OPTIMIZER, SCHEDULE)}
+    assert {f"toylab.{path.stem}" for path in files} == named
+    assert not [path for path in files if "toylab" in path.read_text()], "none leans on another"
+    ours = [path for folder in ("ecgscale", "kernels", "launch", "configs") for path in (ROOT / folder).rglob("*")]
+    assert not [path for path in ours if path.suffix in (".py", ".yaml") and "toylab" in path.read_text()]
 
 
 def test_the_log_and_the_config_say_whose_code_it_is(runs):

@@ -171,8 +171,8 @@ def _compare(section: Section, case: Case, taken: Taken, effort: Effort) -> None
 
 def bound_of(case: Case, way: str) -> float | None:
     """How many times as fast as a way ecgscale must be; None where nothing is demanded."""
-    model, engine = case.config.model, case.config.engine
-    if case.overrides or model.preset != "base" or model.stem != "conv" or case.samples != Case.samples:
+    said, engine = case.settings(), case.config.engine
+    if case.overrides or said["preset"] != "base" or said["stem"] != "conv" or case.samples != Case.samples:
         return None
     if engine.activation_checkpointing or engine.compile:
         return None
@@ -191,7 +191,7 @@ def mfu_bound(case: Case) -> float | None:
     if case.overrides or not _is_h100(case):
         return None
     asked = {"base": 0.45, "large": 0.5}
-    return asked.get(case.config.model.preset) if case.config.engine.precision == "bf16" else None
+    return asked.get(str(case.settings()["preset"])) if case.config.engine.precision == "bf16" else None
 
 
 def _is_h100(case: Case) -> bool:

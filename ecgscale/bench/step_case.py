@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from ecgscale.config import load
+from ecgscale.config import ENCODER, OBJECTIVE, load
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ, ECGBatch, synthetic_batch
 from ecgscale.data.selection import DataConfig, Selection
@@ -20,9 +20,10 @@ from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.source_options import listed
 from ecgscale.data.stream import TrainStream
 from ecgscale.errors import InputError
+from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.model.base import recomputed_layers
-from ecgscale.model.encoder import ModelConfig, refuse_others
-from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective, objective_config
+from ecgscale.model.encoder import ModelConfig
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective
 from ecgscale.objectives.objective import Objective
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
@@ -38,8 +39,8 @@ Settings = dict[str, str | int | float | bool]
 class StepConfig:
     """The keys of `ecgscale pretrain` that a step depends on."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=objective_config)
+    model: EncoderConfig = field(default_factory=ENCODER)
+    objective: ObjectiveConfig = field(default_factory=OBJECTIVE)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -61,10 +62,11 @@ class Case:
         for name in ("batch", "ranks", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"bench: --{name} {getattr(self, name)}: give 1 or more")
-        refuse_others(self.config.model, "a bench of steps")
         if self.samples < self.config.model.patch_samples:
             raise InputError(f"bench: --samples {self.samples}: a token has {self.config.model.patch_samples}")
-        recomputed_layers(self.config.engine.activation_checkpointing, self.config.model.depth)  # refuses too many
+        _ = self.recomputed  # refuses too many
+        config, data = self.config, DataConfig(segment_s=self.samples / SYNTHETIC_RATE_HZ)
+        OBJECTIVES.find(config.objective.name).check(config.model, config.objective, data, SYNTHETIC_RATE_HZ)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("bench: --device cuda, but PyTorch sees no GPU; leave it out to measure on the CPU")
         if self.device == "cuda" and self.ranks > torch.cuda.device_count():
@@ -75,18 +77,28 @@ class Case:
         """Segments of a rank."""
         return OBJECTIVES.find(self.config.objective.name).segments * self.batch
 
+    @property
+    def recomputed(self) -> int:
+        """Layers that are recomputed in the backward pass. Raises InputError for more than there are."""
+        model, asked = self.config.model, self.config.engine.activation_checkpointing
+        if isinstance(model, ModelConfig):
+            return recomputed_layers(asked, model.depth)
+        with torch.device("meta"):  # how many there are, an encoder of one's own says when it is built
+            return build_encoder(model, asked).recomputed_layers
+
     def settings(self) -> Settings:
-        """What tells cases apart, by stable names."""
+        """What tells cases apart, by stable names. An encoder without presets has its name there."""
         model, engine = self.config.model, self.config.engine
+        preset, stem = (model.preset, model.stem) if isinstance(model, ModelConfig) else (model.encoder, "own")
         return {
-            "preset": model.preset,
-            "stem": model.stem,
+            "preset": preset,
+            "stem": stem,
             "objective": self.config.objective.name,
             "batch": self.batch,
             "samples": self.samples,
             "precision": engine.precision,
             "zero_stage": engine.zero_stage,
-            "activation_checkpointing": recomputed_layers(engine.activation_checkpointing, model.depth),
+            "activation_checkpointing": self.recomputed,
             "compile": engine.compile,
             "ranks": self.ranks,
             "threads": self.threads,
@@ -135,7 +147,9 @@ class Case:
         return build_objective(config.model, config.objective, SEED, SYNTHETIC_RATE_HZ, checkpointing)
 
     def without_dropout(self) -> Case:
-        model = replace(self.config.model, dropout=0.0, attention_dropout=0.0, feature_dropout=0.0)
+        model = self.config.model
+        if isinstance(model, ModelConfig):
+            model = replace(model, dropout=0.0, attention_dropout=0.0, feature_dropout=0.0)
         return replace(self, config=replace(self.config, model=model))
 
 
@@ -170,8 +184,14 @@ class Axes:
             self.batch,
             self.ranks,
         ):
-            given = {"model.preset": preset, "model.stem": stem, "engine.precision": precision}
-            given |= {"engine.zero_stage": str(stage), "engine.activation_checkpointing": checkpointing}
+            shape = {"preset": preset, "stem": stem}
+            # Usual ones are left out, since an encoder of one's own has neither key.
+            given = {f"model.{key}": value for key, value in shape.items() if value not in getattr(Axes, key)}
+            given |= {
+                "engine.precision": precision,
+                "engine.zero_stage": str(stage),
+                "engine.activation_checkpointing": checkpointing,
+            }
             given |= {"engine.compile": "true" if compiled == "on" else "false"}
             words = [word for key, value in given.items() for word in (f"--{key}", value)]
             usable = threads or max(1, len(os.sched_getaffinity(0)) // ranks)

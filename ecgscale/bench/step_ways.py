@@ -18,6 +18,7 @@ from ecgscale.data.batch import ECGBatch
 from ecgscale.data.stream import Copied
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS
+from ecgscale.model.encoder import ModelConfig
 from ecgscale.objectives.keys import TimeMasking
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.ranks import Ranks
@@ -120,6 +121,7 @@ def _product(case: Case, ranks: Ranks) -> Step:
 def _plain_twin(case: Case) -> Straightforward:
     """The straightforward module with the weights of the case's objective."""
     model, objective = case.config.model, case.config.objective
+    assert isinstance(model, ModelConfig)
     plain = Straightforward(model, objective)
     plain.load_state_dict(named_as_here(case.build().state_dict(), model, objective))
     return plain
@@ -155,6 +157,7 @@ def equality(case: Case, ranks: Ranks) -> Equality:
     """
     case = case.without_dropout()
     model, objective = case.config.model, case.config.objective
+    assert isinstance(model, ModelConfig)
     batch = next(synthetic_batches(case, ranks.rank)).to(ranks.device)
     ours, plain = case.build().to(ranks.device), _plain_twin(case).to(ranks.device)
     draws = ours.draw(batch, share=False)

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from ecgscale.data.batch import ECGBatch
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_theirs
 from ecgscale.lead_names import LEADS
+from ecgscale.model.base import EncoderConfig
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.stem import BLOCKS
 from ecgscale.objectives import ObjectiveConfig
@@ -37,9 +38,9 @@ class PlainDraws(NamedTuple):
     gumbel_BMGV: Tensor
 
 
-def can_be_written(model: ModelConfig, objective: ObjectiveConfig) -> bool:
+def can_be_written(model: EncoderConfig, objective: ObjectiveConfig) -> bool:
     """Whether this is the method of the paper, the only one that is written here."""
-    if not isinstance(objective, Wav2Vec2CMSC.Config):
+    if not (isinstance(model, ModelConfig) and isinstance(objective, Wav2Vec2CMSC.Config)):
         return False
     plain = objective.time_mask_rule == "fixed" and objective.global_form == "reference"
     noise = objective.augmentations and objective.augmentations != ["none"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import log, sqrt
 from typing import NoReturn
 
-from ecgscale.cost import costs_of
+from ecgscale.cost import costs_of, parameters
 from ecgscale.data.order import check_world_size
 from ecgscale.errors import InputError
 from ecgscale.objectives import OBJECTIVES
@@ -165,7 +165,7 @@ def possible(config: PlanConfig, zero_stage: int, gpus: int) -> bool:
     """Whether the engine takes a stage: 3 only uncompiled, and where every parameter has an element for each rank."""
     if zero_stage < 3:
         return True
-    return not config.engine.compile and min(costs_of(config.model, config.objective, 1).sizes) >= gpus
+    return not config.engine.compile and min(parameters(config.model, config.objective).values()) >= gpus
 
 
 def _fewest_layers(config: PlanConfig, cluster: Cluster, samples: int, every: Candidate) -> Candidate | None:

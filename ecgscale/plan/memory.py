@@ -56,6 +56,8 @@ class State:
     """Both moments of AdamW, fp32."""
     bucket: int
     """DeepSpeed's buffer for the gradients that are reduced together."""
+    frozen: int = 0
+    """Parameters that are not trained, as weights; and in fp32 on every rank, where the model's own are rounded."""
     host: int = 0
     """In the host's memory, where the optimizer is offloaded."""
 
@@ -88,13 +90,14 @@ def share(sizes: tuple[int, ...], zero_stage: int, world_size: int) -> int:
     return 2 * -(-sum(sizes) // (2 * world_size))
 
 
-def state_bytes(sizes: tuple[int, ...], parallel: Parallel) -> State:
-    """What a ZeRO stage keeps of a model whose parameters have so many elements each."""
+def state_bytes(sizes: tuple[int, ...], parallel: Parallel, frozen: tuple[int, ...] = ()) -> State:
+    """What a ZeRO stage keeps of a model whose parameters have so many elements each, trained and frozen."""
     n, stage, element = sum(sizes), parallel.zero_stage, parallel.element
     own = share(sizes, stage, parallel.world_size)
     masters = 0 if stage == 0 and element == _FP32 else own * _FP32
     moments = MOMENTS * own * _FP32
     whole = sum(size for size in sizes if size < parallel.whole_below)
+    frozen_here = share(frozen, 3, parallel.world_size) if stage == 3 else sum(frozen)
     return State(
         weights=(own if stage == 3 else n) * element,
         gathered=max(whole, min(n, LIVE)) * element if stage == 3 else 0,
@@ -102,15 +105,17 @@ def state_bytes(sizes: tuple[int, ...], parallel: Parallel) -> State:
         masters=0 if parallel.offload else masters,
         moments=0 if parallel.offload else moments,
         bucket=0 if stage == 0 and parallel.world_size == 1 else min(n, BUCKET) * element,
+        frozen=frozen_here * element + (sum(frozen) * _FP32 if element != _FP32 else 0),
         host=own * _FP32 + masters + moments if parallel.offload else 0,
     )
 
 
 def memory_of(costs: Costs, parallel: Parallel, rows: int, recomputed: int = 0) -> Memory:
     """Memory of one rank that works through ``rows`` segments in a micro-step, with so many layers recomputed."""
-    state, stage = state_bytes(costs.sizes, parallel), parallel.zero_stage
+    state, stage = state_bytes(costs.sizes, parallel, costs.frozen), parallel.zero_stage
     kept = costs.kept(parallel.device, parallel.precision, rows, parallel.world_size, recomputed)
-    held = state.weights + state.gathered + state.masters + state.moments + rows * costs.samples * len(LEADS) * 2
+    held = state.weights + state.gathered + state.masters + state.moments + state.frozen
+    held += rows * costs.samples * len(LEADS) * 2
     if stage == 3:  # its buffers are made once
         held += state.gradients + (state.bucket if parallel.device == "cuda" else 0)
     accumulated = state.gradients if parallel.accumulation > 1 and stage < 3 else 0

@@ -89,13 +89,14 @@ def collectives_of(costs: Costs, parallel: Parallel, rows: int) -> list[Collecti
     if parallel.zero_stage in (1, 2):
         collectives.append(Collective("all-gather", "weights", 1, n * element))
     if parallel.zero_stage == 3:
-        large = [size for size in sizes if size >= parallel.whole_below]
+        large = [size for size in (*sizes, *costs.frozen) if size >= parallel.whole_below]
         passes = 2 if sum(large) > LIVE else 1
         gathered = micro * passes * sum(large) * element
         if large:
             collectives.append(Collective("all-gather", "weights", micro * passes * len(large), gathered))
         collectives.append(Collective("reduce-scatter", "gradients", micro * max(buckets, 1), micro * n * element))
-        collectives.append(Collective("all-gather", "small weights", 1, (n - sum(large)) * element))
+        small = sum(size for size in sizes if size < parallel.whole_below)
+        collectives.append(Collective("all-gather", "small weights", 1, small * element))
     # Few bytes, but each of these waits for all ranks.
     collectives += [
         Collective(one.kind, "objective", micro, micro * one.bytes) for one in costs.sent(rows, parallel.world_size)

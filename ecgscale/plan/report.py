@@ -51,7 +51,7 @@ def _ways(plan: Plan) -> str:
                 *(
                     f"{size / 1e9:.2f}"
                     for size in (
-                        state.weights + state.gathered,
+                        state.weights + state.gathered + state.frozen,
                         state.gradients,
                         state.masters + state.moments,
                         sum(one.memory.activations.values()),

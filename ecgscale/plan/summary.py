@@ -198,7 +198,8 @@ def make_plan(config: PlanConfig, cluster: Cluster) -> Plan:
     if chosen is None:
         refuse(config, cluster, samples, ways)
     n = sum(parameters(config.model, config.objective).values())
-    storage = _storage(config, cluster, chosen, length, n)
+    trained = sum(parameters(config.model, config.objective, trained=True).values())
+    storage = _storage(config, cluster, chosen, length, n, trained)
     survival = survival_of(cluster, storage.save_s)
     if not survival.effective:
         raise InputError(
@@ -234,8 +235,8 @@ def _length(config: PlanConfig) -> Length:
     return Length(recordings, rate_hz, steps, epochs, stored, plain)
 
 
-def _storage(config: PlanConfig, cluster: Cluster, chosen: Candidate, length: Length, n: int) -> Traffic:
-    size = (1 + MOMENTS) * 4 * n
+def _storage(config: PlanConfig, cluster: Cluster, chosen: Candidate, length: Length, n: int, trained: int) -> Traffic:
+    size = 4 * (n + MOMENTS * trained)
     rate = config.train.global_batch / chosen.step.total
     cores = rate * length.plain_bytes * DECODE_S_PER_BYTE / cluster.config.nodes
     return Traffic(size, save_s(cluster, chosen.zero_stage, n), rate * length.stored_bytes, cores)

@@ -32,7 +32,7 @@ class AdamW(torch.optim.AdamW):
 def build_optimizer(name: str, options: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of that name, at learning rate 0. Raises InputError for options that its class does not take."""
     kind = OPTIMIZERS.find(name)
-    known = [one for one in inspect.signature(kind).parameters if one not in ("params", "lr")]
+    known = [argument for argument in inspect.signature(kind).parameters if argument not in ("params", "lr")]
     for option in options:
         if option not in known:
             near = get_close_matches(option, known, 1)

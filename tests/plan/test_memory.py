@@ -37,6 +37,9 @@ def test_state_of_each_stage_is_what_the_zero_paper_says():
     assert state_bytes(sizes, Parallel(0, 4, "fp32", "cuda")).masters == 0
     assert state_bytes(sizes, Parallel(1, 4, "bf16", "cuda")).bucket == 2 * n
     assert state_bytes((n, BUCKET), Parallel(1, 4, "bf16", "cuda")).bucket == 2 * BUCKET
+    for stage, bytes_of_frozen in {1: 2 + 4, 3: 2 / ranks + 4}.items():
+        assert state_bytes(sizes, Parallel(stage, ranks, "bf16", "cuda"), (400, 80)).frozen == 480 * bytes_of_frozen
+    assert state_bytes(sizes, Parallel(1, ranks, "fp32", "cuda"), (400, 80)).frozen == 480 * 4
     offloaded = state_bytes(sizes, Parallel(2, 4, "bf16", "cuda", offload=True))
     assert (offloaded.masters, offloaded.moments, offloaded.host) == (0, 0, 16 * n / 4)
 

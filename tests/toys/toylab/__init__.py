@@ -1,1 +1,1 @@
-"""What a user's own package may hold: an objective, an encoder, a task and a layout that ecgscale does not know."""
+"""What a user's own package may hold: one of each kind that ecgscale does not know."""
