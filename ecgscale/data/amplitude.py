@@ -142,6 +142,7 @@ def check_amplitude(
             raise InputError(reason)
     if not any(_scale_takes_units(one) for one in statements):
         _check_units_alike(statements, scale_L)
+    _check_units_of_gains(statements)
 
 
 def _scale_takes_units(one: _Statement) -> bool:
@@ -176,10 +177,11 @@ def _in_object(fields: Fields, place: _Place, leads_L: Sequence[str]) -> Iterato
         for key, child in fields.items()
     }
     topics = {key: about.topic for key, at in places.items() if (about := meaning(at.name)) is not None}
+    is_measured = meaning(place.name) is None and any(squashed(key) in ("value", "values") for key in fields)
     units = [
         one
         for key, topic in topics.items()
-        if topic == "unit"
+        if topic == "unit" and not is_measured  # such as the height of a wave
         for one in _statements(fields[key], places[key], leads_L)
     ]
     mv_of_row = place.mv_of_row | {row: mv for one in units if (mv := _mv(one)) is not None for row in one.rows}
@@ -320,6 +322,22 @@ _REASONS: dict[Topic, Callable[[_Statement, Sequence[float]], str]] = {
     "changed": _changed,
     "unit": _no_reason,  # read with the scales beside it
 }
+
+
+def _check_units_of_gains(statements: Sequence[_Statement]) -> None:
+    """Raises InputError for a unit that stands elsewhere than a gain, and is not what the gain gives counts of."""
+    gains = [one for one in statements if one.meaning.topic == "scale" and one.meaning.is_gain and one.number]
+    mv_of_gains = {(row, one.mv_of_row.get(row, 1.0)) for one in gains if one.meaning.mv is None for row in one.rows}
+    rows = {row for row, _ in mv_of_gains}
+    for one in (one for one in statements if one.meaning.topic == "unit"):
+        mv = _mv(one)
+        if mv is None or math.isnan(mv):
+            continue
+        if any(row in rows and (row, mv) not in mv_of_gains for row in one.rows):
+            raise InputError(
+                f"its {one.told}, which is not the unit that its gain is read by; write it as units beside the gain, "
+                "or write mv_per_count for gain"
+            )
 
 
 def _check_units_alike(statements: Sequence[_Statement], scale_L: Sequence[float]) -> None:

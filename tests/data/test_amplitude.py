@@ -56,6 +56,9 @@ OF_SCALE: list[tuple[Any, Any]] = [  # what agrees, what does not
     ({"mv_per_count": 0.005, "units": "uV"}, {"mv_per_count": 0.005, "units": ["mV"] * 11 + ["uV"]}),
     ({"name": "I", "units": {"I": "mV", "II": "mV"}}, {"units": {"I": "mV", "II": "uV"}}),
     ({"h": {"units": "counts"}}, {"h": {"units": "counts", "gain": 200}}),
+    ({"gain": 200, "h": {"units": "mV"}}, {"gain": 200, "h": {"units": "uV"}}),
+    ({"gain": 0.2, "units": "uV", "h": {"unit": "uV"}}, {"gain": 0.2, "units": "uV", "h": {"unit": "mV"}}),
+    ({"gain": 200, "r": {"value": 1300, "unit": "uV"}}, {"gain": 200, "r": {"amplitude_unit": "uV"}}),
     ({"gain": None, "scale": float("nan")}, {"scale": 10**400}),
     ({"gain": "NA"}, {"gain": 0}),
 ]
