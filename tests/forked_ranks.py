@@ -8,6 +8,7 @@ signal.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -21,7 +22,11 @@ os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while 
 
 # What a run would import when it gets there.
 import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402
+import matplotlib.figure  # noqa: E402, F401
+import setuptools  # noqa: E402, F401
 import torch  # noqa: E402
+import torch.utils.flop_counter  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 
 import ecgscale.downstream.finetune  # noqa: E402
@@ -76,5 +81,7 @@ def run(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # ranks collect garbage before their first step, and need not walk what is here
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
