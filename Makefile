@@ -34,11 +34,14 @@ demo: setup
 	test -e $(RUNS)/demo/shards/manifest.json || $(BIN)/ecgscale simulate $(RUNS)/demo/shards --patients 400
 	$(BIN)/ecgscale reproduce configs/reproduce/demo.yaml --data_dir $(RUNS)/demo --run.dir $(RUNS)/demo/runs
 
+# In the order of tests/conftest.py, the longest first; pytest-xdist would begin with the files of the most tests.
+PYTEST = $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	$(PYTEST) -n 3 $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	$(PYTEST) -n 2 -m "not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

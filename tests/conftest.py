@@ -59,7 +59,8 @@ if not os.environ.get("ECGSCALE_GPU"):  # `make gpu` sets it for tests/test_cuda
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With pytest-xdist, a file stays in one process, for its fixtures; the launcher's tests share one SLURM.
 
-    They wait more than they compute, and go first: the other process has the cores to itself meanwhile.
+    They wait more than they compute, and go first: the others have the cores to themselves meanwhile. Files that take
+    seconds come last, so that all processes end at about the same time.
     """
     for item in items:
         room = "" if item.path.parent.name == "tests" else item.path.parent.name
@@ -71,7 +72,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         shared = "launch" if "launch" in item.path.parts else str(item.path)
         item.add_marker(pytest.mark.xdist_group(shared))
-    items.sort(key=lambda item: ("launch" not in item.path.parts, "training" not in item.path.parts))
+    rooms = ("launch", "training")
+    items.sort(key=lambda item: [room not in item.path.parts for room in rooms] + [not item.get_closest_marker("slow")])
 
 
 @pytest.fixture(autouse=True)
