@@ -34,8 +34,9 @@ demo: setup
 	test -e $(RUNS)/demo/shards/manifest.json || $(BIN)/ecgscale simulate $(RUNS)/demo/shards --patients 400
 	$(BIN)/ecgscale reproduce configs/reproduce/demo.yaml --data_dir $(RUNS)/demo --run.dir $(RUNS)/demo/runs
 
-# In the order of tests/conftest.py, the longest first; pytest-xdist would begin with the files of the most tests.
-PYTEST = $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder
+# A file stays in one process, for its fixtures: not by loadgroup, whose groups pytest-xdist 3.8 loses under pytest 9.2.
+# Files go in the order of tests/conftest.py, the longest first; pytest-xdist would begin with those of the most tests.
+PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -n 3 $(ARGS)

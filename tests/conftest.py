@@ -56,24 +56,23 @@ if not os.environ.get("ECGSCALE_GPU"):  # `make gpu` sets it for tests/test_cuda
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist, a file stays in one process, for its fixtures; the launcher's tests share one SLURM.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is slow, and sorts files by how long they take: pytest-xdist gives each to the next free process.
 
-    They wait more than they compute, and go first: the others have the cores to themselves meanwhile. Files that take
-    seconds come last, so that all processes end at about the same time.
+    The launcher's tests wait more than they compute, those on a SLURM longest, and go first: the other processes have
+    the cores to themselves meanwhile. Files that take seconds come last, so that all end at about the same time.
     """
     for item in items:
         room = "" if item.path.parent.name == "tests" else item.path.parent.name
         files = SLOW.get(room)
         if files is not None and (not files or item.path.stem.removeprefix("test_") in files.split()):
             item.add_marker(pytest.mark.slow)
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        shared = "launch" if "launch" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(shared))
-    rooms = ("launch", "training")
-    items.sort(key=lambda item: [room not in item.path.parts for room in rooms] + [not item.get_closest_marker("slow")])
+    items.sort(key=_how_late)
+
+
+def _how_late(item: pytest.Item) -> tuple[bool, ...]:
+    room, slurm = item.path.parent.name, "devcluster" in getattr(item, "fixturenames", ())
+    return not slurm, room != "launch", room != "training", "slow" not in item.keywords
 
 
 @pytest.fixture(autouse=True)
