@@ -1,22 +1,18 @@
 """Groups of config keys whose class one of the keys names: ``objective.name`` says which keys ``objective.*`` has.
 
-In a config's dataclass such a group has the type that all of its classes derive from; ``resolved`` puts the named ones
-in their places. A name with a colon is imported here, so names are given to ``resolved`` that the user has written.
+In a config's dataclass such a group is a field with a `Choice` as its default factory, of the type that all of its
+classes derive from; ``resolved`` puts the named ones in their places. A name with a colon is imported here, so names
+are given to ``resolved`` that the user has written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
-from functools import cache, partial
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import cache
 from typing import Any
 
-from ecgscale import downstream, model, objectives
-from ecgscale.downstream import TASKS
-from ecgscale.downstream.task import WRITTEN_BEFORE, TaskConfig
 from ecgscale.errors import InputError
-from ecgscale.model import ENCODERS, EncoderConfig
-from ecgscale.objectives import OBJECTIVES, ObjectiveConfig
 from ecgscale.registry import Registry
 from ecgscale.settings import field_types
 
@@ -27,13 +23,21 @@ class Choice:
 
     base: type
     """What the classes of its keys derive from."""
-    key: str
-    """The key of the group that names the class."""
     registry: Registry[Any]
+    """Of what the classes configure; its key is that of the config, such as ``objective.name``."""
     usual: str
     """The name where none is given."""
     written_before: frozenset[str] = frozenset()
     """Keys, not all of one class, that earlier versions wrote into the config of each run."""
+
+    @property
+    def key(self) -> str:
+        """The key of the group that names the class."""
+        return self.registry.key.rpartition(".")[2]
+
+    def __call__(self) -> Any:
+        """The group of keys where nothing is given."""
+        return self.keys(self.usual)(**{self.key: self.usual})
 
     def keys(self, name: str) -> type:
         """The dataclass of the keys of a named class. Raises InputError for a class without a fitting one."""
@@ -44,9 +48,9 @@ class Choice:
                 f"{self.registry.key} {name!r}: its Config is no dataclass that derives from "
                 f"{self.base.__module__}.{self.base.__qualname__}"
             )
-        for one in fields(config):
-            if one.name != self.key and one.default is MISSING and one.default_factory is MISSING:
-                raise InputError(f"{self.registry.key} {name!r}: its Config gives {one.name} no default")
+        for member in fields(config):
+            if member.name != self.key and member.default is MISSING and member.default_factory is MISSING:
+                raise InputError(f"{self.registry.key} {name!r}: its Config gives {member.name} no default")
         return config
 
     def owners(self, key: str) -> list[str]:
@@ -54,21 +58,10 @@ class Choice:
         return [name for name in self.registry if key in _names(self.keys(name))]
 
 
-CHOICES = (
-    Choice(ObjectiveConfig, "name", OBJECTIVES, objectives.DEFAULT, frozenset(objectives.keys.WRITTEN_BEFORE)),
-    Choice(EncoderConfig, "encoder", ENCODERS, model.DEFAULT),
-    Choice(TaskConfig, "kind", TASKS, downstream.DEFAULT, frozenset(WRITTEN_BEFORE)),
-)
-
-
 def choices_of(config_type: type) -> dict[str, Choice]:
     """The groups of a config that are chosen by name."""
-    found = {}
-    for name, hint in field_types(config_type).items():
-        choice = next((one for one in CHOICES if isinstance(hint, type) and issubclass(hint, one.base)), None)
-        if choice is not None:
-            found[name] = choice
-    return found
+    factories = {member.name: member.default_factory for member in fields(config_type)}
+    return {name: factory for name, factory in factories.items() if isinstance(factory, Choice)}
 
 
 def named(config_type: type, tree: Mapping[str, Any]) -> dict[str, str]:
@@ -103,9 +96,9 @@ def _with_classes(config_type: type, chosen: tuple[tuple[str, str], ...]) -> typ
     members: list[tuple[str, Any, Any]] = []
     for member in fields(config_type):
         if choice := choices.get(member.name):
-            name = names[member.name]
-            kind = choice.keys(name)
-            members.append((member.name, kind, field(default_factory=partial(kind, **{choice.key: name}))))
+            kind = choice.keys(names[member.name])
+            named_one = replace(choice, usual=names[member.name])
+            members.append((member.name, kind, field(default_factory=named_one)))
         elif member.default_factory is not MISSING:
             members.append((member.name, types[member.name], field(default_factory=member.default_factory)))
         else:
@@ -113,14 +106,17 @@ def _with_classes(config_type: type, chosen: tuple[tuple[str, str], ...]) -> typ
     return make_dataclass(config_type.__name__, members, frozen=True, namespace={"__doc__": config_type.__doc__})
 
 
-def belonging_elsewhere(config_type: type, key: str, prefix: str) -> str:
-    """Whose key it is, where it is one of another class of ours; "" where it is nobody's."""
-    choice = next((one for one in CHOICES if issubclass(config_type, one.base)), None)
+def belonging_elsewhere(config_type: type, keys: type, key: str, prefix: str) -> str:
+    """Whose key it is, where it is one of another class of ours; "" where it is nobody's.
+
+    ``keys`` is the class that does not have it, which stands at ``prefix`` in the config.
+    """
+    choice = choices_of(config_type).get(prefix.removesuffix("."))
     owners = choice.owners(key) if choice else []
     if choice is None or not owners:
         return ""
-    own = next((one.default for one in fields(config_type) if one.name == choice.key), MISSING)
-    name = own if own is not MISSING else f"{config_type.__module__}:{config_type.__qualname__.removesuffix('.Config')}"
+    own = next((member.default for member in fields(keys) if member.name == choice.key), MISSING)
+    name = own if own is not MISSING else f"{keys.__module__}:{keys.__qualname__.removesuffix('.Config')}"
     return f"{prefix}{key} belongs to {_listed(owners)}, not to {name}"
 
 
@@ -159,7 +155,7 @@ def is_saved_before(config_type: type, tree: Mapping[str, Any]) -> bool:
 
 
 def _names(kind: type) -> set[str]:
-    return {one.name for one in fields(kind)}
+    return {member.name for member in fields(kind)}
 
 
 def _listed(names: list[str]) -> str:

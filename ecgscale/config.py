@@ -1,19 +1,23 @@
-"""One dataclass tree per command: YAML file + dotted overrides, unknown keys refused, the resolved tree saved.
+"""Reads the config of any command, and puts together that of pretraining.
 
-The dataclasses stand beside the things that they configure; this file puts them together and reads them.
+A config is one dataclass tree: YAML file + dotted overrides, unknown keys refused, the resolved tree saved. Its
+dataclasses stand beside the things that they configure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from ecgscale import settings, settings_help
+from ecgscale import model, objectives, settings, settings_help
 from ecgscale.choices import (
+    Choice,
     belonging_elsewhere,
     choices_of,
     current,
@@ -24,14 +28,11 @@ from ecgscale.choices import (
     resolved,
 )
 from ecgscale.data.selection import DataConfig
-from ecgscale.downstream import task_config
-from ecgscale.downstream.task import TaskConfig
 from ecgscale.errors import InputError
 from ecgscale.export import described, read_about
-from ecgscale.model import DEFAULT as USUAL_ENCODER
 from ecgscale.model import ENCODERS, EncoderConfig
-from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, objective_config
+from ecgscale.objectives import OBJECTIVES, ObjectiveConfig
+from ecgscale.objectives.keys import WRITTEN_BEFORE
 from ecgscale.run_folder import CONFIG
 from ecgscale.settings import option
 from ecgscale.training.engine_config import EngineConfig
@@ -57,17 +58,8 @@ class StartConfig:
     normalisation are taken where the keys are not given."""
 
 
-@dataclass(frozen=True)
-class InitConfig:
-    """What fine-tuning begins with."""
-
-    model: str = ""
-    """Run folder or export folder of the pretrained model."""
-    encoder: str = ""
-    """The class of its encoder, package.module:Class, where that is not one of ours: a model's own word imports
-    nothing."""
-    random: bool = False
-    """Keep the model's shape and preprocessing but begin with new weights: the baseline."""
+ENCODER = Choice(EncoderConfig, ENCODERS, model.DEFAULT)
+OBJECTIVE = Choice(ObjectiveConfig, OBJECTIVES, objectives.DEFAULT, frozenset(WRITTEN_BEFORE))
 
 
 @dataclass(frozen=True)
@@ -76,38 +68,28 @@ class PretrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     init: StartConfig = field(default_factory=StartConfig)
-    model: EncoderConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=objective_config)
+    model: EncoderConfig = field(default_factory=ENCODER)
+    objective: ObjectiveConfig = field(default_factory=OBJECTIVE)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Everything about a fine-tuning run or a linear probe."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    init: InitConfig = field(default_factory=InitConfig)
-    task: TaskConfig = field(default_factory=task_config)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-
-def load(config_type: type[Config], words: list[str]) -> Config:
+def load(config_type: type[Config], words: list[str], values: Mapping[str, Any] | None = None) -> Config:
     """``--config FILE`` and ``--any.key value`` -> a checked config; later ones win, ``--init`` is ``--init.model``.
+
+    ``values`` of dotted keys win over all words: what a command of ours decides itself.
 
     Where a word names another objective than a file before it, the file's keys of its own objective are left out.
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range, with the
     file and line of the key.
     """
     files, names = _names_given(config_type, words)
-    in_order = iter(files)
+    in_order, elsewhere = iter(files), partial(belonging_elsewhere, config_type)
 
     def file(_: Path) -> settings.Given:
         given, names_then = next(in_order)
-        given.elsewhere = belonging_elsewhere
+        given.elsewhere = elsewhere
         if is_saved_before(config_type, given.tree):
             given.tree = current(config_type, given.tree)
         settings.refuse_unknown(resolved(config_type, names_then), given)
@@ -115,7 +97,10 @@ def load(config_type: type[Config], words: list[str]) -> Config:
         return given
 
     kind = resolved(config_type, names)
-    return _built(config_type, settings.from_words(kind, words, _SHORT, file, belonging_elsewhere))
+    given = settings.from_words(kind, words, _SHORT, file, elsewhere)
+    for key, value in (values or {}).items():
+        given.put(key, value, "")
+    return _built(config_type, given)
 
 
 def _names_given(
@@ -138,7 +123,7 @@ def _names_given(
 
 def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
     """A nested dict -> a checked config; ``model.preset`` and ``init.model`` fill in what the tree does not give."""
-    return _built(config_type, settings.Given(tree, belonging_elsewhere))
+    return _built(config_type, settings.Given(tree, partial(belonging_elsewhere, config_type)))
 
 
 def dump(config: Any) -> str:
@@ -152,8 +137,8 @@ def help_text(config_type: type, command: str) -> str:
     more: dict[str, list[tuple[Any, type]]] = {}
     owners: dict[str, str] = {}
     for group, choice in choices_of(config_type).items():
-        usual = [one.name for one in fields(choice.keys(choice.usual))]
-        others = {one.name: (one, keys) for keys in map(choice.keys, choice.registry) for one in fields(keys)}
+        usual = [member.name for member in fields(choice.keys(choice.usual))]
+        others = {member.name: (member, keys) for keys in map(choice.keys, choice.registry) for member in fields(keys)}
         more[group] = [others[name] for name in others if name not in usual]
         for name in others:
             if len(having := choice.owners(name)) < len(choice.registry):
@@ -173,7 +158,7 @@ def _built(config_type: type[Config], given: settings.Given) -> Config:
     if config_type is PretrainConfig and isinstance(given.get("init.model"), str) and given.get("init.model"):
         _begin_with(given, given.get("init.model"))
     built: Any = settings.build(resolved(config_type, named(config_type, given.tree)), given)
-    values = {one.name: getattr(built, one.name) for one in fields(config_type)}  # type: ignore[arg-type]
+    values = {member.name: getattr(built, member.name) for member in fields(config_type)}  # type: ignore[arg-type]
     return config_type(**values)
 
 
@@ -195,7 +180,7 @@ def _begin_with(given: settings.Given, init: str) -> None:
     before = current(PretrainConfig, settings.read_file(saved).tree) if saved.is_file() else {}
     encoder = given.get("model.encoder", "")
     if before.get("init", {}).get("model") == init:
-        shape, prepared = {"encoder": USUAL_ENCODER} | before.get("model", {}), before.get("data", {})
+        shape, prepared = {ENCODER.key: ENCODER.usual} | before.get("model", {}), before.get("data", {})
         ENCODERS.find_read(shape["encoder"], saved, [encoder])
         codes = before.get("objective", {})
     else:
@@ -214,5 +199,5 @@ def _begin_with(given: settings.Given, init: str) -> None:
             )
     _fill(given, "model", shape)
     _fill(given, "data", prepared)
-    objective_kind = OBJECTIVES.find(named(PretrainConfig, given.tree).get("objective", DEFAULT))
+    objective_kind = OBJECTIVES.find(named(PretrainConfig, given.tree).get("objective", OBJECTIVE.usual))
     _fill(given, "objective", {key: codes[key] for key in objective_kind.shape_keys if key in codes})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,36 +67,46 @@ def embed_files(
     model = load(model_path, encoder)
     if model.leads != LEADS and kind != "an .npy":  # of which ``ECGModel.embed`` says it
         _LOG.warning("all other leads are masked, as in training: %s", model.trained_with())
-    names: list[str] = []
-    rejected: list[str] = []
-    odd: list[tuple[str, Remark]] = []
-    splits: list[str] = []  # of a data set's recordings
+    rows = _Rows()
     if kind == "an .npy":
         renames = dict(rename_leads)
-        names, embedding = _embed_npy(model, source, rate_hz, leads, renames, tokens, unit, mv_per_count)
+        rows.names, embedding = _embed_npy(model, source, rate_hz, leads, renames, tokens, unit, mv_per_count)
     elif kind == "a data set":
-        shards = ShardSet.open(source)
-        embedding = model.embed_recordings(_of_data_set(model, shards, names, splits, rejected), tokens)
+        embedding = model.embed_recordings(_of_data_set(model, ShardSet.open(source), rows), tokens)
     else:
-        recordings = _wfdb_recordings(model, source, ignore_leads, rename_leads, names, rejected, odd)
-        embedding = model.embed_recordings(recordings, tokens)
-        log_remarks(odd)
-    arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(names)}
-    if splits:
-        arrays["split"] = np.array(splits)
-    if rejected:
-        arrays["rejected"] = np.array(rejected)
+        embedding = model.embed_recordings(_wfdb_recordings(model, source, ignore_leads, rename_leads, rows), tokens)
+        log_remarks(rows.remarks)
+    _write(out, embedding, rows)
+    skipped = (
+        f", {len(rows.rejected)} could not be read or are too short (first: {rows.rejected[0]}; all: 'rejected' in the "
+        "file)"
+        if rows.rejected
+        else ""
+    )
+    return f"{out}: {len(rows.names)} recordings, width {embedding.record_embedding.shape[1]}{skipped}"
+
+
+@dataclass
+class _Rows:
+    """What is known of the recordings beside their embeddings; it grows while they are read."""
+
+    names: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)  # of a data set's recordings
+    remarks: list[tuple[str, Remark]] = field(default_factory=list)  # (name, what is odd)
+    rejected: list[str] = field(default_factory=list)  # why the others have no embedding
+
+
+def _write(out: Path, embedding: Embedding, rows: _Rows) -> None:
+    arrays: dict[str, Any] = {"record_embedding": embedding.record_embedding, "name": np.array(rows.names)}
+    if rows.splits:
+        arrays["split"] = np.array(rows.splits)
+    if rows.rejected:
+        arrays["rejected"] = np.array(rows.rejected)
     if embedding.tokens is not None:
         arrays["tokens"] = embedding.tokens
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_whole(out, buffer.getvalue())
-    skipped = (
-        f", {len(rejected)} could not be read or are too short (first: {rejected[0]}; all: 'rejected' in the file)"
-        if rejected
-        else ""
-    )
-    return f"{out}: {len(names)} recordings, width {embedding.record_embedding.shape[1]}{skipped}"
 
 
 def _refuse_options_of_others(source: Path, kind: str, given: Mapping[str, Any]) -> None:
@@ -137,23 +148,22 @@ def _embed_npy(
     return [f"{source.stem}[{i}]" for i in range(len(embedding.record_embedding))], embedding
 
 
-def _of_data_set(
-    model: ECGModel, shards: ShardSet, names: list[str], splits: list[str], rejected: list[str]
-) -> Iterator[Recording]:
-    """The recordings of all splits, in their order on disk, at the model's rate; names, splits and reasons as below."""
+def _of_data_set(model: ECGModel, shards: ShardSet, rows: _Rows) -> Iterator[Recording]:
+    """The recordings of all splits, in their order on disk, at the model's rate; ``rows`` are told of as below."""
     split_R = shards.column("split").tolist()
     for number, split in enumerate(tqdm(split_R, desc="embed", unit="rec", disable=None)):
         record = shards.record(number).resampled(model.profile.rate_hz)
         try:
             recording = _taken(record, model)
         except InputError as error:
-            rejected.append(f"{record.name}: {error}")
+            rows.rejected.append(f"{record.name}: {error}")
             continue
-        names.append(record.name)
-        splits.append(SPLITS[split])
+        rows.names.append(record.name)
+        rows.splits.append(SPLITS[split])
         yield recording
-    if not names:
-        raise InputError(f"{shards.sets[0].place}: none of the {len(rejected)} records can be embedded: {rejected[0]}")
+    if not rows.names:
+        reasons = rows.rejected
+        raise InputError(f"{shards.sets[0].place}: none of the {len(reasons)} records can be embedded: {reasons[0]}")
 
 
 def _taken(record: Record, model: ECGModel) -> Recording:
@@ -170,13 +180,10 @@ def _wfdb_recordings(
     source: Path,
     ignore_leads: tuple[str, ...],
     rename_leads: tuple[tuple[str, str], ...],
-    names: list[str],
-    rejected: list[str],
-    odd: list[tuple[str, Remark]],
+    rows: _Rows,
 ) -> Iterator[Recording]:
-    """Recordings one by one; their names are added to ``names``, or the reason why one cannot be read to ``rejected``.
+    """Recordings one by one; ``rows`` gets the name and the remarks of each, or the reason why it cannot be read.
 
-    What is remarked about them is added to ``odd``.
     Of a folder, such recordings are left out; one that was asked for by name raises InputError, and so does a folder
     without any that can be read.
     """
@@ -187,16 +194,18 @@ def _wfdb_recordings(
                 record = folder.read(item).resampled(model.profile.rate_hz)
                 recording = _taken(record, model)
             except InputError as error:
-                rejected.append(str(error))
+                rows.rejected.append(str(error))
                 continue
-            names.append(item)
-            odd += [(item, remark) for remark in record.remarks]
+            rows.names.append(item)
+            rows.remarks += [(item, remark) for remark in record.remarks]
             yield recording
-        if not names:
-            raise InputError(f"{source}: none of the {len(rejected)} records could be read, the first: {rejected[0]}")
+        if not rows.names:
+            reasons = rows.rejected
+            raise InputError(f"{source}: none of the {len(reasons)} records could be read, the first: {reasons[0]}")
     else:
         record = read_wfdb(source, ignore_leads=ignore_leads, rename_leads=rename_leads)
         record = plausible(record, source)
-        names.append(source.stem if source.suffix == ".hea" else source.name)
-        odd += [(names[0], remark) for remark in record.remarks]
+        name = source.stem if source.suffix == ".hea" else source.name
+        rows.names.append(name)
+        rows.remarks += [(name, remark) for remark in record.remarks]
         yield _taken(record.resampled(model.profile.rate_hz), model)

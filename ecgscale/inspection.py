@@ -68,8 +68,8 @@ def summarise_model(path: Path, encoder: str = "") -> str:
         f"step        {about.get('step', 'unknown')}",
     ]
     if task := about.get("task"):
-        said = [str(task[key]) for key in ("label", "kind", "protocol") if task.get(key)]
-        lines.append(f"task        {_printable(', '.join(said))}")
+        shown = [str(task[key]) for key in ("label", "kind", "protocol") if task.get(key)]
+        lines.append(f"task        {_printable(', '.join(shown))}")
     if "head.weight" in weights:
         classes = about.get("classes")
         named = f": {', '.join(map(_printable, classes))}" if classes else ", whose names the model does not know"

@@ -33,7 +33,7 @@ _MV_PER_UNIT = {"v": 1000.0, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "n
 _MV_PER_UNIT |= {"volt": 1000.0, "millivolt": 1.0, "microvolt": 1e-3, "nanovolt": 1e-6}
 _INT16_MAX = 32767
 _ELECTRODE_MV = 1.0  # of a lead's median: less is the ECG's own, in counts so fine that they do not fit
-_DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
+DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
 _PIECE = 1 << 18  # samples of a lead that are worked on at once, so that a day's recording needs little beyond itself
 _LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")
 
@@ -224,18 +224,18 @@ def quantise(value_LT: Rows, mv_per_value: float = 1.0) -> Fitted:
     only where it still does not fit. Raises InputError for NaN or infinity.
     """
     n_leads, n_samples = len(value_LT), len(value_LT[0])
-    fitted = _room(n_leads, n_samples, np.full(n_leads, _DEFAULT_SCALE_MV))
+    fitted = _room(n_leads, n_samples, np.full(n_leads, DEFAULT_SCALE_MV))
     for i, value_T in enumerate(value_LT):
         low_mv, high_mv = _range_mv(value_T, mv_per_value)
         offset_mv = electrode_offset(value_T, mv_per_value)
         peak_mv = max(high_mv - offset_mv, offset_mv - low_mv)
-        scale = np.float32(max(_DEFAULT_SCALE_MV, peak_mv / _INT16_MAX))
+        scale = np.float32(max(DEFAULT_SCALE_MV, peak_mv / _INT16_MAX))
         for piece in pieces(n_samples):
             count_T = np.rint((value_T[piece].astype(np.float64) * mv_per_value - offset_mv) / np.float64(scale))
             # clip: float32 rounding of the scale
             fitted.signal_LT[i, piece] = np.clip(count_T, -_INT16_MAX, _INT16_MAX)
         fitted.scale_L[i], fitted.offset_mv_L[i] = scale, offset_mv
-        fitted.coarse_L[i] = peak_mv > _INT16_MAX * _DEFAULT_SCALE_MV
+        fitted.coarse_L[i] = peak_mv > _INT16_MAX * DEFAULT_SCALE_MV
     return fitted
 
 
@@ -245,7 +245,7 @@ def electrode_offset(value_T: npt.NDArray[Any], mv_per_value: float = 1.0) -> fl
     Raises InputError for NaN or infinity.
     """
     low_mv, high_mv = _range_mv(value_T, mv_per_value)
-    if max(-low_mv, high_mv) <= _INT16_MAX * _DEFAULT_SCALE_MV:
+    if max(-low_mv, high_mv) <= _INT16_MAX * DEFAULT_SCALE_MV:
         return 0.0
     return float(np.median(value_T)) * mv_per_value
 
@@ -276,7 +276,7 @@ def fit_counts(count_LT: Rows, scale_L: npt.NDArray[np.floating]) -> Fitted:
             fitted.signal_LT[i, piece] = centred_T if coarser == 1 else np.rint(centred_T / coarser)
         fitted.offset_mv_L[i] = offset * scale_L[i]
         fitted.scale_L[i] = scale_L[i] * coarser
-        fitted.coarse_L[i] = coarser > 1 and scale_L[i] * coarser > _DEFAULT_SCALE_MV
+        fitted.coarse_L[i] = coarser > 1 and scale_L[i] * coarser > DEFAULT_SCALE_MV
     return fitted
 
 

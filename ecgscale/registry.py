@@ -77,7 +77,7 @@ class Registry(Generic[Kind]):
         home, base_name = _import(self.key, self._base)
         base: type[Kind] = getattr(home, base_name)
         if not inspect.isclass(kind):
-            classes = [n for n, one in vars(module).items() if inspect.isclass(one) and issubclass(one, base)]
+            classes = [n for n, member in vars(module).items() if inspect.isclass(member) and issubclass(member, base)]
             near = get_close_matches(class_name, classes, 1) or classes[:1]
             hint = f"; did you mean {module.__name__}:{near[0]}?" if near else ""
             raise InputError(f"{self.key} {place!r}: {module.__name__} has no class {class_name}{hint}")
@@ -100,7 +100,7 @@ def find_function(key: str, ours: Mapping[str, Function], name: str) -> Function
     module, function_name = _import(key, name)
     function: Function | None = getattr(module, function_name, None)
     if not callable(function):
-        functions = [n for n, one in vars(module).items() if inspect.isfunction(one)]
+        functions = [n for n, member in vars(module).items() if inspect.isfunction(member)]
         near = get_close_matches(function_name, functions, 1)
         hint = f"; did you mean {module.__name__}:{near[0]}?" if near else ""
         raise InputError(f"{key} {name!r}: {module.__name__} has no function {function_name}{hint}")

@@ -114,10 +114,10 @@ def _default(config: Any, key: str) -> Any:
         config = getattr(config, group)
     if isinstance(config, dict):
         return None
-    (one,) = (field for field in fields(config) if field.name == name)
-    if one.default is MISSING and one.default_factory is MISSING:  # a key without a default has been given always
+    (member,) = (field for field in fields(config) if field.name == name)
+    if member.default is MISSING and member.default_factory is MISSING:  # a key without a default has been given always
         return None
-    return one.default if one.default_factory is MISSING else one.default_factory()
+    return member.default if member.default_factory is MISSING else member.default_factory()
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -63,11 +63,11 @@ def field_types(kind: Any) -> dict[str, Any]:
 @cache  # Python compiles each annotation anew when it is asked
 def _field_types(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
-    return {one.name: hints[one.name] for one in fields(kind)}
+    return {member.name: hints[member.name] for member in fields(kind)}
 
 
-def option_of(one: Field[Any]) -> Option:
-    chosen: Option = one.metadata.get(_OPTION, Option())
+def option_of(member: Field[Any]) -> Option:
+    chosen: Option = member.metadata.get(_OPTION, Option())
     return chosen
 
 
@@ -152,13 +152,28 @@ class Given:
         return option_name if option_name.startswith("--") else self.place(key) + key
 
 
-def read_file(path: Path) -> Given:
-    """What a YAML file gives."""
-    tree, lines = yaml_text.read_with_lines(path)
+def read_file(path: Path, as_written: bool = False) -> Given:
+    """What a YAML file gives; ``as_written`` keeps scalars as text."""
+    tree, lines = yaml_text.read_with_lines(path, as_written)
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, this is {type(tree).__name__}")
     given = Given({str(key): value for key, value in tree.items()})
     given.origins = {key: f"{path}, line {lines[key]}" if key in lines else str(path) for key in given.origins}
+    return given
+
+
+def read_texts(config_type: type, path: Path) -> Given:
+    """What a YAML file gives, with text as it was written, ``time: 1:30:00``, and numbers where a field wants them.
+
+    Raises InputError for unknown keys and for what is not YAML.
+    """
+    given = read_file(path, as_written=True)
+    refuse_unknown(config_type, given)
+    for names, value in list(given._leaves()):
+        key = ".".join(map(str, names))
+        hint, _ = _field_at(config_type, key, given)
+        if isinstance(value, str) and not is_group(hint) and int in alternatives(hint):
+            given.put(key, yaml_text.parse(value, f"{given.place(key)}{key}"), given.origins[key])
     return given
 
 
@@ -180,11 +195,11 @@ def from_words(
         if word.startswith("--") and len(word) > 2:
             _take_option(config_type, given, word, rest, short, file)
         elif waiting:
-            one = waiting.pop(0)
+            member = waiting.pop(0)
             taken = [word]
-            while option_of(one).several and rest and not rest[0].startswith("--"):
+            while option_of(member).several and rest and not rest[0].startswith("--"):
                 taken.append(rest.pop(0))
-            given.put(one.name, taken if option_of(one).several else word, f"--{one.name}")
+            given.put(member.name, taken if option_of(member).several else word, f"--{member.name}")
         else:
             raise InputError(f"unexpected argument {word!r}; options begin with --")
     return given
@@ -192,7 +207,7 @@ def from_words(
 
 def places(kind: Any) -> list[Field[Any]]:
     """Fields that are given by their place."""
-    return [one for one in fields(kind) if option_of(one).positional]
+    return [member for member in fields(kind) if option_of(member).positional]
 
 
 def _take_option(
@@ -210,27 +225,27 @@ def _take_option(
             raise InputError("--config: a value is missing; give --config FILE")
         given.update(file(Path(value if equals else rest.pop(0))))
         return
-    hint, one = _field_at(config_type, key, given)
-    about, origin = option_of(one), f"--{key if '.' in key else written}"
+    hint, member = _field_at(config_type, key, given)
+    how, origin = option_of(member), f"--{key if '.' in key else written}"
     if is_dataclass(hint):
-        inside = ", ".join(f"{origin}.{one.name}" for one in fields(hint))
+        inside = ", ".join(f"{origin}.{member.name}" for member in fields(hint))
         raise InputError(f"{origin}: a group of keys; give one of {inside}")
     follows = bool(rest) and not rest[0].startswith("--")
     if equals:
         words = [value]
     elif hint is bool and not (follows and (rest[0].casefold() in _BOOLEANS or not places(config_type))):
         words = ["true"]
-    elif about.without_value and not follows:
-        words = [about.without_value]
+    elif how.without_value and not follows:
+        words = [how.without_value]
     elif not follows:
-        raise InputError(f"{origin}: a value is missing; give {origin} {metavar(one, hint)}")
+        raise InputError(f"{origin}: a value is missing; give {origin} {metavar(member, hint)}")
     else:
         words = [rest.pop(0)]
-        while about.several and rest and not rest[0].startswith("--"):
+        while how.several and rest and not rest[0].startswith("--"):
             words.append(rest.pop(0))
-    separate = about.several or about.whole
+    separate = how.several or how.whole
     read: Any = _each_from_text(hint, words, origin) if separate else _from_text(hint, words[0], origin)
-    if about.repeated:
+    if how.repeated:
         before = given.get(key, [])
         read = [*before, *(read if isinstance(read, list) else [read])]
     given.put(key, read, origin)
@@ -300,15 +315,15 @@ def _groups_in(hint: Any, value: Any, key: str) -> list[tuple[Any, Any, str]]:
 def _group(kind: Any, tree: dict[str, Any], given: Given, prefix: str) -> Any:
     hints = field_types(kind)
     values: dict[str, Any] = {}
-    for one in fields(kind):
-        key = prefix + one.name
-        if one.name not in tree:
-            if is_group(hints[one.name]):
-                values[one.name] = _group(hints[one.name], {}, given, f"{key}.")
-            elif one.default is MISSING and one.default_factory is MISSING:
+    for member in fields(kind):
+        key = prefix + member.name
+        if member.name not in tree:
+            if is_group(hints[member.name]):
+                values[member.name] = _group(hints[member.name], {}, given, f"{key}.")
+            elif member.default is MISSING and member.default_factory is MISSING:
                 raise InputError(_missing(kind, tree, prefix))
             continue
-        values[one.name] = _value(hints[one.name], tree[one.name], given, key)
+        values[member.name] = _value(hints[member.name], tree[member.name], given, key)
     try:
         return kind(**values)
     except InputError as error:
@@ -419,19 +434,20 @@ def _in_words(hint: Any) -> str:
 def resumable_keys(config: Any) -> set[str]:
     """Dotted keys of a config with which a run may go on changed: how it is computed and written down, how long."""
     keys: set[str] = set()
-    for one in fields(config):
-        value = getattr(config, one.name)
+    for member in fields(config):
+        value = getattr(config, member.name)
         if is_dataclass(value):
-            keys |= {f"{one.name}.{key}" for key in resumable_keys(value)}
-        elif option_of(one).resumable:
-            keys.add(one.name)
+            keys |= {f"{member.name}.{key}" for key in resumable_keys(value)}
+        elif option_of(member).resumable:
+            keys.add(member.name)
     return keys
 
 
 def _missing(kind: Any, tree: dict[str, Any], prefix: str) -> str:
-    without = [one for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
-    missing = [one for one in without if one.name not in tree]
-    names = [prefix + ("" if option_of(one).positional else "--") + _shown(one.name, one) for one in missing]
+    without = [member for member in fields(kind) if member.default is MISSING and member.default_factory is MISSING]
+    missing = [member for member in without if member.name not in tree]
+    dashes = ["" if option_of(member).positional else "--" for member in missing]
+    names = [prefix + dash + _shown(member.name, member) for dash, member in zip(dashes, missing, strict=True)]
     return f"the following arguments are required: {', '.join(names)}"
 
 
@@ -444,31 +460,31 @@ _OWN_NAME = option(metavar="VALUE")  # stands for the entries of a mapping, whos
 def all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a tree."""
     hints = field_types(kind)
-    for one in fields(kind):
-        if is_group(hints[one.name]):
-            yield from all_keys(hints[one.name], f"{prefix}{one.name}.")
+    for member in fields(kind):
+        if is_group(hints[member.name]):
+            yield from all_keys(hints[member.name], f"{prefix}{member.name}.")
         else:
-            yield prefix + one.name
+            yield prefix + member.name
 
 
 def _unknown(kind: Any, name: str, prefix: str, given: Given) -> str:
     """What to say of a key that a group does not have: unknown, with the nearest right one or all of them."""
     if not prefix and not any(is_group(hint) for hint in field_types(kind).values()):
-        known = [f"--{_shown(one.name, one).replace('_', '-')}" for one in fields(kind)]
+        known = [f"--{_shown(member.name, member).replace('_', '-')}" for member in fields(kind)]
         name = f"--{name.replace('_', '-')}"
         near = get_close_matches(name, known, 1)
         return f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-    known = [one.name for one in fields(kind)]
+    known = [member.name for member in fields(kind)]
     near = get_close_matches(name, known, 1) or [key for key in all_keys(kind) if key.endswith(f".{name}")]
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(prefix + one for one in known)}"
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(prefix + member for member in known)}"
     return given.elsewhere(kind, name, prefix) or f"unknown key {prefix}{name}; {hint}"
 
 
 def _key_of(config_type: Any, written: str) -> str:
     """The dotted key of an option's name: ``rate-hz`` is ``rate_hz``, and a field may have another name there."""
-    for one in fields(config_type):
-        if option_of(one).name == written:
-            return one.name
+    for member in fields(config_type):
+        if option_of(member).name == written:
+            return member.name
     kind, parts = config_type, written.split(".")
     for place, part in enumerate(parts):
         if not is_dataclass(kind):
@@ -478,36 +494,36 @@ def _key_of(config_type: Any, written: str) -> str:
     return ".".join(parts)
 
 
-def _shown(key: str, one: Field[Any]) -> str:
-    return option_of(one).name or key
+def _shown(key: str, member: Field[Any]) -> str:
+    return option_of(member).name or key
 
 
 def _field_at(config_type: Any, key: str, given: Given) -> tuple[Any, Field[Any]]:
     """The type and the field of a dotted key; raises InputError where there is none."""
     kind, prefix = config_type, ""
     hint: Any = None
-    one: Field[Any] | None = None
+    member: Field[Any] | None = None
     for name in key.split("."):
         if get_origin(kind) is dict:  # names of the user's own
             return get_args(kind)[1], _OWN_NAME
         if not is_dataclass(kind):
             raise InputError(f"unknown key {key}; {prefix.rstrip('.')} is no group of keys")
-        one = next((other for other in fields(kind) if other.name == name), None)
-        if one is None:
+        member = next((other for other in fields(kind) if other.name == name), None)
+        if member is None:
             raise InputError(_unknown(kind, name, prefix, given))
         hint = kind = field_types(kind)[name]
         prefix += f"{name}."
-    assert one is not None
-    return hint, one
+    assert member is not None
+    return hint, member
 
 
-def metavar(one: Field[Any], hint: Any) -> str:
+def metavar(member: Field[Any], hint: Any) -> str:
     """What stands for the value of an option."""
-    about = option_of(one)
+    about = option_of(member)
     if about.metavar:
         return about.metavar
     if hint is bool:
         return "true"
     if any(get_origin(kind) in (list, tuple) for kind in alternatives(hint)):
         return "A [B ...]" if about.several else "A,B"
-    return one.name.upper()
+    return member.name.upper()

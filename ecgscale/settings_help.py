@@ -25,10 +25,14 @@ def documentation(kind: type) -> dict[str, str]:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
-        for one, after in pairwise(body.body):
-            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
+        for statement, after in pairwise(body.body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(after, ast.Expr)
+            ):
                 assert isinstance(after.value, ast.Constant)
-                texts[one.target.id] = " ".join(str(after.value.value).split())
+                texts[statement.target.id] = " ".join(str(after.value.value).split())
     return texts
 
 
@@ -49,12 +53,12 @@ def help_text(
     ``owners`` says of dotted keys whose they are, where that is not everybody's.
     """
     positional = places(config_type)
-    words = " ".join(f"{one.name.upper()}{' ...' if option_of(one).several else ''}" for one in positional)
+    words = " ".join(f"{member.name.upper()}{' ...' if option_of(member).several else ''}" for member in positional)
     options = "[--option VALUE ...]" if short else "[--config FILE] [--any.key VALUE ...]"
     lines = [f"usage: ecgscale {command} {words}{' ' if words else ''}{options}", ""]
     lines += [inspect.cleandoc(description or config_type.__doc__ or ""), ""]
     if positional:
-        lines += ["arguments:", *(_entry(one.name, one, config_type) for one in positional), ""]
+        lines += ["arguments:", *(_entry(member.name, member, config_type) for member in positional), ""]
     if not short:
         lines += [_wrapped("--config FILE", "YAML file with any of these keys; later arguments win"), ""]
     lines += _help_of(config_type, "", short, more, owners)
@@ -63,40 +67,41 @@ def help_text(
 
 def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[str, str]) -> list[str]:
     hints = field_types(kind)
-    own = [(one, kind) for one in fields(kind) if not is_group(hints[one.name]) and not option_of(one).positional]
+    named = [member for member in fields(kind) if not option_of(member).positional]
+    own = [(member, kind) for member in named if not is_group(hints[member.name])]
     own += more.get(prefix.rstrip("."), ())
     lines = []
     if own:
         heading = (kind.__doc__ or "").strip().splitlines()[0].rstrip(".") if prefix else "options"
         lines.append(f"{heading}:")
-        for one, owner in own:
+        for member, owner in own:
             lines.append(
-                _entry(f"--{prefix}{_name_of(one, dashed)}", one, owner, dashed, owners.get(prefix + one.name))
+                _entry(f"--{prefix}{_name_of(member, dashed)}", member, owner, dashed, owners.get(prefix + member.name))
             )
         lines.append("")
-    for one in fields(kind):
-        if is_group(hints[one.name]):
-            lines += _help_of(hints[one.name], f"{prefix}{one.name}.", False, more, owners)
+    for member in fields(kind):
+        if is_group(hints[member.name]):
+            lines += _help_of(hints[member.name], f"{prefix}{member.name}.", False, more, owners)
     return lines
 
 
-def _name_of(one: Field[Any], dashed: bool) -> str:
-    return option_of(one).name or (one.name.replace("_", "-") if dashed else one.name)
+def _name_of(member: Field[Any], dashed: bool) -> str:
+    return option_of(member).name or (member.name.replace("_", "-") if dashed else member.name)
 
 
-def _entry(name: str, one: Field[Any], kind: Any, bare: bool = False, whose: str | None = None) -> str:
+def _entry(name: str, member: Field[Any], kind: Any, bare: bool = False, whose: str | None = None) -> str:
     """``bare``: a flag needs no value."""
-    hint = field_types(kind)[one.name]
-    text = (f"[{whose}] " if whose else "") + documentation(kind).get(one.name, "")
-    default = one.default_factory() if one.default_factory is not MISSING else one.default
-    if option_of(one).positional:
+    hint = field_types(kind)[member.name]
+    text = (f"[{whose}] " if whose else "") + documentation(kind).get(member.name, "")
+    default = member.default_factory() if member.default_factory is not MISSING else member.default
+    if option_of(member).positional:
         return _wrapped(name, text)
     told = [] if hint is bool and bare else [f"default: {_default_in_words(default)}"]
     if default is MISSING:
         told = ["required"]
     if choices := [choice for kind in alternatives(hint) if get_origin(kind) is Literal for choice in get_args(kind)]:
         told.insert(0, f"one of {', '.join(map(str, choices))}")
-    value = "" if hint is bool and bare else f" {metavar(one, hint)}"
+    value = "" if hint is bool and bare else f" {metavar(member, hint)}"
     return _wrapped(name + value, f"{text} ({'; '.join(told)})" if told else text)
 
 

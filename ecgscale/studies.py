@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ecgscale.config import PretrainConfig
+from ecgscale.config import PretrainConfig, load
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError, file_error
 from ecgscale.export import is_export
@@ -18,12 +18,22 @@ from ecgscale.training import checkpoint
 
 # In a study, more steps make another run; where the encoder lies does not matter: its weights are compared.
 STUDY = Allowance(strict=frozenset({"train.steps"}), free=frozenset({"init.model"}))
+Config = TypeVar("Config")
 _FORMAT = {"format": "ecgscale-result/1"}
 
 
-def options_of(overrides: Sequence[str]) -> list[str]:
-    """``train.steps=3`` -> ``--train.steps=3``."""
-    return [f"--{override.removeprefix('--')}" for override in overrides]
+def config_of(
+    config_type: type[Config], file: str, overrides: Sequence[str], values: Mapping[str, Any], named: str
+) -> Config:
+    """The config of one run: that of a file, changed by a user's ``train.steps=3``, with ``values`` of dotted keys.
+
+    Raises InputError that begins with what the study has ``named`` it.
+    """
+    changes = [f"--{override.removeprefix('--')}" for override in overrides]
+    try:
+        return load(config_type, ["--config", file, *changes], values)
+    except InputError as error:
+        raise InputError(f"{named}: {error}") from error
 
 
 def places(shards: Sequence[str], data_dir: str) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ecgscale.config import FinetuneConfig, PretrainConfig, dump, help_text, load
+from ecgscale.config import PretrainConfig, dump, help_text, load
 from ecgscale.downstream.classification import SingleLabel
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.downstream.identification_task import IdentificationTask
 from ecgscale.errors import InputError
 from ecgscale.objectives.cmsc import CMSC

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from ecgscale.choices import choices_of, field_types
-from ecgscale.config import FinetuneConfig, PretrainConfig, dump, help_text, load
+from ecgscale.config import PretrainConfig, dump, help_text, load
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.errors import InputError
 from ecgscale.model.presets import PRESETS
 from ecgscale.run import refuse_other_config

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trials.orientation import cycles, imports, module_of, room_of, sources
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {name: ROOT / folder for name, folder in (
     ("ecgscale", "ecgscale"),
@@ -27,6 +29,23 @@ OWNERS = {
     "onnxruntime": "ecgscale/interop/onnx_model.py",
     "webdataset": "ecgscale/bench/webdataset_readers.py",
 }
+# Rooms from the lowest to the highest floor: none may reach one above it, in whatever way it imports it.
+FLOORS = (
+    ("settings", "registry"),
+    ("data",),
+    ("model",),
+    ("objectives",),
+    ("training",),
+    ("export", "inference"),
+    ("choices",),
+    ("config",),
+    ("run",),
+    ("studies",),
+    ("pretrain",),
+    ("downstream", "scaling", "plan", "bench"),
+    ("commands",),
+    ("cli",),
+)
 UNPICKLES = ROOT / "ecgscale/interop/fairseq.py"  # with weights_only, which runs nothing
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
@@ -66,6 +85,33 @@ def test_dependencies_run_one_way(package):
     assert paths
     wrong = {str(path): top_level(path) & MAY_NOT_IMPORT[package] for path in paths}
     assert not {path: names for path, names in wrong.items() if names}
+
+
+def arrows_between_rooms(root: Path) -> dict[str, set[str]]:
+    """Room -> the rooms that are imported with it."""
+    files = {module_of(path, root): path for path in sources(root)}
+    arrows: dict[str, set[str]] = {}
+    for module, path in files.items():
+        others = {room_of(other) for other in imports(path, set(files))}
+        arrows.setdefault(room_of(module), set()).update(others - {room_of(module)})
+    return arrows
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    arrows = arrows_between_rooms(ROOT)
+    assert {"ecgscale.training", "ecgscale.config"} <= arrows["ecgscale.downstream"]
+    assert cycles(arrows) == []
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_no_arrow_runs_back_up(floor):
+    """Not even late, inside a function: what a room does must not hang on one above it."""
+    rooms = {f"ecgscale.{name}" for name in FLOORS[floor]}
+    above = {f"ecgscale.{name}" for names in FLOORS[floor + 1 :] for name in names}
+    paths = [path for path in sources(ROOT) if room_of(module_of(path, ROOT)) in rooms]
+    assert {room_of(module_of(path, ROOT)) for path in paths} == rooms
+    upward = {str(path): {room_of(name) for name in imported(path)} & above for path in paths}
+    assert not {path: names for path, names in upward.items() if names}
 
 
 @pytest.mark.parametrize("dependency", OWNERS)

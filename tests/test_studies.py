@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from ecgscale.config import PretrainConfig
 from ecgscale.errors import InputError
 from ecgscale.files import parse_json, sealed
-from ecgscale.studies import read_result, write_result
+from ecgscale.studies import config_of, read_result, write_result
 
 FOUND = {"12": {"auroc": {"value": 0.93125, "low": 0.9}}, "2": {"auroc": {"value": 0.5, "low": [float("nan"), 1]}}}
 AS_JSON = FOUND | {"2": {"auroc": {"value": 0.5, "low": [None, 1]}}}  # which knows no NaN
@@ -53,3 +54,14 @@ def test_no_flipped_bit_is_believed(tmp_path):
             path.write_bytes(flipped)
             with pytest.raises(InputError, match=r"result\.json: damaged"):
                 read_result(path)
+
+
+def test_the_config_of_a_run_takes_values_as_they_are(tmp_path):
+    file = tmp_path / "base.yaml"
+    file.write_text("train: {steps: 5, seed: 1}\n")
+    values = {"data.shards": ["one,two", "--three"], "train.seed": 2, "run.dir": "--folder"}
+    config = config_of(PretrainConfig, str(file), ["train.seed=3", "--train.steps=7"], values, "methods, a")
+    assert config.data.shards == ["one,two", "--three"]
+    assert (config.train.steps, config.train.seed, config.run.dir) == (7, 2, "--folder")
+    with pytest.raises(InputError, match=r"^methods, a: unknown key train.step; did you mean train.steps\?"):
+        config_of(PretrainConfig, str(file), ["train.step=7"], values, "methods, a")

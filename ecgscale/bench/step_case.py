@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from ecgscale.config import load
+from ecgscale.config import ENCODER, OBJECTIVE, load
 from ecgscale.cost import step_flops
 from ecgscale.data.batch import SYNTHETIC_RATE_HZ, ECGBatch, synthetic_batch
 from ecgscale.data.selection import DataConfig, Selection
@@ -23,7 +23,7 @@ from ecgscale.errors import InputError
 from ecgscale.model import EncoderConfig, build_encoder
 from ecgscale.model.base import recomputed_layers
 from ecgscale.model.encoder import ModelConfig
-from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective, objective_config
+from ecgscale.objectives import DEFAULT, OBJECTIVES, ObjectiveConfig, build_objective
 from ecgscale.objectives.objective import Objective
 from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
@@ -39,8 +39,8 @@ Settings = dict[str, str | int | float | bool]
 class StepConfig:
     """The keys of `ecgscale pretrain` that a step depends on."""
 
-    model: EncoderConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=objective_config)
+    model: EncoderConfig = field(default_factory=ENCODER)
+    objective: ObjectiveConfig = field(default_factory=OBJECTIVE)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

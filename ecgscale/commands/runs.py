@@ -42,11 +42,12 @@ def pretrain(argv: list[str]) -> None:
 def finetune(argv: list[str]) -> None:
     """Fine-tune a pretrained encoder on a downstream task, or fit a probe; scored on the test split."""
     from ecgscale import config
+    from ecgscale.downstream.finetune_config import FinetuneConfig
 
     short = "--init FOLDER is short for --init.model FOLDER. Segments and normalisation are those of the model."
-    if _helped(argv, config.FinetuneConfig, "finetune", short):
+    if _helped(argv, FinetuneConfig, "finetune", short):
         return
-    chosen = config.load(config.FinetuneConfig, argv)
+    chosen = config.load(FinetuneConfig, argv)
     from ecgscale.downstream.evaluate import table
     from ecgscale.downstream.finetune import finetune as run
 

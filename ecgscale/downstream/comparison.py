@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from ecgscale.config import FinetuneConfig, RunConfig, load
+from ecgscale.config import RunConfig
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.errors import InputError
 from ecgscale.lead_names import chosen_leads, lead_set_name
-from ecgscale.studies import options_of, places, refuse_names, refuse_twice
+from ecgscale.studies import config_of, places, refuse_names, refuse_twice
 
 RANDOM = "random init"  # the baseline that always stands beside
 Protocol = Literal["probe", "neighbours", "finetune"]
@@ -108,10 +109,7 @@ class ReproduceConfig:
         """Data sets where they lie."""
         return places(shards, self.data_dir)
 
-    def task_config(self, task: TaskPlan, *more: str) -> FinetuneConfig:
-        """The resolved config of a task's fine-tuning."""
-        given = ["--config", task.finetune, *options_of(task.overrides)]
-        try:
-            return load(FinetuneConfig, [*given, "--data.shards", ",".join(self.places(task.shards)), *more])
-        except InputError as error:
-            raise InputError(f"tasks, {task.name}: {error}") from error
+    def task_config(self, task: TaskPlan, values: Mapping[str, Any]) -> FinetuneConfig:
+        """The resolved config of a task's fine-tuning, with these values of dotted keys."""
+        values = {"data.shards": self.places(task.shards)} | dict(values)
+        return config_of(FinetuneConfig, task.finetune, task.overrides, values, f"tasks, {task.name}")

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ecgscale.choices import current
-from ecgscale.config import FinetuneConfig, build
+from ecgscale.config import build
 from ecgscale.data.selection import DataConfig
 from ecgscale.data.shard_set import lead_positions
 from ecgscale.downstream import DEFAULT, TASKS, build_task
 from ecgscale.downstream.coverage import Coverage
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.downstream.labelled import LabelledSet
 from ecgscale.downstream.task import Outcome, Task, Thresholds
 from ecgscale.errors import InputError

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ecgscale import progress
-from ecgscale.config import FinetuneConfig
 from ecgscale.cost import encoder_flops
 from ecgscale.data.persons import apart
 from ecgscale.data.stream import TrainStream
 from ecgscale.downstream import TASKS, build_task
 from ecgscale.downstream.board import show
 from ecgscale.downstream.evaluate import Scored, evaluate
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.downstream.labelled import LabelledSet
 from ecgscale.downstream.task import Labelling, Task
 from ecgscale.errors import InputError

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ecgscale.config import FinetuneConfig, PretrainConfig, load
+from ecgscale.config import PretrainConfig
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import SPLITS
@@ -33,6 +33,7 @@ from ecgscale.downstream.comparison import (
 from ecgscale.downstream.coverage import Coverage
 from ecgscale.downstream.evaluate import evaluate
 from ecgscale.downstream.finetune import fit
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.downstream.method_table import Case, Measured, write_results
 from ecgscale.errors import InputError, unreadable
 from ecgscale.export import Profile, about_model, described, is_export, read_about, weights_sha256, write_export
@@ -46,9 +47,9 @@ from ecgscale.run_folder import leave_run, lock_run
 from ecgscale.studies import (
     STUDY,
     check_pretraining,
+    config_of,
     folder_name,
     is_pretrained,
-    options_of,
     read_result,
     write_result,
 )
@@ -66,6 +67,12 @@ class Leaf:
     protocol: Protocol
     fraction: float
     seed: int
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it is called by, as keys of its fine-tuning."""
+        fraction = float(self.fraction)  # a config may say 1
+        return {"task.protocol": self.protocol, "task.label_fraction": fraction, "train.seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Unit:
         """Seeds and fractions that change nothing are left out, such as those of a probe of a given encoder."""
         config, encoders = self.config, self.config.encoders(self.method)
         for task in config.tasks:
-            kind = TASKS.find(config.task_config(task).task.kind)
+            kind = TASKS.find(config.task_config(task, {}).task.kind)
             for protocol in config.protocols:
                 if protocol not in kind.protocols:
                     continue
@@ -108,15 +115,13 @@ class Unit:
 
     def pretraining(self) -> PretrainConfig:
         """The resolved config of the pretraining."""
-        given = ["--config", self.like.pretrain, *options_of(self.like.overrides)]
-        given += ["--data.shards", ",".join(self.config.places(self.config.pretrain_shards))]
-        try:
-            config = load(
-                PretrainConfig, [*given, "--train.seed", str(self.pretrain_seed), "--run.dir", str(self.model)]
-            )
-        except InputError as error:
-            raise InputError(f"methods, {self.like.name}: {error}") from error
-        return config
+        values = {
+            "data.shards": self.config.places(self.config.pretrain_shards),
+            "train.seed": self.pretrain_seed,
+            "run.dir": str(self.model),
+        }
+        method = self.like
+        return config_of(PretrainConfig, method.pretrain, method.overrides, values, f"methods, {method.name}")
 
     def check(self) -> None:
         """Raises InputError where its encoder does not go with the tasks, or with what was done before."""
@@ -179,16 +184,13 @@ class Unit:
         return encoder if is_code(encoder) else ""
 
     def leaf_config(self, leaf: Leaf) -> FinetuneConfig:
-        return self.config.task_config(
-            leaf.task,
-            *("--init.model", str(self.model)),
-            *("--init.encoder", self.own_encoder),
-            *("--init.random", str(self.method is None).lower()),
-            *("--task.protocol", leaf.protocol),
-            *("--task.label_fraction", str(leaf.fraction)),
-            *("--train.seed", str(leaf.seed)),
-            *("--run.dir", str(self.folder(leaf))),
-        )
+        values = {
+            "init.model": str(self.model),
+            "init.encoder": self.own_encoder,
+            "init.random": self.method is None,
+            "run.dir": str(self.folder(leaf)),
+        }
+        return self.config.task_config(leaf.task, leaf.values | values)
 
     @cached_property
     def encoder_identity(self) -> str:
@@ -260,17 +262,17 @@ def units(config: ReproduceConfig) -> list[Unit]:
     if not config.run.dir:
         raise InputError("run.dir is missing; give --run.dir FOLDER")
     methods = [None, *config.methods]
-    found = [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
-    if not any(True for unit in found for _ in unit.leaves()):
+    every = [Unit(config, method, seed) for method in methods for seed in range(config.encoders(method))]
+    if not any(True for unit in every for _ in unit.leaves()):
         protocols = ", ".join(config.protocols)
         raise InputError(f"protocols {protocols}: nothing to measure, since no task has them")
-    return found
+    return every
 
 
 def plan(config: ReproduceConfig) -> str:
     """For people: every unit with its runs, which of them are done, and what stands in the way of the others."""
-    lines, found = [], units(config)
-    for number, unit in enumerate(found, 1):
+    lines, every = [], units(config)
+    for number, unit in enumerate(every, 1):
         if not unit.like.init:
             unit.pretraining()
         lines.append(f"unit {number}: {unit.name}, {unit.model}")
@@ -278,7 +280,7 @@ def plan(config: ReproduceConfig) -> str:
             unit.leaf_config(leaf)
             lines.append(f"  {_state(unit, leaf)}  {unit.folder(leaf)}")
     try:
-        _check(found)
+        _check(every)
     except InputError as error:
         lines.append(f"cannot start yet: {error}")
     return "\n".join(lines)
@@ -318,8 +320,7 @@ def _check(mine: list[Unit]) -> None:
         if (leaf.protocol != "finetune" and "finetune" in mine[0].config.protocols) or key in checked:
             continue
         checked.add(key)
-        more = ["--task.label_fraction", str(leaf.fraction), "--train.seed", str(leaf.seed)]
-        chosen = mine[0].config.task_config(leaf.task, "--task.protocol", leaf.protocol, *more)
+        chosen = mine[0].config.task_config(leaf.task, leaf.values)
         shards = ShardSet.open(chosen.data.shards, chosen.data.cache)
         labelled_R = build_task(chosen.task).label(shards, seed=leaf.seed).labelled_R
         Selection(shards, chosen.data, "train", labelled_R).refuse_empty()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from ecgscale.config import PretrainConfig
+from ecgscale.config import ENCODER, PretrainConfig
 from ecgscale.errors import InputError
 from ecgscale.model.encoder import ModelConfig, refuse_others
 
@@ -113,7 +113,7 @@ class LengthConfig:
 class PlanConfig(PretrainConfig):
     """A pretraining config, whose zero_stage and activation_checkpointing are chosen by the plan, and a cluster."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=ENCODER)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     length: LengthConfig = field(default_factory=LengthConfig)
 

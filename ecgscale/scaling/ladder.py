@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ecgscale import progress
-from ecgscale.config import PretrainConfig, RunConfig, load
+from ecgscale.config import PretrainConfig, RunConfig
 from ecgscale.cost import parameters, step_flops
 from ecgscale.data.selection import Selection
 from ecgscale.data.shard_set import ShardSet
@@ -27,9 +27,9 @@ from ecgscale.run_folder import EVENTS, leave_run
 from ecgscale.studies import (
     STUDY,
     check_pretraining,
+    config_of,
     folder_name,
     is_pretrained,
-    options_of,
     places,
     read_result,
     refuse_names,
@@ -111,11 +111,9 @@ class ScalingConfig:
 
     def resolved(self, size: SizeConfig) -> PretrainConfig:
         """The pretraining of a size, but for what a cell adds."""
-        given = ["--config", self.pretrain, *options_of(self.overrides), *options_of(size.overrides)]
-        try:
-            return load(PretrainConfig, [*given, "--data.shards", ",".join(places(self.shards, self.data_dir))])
-        except InputError as error:
-            raise InputError(f"sizes, {size.name}: {error}") from error
+        values = {"data.shards": places(self.shards, self.data_dir)}
+        changes = [*self.overrides, *size.overrides]
+        return config_of(PretrainConfig, self.pretrain, changes, values, f"sizes, {size.name}")
 
 
 @dataclass(frozen=True)

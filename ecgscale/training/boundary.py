@@ -38,6 +38,7 @@ class Boundary:
     def agree(self) -> Wish:
         """The wish that was granted. All ranks call it together, at every boundary."""
         granted = self._wish() if self._group is None else self._arrived()
+        # After STOP nobody meets again, and a wish that is sent would never be taken in.
         if self._group is not None and granted is not Wish.STOP:
             own = self._wish()
             if granted is own is Wish.SAVE:  # it is about to be fulfilled

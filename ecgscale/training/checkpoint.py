@@ -159,8 +159,8 @@ def _is_sound(name: str, tensor: Tensor) -> bool:
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a run, verified; None where there is none."""
-    found = checkpoints(folder)
-    return Checkpoint.open(found[-1]) if found else None
+    finished = checkpoints(folder)
+    return Checkpoint.open(finished[-1]) if finished else None
 
 
 def save(folder: Path, engine: Engine, step: int, state: dict[str, Any]) -> Path:

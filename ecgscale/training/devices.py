@@ -137,7 +137,7 @@ def known_device(name: str, instead: str) -> Device:
     """The device of a name; InputError for an unknown one, which asks for its rates by ``instead``, the keys."""
     device = device_of(name)
     if device is None:
-        known = ", ".join(one.name for one in DEVICES)
+        known = ", ".join(device.name for device in DEVICES)
         raise InputError(f"device {name!r} is in no table; give {instead}, or one of {known}")
     return device
 

@@ -91,6 +91,7 @@ class Engine:
         A step with a non-finite gradient is skipped on all ranks: the norm that decides is reduced over them. After an
         update the module's own ``after_step`` is called with ``step``, the number that its forward pass was given.
         """
+        # By hand: a schedule of DeepSpeed's would count its own steps, and a resumed run would have to restore it.
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if not self._engine.is_gradient_accumulation_boundary():
@@ -103,6 +104,7 @@ class Engine:
         if not self._plain:
             self._skipped = bool(self._engine.optimizer.overflow)
         self.untrained.agree_on_buffers()
+        # Behind the update, since a moving average of the weights of before would lag one step.
         if self._after_step is not None and not self._skipped:
             with torch.no_grad(), self._whole():
                 self._after_step(step)

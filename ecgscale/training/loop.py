@@ -66,7 +66,9 @@ class Trainer:
                 actions = after(self.standing.step, self.boundary.agree(), self.job.train)
                 if actions.log:
                     self._log(parts)
+                # A validation of minutes would be the slowest "step" of the log line that follows it.
                 with self.monitor.clock.pause():
+                    # A stop that was agreed on meanwhile is carried out here: the boundary grants each wish once.
                     if actions.validate and not self._validate():
                         actions = after(self.standing.step, Wish.STOP, self.job.train)
                     if actions.save:
@@ -204,6 +206,8 @@ def _settled() -> Iterator[None]:
 
 def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
     """Dropout is the one draw that depends on the rank: exact on resume at the same world size."""
+    # Knuth's linear congruential generator, one round per number: a plain sum would give (step 1, rank 0) and
+    # (step 0, rank 1) the same dropout.
     mixed = seed
     for number in (step, micro_step, rank):
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**64

@@ -101,14 +101,14 @@ class Monitor:
         self._steps, self._waited_s = 0, 0.0
 
     def _say(self, step: int, values: dict[str, float], slow: Straggler | None) -> None:
-        said = [f"loss {values['train/loss']:.3f}", f"{values['throughput/ecg_per_s']:.0f} ECG/s"]
+        figures = [f"loss {values['train/loss']:.3f}", f"{values['throughput/ecg_per_s']:.0f} ECG/s"]
         if "throughput/mfu" in values:
-            said.append(f"MFU {values['throughput/mfu']:.1%}")
+            figures.append(f"MFU {values['throughput/mfu']:.1%}")
         if slow is not None and slow.slowdown >= _SLOW:
-            said.append(f"rank {slow.rank} is {slow.slowdown:.1f} times slower ({slow.part})")
-        self._bar.set_postfix_str(", ".join(said))
+            figures.append(f"rank {slow.rank} is {slow.slowdown:.1f} times slower ({slow.part})")
+        self._bar.set_postfix_str(", ".join(figures))
         if self._bar.disable:  # no terminal: a log wants lines
-            print(f"step {step} of {self._bar.total}: {', '.join(said)}", file=sys.stderr, flush=True)
+            print(f"step {step} of {self._bar.total}: {', '.join(figures)}", file=sys.stderr, flush=True)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line of events.jsonl and one point per scalar."""

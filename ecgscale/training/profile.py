@@ -95,14 +95,15 @@ def steps_to_profile(begun: int, steps: int, first: int, count: int) -> tuple[in
 
 def costliest(profiled: profile, steps: int) -> str:
     """The ten operations with the most time of their own, without that of operations inside them, as a table."""
-    averages = [one for one in profiled.key_averages() if not one.is_user_annotation]
-    operations = [one for one in averages if one.device_type == DeviceType.CPU]
-    kernels_us = sum(one.self_device_time_total for one in averages if one.device_type != DeviceType.CPU)
+    averages = [operation for operation in profiled.key_averages() if not operation.is_user_annotation]
+    operations = [operation for operation in averages if operation.device_type == DeviceType.CPU]
+    kernels = [operation for operation in averages if operation.device_type != DeviceType.CPU]
+    kernels_us = sum(kernel.self_device_time_total for kernel in kernels)
     device = "device" if kernels_us else "cpu"
     own_us, calls = Counter[str](), Counter[str]()
-    for one in operations:
-        own_us[one.key] += getattr(one, f"self_{device}_time_total")
-        calls[one.key] += one.count
+    for operation in operations:
+        own_us[operation.key] += getattr(operation, f"self_{device}_time_total")
+        calls[operation.key] += operation.count
     total_us = kernels_us or own_us.total()
     lines = [f"{'operation':{_NAME_WIDTH}} {device + ' ms/step':>14} {'share':>6} {'calls/step':>10}"]
     named = own_us.most_common(_COSTLIEST)

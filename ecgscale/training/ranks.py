@@ -143,7 +143,7 @@ def all_succeed(error: _Told | None) -> None:
     """Raise the same error on every rank where any rank has one to tell. All ranks call it together."""
     errors: list[tuple[str, type[_Told]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if error is None else (str(error), type(error)))
-    told = next((one for one in errors if one is not None), None)
+    told = next((error for error in errors if error is not None), None)
     if told is not None:
         raise told[1](told[0])
 

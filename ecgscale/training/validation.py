@@ -38,6 +38,7 @@ class Validation:
                 if stop():
                     return None
                 _, parts = engine.forward(engine.put(batch), share=share)
+                # A shared batch has rows on each rank; the rest, which does not come out even, is the same on all.
                 weight = batch.rows * (ranks.world_size if share else 1)
                 for name, value in average_over_ranks(parts).items():
                     sums[name] += value * weight

@@ -23,7 +23,8 @@ from ecgscale_launch.slurm_words import refuse_control_characters
 from ecgscale_launch.snapshot import package_folders, snapshot
 
 if TYPE_CHECKING:  # imports PyTorch, for which a supervisor need not wait
-    from ecgscale.config import FinetuneConfig, PretrainConfig
+    from ecgscale.config import PretrainConfig
+    from ecgscale.downstream.finetune_config import FinetuneConfig
 
 FORMAT = "ecgscale-job/1"
 _VERSIONS_OF = ("ecgscale", "torch", "deepspeed", "triton", "numpy")
@@ -178,7 +179,8 @@ def load_command(command: list[str]) -> PretrainConfig | FinetuneConfig | None:
     """The config that a command of pretrain or finetune amounts to; None for other commands."""
     if command[0] not in OF_RANKS:
         return None
-    from ecgscale.config import FinetuneConfig, PretrainConfig, load
+    from ecgscale.config import PretrainConfig, load
+    from ecgscale.downstream.finetune_config import FinetuneConfig
 
     return load(PretrainConfig, command[1:]) if command[0] == "pretrain" else load(FinetuneConfig, command[1:])
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from ecgscale import settings, yaml_text
+from ecgscale import settings
 from ecgscale.errors import InputError
 from ecgscale_launch.slurm_words import (
     FEATURES,
@@ -239,59 +239,31 @@ class LaunchConfig:
 
 def load_cluster(path: Path | None, overrides: list[str]) -> LaunchConfig:
     """A cluster's YAML with ``--any.key value`` on top; raises InputError, which names the file where that is wrong."""
-    tree = _read(path) if path else {}
+    file = settings.read_texts(LaunchConfig, path) if path else settings.Given()
     try:
-        return changed(tree, overrides)
+        return _with_words(file, overrides)
     except InputError as error:
-        if path and _refusal(tree) == str(error):
+        if path and not str(error).startswith(str(path)) and _refusal(file) == str(error):
             raise InputError(f"{path}: {error}") from error
         raise
 
 
 def changed(tree: dict[str, Any], overrides: list[str]) -> LaunchConfig:
     """A config with ``--any.key value`` on top. Raises InputError."""
-    given = settings.Given(tree)
+    return _with_words(settings.Given(tree), overrides)
+
+
+def _with_words(before: settings.Given, overrides: list[str]) -> LaunchConfig:
+    given = settings.Given()
+    given.update(before)
     given.update(settings.from_words(LaunchConfig, overrides))
     return settings.build(LaunchConfig, given)
 
 
-def _refusal(tree: dict[str, Any]) -> str | None:
+def _refusal(file: settings.Given) -> str | None:
     """What is wrong with a file alone."""
     try:
-        changed(tree, [])
+        _with_words(file, [])
     except InputError as error:
         return str(error)
     return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A cluster's YAML, with text as it was written: ``time: 1:30:00`` is no number."""
-    settings.refuse_unknown(LaunchConfig, settings.read_file(path))
-    try:
-        return _typed(yaml_text.read(path, as_written=True), LaunchConfig)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _typed(texts: dict[str, Any], config_type: type, prefix: str = "") -> dict[str, Any]:
-    """Numbers where the keys want numbers, from a mapping whose scalars are all text."""
-    hints = get_type_hints(config_type)
-    return {name: _value(prefix + name, text, hints[name]) for name, text in texts.items()}
-
-
-def _value(key: str, given: Any, hint: Any) -> Any:
-    if given is None:
-        raise InputError(f"{key}: a value is missing; give one or leave the key out")
-    if is_dataclass(hint):
-        return _typed(given, hint, f"{key}.")  # type: ignore[arg-type]
-    if hint == list[str]:
-        if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-            raise InputError(f"{key} {given!r}: give texts, like [one, two]")
-    elif hint == dict[str, str]:
-        if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
-            raise InputError(f"{key} {given!r}: give names with a text each, like {{name: text}}")
-    elif not isinstance(given, str):
-        raise InputError(f"{key} {given!r}: give one value")
-    elif hint is int:
-        return yaml_text.parse(given, key)
-    return given

@@ -17,7 +17,8 @@ from ecgscale_launch.job_record import load_command
 from ecgscale_launch.launch_config import LaunchConfig
 
 if TYPE_CHECKING:
-    from ecgscale.config import FinetuneConfig, PretrainConfig
+    from ecgscale.config import PretrainConfig
+    from ecgscale.downstream.finetune_config import FinetuneConfig
 
 _IN_PARTS = ("ingest", "reproduce", "scaling-law")  # the commands that know --part I/N and --merge
 

@@ -13,8 +13,9 @@ import pytest
 
 import ecgscale
 from ecgscale.cli import main
-from ecgscale.config import FinetuneConfig, load
+from ecgscale.config import load
 from ecgscale.data.shard_set import ShardSet
+from ecgscale.downstream.finetune_config import FinetuneConfig
 from ecgscale.training.checkpoint import latest
 from small_jobs import losses
 

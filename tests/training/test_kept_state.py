@@ -19,7 +19,7 @@ from ecgscale.objectives.objective import Objective
 from ecgscale.training.engine import Engine, EngineConfig
 from ecgscale.training.module_state import own_after_step, standing_in
 from ecgscale.training.ranks import start_ranks
-from own_parts import Teaching
+from own_parts import MOMENTUM, Teaching
 
 PROGRAM = "training.kept_states:main"
 LION = {"optimizer": "own_parts:Lion", "optimizer_options": {"decay": 0.1}}
@@ -104,9 +104,9 @@ def test_buffers_keep_their_types_and_the_first_ranks_values(name, runs) -> None
 # --- one rank, in this process ---
 
 
-def engine_of(module: nn.Module, stage: int = 1, precision: str = "fp32") -> Engine:
+def engine_of(module: nn.Module, stage: int = 1, precision: str = "fp32", accumulation: int = 1) -> Engine:
     config = EngineConfig(zero_stage=stage, precision=precision, whole_below=0)
-    return Engine(module, config, start_ranks(), accumulation=1, micro_batch=2)
+    return Engine(module, config, start_ranks(), accumulation, micro_batch=2)
 
 
 def one_step(engine: Engine, step: int = 0) -> None:
@@ -116,6 +116,49 @@ def one_step(engine: Engine, step: int = 0) -> None:
 
 
 PLACES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+
+
+class Squares(nn.Module):
+    """Its gradient grows with the batch's values and is the same in each micro-step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, batch: ECGBatch, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        value_BL = (1e-2 * batch.signal_BLT.float().mean(-1)).to(self.layer.weight.dtype)
+        loss = self.layer(value_BL).float().square().mean()
+        return loss, {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize(("stage", "precision"), PLACES)
+def test_the_gradient_of_a_step_is_the_mean_over_its_micro_steps(stage, precision) -> None:
+    """AdamW hides a gradient that is twice as large, but clipping and other optimizers do not."""
+    norms = []
+    for accumulation in (1, 2):
+        torch.manual_seed(0)
+        engine = engine_of(Squares(), stage, precision, accumulation)
+        batch = engine.put(synthetic_batch(2, 2))
+        for _ in range(accumulation):
+            engine.backward(engine.forward(batch, step=0)[0])
+            assert engine.step(1e-2)
+        norms.append(engine.gradient_norm())
+    assert norms[0] > 1e-3
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize(("stage", "precision"), PLACES)
+def test_what_follows_a_step_sees_the_weights_after_it(stage, precision) -> None:
+    """A teacher that averages the weights of before the update lags one step behind."""
+    engine = engine_of(Teaching(), stage, precision)
+    before = {name: tensor.clone() for name, tensor in engine.module_state().items()}
+    one_step(engine)
+    after = engine.module_state()
+    for name in (name for name in before if name.startswith("teacher.") and "weight" in name):
+        student = name.replace("teacher.", "student.")
+        assert (after[student] - before[student]).abs().max() > 1e-3
+        expected = before[name].lerp(after[student], 1 - MOMENTUM)
+        torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-7, msg=name)
 
 
 class WritesIntoTheStudent(Teaching):

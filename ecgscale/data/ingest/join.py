@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.copies import Copies, about_copies, content_keys, is_flat, write_copies
+from ecgscale.data.copies import Copies, about_copies, is_flat, record_keys, write_copies
 from ecgscale.data.ingest.job import IngestJob
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
@@ -144,7 +144,7 @@ def check_all_there(job: IngestJob, mark: Mark) -> None:
         raise _not_there(job, mark, missing, "are not there yet", "run what is missing")
     older = [number for number in range(len(job)) if not job.is_done(number)]
     if older:
-        why = "were made before their records' headers or tables changed"
+        why = "were made before their records' files or tables changed"
         raise _not_there(job, mark, older, why, "run its part again")
 
 
@@ -243,8 +243,8 @@ def _table(
 class _Records:
     """What decides on copies and splits, of all N records of the set, those of the old one first."""
 
-    key_N: npt.NDArray[np.uint64]
-    """See ``content_keys``."""
+    key_KN: npt.NDArray[np.uint64]
+    """See ``record_keys``."""
     patient_N: npt.NDArray[np.int64]
     id_N: npt.NDArray[np.uint64]
     """See ``record.id_hash``; 0 also for those of an index of an older version, which does not say it."""
@@ -257,11 +257,11 @@ class _Records:
         each = []
         for _, _, old in job.old_tars():
             id_B = old.get("id_hash", np.zeros(len(old["patient"]), np.uint64))
-            each.append((content_keys(old), old["patient"], id_B, old["split"]))
+            each.append((record_keys(old), old["patient"], id_B, old["split"]))
         for entry in found.entries:
             new, values = read_columns(job.out / entry["file"])
-            each.append((content_keys(new), new["patient"], new["id_hash"], _split(new, values, job.options)))
-        return _Records(*(np.concatenate(column) for column in zip(*each, strict=True)))
+            each.append((record_keys(new), new["patient"], new["id_hash"], _split(new, values, job.options)))
+        return _Records(*(np.concatenate(column, axis=-1) for column in zip(*each, strict=True)))
 
 
 def _split(columns: Columns, values: list[str], options: IngestOptions) -> Splits:
@@ -303,7 +303,7 @@ def _check_patients(job: IngestJob, found: _Found, records: _Records, split_N: S
 
 def _copies(job: IngestJob, found: _Found, records: _Records) -> Copies:
     """Of all records that are not flat."""
-    copies = Copies.find(records.key_N)
+    copies = Copies.joined(records.key_KN)
     return copies.only(_not_flat(job, found, copies.one_of_each))
 
 

@@ -88,8 +88,15 @@ class CataloguedWfdb:
         )
 
     def fingerprint(self, item: str) -> bytes:
-        """Its headers, and what the data set's tables say of it."""
-        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace") + self.tree.headers_of(item)
+        """Its headers and samples, and what the data set's tables say of it."""
+        return self._said(item) + self.tree.fingerprint(item)
+
+    def stamp(self, item: str) -> bytes:
+        """The same without reading samples."""
+        return self._said(item) + self.tree.stamp(item)
+
+    def _said(self, item: str) -> bytes:
+        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace")
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
