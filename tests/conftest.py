@@ -44,10 +44,11 @@ SLOW = {
     "data": "archives copies hostile ingest_resume remote remote_stream shards sources",
     "downstream": "finetune reproduce trained_on",
     "interop": "begin fairseq onnx output",
+    "kernels": "compile_without_gpu",
     "objectives": "ranks",
     "plan": "measure memory network_and_failures plan",
     "scaling": "ladder",
-    "training": "board_page checkpoint devices kept_state kills meeting monitor profile runs stopping waits",
+    "training": "board_page checkpoint compiling devices kept_state kills meeting monitor profile runs stopping waits",
     "launch": "",  # all of it
 }
 
