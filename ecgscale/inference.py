@@ -61,8 +61,8 @@ def recordings_of(selection: Selection) -> Iterator[Recording]:
     kept, number_R, shards = frozenset(selection.config.lead_positions), selection.numbers, selection.shards
     signals = shards.windows(number_R, [0] * len(number_R), shards.take("samples", number_R).tolist())
     described = zip(signals, shards.take("leads", number_R).tolist(), shards.take("scale", number_R), strict=True)
-    said = f"embed {selection.split}"
-    for signal_LT, bits, scale_L in tqdm(described, said, len(number_R), unit="rec", disable=None, leave=False):
+    title = f"embed {selection.split}"
+    for signal_LT, bits, scale_L in tqdm(described, title, len(number_R), unit="rec", disable=None, leave=False):
         there = lead_positions(bits)
         rows = [row for row, lead in enumerate(there) if lead in kept]
         at = [there[row] for row in rows]

@@ -111,11 +111,11 @@ def _study(
     if options.dry_run:
         print(plan(chosen))
         return
-    said = "" if options.merge else work(chosen, options.part)
+    outcome = "" if options.merge else work(chosen, options.part)
     if not first_rank():
         return
-    if said:
-        print(said)
+    if outcome:
+        print(outcome)
     if options.merge or options.part[1] == 1:
         print(merge(chosen))
 

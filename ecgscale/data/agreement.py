@@ -53,9 +53,9 @@ class IndexedTar:
     some_keys: frozenset[str] = frozenset()  # of the first record
 
 
-def only_rate(found: Sequence[IndexedTar]) -> float:
+def only_rate(indexed: Sequence[IndexedTar]) -> float:
     """In Hz. Raises InputError where there are two."""
-    (rate_hz, first), *others = _first_records(found, lambda one: one.rates).items()
+    (rate_hz, first), *others = _first_records(indexed, lambda one: one.rates).items()
     if others:
         raise InputError(
             f"{others[0][1]} has {others[0][0]:g} Hz, {first} has {rate_hz:g} Hz; a data set has one rate: write the "
@@ -64,18 +64,20 @@ def only_rate(found: Sequence[IndexedTar]) -> float:
     return rate_hz
 
 
-def _first_records(found: Sequence[IndexedTar], names_of: Callable[[IndexedTar], dict[Value, str]]) -> dict[Value, str]:
+def _first_records(
+    indexed: Sequence[IndexedTar], names_of: Callable[[IndexedTar], dict[Value, str]]
+) -> dict[Value, str]:
     """Each value with the first record that has it, as ``a.tar: 'x/1'``."""
     first_of: dict[Value, str] = {}
-    for one in found:
+    for one in indexed:
         for value, name in names_of(one).items():
             first_of.setdefault(value, f"{one.path}: {name!r}")
     return first_of
 
 
-def check_patient_keys(found: Sequence[IndexedTar]) -> None:
+def check_patient_keys(indexed: Sequence[IndexedTar]) -> None:
     """Raises InputError where records name their patients by different keys: ids of two may be of two kinds."""
-    first_of = _first_records(found, lambda one: one.patient_keys)
+    first_of = _first_records(indexed, lambda one: one.patient_keys)
     if len(first_of) > 1:
         first, second, *_ = (f"{record} names its patient by {key!r}" for key, record in first_of.items())
         raise InputError(
@@ -100,9 +102,9 @@ def _names_under(fields: Fields, keys: Sequence[str]) -> list[str]:
     return sorted({name.strip() for name in names if isinstance(name, str) and is_known(name)})
 
 
-def check_one_dataset(found: Sequence[IndexedTar]) -> None:
+def check_one_dataset(indexed: Sequence[IndexedTar]) -> None:
     """Raises InputError where JSON names several data sets: equal ids are other patients there, but not in one set."""
-    first_of = _first_records(found, lambda one: one.datasets)
+    first_of = _first_records(indexed, lambda one: one.datasets)
     if len(first_of) > 1:
         first, second, *_ = (f"{record} is of {dataset or 'no data set'!r}" for dataset, record in first_of.items())
         raise InputError(
@@ -111,25 +113,25 @@ def check_one_dataset(found: Sequence[IndexedTar]) -> None:
         )
 
 
-def check_sources(found: Sequence[IndexedTar]) -> None:
+def check_sources(indexed: Sequence[IndexedTar]) -> None:
     """Raises InputError where one id stands under two sources, as in two data sets with ids of their own."""
     first_of: dict[tuple[str, str], str] = {}
-    for key, patient, source in sorted(set().union(*(one.sources for one in found))):
+    for key, patient, source in sorted(set().union(*(one.sources for one in indexed))):
         if (other := first_of.setdefault((key, patient), source)) != source:
             raise InputError(
-                f"{folder_of(found)}: {key} {patient!r} is of the source {other!r} and of {source!r}; give each set's "
-                "tars a folder of their own, or --dataset where equal ids are one person"
+                f"{folder_of(indexed)}: {key} {patient!r} is of the source {other!r} and of {source!r}; give each "
+                "set's tars a folder of their own, or --dataset where equal ids are one person"
             )
 
 
-def same_patients(found: Sequence[IndexedTar]) -> dict[str, int]:
+def same_patients(indexed: Sequence[IndexedTar]) -> dict[str, int]:
     """Notes on other keys that name the same patients. Raises InputError where they name others."""
     groupings: dict[tuple[str, str], Grouping] = {}
-    for key, patient, other_key, other in sorted(set().union(*(one.other_ids for one in found))):
+    for key, patient, other_key, other in sorted(set().union(*(one.other_ids for one in indexed))):
         groupings.setdefault((key, other_key), Grouping(key, other_key)).add(patient, other)
     for grouping in groupings.values():
         if refusal := grouping.refusal():
-            raise InputError(f"{folder_of(found)}: {refusal}")
+            raise InputError(f"{folder_of(indexed)}: {refusal}")
     return {f"{other} beside {key}, which names the same patients and counts": 1 for key, other in groupings}
 
 
@@ -138,23 +140,23 @@ def asked_keys(rules: Rules) -> set[str]:
     return {*rules.label_keys, *(key for _, keys in parse_label_columns(rules.label_columns) for key in keys)}
 
 
-def check_label_keys(found: Sequence[IndexedTar], rules: Rules) -> None:
+def check_label_keys(indexed: Sequence[IndexedTar], rules: Rules) -> None:
     """Raises InputError for a key of the options that no record has: most likely a slip of the pen."""
     for key in sorted(asked_keys(rules)):
-        if any(key in one.label_keys for one in found):
+        if any(key in one.label_keys for one in indexed):
             continue
-        keys = sorted({key for one in found for key in one.some_keys})
+        keys = sorted({key for one in indexed for key in one.some_keys})
         near = find_key(keys, key) or next(iter(get_close_matches(key, keys, 1)), None)
         hint = f"did you mean {near!r}?" if near else f"the first have {', '.join(keys)[:200]}"
         option = "--label-keys" if key in rules.label_keys else "--label-columns"
-        raise InputError(f"{folder_of(found)}: {option} {key!r}: no record has that key; {hint}")
+        raise InputError(f"{folder_of(indexed)}: {option} {key!r}: no record has that key; {hint}")
 
 
-def check_label_names(found: Sequence[IndexedTar]) -> None:
+def check_label_names(indexed: Sequence[IndexedTar]) -> None:
     """Raises InputError for labels of two spellings, and for flags that are classes here, and labels there."""
     labels: dict[str, str] = {}
     flags: dict[str, str] = {}
-    for one in found:
+    for one in indexed:
         for first_of, names in ((labels, one.label_names), (flags, one.flags)):
             for name, record in names.items():
                 first_of.setdefault(name, f"{one.path}: {record!r}")
@@ -171,27 +173,27 @@ def check_label_names(found: Sequence[IndexedTar]) -> None:
         )
 
 
-def classes_of(found: Sequence[IndexedTar]) -> dict[str, list[str]]:
+def classes_of(indexed: Sequence[IndexedTar]) -> dict[str, list[str]]:
     """Of each label: see ``Spellings``."""
     spellings = Spellings()
-    for one in found:
+    for one in indexed:
         spellings.add(one.spellings.kept())
     return spellings.kept()
 
 
-def lead_order(found: Sequence[IndexedTar]) -> tuple[str, ...]:
+def lead_order(indexed: Sequence[IndexedTar]) -> tuple[str, ...]:
     """The order of rows in all arrays. Raises InputError where there is none."""
-    kinds = {leads: f"{one.path}: {name!r}" for one in found for leads, name in one.leads.items()}
+    kinds = {leads: f"{one.path}: {name!r}" for one in indexed for leads, name in one.leads.items()}
     order = common_order(kinds)
     if order is None:
         torn = next((pair for pair in combinations(kinds, 2) if common_order(pair) is None), [*kinds][:2])
-        said = " and ".join(f"{','.join(leads)} ({kinds[leads]})" for leads in torn)
+        orders = " and ".join(f"{','.join(leads)} ({kinds[leads]})" for leads in torn)
         raise InputError(
-            f"{folder_of(found)}: rows in contradicting orders: {said}; write all tars in one order of leads"
+            f"{folder_of(indexed)}: rows in contradicting orders: {orders}; write all tars in one order of leads"
         )
     return order
 
 
-def folder_of(found: Sequence[IndexedTar]) -> Path:
+def folder_of(indexed: Sequence[IndexedTar]) -> Path:
     """Where the tars are."""
-    return found[0].path.parent
+    return indexed[0].path.parent

@@ -37,9 +37,9 @@ def verify_shard(shards: ShardSet, shard: int) -> None:
         raise InputError(
             f"{one.place}: damaged, its sha256 differs from the manifest{culprit}; copy or ingest it again"
         )
-    found = _scanned(shards, shard)
+    records = _scanned(shards, shard)
     number, last = int(shards.first_S[shard]), int(shards.first_S[shard + 1])
-    while part := list(islice(found, _TOGETHER)):
+    while part := list(islice(records, _TOGETHER)):
         if number + len(part) > last:
             raise InputError(f"{one.place}: holds more than the {one.records} records of its index; ingest it again")
         _compare(shards, part, number, one.place, _set_of(shards, shard).columns.keys())
@@ -57,16 +57,16 @@ def _scanned(shards: ShardSet, shard: int) -> Iterator[Found]:
     one, owner = shards.shards[shard], _set_of(shards, shard)
     tar, rate_hz = shards.tar(shard), owner.manifest["rate_hz"]
     rules = owner.rules
-    found = (
+    records = (
         scan_own(tar, one.place, one.payload, one.dataset)
         if rules is None
         else scan_foreign(tar, one.place, rules, one.dataset)
     )
-    for record in found:
+    for record in records:
         leads_L = record.described.leads_L
         if record.described.rate_hz != rate_hz:
-            said = f"{record.described.rate_hz:g} Hz, its manifest {rate_hz:g} Hz"
-            raise InputError(f"{one.place}: record {record.name!r} says {said}; ingest it again")
+            stated = f"{record.described.rate_hz:g} Hz, its manifest {rate_hz:g} Hz"
+            raise InputError(f"{one.place}: record {record.name!r} says {stated}; ingest it again")
         if rules is not None and sorted(leads_L, key=rules.lead_order.index) != list(leads_L):
             raise InputError(
                 f"{one.place}: record {record.name!r} has other rows than its manifest says; index it again"
@@ -82,16 +82,17 @@ def _set_of(shards: ShardSet, shard: int) -> DataSet:
     raise IndexError(shard)
 
 
-def _compare(shards: ShardSet, found: list[Found], first: int, place: str, indexed: Set[str]) -> None:
+def _compare(shards: ShardSet, records: list[Found], first: int, place: str, indexed: Set[str]) -> None:
     """Raises InputError where a column that is ``indexed`` says something else than the tar."""
-    number_R = np.arange(first, first + len(found))
-    rows = [record.row for record in found]
+    number_R = np.arange(first, first + len(records))
+    rows = [record.row for record in records]
     for name, column in as_columns(rows, indexed & rows[0].keys()).items():
-        differs_R = (column != shards.take(name, number_R)).reshape(len(found), -1).any(axis=1)
+        differs_R = (column != shards.take(name, number_R)).reshape(len(records), -1).any(axis=1)
         if differs_R.any() or not _plausible(name, column):
             at = int(np.argmax(differs_R))
             raise InputError(
-                f"{place}: record {found[at].name!r}: its {name} is not that of the index, or not one; ingest it again"
+                f"{place}: record {records[at].name!r}: its {name} is not that of the index, or not one; ingest it "
+                "again"
             )
 
 

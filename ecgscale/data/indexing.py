@@ -101,32 +101,32 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         raise InputError(f"{folder}: no such folder; give the local folder that holds the tars")
     with _locked(folder):
         named = dataset or folder.resolve().name
-        found = list(_run(_tars(folder), rules, named, options.split_by, workers))
+        indexed = list(_run(_tars(folder), rules, named, options.split_by, workers))
         if not dataset:
-            check_one_dataset(found)
-            check_sources(found)
-        rate_hz = only_rate(found)
-        check_patient_keys(found)
-        notes = Counter(same_patients(found))
-        check_label_keys(found, rules)
-        check_label_names(found)
-        likelihoods = sorted({label for one in found for label in one.likelihoods})
-        rules = replace(rules, lead_order=lead_order(found), likelihoods=tuple(likelihoods))
-        splits = _splits(found, options)
+            check_one_dataset(indexed)
+            check_sources(indexed)
+        rate_hz = only_rate(indexed)
+        check_patient_keys(indexed)
+        notes = Counter(same_patients(indexed))
+        check_label_keys(indexed, rules)
+        check_label_names(indexed)
+        likelihoods = sorted({label for one in indexed for label in one.likelihoods})
+        rules = replace(rules, lead_order=lead_order(indexed), likelihoods=tuple(likelihoods))
+        splits = _splits(indexed, options)
         records = sum(len(split_B) for split_B in splits)
-        parts = (one.columns | {"split": split_B} for one, split_B in zip(found, splits, strict=True))
+        parts = (one.columns | {"split": split_B} for one, split_B in zip(indexed, splits, strict=True))
         index = write_index_in_parts(folder, records, parts)
         remarked: dict[str, Remarked] = {}
-        for one in found:
+        for one in indexed:
             for kind, several in one.remarked.items():
                 remarked[kind] = remarked.get(kind, NONE).joined(several)
         source = {"dataset": named, "options": _given(options), "records": records, "rejected": 0}
-        source["classes"] = classes_of(found)
+        source["classes"] = classes_of(indexed)
         source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
-        write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
-    notes = sum((one.notes for one in found), notes)
-    patients_known = any(any(one.patient_known) for one in found)
-    return Indexed(records, len(found), rate_hz, patients_known, remarked, dict(notes))
+        write_manifest(folder, rate_hz, index, [one.entry for one in indexed], [source], rules.to_manifest())
+    notes = sum((one.notes for one in indexed), notes)
+    patients_known = any(any(one.patient_known) for one in indexed)
+    return Indexed(records, len(indexed), rate_hz, patients_known, remarked, dict(notes))
 
 
 def _given(options: IngestOptions) -> dict[str, Any]:
@@ -200,36 +200,36 @@ def _index_tar(
         digest.update(tar[hashed : record.end].data)
         progress(record.end - hashed)
         hashed = record.end
-        about, signal_LT = record.described, _signal(tar, record)
-        rows.append(record.row | {"lead_keys": lead_keys(signal_LT, about.scale_L, about.leads_L)})
-        done.leads.setdefault(about.leads_L, record.name)
-        done.rates.setdefault(about.rate_hz, record.name)
+        described, signal_LT = record.described, _signal(tar, record)
+        rows.append(record.row | {"lead_keys": lead_keys(signal_LT, described.scale_L, described.leads_L)})
+        done.leads.setdefault(described.leads_L, record.name)
+        done.rates.setdefault(described.rate_hz, record.name)
         keys = keys_of(record.fields)
         done.label_keys |= asked & keys
-        for name in (*about.labels, *(key for key in keys if find_key(asked, key) is not None)):
+        for name in (*described.labels, *(key for key in keys if find_key(asked, key) is not None)):
             done.label_names.setdefault(name, record.name)
-        for name in about.flags:
+        for name in described.flags:
             done.flags.setdefault(name, record.name)
         done.some_keys = done.some_keys or keys
-        if about.patient_key:
-            done.patient_keys.setdefault(about.patient_key, record.name)
-        if about.patient is not None:
+        if described.patient_key:
+            done.patient_keys.setdefault(described.patient_key, record.name)
+        if described.patient is not None:
             done.datasets.setdefault(dataset_of(record.fields), record.name)
-            of_patient = (about.patient_key, about.patient)
+            of_patient = (described.patient_key, described.patient)
             if source := source_of(record.fields):
                 done.sources.add((*of_patient, source))
-            done.other_ids |= {(*of_patient, key, id_) for key, id_ in about.other_ids.items()}
-        done.patient_known.append(about.patient is not None)
-        for kind in _oddities(signal_LT, about):
+            done.other_ids |= {(*of_patient, key, id_) for key, id_ in described.other_ids.items()}
+        done.patient_known.append(described.patient is not None)
+        for kind in _oddities(signal_LT, described):
             done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
-        done.notes.update(about.notes)
-        done.spellings.add(about.labels)
-        if about.patient is None:
+        done.notes.update(described.notes)
+        done.spellings.add(described.labels)
+        if described.patient is None:
             done.notes[NOBODY] += 1
-        done.likelihoods |= about.likelihoods
+        done.likelihoods |= described.likelihoods
         if split_by:
             try:
-                value = split_value((about.labels, *objects_in(record.fields)), split_by)
+                value = split_value((described.labels, *objects_in(record.fields)), split_by)
             except InputError as error:
                 raise InputError(f"{path}: {record.name!r}: {error}") from error
             if not value:
@@ -251,11 +251,11 @@ def _signal(tar: Bytes, record: Found) -> Counts:
     return signal_LT.reshape(-1, n_samples)
 
 
-def _oddities(signal_LT: Counts, about: Described) -> Iterator[str]:
+def _oddities(signal_LT: Counts, described: Described) -> Iterator[str]:
     """Kinds of what is odd about the numbers of a record."""
     try:
-        check_geometry(signal_LT.shape[1], about.rate_hz)
-        verdict = judge(signal_LT, about.scale_L, about.leads_L, about.rate_hz)
+        check_geometry(signal_LT.shape[1], described.rate_hz)
+        verdict = judge(signal_LT, described.scale_L, described.leads_L, described.rate_hz)
         if verdict.refusal:
             raise verdict.refusal
     except UnlikelyUnitError:
@@ -266,36 +266,36 @@ def _oddities(signal_LT: Counts, about: Described) -> Iterator[str]:
         yield from (KEPT_FLAT if remark.kind == FLAT else remark.kind for remark in verdict.remarks)
 
 
-def _splits(found: Sequence[IndexedTar], options: IngestOptions) -> list[Splits]:
+def _splits(indexed: Sequence[IndexedTar], options: IngestOptions) -> list[Splits]:
     """The split of each record, per tar. Raises InputError where a patient would stand in two, or a split be empty."""
     if not options.split_by:
-        united = _united(found, options)
+        united = _united(indexed, options)
         return [
-            united.applied(one.columns["patient"], splits_by_hash(one.columns["patient"], options)) for one in found
+            united.applied(one.columns["patient"], splits_by_hash(one.columns["patient"], options)) for one in indexed
         ]
-    check_not_empty({value for one in found for value in one.split_values}, options)
-    values_V = sorted({value for one in found for value in one.split_values})
+    check_not_empty({value for one in indexed for value in one.split_values}, options)
+    values_V = sorted({value for one in indexed for value in one.split_values})
     place = {value: number for number, value in enumerate(values_V)}
     splits = [
         splits_by_value(values_V, np.array([place[value] for value in one.split_values], np.uint32), options)
-        for one in found
+        for one in indexed
     ]
-    patient = np.concatenate([one.columns["patient"] for one in found])
-    check_patient_disjoint(patient, np.concatenate(splits), f"{folder_of(found)}, split by {options.split_by}")
+    patient = np.concatenate([one.columns["patient"] for one in indexed])
+    check_patient_disjoint(patient, np.concatenate(splits), f"{folder_of(indexed)}, split by {options.split_by}")
     return splits
 
 
-def _united(found: Sequence[IndexedTar], options: IngestOptions) -> United:
+def _united(indexed: Sequence[IndexedTar], options: IngestOptions) -> United:
     """Persons that equal records link: their copies lie in one split."""
-    patient_N = np.concatenate([one.columns["patient"] for one in found])
-    copies = Copies.joined(np.concatenate([record_keys(one.columns) for one in found], axis=1))
+    patient_N = np.concatenate([one.columns["patient"] for one in indexed])
+    copies = Copies.joined(np.concatenate([record_keys(one.columns) for one in indexed], axis=1))
     copies = copies.only(copies.differing(patient_N[copies.number_R]))
-    first_S = np.cumsum([0, *(len(one.columns["samples"]) for one in found)])
+    first_S = np.cumsum([0, *(len(one.columns["samples"]) for one in indexed)])
     flat_G = np.zeros(len(copies), bool)
     for g, number in enumerate(copies.one_of_each.tolist()):
         s = int(np.searchsorted(first_S, number, side="right")) - 1
-        columns, at = found[s].columns, number - int(first_S[s])
-        flat_G[g] = is_flat(read_signal(found[s].path, "npy", int(columns["offset"][at]), int(columns["length"][at])))
+        columns, at = indexed[s].columns, number - int(first_S[s])
+        flat_G[g] = is_flat(read_signal(indexed[s].path, "npy", int(columns["offset"][at]), int(columns["length"][at])))
     copies = copies.only(~flat_G)
-    known_N = np.concatenate([np.array(one.patient_known, bool) for one in found])
+    known_N = np.concatenate([np.array(one.patient_known, bool) for one in indexed])
     return United.by_copies(copies, patient_N[copies.number_R], known_N[copies.number_R], options)

@@ -123,8 +123,8 @@ class Order:
             here = set_P == number
             if here.any():
                 later = redraw * (redraw + 1) // 2 * self._turns_per_batch + redraw
-                found = sequence.places(lane_P[here], turn_P[here] + later)
-                place.shard[here], place.record[here] = found.shard + self._first_shard[number], found.record
+                places = sequence.places(lane_P[here], turn_P[here] + later)
+                place.shard[here], place.record[here] = places.shard + self._first_shard[number], places.record
         return place
 
     def draws(self, position: int) -> list[int]:

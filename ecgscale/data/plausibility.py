@@ -309,17 +309,17 @@ class _Numbers:
         row = int(self.peak_mv_L.argmax())
         below = self.low_L[row] * self.mv_per_value_L[row] == self.median_mv_L[row] - self.peak_mv_L[row]
         extreme = (self.low_L if below else self.high_L)[row]
-        said = (
+        reason = (
             f"lead {self.leads[row]} reaches {extreme * self.mv_per_value_L[row]:.6g} mV, "
             f"{self.peak_mv_L[row]:.4g} mV from its median; an ECG stays within {limit_mv:g} mV"
         )
         if self.deviation_mv_L[row] > _LOUD_MV:
             return UnlikelyUnitError(
-                f"{said}: are they microvolts? Then give --unit uV (integers: --mv-per-count; WFDB: mend the gain)"
+                f"{reason}: are they microvolts? Then give --unit uV (integers: --mv-per-count; WFDB: mend the gain)"
             )
         n = np.count_nonzero(self.values_LT[row] == self.values_LT.dtype.type(extreme))
         return InputError(
-            f"{said}: {n} of {self.values_LT.shape[1]} samples stand there, most likely a code for missing ones; "
+            f"{reason}: {n} of {self.values_LT.shape[1]} samples stand there, most likely a code for missing ones; "
             "interpolate them or leave the record out"
         )
 

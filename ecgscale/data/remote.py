@@ -186,9 +186,9 @@ class ShardCache:
             if held is None:
                 return self._fetch(url, sha256, size, wait)
         except OSError as error:
-            said = file_error(self._disk.folder, "the cache cannot be used", error)
+            fault = file_error(self._disk.folder, "the cache cannot be used", error)
             hint = "free space there, lower data.cache.limit_gb or name another data.cache.folder"
-            raise type(said)(f"{said}; {hint}") from error
+            raise type(fault)(f"{fault}; {hint}") from error
         finally:
             self._count(waited_s=time.monotonic() - began)
         self._count(hits=1)

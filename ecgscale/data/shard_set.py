@@ -249,15 +249,15 @@ class ShardSet:
 
     def select(self, split: str, min_s: float = 0.0) -> Int64:
         """Sorted numbers of the records of a split that are at least ``min_s`` seconds long."""
-        code, found = SPLITS.index(split), []
+        code, numbers = SPLITS.index(split), []
         width = np.uint32 if len(self) < 1 << 32 else np.int64
         for one, first in zip(self.sets, self._first_of_set, strict=False):
             for start in range(0, len(one), _CHUNK):
                 part = slice(start, start + _CHUNK)
                 long_R = one.columns["samples"][part] / self.rate_hz >= min_s
                 chosen_R = np.flatnonzero((one.columns["split"][part] == code) & long_R)
-                found.append((chosen_R + (first + start)).astype(width))  # each chunk, not ten million at once
-        return np.concatenate(found)
+                numbers.append((chosen_R + (first + start)).astype(width))  # each chunk, not ten million at once
+        return np.concatenate(numbers)
 
     # -- one record --
 

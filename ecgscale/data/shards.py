@@ -97,9 +97,9 @@ class _TarWriter:
 
     def add(self, name: str, content: bytes) -> int:
         """Returns the offset of the content."""
-        about = tarfile.TarInfo(name)
-        about.size, about.mode, about.uname, about.gname = len(content), 0o444, "ecgscale", "ecgscale"
-        self._write(about.tobuf(tarfile.USTAR_FORMAT))
+        member = tarfile.TarInfo(name)
+        member.size, member.mode, member.uname, member.gname = len(content), 0o444, "ecgscale", "ecgscale"
+        self._write(member.tobuf(tarfile.USTAR_FORMAT))
         offset = self._size
         self._write(content)
         self._write(bytes(-self._size % tarfile.BLOCKSIZE))
@@ -342,9 +342,9 @@ def torn_patients(
     return None
 
 
-def columns_sha256(columns: Mapping[str, npt.NDArray[Any]], said: str = "") -> str:
+def columns_sha256(columns: Mapping[str, npt.NDArray[Any]], text: str = "") -> str:
     """Of columns with their names, types and shapes, behind what is said of them."""
-    digest = hashlib.sha256(said.encode())
+    digest = hashlib.sha256(text.encode())
     for name, column in sorted(columns.items()):
         digest.update(f"{name} {column.dtype.str} {column.shape} ".encode())
         digest.update(np.ascontiguousarray(column).data)

@@ -170,9 +170,9 @@ def markdown(results: Results, reference: str) -> str:
             cases = [Case(task, protocol, fraction, leads, figure) for leads in lead_sets]
             how = _named(protocol, fraction, figure)
             for method in results.methods:
-                found = [results.by.get((case, method)) for case in cases]
-                if any(found):
-                    lines.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in found)} |")
+                figures_of_method = [results.by.get((case, method)) for case in cases]
+                if any(figures_of_method):
+                    lines.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in figures_of_method)} |")
                 apart = [results.difference(case, reference, method) for case in cases]
                 if method != reference and any(apart):
                     differences.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in apart)} |")
@@ -231,12 +231,14 @@ def plot(results: Results) -> Figure:
         for axes, (protocol, fraction) in zip(row, protocols, strict=False):
             for m, method in enumerate(results.methods):
                 cases = [Case(task, protocol, fraction, leads, results.shown(task)) for leads in lead_sets]
-                found = [(x, one) for x, case in enumerate(cases) if (one := results.by.get((case, method)))]
-                if not found:
+                figures_of_method = [
+                    (x, one) for x, case in enumerate(cases) if (one := results.by.get((case, method)))
+                ]
+                if not figures_of_method:
                     continue
-                at = [x + 0.08 * (m - (len(results.methods) - 1) / 2) for x, _ in found]
-                value = np.array([one.mean.value for _, one in found])
-                ends = np.array([(one.mean.low, one.mean.high) for _, one in found]).T
+                at = [x + 0.08 * (m - (len(results.methods) - 1) / 2) for x, _ in figures_of_method]
+                value = np.array([one.mean.value for _, one in figures_of_method])
+                ends = np.array([(one.mean.low, one.mean.high) for _, one in figures_of_method]).T
                 error = np.maximum([value - ends[0], ends[1] - value], 0)
                 axes.errorbar(at, value, error, marker="o", markersize=4, linewidth=1, capsize=2, label=method)
             axes.set_title(_named(protocol, fraction, results.shown(task)))

@@ -141,7 +141,7 @@ class Unit:
                 _refuse_leak(pretrained_on, shards, task.name)
         if self.method is None or self.prepared():
             for leaf in self.leaves():
-                self.found(leaf)
+                self.figures(leaf)
 
     def prepare(self) -> None:
         """Pretrain where that is not done yet; for random weights, an export that says their shape."""
@@ -199,7 +199,7 @@ class Unit:
             return weights_sha256(self.model)
         return sha256(json.dumps([asdict(one) for one in self._shape()], sort_keys=True).encode()).hexdigest()
 
-    def found(self, leaf: Leaf) -> Figures:
+    def figures(self, leaf: Leaf) -> Figures:
         """What a leaf has found so far. Raises InputError where another config, encoder or data made it."""
         folder = self.folder(leaf)
         made_from = read_result(folder / "made_from.json")
@@ -214,9 +214,9 @@ class Unit:
             raise InputError(f"{folder}: was made with another {differs}; remove it or take another run.dir")
         return read_result(folder / "result.json")
 
-    def missing(self, leaf: Leaf, found: Figures) -> list[tuple[str, ...]]:
+    def missing(self, leaf: Leaf, figures: Figures) -> list[tuple[str, ...]]:
         """Lead sets that a leaf still has to be scored with."""
-        return [leads for leads in self.config.leads_of(leaf.task) if lead_set_name(leads) not in found]
+        return [leads for leads in self.config.leads_of(leaf.task) if lead_set_name(leads) not in figures]
 
     def _made_from(self, config: FinetuneConfig) -> dict[str, Any]:
         identity = ShardSet.open(config.data.shards, config.data.cache).identity
@@ -228,25 +228,25 @@ class Unit:
         folder.mkdir(parents=True, exist_ok=True)
         lock_run(folder)
         try:
-            found = self.found(leaf)
-            if missing := self.missing(leaf, found):
-                self._score(leaf, found, missing)
+            figures = self.figures(leaf)
+            if missing := self.missing(leaf, figures):
+                self._score(leaf, figures, missing)
         finally:
             leave_run(folder)
 
-    def _score(self, leaf: Leaf, found: Figures, missing: list[tuple[str, ...]]) -> None:
+    def _score(self, leaf: Leaf, figures: Figures, missing: list[tuple[str, ...]]) -> None:
         """Score with the ``missing`` lead sets, after training where nothing is ``found`` yet."""
         folder, config = self.folder(leaf), self.leaf_config(leaf)
-        if not found:
+        if not figures:
             write_result(folder / "made_from.json", self._made_from(config))
             fit(config, start_ranks())
-        samples = _read_samples(folder) if found else {}
-        coverages = read_result(folder / "coverage.json") if found else {}
+        samples = _read_samples(folder) if figures else {}
+        coverages = read_result(folder / "coverage.json") if figures else {}
         encoder, kind = config.init.encoder, config.task.kind
         for one in evaluate(folder, config.data.shards, "test", missing, encoder=encoder, task=kind):
             report = one.outcome.report
             name = lead_set_name(one.leads)
-            found[name] = {figure: asdict(value) for figure, value in report.headline.items()}
+            figures[name] = {figure: asdict(value) for figure, value in report.headline.items()}
             coverages[name] = one.coverage.to_dict()
             samples |= {f"{name}/{figure}": sample for figure, sample in report.samples.items()}
             show(folder, config.train.steps, [one])
@@ -254,7 +254,7 @@ class Unit:
         np.savez(buffer, **samples)
         write_whole(folder / "samples.npz", buffer.getvalue())
         write_result(folder / "coverage.json", coverages)
-        write_result(folder / "result.json", found)
+        write_result(folder / "result.json", figures)
 
 
 def units(config: ReproduceConfig) -> list[Unit]:
@@ -288,7 +288,7 @@ def plan(config: ReproduceConfig) -> str:
 
 def _state(unit: Unit, leaf: Leaf) -> str:
     try:
-        return "to do" if unit.missing(leaf, unit.found(leaf)) else "done "
+        return "to do" if unit.missing(leaf, unit.figures(leaf)) else "done "
     except InputError:
         return "other"  # made from something else: `_check` says from what
 
@@ -333,14 +333,14 @@ def merge(config: ReproduceConfig) -> str:
     measured = []
     for unit in units(config):
         for leaf in unit.leaves():
-            folder, found = unit.folder(leaf), unit.found(leaf)
-            if missing := unit.missing(leaf, found):
+            folder, figures = unit.folder(leaf), unit.figures(leaf)
+            if missing := unit.missing(leaf, figures):
                 names = ", ".join(map(lead_set_name, missing))
                 raise InputError(f"{folder}: is not finished for leads {names}; run its part first")
             samples, coverages = _read_samples(folder), read_result(folder / "coverage.json")
             for leads in map(lead_set_name, config.leads_of(leaf.task)):
                 coverage = Coverage.from_dict(coverages[leads]) if leads in coverages else None
-                for name, figure in found[leads].items():
+                for name, figure in figures[leads].items():
                     case = Case(leaf.task.name, leaf.protocol, leaf.fraction, leads, name)
                     sample_R = samples[f"{leads}/{name}"]
                     measured.append(Measured(case, unit.name, leaf.seed, figure["value"], sample_R, coverage))

@@ -103,8 +103,8 @@ def _model(given: dict[str, Any]) -> ModelConfig:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            said = "is missing" if value is None else f"{value!r} is no {kind.__name__}"
-            raise InputError(f"cfg.model.{key} {said}, and the shape of the model depends on it")
+            fault = "is missing" if value is None else f"{value!r} is no {kind.__name__}"
+            raise InputError(f"cfg.model.{key} {fault}, and the shape of the model depends on it")
         fields[field] = value
     try:
         return replace(ModelConfig(**fields), preset=preset_of(ModelConfig(**fields)))
@@ -132,10 +132,10 @@ def _stem_channels(text: Any) -> int:
 def _list(node: ast.expr) -> list[tuple[int, ...]]:
     """Lists of tuples of whole numbers, their sums and their multiples."""
     if isinstance(node, ast.List | ast.Tuple):
-        found = [ast.literal_eval(item) for item in node.elts]
-        if not all(isinstance(layer, tuple | list) and all(type(n) is int for n in layer) for layer in found):
+        values = [ast.literal_eval(item) for item in node.elts]
+        if not all(isinstance(layer, tuple | list) and all(type(n) is int for n in layer) for layer in values):
             raise ValueError("not tuples of whole numbers")
-        return [tuple(layer) for layer in found]
+        return [tuple(layer) for layer in values]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _list(node.left) + _list(node.right)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
@@ -173,8 +173,8 @@ def profile_of(cfg: dict[str, Any], name: str | None) -> tuple[Profile, str]:
     normalize, rate_hz = task.get("normalize"), task.get("sample_rate")
     if name is not None:
         against = type(normalize) is bool and normalize != (PROFILES[name].normalisation == "zscore")
-        said = f", although cfg.task.normalize is {str(normalize).lower()}" if against else ""
-        return PROFILES[name], f"{name}, as given{said}"
+        remark = f", although cfg.task.normalize is {str(normalize).lower()}" if against else ""
+        return PROFILES[name], f"{name}, as given{remark}"
     if type(normalize) is not bool:
         raise InputError(f"cfg.task.normalize does not say how signals were prepared; give --profile, one of {known}")
     if task.get("filter"):
@@ -182,14 +182,16 @@ def profile_of(cfg: dict[str, Any], name: str | None) -> tuple[Profile, str]:
             f"cfg.task.filter {task['filter']!r}: ecgscale filters nothing; give --profile, one of {known}"
         )
     kind = "zscore" if normalize else "mv"
-    said = f"cfg.task.normalize is {str(normalize).lower()}"
+    stated = f"cfg.task.normalize is {str(normalize).lower()}"
     if isinstance(rate_hz, int | float) and rate_hz > 0:
         for profile_name, profile in PROFILES.items():
             if (profile.normalisation, profile.rate_hz) == (kind, rate_hz):
-                return profile, f"{profile_name}, since {said} and cfg.task.sample_rate {rate_hz:g}"
-        raise InputError(f"{said} and cfg.task.sample_rate {rate_hz:g}, which no profile is; give --profile of {known}")
+                return profile, f"{profile_name}, since {stated} and cfg.task.sample_rate {rate_hz:g}"
+        raise InputError(
+            f"{stated} and cfg.task.sample_rate {rate_hz:g}, which no profile is; give --profile of {known}"
+        )
     name = f"{kind}-500hz"
-    return PROFILES[name], f"{name}, since {said}; the file does not say the rate: give --profile if it is not 500 Hz"
+    return PROFILES[name], f"{name}, since {stated}; the file does not say the rate: give --profile if it is not 500 Hz"
 
 
 def cfg_for(contents: Contents, profile: Profile) -> dict[str, Any]:

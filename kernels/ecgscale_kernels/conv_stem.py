@@ -609,11 +609,15 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grads):
     signal, gain, norm_weight, norm_bias, segment, position, *rest = ctx.saved_tensors
     weights, kept = rest[: ctx.blocks], rest[ctx.blocks :]
-    found = torch.ops.ecgscale.conv_stem_grad(
+    gradients = torch.ops.ecgscale.conv_stem_grad(
         signal, gain, weights, ctx.has_bias, norm_weight, norm_bias, kept, grads[0].contiguous(), *ctx.draw,
         segment, position,
     )  # fmt: skip
-    weight_grads, norm_grads, bias_grads = found[: ctx.blocks], found[ctx.blocks :][:2], found[ctx.blocks + 2 :]
+    weight_grads, norm_grads, bias_grads = (
+        gradients[: ctx.blocks],
+        gradients[ctx.blocks :][:2],
+        gradients[ctx.blocks + 2 :],
+    )
     return None, None, weight_grads, bias_grads, None, *norm_grads, *[None] * 7
 
 

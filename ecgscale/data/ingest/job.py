@@ -190,10 +190,10 @@ def _asked(dataset: str, items: Sequence[str], options: IngestOptions, arguments
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.encode(errors="surrogateescape") + b"\0")
-    said = {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in vars(options).items()}
-    splits = {name.replace("_", "-"): said.pop(name) for name in SPLIT_OPTIONS}
+    texts = {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in vars(options).items()}
+    splits = {name.replace("_", "-"): texts.pop(name) for name in SPLIT_OPTIONS}
     conversion = {"ecgscale": __version__, "dataset": dataset, "records": str(len(items)), NAMES: digest.hexdigest()}
     return {
-        "conversion": conversion | {name.replace("_", "-"): value for name, value in said.items()} | dict(arguments),
+        "conversion": conversion | {name.replace("_", "-"): value for name, value in texts.items()} | dict(arguments),
         "splits": splits,
     }

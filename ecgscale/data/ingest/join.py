@@ -83,47 +83,49 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
 
     Raises InputError when no record could be read, when the splits are wrong and when the disk is full.
     """
-    found = _gather(job)
-    if not found.records:
+    gathered = _gather(job)
+    if not gathered.records:
         sweep(job.out)
         mark.remove()
-        if found.held:
-            rejected = len(job.items) - found.held
-            others = f", {rejected} others are rejected, the first because: {found.first_reason}" if rejected else ""
+        if gathered.held:
+            rejected = len(job.items) - gathered.held
+            others = f", {rejected} others are rejected, the first because: {gathered.first_reason}" if rejected else ""
             raise InputError(
-                f"{job.out}: {found.held} records of {job.source.dataset!r} are in it already{others}; append others"
-                + (f"; {found.notes[OTHER_LABELS]} x {OTHER_LABELS}" if found.notes[OTHER_LABELS] else "")
+                f"{job.out}: {gathered.held} records of {job.source.dataset!r} are in it already{others}; append others"
+                + (f"; {gathered.notes[OTHER_LABELS]} x {OTHER_LABELS}" if gathered.notes[OTHER_LABELS] else "")
             )
-        first = f", the first because: {found.first_reason}" if found.first_reason else ""
+        first = f", the first because: {gathered.first_reason}" if gathered.first_reason else ""
         raise InputError(f"{job.out}: none of the {len(job.items)} records could be read{first}")
-    records = _Records.read(job, found)
+    records = _Records.read(job, gathered)
     try:
-        check_not_empty(found.split_values, job.options)
-        copies = _copies(job, found, records)
+        check_not_empty(gathered.split_values, job.options)
+        copies = _copies(job, gathered, records)
         split_N = _splits(job, records, copies)
-        _check_patients(job, found, records, split_N)
+        _check_patients(job, gathered, records, split_N)
     except InputError:
         mark.allow_other_splits()
         raise
     base = job.base or {"records": 0, "shards": [], "sources": []}
-    _note_older_ids(job, found, records)
-    index = write_index_in_parts(job.out, len(split_N), _columns(job, found, split_N))
+    _note_older_ids(job, gathered, records)
+    index = write_index_in_parts(job.out, len(split_N), _columns(job, gathered, split_N))
     described = {
         "dataset": job.source.dataset,
         "options": {name: value for name, value in vars(job.options).items() if value},
-        "records": found.records,
-        "rejected": len(job.items) - found.records - found.held,
-        "shards": len(found.entries),
-        "patients_known": found.patients_known,
-        "remarked": {kind: asdict(one) for kind, one in found.remarked.items()},
-        "notes": dict(found.notes),
-        "classes": found.spellings.kept(),
-        "patient_keys": dict(found.patient_keys),
+        "records": gathered.records,
+        "rejected": len(job.items) - gathered.records - gathered.held,
+        "shards": len(gathered.entries),
+        "patients_known": gathered.patients_known,
+        "remarked": {kind: asdict(one) for kind, one in gathered.remarked.items()},
+        "notes": dict(gathered.notes),
+        "classes": gathered.spellings.kept(),
+        "patient_keys": dict(gathered.patient_keys),
         "items_sha256": job.items_sha256,
-        "held": found.held,
+        "held": gathered.held,
         "shared_ids": _shared_ids(job, records),
     }
-    write_manifest(job.out, job.options.rate_hz, index, base["shards"] + found.entries, [*base["sources"], described])
+    write_manifest(
+        job.out, job.options.rate_hz, index, base["shards"] + gathered.entries, [*base["sources"], described]
+    )
     shards = ShardSet.open(job.out)
     write_copies(shards, job.out, copies)
     sweep(job.out)
@@ -131,13 +133,13 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
     return Ingested.of(described, shards, about_copies(shards, copies))
 
 
-def _note_older_ids(job: IngestJob, found: _Found, records: _Records) -> None:
+def _note_older_ids(job: IngestJob, gathered: _Gathered, records: _Records) -> None:
     """Say of how many old records the patients' ids are not those of this version, or are not compared with others."""
     named = [one for one in job.base["sources"] if one.get("patients_known")] if job.base else []
     if as_written := sum(one["records"] for one in named if "notes" not in one):
-        found.notes[_OLDER_IDS] = as_written
+        gathered.notes[_OLDER_IDS] = as_written
     if named and job.base and not records.id_N[: job.base["records"]].any():
-        found.notes[_UNTOLD_IDS] = job.base["records"]
+        gathered.notes[_UNTOLD_IDS] = job.base["records"]
 
 
 def check_all_there(job: IngestJob, mark: Mark) -> None:
@@ -164,7 +166,7 @@ def _not_there(job: IngestJob, mark: Mark, numbers: Sequence[int], why: str, wha
 
 
 @dataclass
-class _Found:
+class _Gathered:
     """What the parts say together."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -185,8 +187,8 @@ class _Found:
 
     def add(self, job: IngestJob, tar: Path, part: Part) -> None:
         if part.records:
-            about = (part.records, job.source.dataset, job.options.payload, part.bytes, part.sha256)
-            self.entries.append(shard_entry(tar, *about))
+            entry = (part.records, job.source.dataset, job.options.payload, part.bytes, part.sha256)
+            self.entries.append(shard_entry(tar, *entry))
         self.split_values.update(part.split_values)
         self.patients_known |= part.patients_known
         self.held += part.held
@@ -199,9 +201,9 @@ class _Found:
             self.remarked[kind] = self.remarked.get(kind, NONE).plus(item)
 
 
-def _gather(job: IngestJob) -> _Found:
+def _gather(job: IngestJob) -> _Gathered:
     """Go through the parts once, and write rejected.csv and remarks.csv on the way."""
-    found = _Found()
+    gathered = _Gathered()
     remarked_before = sum(
         one["records"] for source in (job.base or {"sources": []})["sources"] for one in _remarked(source)
     )
@@ -215,8 +217,8 @@ def _gather(job: IngestJob) -> _Found:
                 raise InputError(f"{tar}: gone or damaged while it was ingested; run the same command again")
             write_rejected((item, reason, job.source.dataset) for item, reason in part.rejected)
             write_remarks((*remark, job.source.dataset) for remark in part.remarks)
-            found.add(job, tar, part)
-    return found
+            gathered.add(job, tar, part)
+    return gathered
 
 
 def _remarked(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -259,13 +261,13 @@ class _Records:
     """Of the old records as they stand, of the new ones as the options say."""
 
     @staticmethod
-    def read(job: IngestJob, found: _Found) -> _Records:
+    def read(job: IngestJob, gathered: _Gathered) -> _Records:
         """Goes through the old index and the part files once."""
         each = []
         for _, _, old in job.old_tars():
             id_B = old.get("id_hash", np.zeros(len(old["patient"]), np.uint64))
             each.append((record_keys(old), old["patient"], id_B, old["split"]))
-        for entry in found.entries:
+        for entry in gathered.entries:
             new, values = read_columns(job.out / entry["file"])
             each.append((record_keys(new), new["patient"], new["id_hash"], _split(new, values, job.options)))
         return _Records(*(np.concatenate(column, axis=-1) for column in zip(*each, strict=True)))
@@ -277,21 +279,21 @@ def _split(columns: Columns, values: list[str], options: IngestOptions) -> Split
     return splits_by_hash(columns["patient"], options)
 
 
-def _columns(job: IngestJob, found: _Found, split_N: Splits) -> Iterator[Columns]:
+def _columns(job: IngestJob, gathered: _Gathered, split_N: Splits) -> Iterator[Columns]:
     """Of the index, those of the old one first."""
     first = 0
     if job.base is not None:
         old, first = map_index(job.out / job.base["index"]["file"], job.base["records"]), job.base["records"]
         for start in range(0, first, _CHUNK):
             yield {name: column[start : min(start + _CHUNK, first)] for name, column in old.items()}
-    for entry in found.entries:
+    for entry in gathered.entries:
         columns, _ = read_columns(job.out / entry["file"])
         last = first + entry["records"]
         yield columns | {"split": split_N[first:last]}
         first = last
 
 
-def _check_patients(job: IngestJob, found: _Found, records: _Records, split_N: Splits) -> None:
+def _check_patients(job: IngestJob, gathered: _Gathered, records: _Records, split_N: Splits) -> None:
     """Raises InputError where a patient stands in two splits."""
     if job.base is None and not job.options.split_by:
         return  # a hash puts no patient into two
@@ -300,7 +302,7 @@ def _check_patients(job: IngestJob, found: _Found, records: _Records, split_N: S
         how = f" by {job.options.split_by}" if job.options.split_by else ""
         hint = "; append with the split options of the earlier records" if job.base else ""
         raise InputError(
-            f"{job.out}: patient {_name_of(job, found, int(codes[0]))!r} stands in two splits ({both}){how}; "
+            f"{job.out}: patient {_name_of(job, gathered, int(codes[0]))!r} stands in two splits ({both}){how}; "
             f"a patient may be in one{hint}"
         )
 
@@ -308,10 +310,10 @@ def _check_patients(job: IngestJob, found: _Found, records: _Records, split_N: S
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
-def _copies(job: IngestJob, found: _Found, records: _Records) -> Copies:
+def _copies(job: IngestJob, gathered: _Gathered, records: _Records) -> Copies:
     """Of all records that are not flat."""
     copies = Copies.joined(records.key_KN)
-    return copies.only(_not_flat(job, found, copies.one_of_each))
+    return copies.only(_not_flat(job, gathered, copies.one_of_each))
 
 
 def _splits(job: IngestJob, records: _Records, copies: Copies) -> Splits:
@@ -328,10 +330,10 @@ def _splits(job: IngestJob, records: _Records, copies: Copies) -> Splits:
     return np.concatenate([records.split_N[:old], new_B])
 
 
-def _not_flat(job: IngestJob, found: _Found, number_G: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _not_flat(job: IngestJob, gathered: _Gathered, number_G: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Of some records, whether any lead changes. Of one that cannot be read nobody knows: it counts as a copy."""
     result_G, first = np.ones(len(number_G), bool), 0
-    for tar, payload, columns in _tars(job, found) if len(number_G) else ():
+    for tar, payload, columns in _tars(job, gathered) if len(number_G) else ():
         last = first + len(columns["samples"])
         for g in np.flatnonzero((number_G >= first) & (number_G < last)).tolist():
             at = int(number_G[g]) - first
@@ -342,10 +344,10 @@ def _not_flat(job: IngestJob, found: _Found, number_G: npt.NDArray[np.int64]) ->
     return result_G
 
 
-def _tars(job: IngestJob, found: _Found) -> Iterator[tuple[Path, Payload, Columns]]:
+def _tars(job: IngestJob, gathered: _Gathered) -> Iterator[tuple[Path, Payload, Columns]]:
     """Each tar with its payload and its columns, but for the split; those of the old set first."""
     yield from job.old_tars()
-    for entry in found.entries:
+    for entry in gathered.entries:
         yield job.out / entry["file"], entry["payload"], read_columns(job.out / entry["file"])[0]
 
 
@@ -364,15 +366,15 @@ def _shared_ids(job: IngestJob, records: _Records) -> dict[str, int]:
     return {dataset: count for dataset, count in shared.items() if count}
 
 
-def _name_of(job: IngestJob, found: _Found, code: int) -> str:
+def _name_of(job: IngestJob, gathered: _Gathered, code: int) -> str:
     """A patient's name, out of the first new record of that code."""
-    for entry in found.entries:
+    for entry in gathered.entries:
         tar = job.out / entry["file"]
         columns, _ = read_columns(tar)
         at = np.flatnonzero(columns["patient"] == code)
         if at.size:
             with tar.open("rb") as file:
                 file.seek(int(columns["json_offset"][at[0]]))
-                said = json.loads(file.read(int(columns["json_length"][at[0]])))
-            return str(said["patient"] or said["name"])
+                fields = json.loads(file.read(int(columns["json_length"][at[0]])))
+            return str(fields["patient"] or fields["name"])
     raise AssertionError(code)

@@ -37,25 +37,25 @@ class Mark:
 
     def parts(self) -> int:
         """In how many parts the ingest was begun."""
-        said = _read_mark(self._file)
-        return said["parts"] if said else 1
+        content = _read_mark(self._file)
+        return content["parts"] if content else 1
 
     def check_same(self) -> None:
         """Raises InputError that says in what the ingest differs from the one that was begun."""
-        said = _read_mark(self._file)
-        if said is None:  # of an older version, or half-written: part files are checked one by one anyway
+        content = _read_mark(self._file)
+        if content is None:  # of an older version, or half-written: part files are checked one by one anyway
             self.write(self._job.asked, 1)
             return
-        if said["base"] != version(self._job.base):
-            begun, now = ("--append", "a new set") if said["base"] else ("a new set", "--append")
+        if content["base"] != version(self._job.base):
+            begun, now = ("--append", "a new set") if content["base"] else ("a new set", "--append")
             raise self._differs(f"was begun as {begun}, this is {now}")
-        for kind, asked in said["asked"].items():
+        for kind, asked in content["asked"].items():
             for name in sorted({*asked, *self._job.asked[kind]}, key=lambda name: (name == NAMES, name)):
                 begun, now = (fields.get(name, "unset") or "none" for fields in (asked, self._job.asked[kind]))
                 if begun != now:
                     raise self._differs(f"has {name} {begun}, this one {now}")
-        if said["asked"].keys() != self._job.asked.keys():
-            self.write(self._job.asked, said["parts"])
+        if content["asked"].keys() != self._job.asked.keys():
+            self.write(self._job.asked, content["parts"])
 
     def _differs(self, how: str) -> InputError:
         return InputError(f"{self._job.out}: the unfinished ingest there {how}; give the same, or --restart to redo it")
@@ -130,10 +130,10 @@ def _read_mark(file: IO[bytes]) -> dict[str, Any] | None:
     """None where it is damaged, or of an older version."""
     file.seek(0)
     try:
-        said = parse_json(file.read(JSON_LIMIT_BYTES))
+        content = parse_json(file.read(JSON_LIMIT_BYTES))
     except InputError:
         return None
-    return said if seal_holds(said) else None
+    return content if seal_holds(content) else None
 
 
 @contextmanager
@@ -173,15 +173,15 @@ def _just_finished(out: Path) -> InputError:
 
 def tidied(out: Path) -> Asked | None:
     """Where the manifest is newer than the mark, finish the mark's ingest; returns what it was asked for."""
-    said = _read_mark_of(out)
-    if said is not None and said["base"] == version(read_base(out)):
+    content = _read_mark_of(out)
+    if content is not None and content["base"] == version(read_base(out)):
         return None  # an --append that goes on
     with _locked(out, None):
         shards = ShardSet.open(out)
         write_copies(shards, out, copies_in(shards))
         sweep(out)
         (out / UNFINISHED).unlink()
-    return said["asked"] if said else None
+    return content["asked"] if content else None
 
 
 def _read_mark_of(out: Path) -> dict[str, Any] | None:

@@ -156,13 +156,13 @@ def _read(tar: Path) -> tuple[Part, Columns]:
     path = part_file(tar)
     try:
         with safe_open(path, "np") as file:
-            said, digest = ((file.metadata() or {}).get(key, "") for key in ("part", _DIGEST))
+            text, digest = ((file.metadata() or {}).get(key, "") for key in ("part", _DIGEST))
             columns: Columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         raise _DamagedError from error
-    if digest != columns_sha256(columns, said):
+    if digest != columns_sha256(columns, text):
         raise _DamagedError
-    told = json.loads(said)
+    told = json.loads(text)
     if told.keys() != _PART_FIELDS or columns.keys() != _PART_COLUMNS:
         raise _DamagedError  # another version's
     return Part(**told), columns

@@ -219,8 +219,8 @@ class Archive:
         wanted = set()
         for part in (item, *self._segments_of(item)):
             wanted |= {f"{part.removeprefix(folder)}.hea", *self._data_files(part)}
-        found = {name: self._member(folder + name) for name in sorted(wanted)}
-        return {name: member for name, member in found.items() if member is not None}
+        members = {name: self._member(folder + name) for name in sorted(wanted)}
+        return {name: member for name, member in members.items() if member is not None}
 
     def _data_files(self, item: str) -> set[str]:
         try:

@@ -80,16 +80,16 @@ class Catalogue:
         """
         repeated, first = 0, ""
         with being_filled(self.path) as tables, tables:
-            for item, said in described:
-                if tables.execute("INSERT OR IGNORE INTO records VALUES (?, ?)", (item, _packed(said))).rowcount:
+            for item, description in described:
+                if tables.execute("INSERT OR IGNORE INTO records VALUES (?, ?)", (item, _packed(description))).rowcount:
                     continue
                 ((packed,),) = tables.execute("SELECT said FROM records WHERE item = ?", (item,))
                 earlier = _unpacked(packed)
-                if _content(said) == _content(earlier):
+                if _content(description) == _content(earlier):
                     repeated += 1
-                    first = first or f"{said.place}, of the record {item}"
+                    first = first or f"{description.place}, of the record {item}"
                     continue
-                fault = f"{earlier.place} and {said.place} contradict each other; a record may have one row"
+                fault = f"{earlier.place} and {description.place} contradict each other; a record may have one row"
                 kept = _packed(replace(earlier, fault=fault))
                 tables.execute("UPDATE records SET said = ? WHERE item = ?", (kept, item))
         return [f"{repeated} rows repeat others and count once; the first is {first}"] if repeated else []
@@ -159,14 +159,14 @@ class Catalogue:
         return lines
 
 
-def _packed(said: Description) -> str:
-    return "" if said == _NOTHING else json.dumps(list(vars(said).values()))
+def _packed(description: Description) -> str:
+    return "" if description == _NOTHING else json.dumps(list(vars(description).values()))
 
 
 def _unpacked(text: str) -> Description:
     return Description(*json.loads(text)) if text else _NOTHING
 
 
-def _content(said: Description) -> tuple[object, ...]:
+def _content(description: Description) -> tuple[object, ...]:
     """What two rows of one record must agree in."""
-    return said.patient, said.labels, said.metadata, bool(said.fault)
+    return description.patient, description.labels, description.metadata, bool(description.fault)

@@ -65,9 +65,9 @@ class CataloguedWfdb:
 
     def read(self, item: str) -> Record:
         """The record of that name; raises InputError that names the file and the reason (see read_wfdb, plausible)."""
-        said = self.catalogue.describe(item)
-        if said.fault:
-            raise InputError(said.fault)
+        known = self.catalogue.describe(item)
+        if known.fault:
+            raise InputError(known.fault)
         record = self.tree.read(
             item,
             labels=self.labels,
@@ -75,18 +75,18 @@ class CataloguedWfdb:
             ignore_leads=self.ignore_leads,
             rename_leads=self.rename_leads,
         )
-        notes = Counter(said.notes) + Counter(record.notes)
-        for name, one in (said.labels | said.metadata).items():
+        notes = Counter(known.notes) + Counter(record.notes)
+        for name, one in (known.labels | known.metadata).items():
             if (record.labels | record.metadata).get(name, one) != one:
                 notes[f"{name} of the data set's own table passed over, since the header or --labels says another"] += 1
-        if said.patient is not None and record.patient not in (None, said.patient):
+        if known.patient is not None and record.patient not in (None, known.patient):
             notes[_PASSED_OVER] += 1
         return replace(
             plausible(record, self.tree.where / f"{item}.hea"),
-            patient=said.patient or record.patient,
-            patient_key="" if said.patient else record.patient_key,
-            labels=said.labels | record.labels,
-            metadata=said.metadata | record.metadata,
+            patient=known.patient or record.patient,
+            patient_key="" if known.patient else record.patient_key,
+            labels=known.labels | record.labels,
+            metadata=known.metadata | record.metadata,
             notes=dict(notes),
         )
 
@@ -136,8 +136,8 @@ class Absent:
         self.first = self.first or item
 
     def lines(self) -> list[str]:
-        said = f"left out: {self.count} records that the tables name and that are not there; the first is {self.first}"
-        return [said, *self.remarks] if self.count else self.remarks
+        line = f"left out: {self.count} records that the tables name and that are not there; the first is {self.first}"
+        return [line, *self.remarks] if self.count else self.remarks
 
 
 def not_named(tree: Tree, within: str, table: str, named: Set[str]) -> list[str]:

@@ -124,32 +124,32 @@ class Code15(Layout):
         stem, _, place = item.rpartition("/")
         part_name, row, exam_id = f"{stem}.hdf5", *map(int, place.split("_"))
         shown = f"{self.root / part_name}: row {row}, exam {exam_id}"
-        said = self.catalogue.describe(str(exam_id))
+        description = self.catalogue.describe(str(exam_id))
         try:
-            if said.fault:
-                raise InputError(said.fault)
-            metadata = dict(said.metadata)
+            if description.fault:
+                raise InputError(description.fault)
+            metadata = dict(description.metadata)
             trace_file = metadata.pop(_TRACE_FILE, part_name)
             if trace_file.endswith(".hdf5") and trace_file != part_name:  # a placeholder names no part
                 raise InputError(f"{EXAMS} says that it lies in {trace_file}")
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
-            if said.patient is None:
+            if description.patient is None:
                 raise InputError(f"no row in {EXAMS}, so its patient is unknown")
             signal = to_signal(values_TL.T, LEADS, self.mv_per_value, RATE_HZ)
         except InputError as error:
             raise type(error)(f"{shown}: {error}") from error
         except OSError as error:
             raise file_error(shown, "cannot be read", error) from error
-        known: dict[str, Any] = {"patient": said.patient, "labels": said.labels, "metadata": metadata}
-        known["notes"] = said.notes
+        known: dict[str, Any] = {"patient": description.patient, "labels": description.labels, "metadata": metadata}
+        known["notes"] = description.notes
         return Record.of(item, signal.fitted, RATE_HZ, signal.leads, remarks=signal.remarks, **known)
 
     def fingerprint(self, item: str) -> bytes:
         """What exams.csv says of it, and the size of its part."""
         stem, _, place = item.rpartition("/")
-        said = self.catalogue.describe(place.rpartition("_")[2])
+        description = self.catalogue.describe(place.rpartition("_")[2])
         path = self.root / f"{stem}.hdf5"
-        return f"{said!r} {path.stat().st_size if path.is_file() else 0}".encode(errors="backslashreplace")
+        return f"{description!r} {path.stat().st_size if path.is_file() else 0}".encode(errors="backslashreplace")
 
     def unlabelled(self) -> list[str]:
         """All: there is no table of the user's."""

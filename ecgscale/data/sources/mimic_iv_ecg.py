@@ -136,8 +136,8 @@ def _described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Descri
             elif "/".join(parts[:-2]) not in there:
                 absent.add(item)
             else:
-                said = _description(item, row[subject], row[study], row[time], reports, table.where())
-                yield item, replace(said, place=table.place())
+                description = _description(item, row[subject], row[study], row[time], reports, table.where())
+                yield item, replace(description, place=table.place())
 
 
 def left_out(tree: Tree, within: str) -> list[str]:
@@ -207,5 +207,5 @@ def _reports(tree: Tree) -> Iterator[tuple[int, list[str]]]:
         for row in table:
             if (number := Cells().text(row[study], "study_id")) is not None:
                 patient = "" if subject is None else Cells().text(row[subject], "subject_id") or ""
-                said = [line for i in lines if is_known(line := row[i].strip())]
-                yield whole_number(number, table.where()), [patient, *said]
+                report_lines = [line for i in lines if is_known(line := row[i].strip())]
+                yield whole_number(number, table.where()), [patient, *report_lines]

@@ -109,8 +109,8 @@ def _described(tree: Tree, within: str, absent: Absent) -> Described:
             elif f"{item}.hea" not in there:
                 absent.add(item)
             else:
-                said = _description({name: row[at[name]] for name in _COLUMNS}, statements, table.where())
-                yield item, replace(said, place=table.place())
+                description = _description({name: row[at[name]] for name in _COLUMNS}, statements, table.where())
+                yield item, replace(description, place=table.place())
 
 
 def left_out(tree: Tree, within: str) -> list[str]:

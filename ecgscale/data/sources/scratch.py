@@ -54,8 +54,8 @@ class Scratch:
 
     def free_bytes(self) -> int:
         """What still fits."""
-        about = os.statvfs(self.path)
-        return about.f_bavail * about.f_frsize
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize
 
 
 def _remove(path: Path, lock: int, owner: int) -> None:
@@ -68,8 +68,8 @@ def _sweep(parent: Path) -> None:
     """Remove the folders of processes that are gone: their locks are free."""
     for path in parent.glob(f"{_PREFIX}*"):
         try:
-            about = path.lstat()
-            if about.st_uid != os.getuid() or time.time() - about.st_mtime < _GRACE_S:
+            status = path.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _GRACE_S:
                 continue
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:

@@ -97,10 +97,10 @@ def data_names(header: bytes) -> list[str]:
 def stamp(path: Path) -> bytes:
     """Size and time of a file; empty where there is none."""
     try:
-        about = path.stat()
+        status = path.stat()
     except OSError:
         return b""
-    return f"{about.st_size} {about.st_mtime_ns}".encode()
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def _digest(path: Path) -> bytes:
