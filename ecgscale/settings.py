@@ -146,6 +146,16 @@ class Given:
             key = key.rpartition(".")[0]
         return ""
 
+    def place_of(self, error: str) -> str:
+        """Where a file gave the first key that an error names and that was given.
+
+        It may begin with a key that has its default and does not go with another, which a file gave.
+        """
+        first, *others = re.findall(r"[\w.]+", error) or [""]
+        if any(key.startswith(f"{first}.") for key in self.origins):  # a group, or names of the user's own
+            return self.place(first)
+        return next((self.place(key) for key in (first, *others) if self.origins.get(key)), "")
+
     def named(self, key: str) -> str:
         """A key for an error: with its file and line, or as the option that it was."""
         option_name = self.origins.get(key, "") if "." not in key else ""
@@ -327,8 +337,7 @@ def _group(kind: Any, tree: dict[str, Any], given: Given, prefix: str) -> Any:
     try:
         return kind(**values)
     except InputError as error:
-        named = re.match(r"(?:--)?([\w.]+)", str(error))
-        place = given.place(named[1]) if named and given.origins.get(named[1]) else ""
+        place = given.place_of(str(error))
         if place and not str(error).startswith(place):
             raise InputError(f"{place}{error}") from error
         raise

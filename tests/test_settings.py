@@ -25,6 +25,8 @@ class Wheel:
     def __post_init__(self) -> None:
         if self.spokes < 3:
             raise InputError(f"wheel.spokes {self.spokes}: give 3 or more")
+        if self.inches > 9 * self.spokes:
+            raise InputError(f"wheel.spokes {self.spokes}: too few for wheel.inches {self.inches}; give more")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def test_files_and_words_in_their_order(tmp_path: Path) -> None:
         ("wheel:\n  spokes: many", ", line 2: wheel.spokes 'many': give a whole number (int)"),
         ("wheel:\n  spokes: true", ", line 2: wheel.spokes 'True': give a whole number (int)"),
         ("wheel:\n\n  spokes: 2", ", line 3: wheel.spokes 2: give 3 or more"),
+        ("dry: no\nwheel:\n  inches: 999", ", line 3: wheel.spokes 32: too few for wheel.inches 999.0"),
         ("wheel: 3", ", line 1: wheel: a group of keys, not the value 3"),
         ("wheel:\n  inches: .nan", ", line 2: wheel.inches nan: give a finite number"),
         ("dry:", ", line 1: dry: a value is missing"),
@@ -116,6 +119,13 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path: Path, text: st
     path = tmp_path / "ride.yaml"
     path.write_text(text)
     assert refusal("home", "--config", str(path)).startswith(f"{path}{said}")
+
+
+def test_a_file_is_not_named_for_what_the_command_line_gives(tmp_path: Path) -> None:
+    path = tmp_path / "ride.yaml"
+    path.write_text("wheel: {spokes: 30}")
+    said = refusal("home", "--config", str(path), "--wheel.spokes=28", "--wheel.inches=999")
+    assert said.startswith("wheel.spokes 28: too few")
 
 
 @pytest.mark.parametrize(

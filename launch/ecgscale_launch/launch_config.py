@@ -239,13 +239,7 @@ class LaunchConfig:
 
 def load_cluster(path: Path | None, overrides: list[str]) -> LaunchConfig:
     """A cluster's YAML with ``--any.key value`` on top; raises InputError, which names the file where that is wrong."""
-    file = settings.read_texts(LaunchConfig, path) if path else settings.Given()
-    try:
-        return _with_words(file, overrides)
-    except InputError as error:
-        if path and not str(error).startswith(str(path)) and _refusal(file) == str(error):
-            raise InputError(f"{path}: {error}") from error
-        raise
+    return _with_words(settings.read_texts(LaunchConfig, path) if path else settings.Given(), overrides)
 
 
 def changed(tree: dict[str, Any], overrides: list[str]) -> LaunchConfig:
@@ -253,17 +247,6 @@ def changed(tree: dict[str, Any], overrides: list[str]) -> LaunchConfig:
     return _with_words(settings.Given(tree), overrides)
 
 
-def _with_words(before: settings.Given, overrides: list[str]) -> LaunchConfig:
-    given = settings.Given()
-    given.update(before)
+def _with_words(given: settings.Given, overrides: list[str]) -> LaunchConfig:
     given.update(settings.from_words(LaunchConfig, overrides))
     return settings.build(LaunchConfig, given)
-
-
-def _refusal(file: settings.Given) -> str | None:
-    """What is wrong with a file alone."""
-    try:
-        _with_words(file, [])
-    except InputError as error:
-        return str(error)
-    return None

@@ -129,6 +129,11 @@ def test_there_are_files_to_start_from():
         ("environment: {A: {B: c}}", "line 1: environment \"{'A': {'B': 'c'}}\": give names, each with text"),
         ("environment: &a {A: *a}", "line 1: a value that contains itself; write it out"),
         ("- nodes", "a config is a mapping of keys, this is list"),
+        (
+            "nodes: 1\ngpus_per_node: 2",
+            "line 2: tasks_per_node 1: differs from gpus_per_node 2; give the same number, one process drives one GPU",
+        ),
+        ("container:\n  kind: pyxis", "line 2: container.image is missing; container.kind pyxis needs one"),
         ("shared_folder: no", "line 1: shared_folder 'no': give one of 'checked', 'trusted'"),
     ],
 )
