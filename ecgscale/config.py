@@ -84,6 +84,14 @@ def load(config_type: type[Config], words: list[str], values: Mapping[str, Any] 
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range, with the
     file and line of the key.
     """
+    given = read_words(config_type, words)
+    for key, value in (values or {}).items():
+        given.put(key, value, "")
+    return _built(config_type, given)
+
+
+def read_words(config_type: type, words: list[str]) -> settings.Given:
+    """What a command line gives of a config, which ``load`` then checks as a whole. Raises InputError as it does."""
     files, names = _names_given(config_type, words)
     in_order, elsewhere = iter(files), partial(belonging_elsewhere, config_type)
 
@@ -96,11 +104,7 @@ def load(config_type: type[Config], words: list[str], values: Mapping[str, Any] 
         given.tree = fitting(config_type, given.tree, names)
         return given
 
-    kind = resolved(config_type, names)
-    given = settings.from_words(kind, words, _SHORT, file, elsewhere)
-    for key, value in (values or {}).items():
-        given.put(key, value, "")
-    return _built(config_type, given)
+    return settings.from_words(resolved(config_type, names), words, _SHORT, file, elsewhere)
 
 
 def _names_given(

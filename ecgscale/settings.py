@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -124,6 +124,10 @@ class Given:
             else:
                 yield path, value
 
+    def dotted(self) -> dict[str, Any]:
+        """Each dotted key with its value, as it was written."""
+        return {".".join(map(str, path)): value for path, value in self._leaves()}
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key, as it was written."""
         value: Any = self.tree
@@ -215,6 +219,22 @@ def from_words(
     return given
 
 
+def take_known(kind: type[Config], words: Sequence[str]) -> tuple[Given, list[str]]:
+    """What a command line gives of a dataclass's options, and the words that are none of them, in their order.
+
+    Raises InputError for an option without its value.
+    """
+    given, rest, others = Given(), list(words), []
+    own = {member.name for member in fields(kind)}  # type: ignore[arg-type]
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and _key_of(kind, word[2:].partition("=")[0]) in own:
+            _take_option(kind, given, word, rest, _NO_SHORT, read_file)
+        else:
+            others.append(word)
+    return given, others
+
+
 def places(kind: Any) -> list[Field[Any]]:
     """Fields that are given by their place."""
     return [member for member in fields(kind) if option_of(member).positional]
@@ -243,7 +263,7 @@ def _take_option(
     follows = bool(rest) and not rest[0].startswith("--")
     if equals:
         words = [value]
-    elif hint is bool and not (follows and (rest[0].casefold() in _BOOLEANS or not places(config_type))):
+    elif hint is bool and not (follows and (rest[0].casefold() in _BOOLEANS or _is_tree(config_type))):
         words = ["true"]
     elif how.without_value and not follows:
         words = [how.without_value]
@@ -259,6 +279,11 @@ def _take_option(
         before = given.get(key, [])
         read = [*before, *(read if isinstance(read, list) else [read])]
     given.put(key, read, origin)
+
+
+def _is_tree(kind: Any) -> bool:
+    """Whether all words are keys with values: then what follows a key is its value, right or wrong."""
+    return not places(kind) and any(map(is_group, field_types(kind).values()))
 
 
 def _from_text(hint: Any, text: str, origin: str) -> Any:

@@ -65,6 +65,12 @@ def help_text(
     return "\n".join(lines).rstrip()
 
 
+def own_options(kind: Any) -> str:
+    """The options of a command that has a config too, below a line that says what they are."""
+    heading, *options = _help_of(kind, "", True, MappingProxyType({}), MappingProxyType({}))
+    return "\n".join([f"{inspect.cleandoc(kind.__doc__ or heading).rstrip('.')}:", *options]).rstrip()
+
+
 def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[str, str]) -> list[str]:
     hints = field_types(kind)
     named = [member for member in fields(kind) if not option_of(member).positional]
@@ -99,17 +105,18 @@ def _entry(name: str, member: Field[Any], kind: Any, bare: bool = False, whose: 
     told = [] if hint is bool and bare else [f"default: {_default_in_words(default)}"]
     if default is MISSING:
         told = ["required"]
-    if choices := [choice for kind in alternatives(hint) if get_origin(kind) is Literal for choice in get_args(kind)]:
+    kinds = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in alternatives(hint)]
+    if choices := [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]:
         told.insert(0, f"one of {', '.join(map(str, choices))}")
     value = "" if hint is bool and bare else f" {metavar(member, hint)}"
     return _wrapped(name + value, f"{text} ({'; '.join(told)})" if told else text)
 
 
 def _default_in_words(default: Any) -> str:
-    if default in (None, "", [], ()):
+    if default in (None, "", [], (), {}):
         return "none"
     if isinstance(default, list | tuple):
-        return ",".join(map(str, default))
+        return ",".join(map(_default_in_words, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

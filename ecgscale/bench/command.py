@@ -1,246 +1,252 @@
-"""The options of `ecgscale bench PART`, and what each part does with them."""
+"""`ecgscale bench PART`: the options of each part, and what it does with them."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ecgscale.commands.command import Command
 from ecgscale.data.source_options import listed
 from ecgscale.errors import InputError
+from ecgscale.settings import option
 
 if TYPE_CHECKING:
     from ecgscale.bench.step_case import Case
     from ecgscale.bench.step_ranks import Effort
 
 _OUT = Path("runs/bench")
-_KEYS = "--model.KEY, --objective.KEY and --engine.KEY VALUE, as of `ecgscale pretrain`, hold for all cases"
+
+Device = Literal["cpu", "cuda"]
 
 
-def add_parts(parts: Any) -> None:
-    """A parser for each part, whose ``run`` takes the options and what is left of the command line."""
-    _add_step(parts)
-    _add_scaling(parts)
-    _add_stream(parts)
-    _add_kernel(parts)
-    _add_report(parts)
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Command):
+    """How much is measured, and where the results go."""
+
+    quick: bool = False
+    """Only show that it runs."""
+    out: Path = _OUT
+    """Folder for the results."""
 
 
-def refuse_keys(part: str, keys: list[str]) -> None:
-    """Raises InputError for options that a part does not know."""
-    if keys:
-        raise InputError(f"bench {part}: unrecognized arguments: {' '.join(keys)}; see `ecgscale bench {part} --help`")
+@dataclass(frozen=True, kw_only=True)
+class Steps(Measuring):
+    """Steps of which models, and how often."""
+
+    preset: list[str] = option(default_factory=lambda: ["base"], several=True, metavar="NAME")
+    """Of the model."""
+    stem: list[Literal["conv", "patch"]] = option(default_factory=lambda: ["conv"], several=True)
+    """Of the model."""
+    batch: list[int] = option(default_factory=lambda: [8], several=True, metavar="N")
+    """Recordings of a rank, two segments each."""
+    precision: list[Literal["fp32", "bf16"]] = option(default_factory=lambda: ["fp32"], several=True)
+    """In which a step is computed."""
+    zero_stage: list[Literal[0, 1, 2, 3]] = option(default_factory=lambda: [1], several=True)
+    """DeepSpeed ZeRO."""
+    checkpointing: list[bool | int] = option(default_factory=lambda: [0], several=True, metavar="N")
+    """Transformer layers whose activations are recomputed."""
+    compile: list[bool] = option(default_factory=lambda: [False], several=True, metavar="off|on")
+    """Whether torch.compile is used."""
+    samples: int = 2500
+    """Of a segment."""
+    device: Device | None = None
+    """Where; by default a GPU where there is one."""
+    threads: int = 0
+    """Of each rank; by default the cores are shared out."""
+    rounds: int | None = None
+    """Of every way; by default 7, on a GPU 9."""
+    steps: int | None = None
+    """Of a way in a round; by default 1, on a GPU 10."""
+    keys: dict[str, Any] = option(default_factory=dict, name="model.KEY", metavar="VALUE")
+    """And --objective.KEY, --engine.KEY: keys of `ecgscale pretrain`, which hold for all cases."""
+
+    def __post_init__(self) -> None:
+        _refuse_less_than_one("batch", self.batch)
+        _refuse_less_than_one("rounds", [] if self.rounds is None else [self.rounds])
+        _refuse_less_than_one("steps", [] if self.steps is None else [self.steps])
+
+    def cases(self, ranks: list[int], threads: int, shards: str = "") -> list[Case]:
+        """Every combination of the values."""
+        from ecgscale.bench.step_case import Axes
+
+        names = ("preset", "stem", "batch", "precision", "zero_stage", "compile")
+        axes = Axes(**{name: getattr(self, name) for name in names}, checkpointing=self.checkpointing, ranks=ranks)
+        return axes.cases(self.keys, _device(self.device), threads, self.samples, shards)
+
+    def effort(self) -> Effort:
+        from ecgscale.bench.step_ranks import Effort
+
+        usual = Effort.least() if self.quick else Effort.usual(_device(self.device) == "cuda")
+        return replace(usual, rounds=self.rounds or usual.rounds, steps=self.steps or usual.steps)
 
 
-# -- step and scaling ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Step(Steps):
+    """A training step beside plain PyTorch. With several values of an option every combination is measured."""
 
-
-def _add_step(parts: Any) -> None:
-    step = parts.add_parser("step", help="a training step beside plain PyTorch", allow_abbrev=False, epilog=_KEYS)
-    step.set_defaults(run=_step)
-    _add_case(step, several="+")
-    step.add_argument("--ranks", type=_count, nargs="+", default=[1], metavar="N", help="processes (default 1)")
-    step.add_argument(
-        "--against",
-        nargs="*",
-        choices=("ddp", "straightforward"),
-        default=["ddp", "straightforward"],
-        help="what stands beside: the same model in a plain DDP loop, the method in straightforward PyTorch "
-        "(default: both; --against alone: none)",
+    ranks: list[int] = option(default_factory=lambda: [1], several=True, metavar="N")
+    """Processes."""
+    against: list[Literal["ddp", "straightforward", "none"]] = option(
+        default_factory=lambda: ["ddp", "straightforward"], several=True, without_value="none"
     )
-    step.add_argument("--shards", default="", metavar="A,B", help="data sets that ecgscale's step reads too, beside")
-    step.add_argument("--find-batch", action="store_true", help="take the largest batch that fits, not --batch")
-    step.add_argument("--memory-gb", type=float, help="into which --find-batch fits (default: the GPU's)")
+    """What stands beside: the same model in a plain DDP loop, the method in straightforward PyTorch; --against alone:
+    nothing."""
+    shards: str = option("", metavar="A,B")
+    """Data sets that ecgscale's step reads too, beside."""
+    find_batch: bool = False
+    """Take the largest batch that fits, not --batch."""
+    memory_gb: float | None = None
+    """Into which --find-batch fits; by default the GPU's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_less_than_one("ranks", self.ranks)
+        if self.memory_gb is not None and not self.find_batch:
+            raise InputError(f"--memory-gb {self.memory_gb:g} is for --find-batch, which was not given")
+        if self.find_batch and len(self.batch) > 1:
+            several = " ".join(map(str, self.batch))
+            raise InputError(f"--batch {several} with --find-batch, which finds the batch; leave one of them out")
+
+    def run(self) -> None:
+        from ecgscale.bench.step import bench_step
+
+        within_gb = (self.memory_gb or 0.0) if self.find_batch else None
+        beside = [name for name in self.against if name != "none"]
+        cases = self.cases(self.ranks, self.threads, self.shards)
+        print(bench_step(self.out, cases, beside, self.effort(), within_gb).markdown())
 
 
-def _add_scaling(parts: Any) -> None:
-    scaling = parts.add_parser("scaling", help="a step on 1, 2, 4 ... ranks", allow_abbrev=False, epilog=_KEYS)
-    scaling.set_defaults(run=_scaling)
-    _add_case(scaling, several=None)
-    scaling.add_argument(
-        "--ranks", type=_count, nargs="+", metavar="N", help="processes (default: 1, 2, 4 ... to all GPUs or cores)"
-    )
-    scaling.add_argument(
-        "--kind", nargs="+", choices=("weak", "strong"), default=["weak", "strong"], help="default: both"
-    )
+@dataclass(frozen=True, kw_only=True)
+class Scaling(Steps):
+    """A step on 1, 2, 4 ... ranks."""
+
+    ranks: list[int] = option(default_factory=list, several=True, metavar="N")
+    """Processes; by default 1, 2, 4 ... to all GPUs or cores."""
+    kind: list[Literal["weak", "strong"]] = option(default_factory=lambda: ["weak", "strong"], several=True)
+    """The same batch for each rank, or for all together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_less_than_one("ranks", self.ranks)
+        for name in ("preset", "stem", "batch", "precision", "zero_stage", "checkpointing", "compile"):
+            if len(values := getattr(self, name)) != 1:
+                raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: give one value")
+
+    def run(self) -> None:
+        import torch
+
+        from ecgscale.bench.step import bench_scaling
+
+        cores = len(os.sched_getaffinity(0))
+        most = torch.cuda.device_count() if _device(self.device) == "cuda" else cores
+        worlds = self.ranks or [1 << power for power in range(most.bit_length())]
+        threads = self.threads or max(1, cores // max(worlds))
+        [case] = self.cases([1], threads)
+        print(bench_scaling(self.out, case, worlds, self.kind, self.effort()).markdown())
 
 
-def _add_case(parser: argparse.ArgumentParser, several: str | None) -> None:
-    """Options that make cases; with ``several`` values of each, every combination is one."""
+@dataclass(frozen=True, kw_only=True)
+class Stream(Measuring):
+    """The stream beside a bare loop and the webdataset library."""
 
-    def add(name: str, what: str, default: Any, **more: Any) -> None:
-        parser.add_argument(name, nargs=several, default=[default] if several else default, help=what, **more)
+    shards: str = option("", metavar="A,B")
+    """Data sets whose recordings are read; by default simulated ones."""
+    seconds: float = 0.5
+    """Of each candidate in each round."""
 
-    add("--preset", "of the model (default base)", "base", metavar="NAME")
-    add("--stem", "default conv", "conv", choices=("conv", "patch"))
-    add("--batch", "recordings of a rank, two segments each (default 8)", 8, type=_count, metavar="N")
-    add("--precision", "default fp32", "fp32", choices=("fp32", "bf16"))
-    add("--zero-stage", "DeepSpeed ZeRO (default 1)", 1, type=int, choices=(0, 1, 2, 3))
-    add("--checkpointing", "transformer layers whose activations are recomputed (default 0)", "0", metavar="N")
-    add("--compile", "torch.compile (default off)", "off", choices=("off", "on"))
-    parser.add_argument("--samples", type=int, default=2500, help="of a segment (default 2500)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
-    parser.add_argument("--threads", type=int, default=0, help="of each rank (default: the cores shared out)")
-    parser.add_argument("--rounds", type=_count, help="of every way (default 7; on a GPU 9)")
-    parser.add_argument("--steps", type=_count, help="of a way in a round (default 1; on a GPU 10)")
-    _add_quick(parser)
-    _add_out(parser)
+    def run(self) -> None:
+        from ecgscale.bench.stream import Effort, bench_stream
+
+        effort = Effort.least() if self.quick else replace(Effort(), seconds=self.seconds)
+        print(bench_stream(list(listed(self.shards)), self.out, effort).markdown())
 
 
-def _step(options: argparse.Namespace, keys: list[str]) -> None:
-    from ecgscale.bench.step import bench_step
+@dataclass(frozen=True, kw_only=True)
+class Kernel(Measuring):
+    """The fused ops beside eager and compiled PyTorch."""
 
-    if options.memory_gb is not None and not options.find_batch:
-        raise InputError(f"bench step: --memory-gb {options.memory_gb:g} is for --find-batch, which was not given")
-    if options.find_batch and len(options.batch) > 1:
-        said = " ".join(map(str, options.batch))
-        raise InputError(f"bench step: --batch {said} with --find-batch, which finds the batch; leave one of them out")
-    device = _device(options)
-    cases = _cases(options, keys, device, options.ranks, options.shards)
-    within_gb = (options.memory_gb or 0.0) if options.find_batch else None
-    print(bench_step(options.out, cases, options.against, _effort(options, device), within_gb).markdown())
+    device: Device | None = None
+    """Where; by default a GPU where there is one."""
+    seconds: float | None = None
+    """Of each way in each round; by default 0.03 on a GPU, else 0.15."""
+    only: list[Literal["patches", "stems", "steps"]] = option(default_factory=list, several=True)
+    """Measure only these."""
+    no_compile: bool = False
+    """Leave out torch.compile, which takes minutes."""
+
+    def run(self) -> None:
+        from ecgscale.bench.kernel import Effort, bench_kernel
+
+        device = _device(self.device)
+        effort = Effort.least() if self.quick else Effort.usual(device == "cuda")
+        if self.no_compile:
+            effort = replace(effort, compiled=0)
+        if self.seconds is not None:
+            effort = replace(effort, seconds=self.seconds)
+        chosen = effort.only(self.only) if self.only else effort
+        print(bench_kernel(self.out, device, chosen).markdown())
 
 
-def _scaling(options: argparse.Namespace, keys: list[str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Report(Command):
+    """Tables, plots and comparisons of results. Exit code 1 where something has become worse."""
+
+    results: list[Path] = option(positional=True, several=True, default_factory=lambda: [_OUT])
+    """Folders or files of results; by default runs/bench."""
+    against: str = option("", metavar="COMMIT|FOLDER")
+    """Name what has become worse since then."""
+    threshold: str = "5%"
+    """Of it, what is named."""
+    out: Path | None = None
+    """Folder for tables and plots; by default report in the first folder."""
+
+    def __post_init__(self) -> None:
+        _ = self.share
+
+    @property
+    def share(self) -> float:
+        """The threshold, 5% or 0.05. Raises InputError."""
+        text = self.threshold
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            raise InputError(f"--threshold {text!r} is no share such as 5% or 0.05")
+        return share
+
+    def run(self) -> None:
+        from ecgscale.bench.report import report
+
+        first = self.results[0]
+        out = self.out or (first if first.is_dir() else first.parent) / "report"
+        text, worse = report(self.results, out, self.against, self.share)
+        print(text)
+        if worse:
+            counted = f"{len(worse)} numbers are worse than at {self.against}, or no longer measured"
+            print(f"ecgscale: bench report: {counted}", file=sys.stderr)
+            sys.exit(1)
+
+
+PARTS: dict[str, type[Command]] = {
+    "step": Step,
+    "scaling": Scaling,
+    "stream": Stream,
+    "kernel": Kernel,
+    "report": Report,
+}
+
+
+def _refuse_less_than_one(name: str, values: list[int]) -> None:
+    for value in values:
+        if value < 1:
+            raise InputError(f"--{name} {value}: give 1 or more")
+
+
+def _device(chosen: Device | None) -> str:
     import torch
 
-    from ecgscale.bench.step import bench_scaling
-
-    device = _device(options)
-    most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
-    worlds = options.ranks or [1 << power for power in range(most.bit_length())]
-    if not options.threads:
-        options.threads = max(1, len(os.sched_getaffinity(0)) // max(worlds))
-    cases = _cases(options, keys, device, [1])
-    print(bench_scaling(options.out, cases[0], worlds, options.kind, _effort(options, device)).markdown())
-
-
-def _cases(options: argparse.Namespace, keys: list[str], device: str, ranks: list[int], shards: str = "") -> list[Case]:
-    from ecgscale.bench.step_case import Axes
-
-    names = ("preset", "stem", "batch", "precision", "zero_stage", "compile")
-    values = {name: getattr(options, name) for name in names} | {"activation_checkpointing": options.checkpointing}
-    several = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-    return Axes(**several, ranks=ranks).cases(keys, device, options.threads, options.samples, shards)
-
-
-def _effort(options: argparse.Namespace, device: str) -> Effort:
-    from ecgscale.bench.step_ranks import Effort
-
-    effort = Effort.least() if options.quick else Effort.usual(device == "cuda")
-    for name in ("rounds", "steps"):
-        effort = replace(effort, **{name: getattr(options, name) or getattr(effort, name)})
-    return effort
-
-
-def _device(options: argparse.Namespace) -> str:
-    import torch
-
-    chosen: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return chosen
-
-
-# -- stream and kernel -----------------------------------------------------------------------------------------------
-
-
-def _add_stream(parts: Any) -> None:
-    stream = parts.add_parser(
-        "stream", help="the stream beside a bare loop and the webdataset library", allow_abbrev=False
-    )
-    stream.set_defaults(run=_stream)
-    stream.add_argument(
-        "--shards", default="", metavar="A,B", help="data sets whose recordings are read (default: simulated ones)"
-    )
-    stream.add_argument("--seconds", type=float, default=0.5, help="of each candidate in each round (default 0.5)")
-    _add_quick(stream)
-    _add_out(stream)
-
-
-def _add_kernel(parts: Any) -> None:
-    kernel = parts.add_parser("kernel", help="the fused ops beside eager and compiled PyTorch", allow_abbrev=False)
-    kernel.set_defaults(run=_kernel)
-    kernel.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
-    kernel.add_argument("--seconds", type=float, help="of each way in each round (default 0.03 on a GPU, else 0.15)")
-    kernel.add_argument("--only", choices=("patches", "stems", "steps"), nargs="+", help="measure only these")
-    kernel.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    _add_quick(kernel)
-    _add_out(kernel)
-
-
-def _stream(options: argparse.Namespace, keys: list[str]) -> None:
-    refuse_keys("stream", keys)
-    from ecgscale.bench.stream import Effort, bench_stream
-
-    effort = Effort.least() if options.quick else replace(Effort(), seconds=options.seconds)
-    print(bench_stream(list(listed(options.shards)), options.out, effort).markdown())
-
-
-def _kernel(options: argparse.Namespace, keys: list[str]) -> None:
-    refuse_keys("kernel", keys)
-    from ecgscale.bench.kernel import Effort, bench_kernel
-
-    device = _device(options)
-    effort = Effort.least() if options.quick else Effort.usual(device == "cuda")
-    if options.no_compile:
-        effort = replace(effort, compiled=0)
-    if options.seconds is not None:
-        effort = replace(effort, seconds=options.seconds)
-    chosen = effort.only(options.only) if options.only else effort
-    print(bench_kernel(options.out, device, chosen).markdown())
-
-
-# -- report ----------------------------------------------------------------------------------------------------------
-
-
-def _add_report(parts: Any) -> None:
-    report = parts.add_parser("report", help="tables, plots and comparisons of results", allow_abbrev=False)
-    report.set_defaults(run=_report)
-    report.add_argument(
-        "results", type=Path, nargs="*", default=[_OUT], help=f"folders or files of results (default {_OUT})"
-    )
-    report.add_argument("--against", default="", metavar="COMMIT|FOLDER", help="name what has become worse since then")
-    report.add_argument("--threshold", type=_share, default=0.05, metavar="5%", help="that is named (default 5%%)")
-    report.add_argument("--out", type=Path, help="folder for tables and plots (default: report in the first folder)")
-
-
-def _report(options: argparse.Namespace, keys: list[str]) -> None:
-    """Exit code 1 where something has become worse."""
-    refuse_keys("report", keys)
-    from ecgscale.bench.report import report
-
-    first: Path = options.results[0]
-    out = options.out or (first if first.is_dir() else first.parent) / "report"
-    text, worse = report(options.results, out, options.against, options.threshold)
-    print(text)
-    if worse:
-        said = f"{len(worse)} numbers are worse than at {options.against}, or no longer measured"
-        print(f"ecgscale: bench report: {said}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give 1 or more")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    """5% or 0.05."""
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 5% or 0.05")
-    return share
-
-
-def _add_quick(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="only show that it runs")
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=_OUT, help=f"folder for the results (default {_OUT})")
+    return chosen or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import cleandoc
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ecgscale.errors import InputError
-from ecgscale.settings import build, from_words
+from ecgscale.settings import Given, build, from_words
 from ecgscale.settings_help import help_text
 
 
@@ -23,21 +24,57 @@ class Command:
         raise NotImplementedError
 
 
-def as_function(name: str, kind: type[Command]) -> Callable[[list[str]], None]:
-    """The command as a function of its words, which carries its docstring."""
+Values = dict[str, Any]
+"""What a command is given, as JSON or YAML can hold it."""
 
-    def run(words: list[str]) -> None:
-        if wants_help(words, nothing_is_help=False):
-            print(help_text(kind, name, cleandoc(kind.__doc__ or ""), short=True))
-            return
-        try:
-            command = build(kind, from_words(kind, words))
-        except InputError as error:
-            raise InputError(f"{name}: {error}; see `ecgscale {name} --help`") from error
-        command.run()
 
-    run.__doc__ = kind.__doc__
-    return run
+@dataclass(frozen=True)
+class Subcommand:
+    """One of `ecgscale`: its words become values, once; values, which can be written down, become the work."""
+
+    summary: str
+    """What it does, in one line."""
+    help: Callable[[], str]
+    read: Callable[[list[str]], Values]
+    """Words -> values, which are checked. Raises InputError."""
+    run: Callable[[Values], None]
+    bare_is_help: bool = True
+    """Whether its name alone asks for help."""
+
+    def __call__(self, words: list[str]) -> None:
+        """Do what a command line says."""
+        if wants_help(words, self.bare_is_help):
+            print(self.help())
+        else:
+            self.run(self.read(words))
+
+
+def of_options(name: str, kind: type[Command]) -> Subcommand:
+    """A command whose options are a dataclass's fields."""
+    about = cleandoc(kind.__doc__ or "")
+
+    def read(words: list[str]) -> Values:
+        with seen_in(name):
+            given = from_words(kind, words)
+            build(kind, given)  # defaults are left to the machine that runs it
+        return given.tree
+
+    return Subcommand(
+        summary=about.splitlines()[0],
+        help=lambda: help_text(kind, name, about, short=True),
+        read=read,
+        run=lambda values: build(kind, Given(values)).run(),
+        bare_is_help=False,
+    )
+
+
+@contextmanager
+def seen_in(name: str) -> Iterator[None]:
+    """Errors of a command's options name the command."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}; see `ecgscale {name} --help`") from error
 
 
 class OneLineParser(argparse.ArgumentParser):
