@@ -247,7 +247,7 @@ PLAN = replace(_USUAL_PLAN, read=_read_plan)
 
 
 def _bench_help() -> str:
-    from ecgscale.bench.command import PARTS
+    from ecgscale.commands.bench import PARTS
 
     lines = ["usage: ecgscale bench PART [--option VALUE ...]", "", BENCH.summary, ""]
     lines += [f"  {name:<10} {(part.__doc__ or '').splitlines()[0]}" for name, part in PARTS.items()]
@@ -257,7 +257,7 @@ def _bench_help() -> str:
 def _read_bench(words: list[str]) -> Values:
     """The part, and its options by the names of its fields."""
     from ecgscale import config
-    from ecgscale.bench.command import PARTS, Steps
+    from ecgscale.commands.bench import PARTS, Steps
 
     part, *rest = words
     if part not in PARTS:
@@ -273,7 +273,7 @@ def _read_bench(words: list[str]) -> Values:
 
 
 def _bench(values: Values) -> None:
-    from ecgscale.bench.command import PARTS
+    from ecgscale.commands.bench import PARTS
 
     part = values["part"]
     build(PARTS[part], Given({name: value for name, value in values.items() if name != "part"})).run()
@@ -284,7 +284,7 @@ class _Bench(Subcommand):
     """Each part has its own help."""
 
     def __call__(self, words: list[str]) -> None:
-        from ecgscale.bench.command import PARTS
+        from ecgscale.commands.bench import PARTS
 
         if words and words[0] in PARTS and wants_help(words):
             print(of_options(f"bench {words[0]}", PARTS[words[0]]).help())
