@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ecgscale.commands import data, models, runs
 from ecgscale.commands.command import OneLineParser as OneLineParser
-from ecgscale.commands.command import Subcommand, first_rank, of_options
+from ecgscale.commands.command import Subcommand, Values, first_rank, of_options
 from ecgscale.errors import InputError, MachineError, RankError, one_line, system_error, tells_of_lost_rank
 from ecgscale.stopping import STOPPED_EXIT_CODE, Stopped
 
@@ -23,9 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Run the subcommand that the first argument names; errors are raised. The launcher's ranks begin here too."""
-    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, whose threads wait for each other as this says
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    """Run the subcommand that the first argument names; errors are raised."""
+    _leave_cores_to_others()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
     elif arguments[0] == "--version":
@@ -37,6 +36,19 @@ def dispatch(arguments: list[str]) -> int:
     else:
         COMMANDS[arguments[0]](arguments[1:])
     return 0
+
+
+def run_values(command: str, values: Values) -> int:
+    """Run a subcommand with what it is given; errors are raised. The launcher's ranks begin here."""
+    _leave_cores_to_others()
+    COMMANDS[command].run(values)
+    return 0
+
+
+def _leave_cores_to_others() -> None:
+    """Before torch is imported, whose threads wait for each other as this says."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def run_as_command(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:

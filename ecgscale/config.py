@@ -13,9 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from ecgscale import model, objectives, settings, settings_help
+from ecgscale import model, objectives, settings, settings_help, yaml_text
 from ecgscale.choices import (
     Choice,
     belonging_elsewhere,
@@ -132,7 +130,7 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
 
 def dump(config: Any) -> str:
     """The resolved config as YAML, which ``load`` reads back to the same."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml_text.written(asdict(config))
 
 
 def help_text(config_type: type, command: str) -> str:

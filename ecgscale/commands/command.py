@@ -40,6 +40,8 @@ class Subcommand:
     run: Callable[[Values], None]
     bare_is_help: bool = True
     """Whether its name alone asks for help."""
+    config_type: Callable[[], type] | None = None
+    """Of the config that describes it, where one does; to call it may import PyTorch."""
 
     def __call__(self, words: list[str]) -> None:
         """Do what a command line says."""

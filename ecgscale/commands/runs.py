@@ -57,7 +57,7 @@ def _of_config(
         keys = {key: value for key, value in values.items() if key not in names}
         work(config.build(config_type(), current(config_type(), keys)), own)
 
-    return Subcommand(summary, helped, read, run)
+    return Subcommand(summary, helped, read, run, config_type=config_type)
 
 
 # -- pretrain and finetune -------------------------------------------------------------------------------------------

@@ -16,7 +16,16 @@ from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale_launch import batch, slurm
 from ecgscale_launch.batch import Batch
 from ecgscale_launch.job_folder import JobFolder, make_private, refuse_shared
-from ecgscale_launch.job_record import JobRecord, Source, Where, job_name, make_job, write_record
+from ecgscale_launch.job_record import (
+    JobRecord,
+    Source,
+    Where,
+    job_name,
+    make_job,
+    read_work,
+    write_record,
+    write_values,
+)
 from ecgscale_launch.launch_config import LaunchConfig, changed
 from ecgscale_launch.places import supervise
 from ecgscale_launch.preflight import check_place
@@ -82,6 +91,8 @@ def resubmit(job: JobRecord, overrides: list[str], new_code: bool) -> str:
     batch.test(again)
     if new_code:
         snapshot(Source.today().packages, job.folder.code)
+        if not job.folder.config.exists():  # of an earlier version, whose ranks read the words again
+            write_values(job.folder, read_work(job.command))
     write_record(job)
     [number] = _submit(again, [job])
     return number
@@ -111,7 +122,7 @@ def make_jobs(stage: Stage, cluster: LaunchConfig, where: Where, source: Source)
     for piece in stage.pieces:
         if shares_code:  # its own, of another launch, would be taken
             shutil.rmtree(JobFolder.of(piece.run).code, ignore_errors=True)
-        jobs.append(make_job(piece.run, piece.command, cluster, where, source, shares_code))
+        jobs.append(make_job(piece.run, piece.work, cluster, where, source, shares_code))
     if any(piece.swept for piece in stage.pieces):
         runs = [{"run": piece.run.name, "swept": piece.swept} for piece in stage.pieces]
         write_json(of_stage.sweep, {"runs": runs})
@@ -122,7 +133,7 @@ def batch_of(stage: Stage, cluster: LaunchConfig, at_once: int = 0) -> Batch:
     """What SLURM is asked to run for a stage: a supervisor for each piece."""
     folder, folders = JobFolder.of(stage.run), [JobFolder.of(piece.run) for piece in stage.pieces]
     return Batch(
-        name=cluster.name or job_name(stage.pieces[0].command[0], folder.run),
+        name=cluster.name or job_name(stage.pieces[0].work.command, folder.run),
         folder=folder,
         cluster=cluster,
         code=folder.code if len(folders) > 1 else folders[0].code,

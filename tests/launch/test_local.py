@@ -139,7 +139,8 @@ def test_a_dry_run_checks_and_writes_nothing(long_job, shards, capsys, tmp_path,
     assert "RANK=0..1" in shown
     assert "WORLD_SIZE=2" in shown
     assert str(shards) in shown  # the resolved config
-    assert f"ATTEMPT -- pretrain --config {tmp_path}/run/launch/config.yaml" in shown
+    assert f"# --- {tmp_path}/run/launch/config.yaml ---" in shown
+    assert "ecgscale_launch.rank ATTEMPT pretrain\n" in shown
     assert main([*command, "--data.shards", "nowhere"]) == 2
     assert "nowhere is no data set" in capsys.readouterr().err
     cluster = tmp_path / "cluster.yaml"
