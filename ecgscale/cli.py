@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 from ecgscale.commands import data, models, runs
-from ecgscale.commands.command import OneLineParser as OneLineParser
 from ecgscale.commands.command import Subcommand, Values, first_rank, of_options
 from ecgscale.errors import InputError, MachineError, RankError, one_line, system_error, tells_of_lost_rank
 from ecgscale.stopping import STOPPED_EXIT_CODE, Stopped

@@ -145,7 +145,7 @@ def help_text(config_type: type, command: str) -> str:
         for name in others:
             if len(having := choice.owners(name)) < len(choice.registry):
                 owners[f"{group}.{name}"] = ", ".join(having)
-    return settings_help.help_text(kind, command, more=more, owners=owners)
+    return settings_help.help_text(kind, f"ecgscale {command}", more=more, owners=owners)
 
 
 _SHORT = {"init": "init.model", "profile": "train.profile_steps"}

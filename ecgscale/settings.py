@@ -41,6 +41,8 @@ class Option:
     """Stands for the value in the help."""
     name: str = ""
     """On the command line, where it is another than the field's."""
+    letter: str = ""
+    """Short for the name: ``-f``."""
     without_value: str = ""
     """What the option means where no value follows."""
     resumable: bool = False
@@ -202,7 +204,8 @@ def from_words(
 
     ``short`` has other names of keys.
     """
-    given, rest = Given(elsewhere=elsewhere), list(words)
+    letters = {f"-{option_of(member).letter}": f"--{member.name}" for member in fields(config_type)}
+    given, rest = Given(elsewhere=elsewhere), [letters.get(word, word) for word in words]
     waiting = places(config_type)
     while rest:
         word = rest.pop(0)
@@ -297,8 +300,10 @@ def _from_text(hint: Any, text: str, origin: str) -> Any:
 
 
 def _each_from_text(hint: Any, words: list[str], origin: str) -> list[Any]:
-    """Words of a command line that are a list together."""
+    """Words of a command line that are a list together; one of lists, where the option may be given again."""
     (items,) = {get_args(kind)[0] for kind in alternatives(hint) if get_origin(kind) in (list, tuple)}
+    if get_origin(items) is list:
+        return [_each_from_text(items, words, origin)]
     return [_from_text(items, word, origin) for word in words]
 
 

@@ -53,12 +53,12 @@ def help_text(
     ``owners`` says of dotted keys whose they are, where that is not everybody's.
     """
     positional = places(config_type)
-    words = " ".join(f"{member.name.upper()}{' ...' if option_of(member).several else ''}" for member in positional)
+    words = " ".join(_name_of(member, False).upper() + " ..." * option_of(member).several for member in positional)
     options = "[--option VALUE ...]" if short else "[--config FILE] [--any.key VALUE ...]"
-    lines = [f"usage: ecgscale {command} {words}{' ' if words else ''}{options}", ""]
+    lines = [f"usage: {command} {words}{' ' if words else ''}{options}", ""]
     lines += [inspect.cleandoc(description or config_type.__doc__ or ""), ""]
     if positional:
-        lines += ["arguments:", *(_entry(member.name, member, config_type) for member in positional), ""]
+        lines += ["arguments:", *(_entry(_name_of(member, False), member, config_type) for member in positional), ""]
     if not short:
         lines += [_wrapped("--config FILE", "YAML file with any of these keys; later arguments win"), ""]
     lines += _help_of(config_type, "", short, more, owners)
@@ -92,7 +92,8 @@ def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[s
 
 
 def _name_of(member: Field[Any], dashed: bool) -> str:
-    return option_of(member).name or (member.name.replace("_", "-") if dashed else member.name)
+    name = option_of(member).name or (member.name.replace("_", "-") if dashed else member.name)
+    return f"{name}, -{option_of(member).letter}" if option_of(member).letter else name
 
 
 def _entry(name: str, member: Field[Any], kind: Any, bare: bool = False, whose: str | None = None) -> str:

@@ -55,6 +55,10 @@ class Ride:
     """Of the lamp."""
     tags: tuple[str, ...] = option((), repeated=True)
     """Given again, they add up."""
+    ways: list[list[str]] = option(default_factory=list, several=True, repeated=True)
+    """Given again, they are lists beside each other."""
+    quiet: bool = option(False, letter="q")
+    """Say nothing."""
     seats: list[int] = option(default_factory=list, several=True, name="seat")
     """Numbers."""
     map: Path | None = None
@@ -82,6 +86,12 @@ def test_words_of_every_kind(tmp_path: Path) -> None:
     got = ride(*words.split(), "--wheel.spokes=20")
     assert (got.start, got.ends, got.gear, got.dry, got.lamp_v) == ("home", ["sea", "hill"], 3, True, 0.5)
     assert (got.tags, got.seats, got.map, got.wheel.spokes) == (("a", "b", "c"), [1, 2], Path("m.txt"), 20)
+
+
+def test_lists_beside_each_other_and_a_letter() -> None:
+    got = ride("home", "--ways", "a,b", "c", "-q", "--ways", "d")
+    assert (got.ways, got.quiet) == ([["a,b", "c"], ["d"]], True)
+    assert "--quiet, -q" in help_text(Ride, "ride", short=True)
 
 
 def test_a_flag_leaves_places_to_what_follows() -> None:
@@ -162,7 +172,7 @@ def test_a_tree_without_a_file() -> None:
 
 
 def test_help_says_every_key() -> None:
-    text = help_text(Ride, "ride", short=True)
+    text = help_text(Ride, "ecgscale ride", short=True)
     assert text.startswith("usage: ecgscale ride START ENDS ... [--option VALUE ...]\n\nA ride.\n")
     for entry in (
         "  start ",

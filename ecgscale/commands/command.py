@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import cleandoc
-from typing import Any, NoReturn
+from typing import Any
 
 from ecgscale.errors import InputError
 from ecgscale.settings import Given, build, from_words
@@ -63,7 +62,7 @@ def of_options(name: str, kind: type[Command]) -> Subcommand:
 
     return Subcommand(
         summary=about.splitlines()[0],
-        help=lambda: help_text(kind, name, about, short=True),
+        help=lambda: help_text(kind, f"ecgscale {name}", about, short=True),
         read=read,
         run=lambda values: build(kind, Given(values)).run(),
         bare_is_help=False,
@@ -71,19 +70,12 @@ def of_options(name: str, kind: type[Command]) -> Subcommand:
 
 
 @contextmanager
-def seen_in(name: str) -> Iterator[None]:
+def seen_in(name: str, program: str = "ecgscale") -> Iterator[None]:
     """Errors of a command's options name the command."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{name}: {error}; see `ecgscale {name} --help`") from error
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong as every other error is said: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog.removeprefix('ecgscale ')}: {message}; see `{self.prog} --help`")
+        raise InputError(f"{name}: {error}; see `{program} {name} --help`") from error
 
 
 def wants_help(words: list[str], nothing_is_help: bool = True) -> bool:

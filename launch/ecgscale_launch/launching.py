@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import read_json_if_there, write_json
+from ecgscale.settings import Given
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale_launch import batch, slurm
 from ecgscale_launch.batch import Batch
@@ -74,7 +75,7 @@ def submit_all(wanted: Wanted, cluster: LaunchConfig) -> list[tuple[Stage, list[
     return done
 
 
-def resubmit(job: JobRecord, overrides: list[str], new_code: bool) -> str:
+def resubmit(job: JobRecord, changes: Given, new_code: bool) -> str:
     """Put a job that has ended into the queue again, as it lies in its folder but for what is given; its number."""
     if job.where == "local":
         raise InputError(f"{job.run}: ran on this machine, not in a queue; the same command with --local goes on")
@@ -82,7 +83,7 @@ def resubmit(job: JobRecord, overrides: list[str], new_code: bool) -> str:
         raise InputError(f"{job.run}: is done; to go on, launch its command again with more --train.steps")
     if not new_code and not (job.code / f"{_SUPERVISE.replace('.', '/')}.py").exists():
         raise InputError(f"{job.code}: packages of an earlier version, which start otherwise; give --new-code")
-    job = replace(job, cluster=changed(asdict(job.cluster), overrides))
+    job = replace(job, cluster=changed(Given(asdict(job.cluster)), changes))
     check_place(job.folder.run, job.cluster)
     for executed in (job.folder, JobFolder(job.code.parent)):
         refuse_shared(executed)

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import read_json_if_there, standing, write_whole
 from ecgscale.json_lines import read_json_lines
 from ecgscale.run_folder import EVENTS, EXPORT, TEST_REPORT
+from ecgscale.settings import option
 from ecgscale_launch.job_folder import JobFolder
+from ecgscale_launch.subcommand import Subcommand
 
 _FIGURES = {"auroc": "AUROC", "auprc": "AUPRC", "f_measure": "F1"}
 _OF_PERSONS = {"top1": "top-1", "top5": "top-5", "eer": "equal error rate"}
 _LOSSES = ("validation/loss", "train/loss")
 
 
-def main(argv: list[str]) -> int:
-    """Print the table of a sweep."""
-    parser = OneLineParser(
-        prog="ecgscale-launch results",
-        description="The results of a sweep's runs in one table, also written to RUN/results.md and RUN/results.csv: "
-        "test figures of fine-tuning, losses of pretraining; seeds are averaged (mean ± standard deviation).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that --sweep was given")
-    print(collect(parser.parse_args(argv).run))
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Results(Subcommand):
+    """The results of a sweep's runs in one table, also written to RUN/results.md and RUN/results.csv.
+
+    Test figures of fine-tuning, losses of pretraining; seeds are averaged (mean ± standard deviation).
+    """
+
+    sweep: Path = option(positional=True, name="run")
+    """Run folder that --sweep was given."""
+
+    def run(self) -> int:
+        print(collect(self.sweep))
+        return 0
 
 
 def collect(run: Path) -> str:

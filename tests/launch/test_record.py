@@ -20,6 +20,7 @@ from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import read_json_if_there, read_json_now, write_json, write_json_or_say
 from ecgscale.provenance import Clone
+from ecgscale.settings import Given
 from ecgscale_launch import launching
 from ecgscale_launch import snapshot as snapshot_module
 from ecgscale_launch.job_folder import JobFolder, make_private, refuse_shared
@@ -378,7 +379,7 @@ def test_code_of_an_earlier_version_is_not_submitted_again(tmp_path):
     job = make_job(tmp_path / "run", read_work(INGEST), CLUSTER, "slurm", CODE)
     (job.code / "ecgscale_launch" / "supervise.py").unlink()
     with pytest.raises(InputError, match=r"launch/code: packages of an earlier version, .*; give --new-code"):
-        resubmit(job, [], new_code=False)
+        resubmit(job, Given(), new_code=False)
 
 
 def test_new_code_for_a_job_of_an_earlier_version_gets_values(tmp_path, monkeypatch):
@@ -389,9 +390,9 @@ def test_new_code_for_a_job_of_an_earlier_version_gets_values(tmp_path, monkeypa
     monkeypatch.setattr(launching, "check_place", lambda *_: None)
     monkeypatch.setattr(launching.batch, "test", lambda _: None)
     monkeypatch.setattr(launching.batch, "submit", lambda _: ["7"])
-    assert resubmit(job, [], new_code=False) == "7"
+    assert resubmit(job, Given(), new_code=False) == "7"
     assert not job.folder.config.exists(), "its own code needs none"
-    assert resubmit(job, [], new_code=True) == "7"
+    assert resubmit(job, Given(), new_code=True) == "7"
     assert yaml_text.read(job.folder.config) == values == {"source": "a", "out": "b", "part": "2/3"}
 
 
