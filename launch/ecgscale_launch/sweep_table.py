@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecgscale import tables
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import read_json_if_there, standing, write_whole
 from ecgscale.json_lines import read_json_lines
@@ -47,9 +48,12 @@ def collect(run: Path) -> str:
     keys = list(runs[0]["swept"])
     found = [(one["swept"], figures(run / one["run"])) for one in runs]
     names = list(dict.fromkeys(name for _, values in found for name in values))
-    rows = [[*swept.values(), *(values.get(name, "") for name in names)] for swept, values in found]
+    rows = [
+        [one["run"], *swept.values(), *(values.get(name, "") for name in names)]
+        for one, (swept, values) in zip(runs, found, strict=True)
+    ]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["run", *keys, *names], *_named(runs, rows)])
+    csv.writer(text, lineterminator="\n").writerows([["run", *keys, *names], *rows])
     write_whole(run / "results.csv", text.getvalue().encode())
     missing = [one["run"] for one, (_, values) in zip(runs, found, strict=True) if not values]
     table = _markdown(keys, names, found)
@@ -89,23 +93,18 @@ def figures(run: Path) -> dict[str, float]:
     return {name: last[name] for name in _LOSSES if name in last}
 
 
-def _named(runs: list[dict[str, Any]], rows: list[list[Any]]) -> list[list[Any]]:
-    return [[one["run"], *row] for one, row in zip(runs, rows, strict=True)]
-
-
 def _markdown(keys: list[str], names: list[str], found: list[tuple[dict[str, str], dict[str, float]]]) -> str:
     """A row for each combination of what was swept but for seeds."""
     shown = [key for key in keys if key.rpartition(".")[2] != "seed"]
     groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for swept, values in found:
         groups.setdefault(tuple(swept[key] for key in shown), []).append(values)
-    lines = ["| " + " | ".join([*shown, "runs", *names]) + " |", "|" + "---|" * (len(shown) + 1 + len(names))]
+    rows = []
     for group, runs in groups.items():
         done = [values for values in runs if values]
         cells = [_estimate([values[name] for values in done if name in values]) for name in names]
-        cells = [*(one_line(value).replace("|", "\\|") for value in group), f"{len(done)}/{len(runs)}", *cells]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([*(one_line(value).replace("|", "\\|") for value in group), f"{len(done)}/{len(runs)}", *cells])
+    return "\n".join(tables.markdown([*shown, "runs", *names], rows))
 
 
 def _estimate(values: list[float]) -> str:
