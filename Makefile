@@ -34,11 +34,15 @@ demo: setup
 	test -e $(RUNS)/demo/shards/manifest.json || $(BIN)/ecgscale simulate $(RUNS)/demo/shards --patients 400
 	$(BIN)/ecgscale reproduce configs/reproduce/demo.yaml --data_dir $(RUNS)/demo --run.dir $(RUNS)/demo/runs
 
+# A file stays in one process, for its fixtures: not by loadgroup, whose groups pytest-xdist 3.8 loses under pytest 9.2.
+# Files go in the order of tests/conftest.py, the longest first; pytest-xdist would begin with those of the most tests.
+PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	$(PYTEST) -n 3 $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	$(PYTEST) -n 2 -m "not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

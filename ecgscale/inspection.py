@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ecgscale.data.audit import verify_set, verify_shard
 from ecgscale.data.copies import about_copies
-from ecgscale.data.persons import odd_ids
+from ecgscale.data.persons import odd_names
 from ecgscale.data.remote import is_remote
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import MANIFEST, SPLITS
@@ -33,7 +33,7 @@ def verify_dataset(folder: str) -> str:
     for shard in tqdm(range(len(shards.shards)), desc="verify", unit="shard", disable=None):
         verify_shard(shards, shard)
     right = f"{folder}: {len(shards)} records in {len(shards.shards)} shards, all checksums right"
-    lines = filter(None, (*about_copies(shards), odd_ids(shards)))
+    lines = (*about_copies(shards), *odd_names(shards))
     return "\n".join([right, *(f"{folder}: {line}" for line in lines)])
 
 
@@ -109,7 +109,7 @@ def summarise_dataset(folder: str) -> str:
         ),
     ]
     lines += [f"copies      {line}" for line in about_copies(shards)]
-    lines += [f"patient ids {line}" for line in filter(None, [odd_ids(shards)])]
+    lines += [f"names       {line}" for line in odd_names(shards)]
     remarked: Counter[str] = Counter()
     for source in (source for one in shards.sets for source in one.manifest["sources"]):
         remarked.update({kind: one["records"] for kind, one in source.get("remarked", {}).items()})

@@ -57,6 +57,7 @@ def pretrain(config: PretrainConfig) -> Path:
     about["parts"] = [part for part in parts_of(objective.state_dict()) if part not in kind.training_only]
     if config.init.model and newest_checkpoint(Path(config.run.dir)) is None:
         _begin_with(objective, Path(config.init.model), shards.rate_hz, ranks)
+    objective.at_start()  # a checkpoint brings its own
     run = claim_run(config.run.dir, config, ranks)
     held_out = Selection(shards, config.data, "validation")
     for line in _told(config, selection, held_out, order, kernels) if ranks.first else ():

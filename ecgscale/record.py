@@ -33,8 +33,12 @@ _MV_PER_UNIT = {"v": 1000.0, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "n
 _MV_PER_UNIT |= {"volt": 1000.0, "millivolt": 1.0, "microvolt": 1e-3, "nanovolt": 1e-6}
 _INT16_MAX = 32767
 _ELECTRODE_MV = 1.0  # of a lead's median: less is the ECG's own, in counts so fine that they do not fit
-_DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
+DEFAULT_SCALE_MV = 1e-3  # 1 µV per count: ±32.767 mV, finer than any clinical recorder
 _PIECE = 1 << 18  # samples of a lead that are worked on at once, so that a day's recording needs little beyond itself
+_WHOLE_NUMBER = re.compile(
+    r"0x(?P<hex>[0-9a-f]{1,16})|\+?(?:(?P<digits>[0-9]+|[0-9]{1,3}(?:_[0-9]{3})+)"
+    r"|(?P<scientific>[0-9]{1,20}(?:\.[0-9]{1,20})?e\+?[0-9]{1,2}))"
+)
 _LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")
 
 Counts = npt.NDArray[np.int16]
@@ -80,6 +84,7 @@ class Record:
     offset_mv: dict[str, float] = field(default_factory=dict)  # lead -> what was taken off; int16 could not hold it
     remarks: tuple[Remark, ...] = ()  # what ingest counts, and lists in remarks.csv
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often; not stored
+    patient_key: str = ""  # the column or the key of a header that names the patient; not stored
 
     def __post_init__(self) -> None:
         assert self.signal_LT.dtype == np.int16
@@ -224,18 +229,18 @@ def quantise(value_LT: Rows, mv_per_value: float = 1.0) -> Fitted:
     only where it still does not fit. Raises InputError for NaN or infinity.
     """
     n_leads, n_samples = len(value_LT), len(value_LT[0])
-    fitted = _room(n_leads, n_samples, np.full(n_leads, _DEFAULT_SCALE_MV))
+    fitted = _room(n_leads, n_samples, np.full(n_leads, DEFAULT_SCALE_MV))
     for i, value_T in enumerate(value_LT):
         low_mv, high_mv = _range_mv(value_T, mv_per_value)
         offset_mv = electrode_offset(value_T, mv_per_value)
         peak_mv = max(high_mv - offset_mv, offset_mv - low_mv)
-        scale = np.float32(max(_DEFAULT_SCALE_MV, peak_mv / _INT16_MAX))
+        scale = np.float32(max(DEFAULT_SCALE_MV, peak_mv / _INT16_MAX))
         for piece in pieces(n_samples):
             count_T = np.rint((value_T[piece].astype(np.float64) * mv_per_value - offset_mv) / np.float64(scale))
             # clip: float32 rounding of the scale
             fitted.signal_LT[i, piece] = np.clip(count_T, -_INT16_MAX, _INT16_MAX)
         fitted.scale_L[i], fitted.offset_mv_L[i] = scale, offset_mv
-        fitted.coarse_L[i] = peak_mv > _INT16_MAX * _DEFAULT_SCALE_MV
+        fitted.coarse_L[i] = peak_mv > _INT16_MAX * DEFAULT_SCALE_MV
     return fitted
 
 
@@ -245,7 +250,7 @@ def electrode_offset(value_T: npt.NDArray[Any], mv_per_value: float = 1.0) -> fl
     Raises InputError for NaN or infinity.
     """
     low_mv, high_mv = _range_mv(value_T, mv_per_value)
-    if max(-low_mv, high_mv) <= _INT16_MAX * _DEFAULT_SCALE_MV:
+    if max(-low_mv, high_mv) <= _INT16_MAX * DEFAULT_SCALE_MV:
         return 0.0
     return float(np.median(value_T)) * mv_per_value
 
@@ -276,7 +281,7 @@ def fit_counts(count_LT: Rows, scale_L: npt.NDArray[np.floating]) -> Fitted:
             fitted.signal_LT[i, piece] = centred_T if coarser == 1 else np.rint(centred_T / coarser)
         fitted.offset_mv_L[i] = offset * scale_L[i]
         fitted.scale_L[i] = scale_L[i] * coarser
-        fitted.coarse_L[i] = coarser > 1 and scale_L[i] * coarser > _DEFAULT_SCALE_MV
+        fitted.coarse_L[i] = coarser > 1 and scale_L[i] * coarser > DEFAULT_SCALE_MV
     return fitted
 
 
@@ -368,15 +373,27 @@ def patient_code(dataset: str, patient: str | None, record_name: str) -> int:
 
 
 def id_hash(patient: str | None) -> int:
-    """A number that stands for a patient's id alone, whatever its case and the leading zeros of its numbers.
+    """A number that stands for a patient's id alone, whatever its case and the form of its numbers.
 
-    ``P-007`` and ``p-7`` have one, in data sets of any name: they may be one person, which no program can know. 0 for
-    an unknown patient.
+    ``P-007`` and ``p-7`` have one, and so have ``1000``, ``+1000``, ``1e3``, ``0x3E8`` and ``1_000``, in data sets of
+    any name: they may be one person, which no program can know. 0 for an unknown patient.
     """
     if patient is None:
         return 0
-    alike = _LEADING_ZEROS.sub("", unicodedata.normalize("NFKC", patient).casefold())
-    return 1 + _hash_63(f"id\0{alike}")
+    folded = _without_form(unicodedata.normalize("NFKC", patient).casefold())
+    return 1 + _hash_63(f"id\0{_LEADING_ZEROS.sub('', folded)}")
+
+
+def _without_form(text: str) -> str:
+    """A whole number by its digits alone; any other text as it is."""
+    if (form := _WHOLE_NUMBER.fullmatch(text)) is None:
+        return text
+    if form["hex"]:
+        return str(int(form["hex"], 16))
+    if form["digits"]:
+        return form["digits"].replace("_", "")
+    number = Fraction(form["scientific"])
+    return str(number) if number.denominator == 1 else text
 
 
 def _hash_63(text: str) -> int:

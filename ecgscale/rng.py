@@ -26,7 +26,10 @@ _FEISTEL_ROUNDS = 6
 
 
 class Purpose(IntEnum):
-    """What a random number is for. Numbers are part of the stored order of runs: never reuse or renumber one."""
+    """What a random number is for. Numbers are part of the stored order of runs: never reuse or renumber one.
+
+    Those from 1000 on are for code outside of ecgscale. Segments are 0 and 1: the next is 0 of the next purpose.
+    """
 
     SHARD_ORDER = 0
     ROTATION = 1

@@ -44,10 +44,11 @@ SLOW = {
     "data": "archives copies hostile ingest_resume remote remote_stream shards sources",
     "downstream": "finetune reproduce trained_on",
     "interop": "begin fairseq onnx output",
+    "kernels": "compile_without_gpu",
     "objectives": "ranks",
     "plan": "measure memory network_and_failures plan",
     "scaling": "ladder",
-    "training": "board_page checkpoint devices kept_state kills meeting monitor profile runs stopping waits",
+    "training": "board_page checkpoint compiling devices kept_state kills meeting monitor profile runs stopping waits",
     "launch": "",  # all of it
 }
 
@@ -56,22 +57,23 @@ if not os.environ.get("ECGSCALE_GPU"):  # `make gpu` sets it for tests/test_cuda
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist, a file stays in one process, for its fixtures; the launcher's tests share one SLURM.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is slow, and sorts files by how long they take: pytest-xdist gives each to the next free process.
 
-    They wait more than they compute, and go first: the other process has the cores to itself meanwhile.
+    The launcher's tests wait more than they compute, those on a SLURM longest, and go first: the other processes have
+    the cores to themselves meanwhile. Files that take seconds come last, so that all end at about the same time.
     """
     for item in items:
         room = "" if item.path.parent.name == "tests" else item.path.parent.name
         files = SLOW.get(room)
         if files is not None and (not files or item.path.stem.removeprefix("test_") in files.split()):
             item.add_marker(pytest.mark.slow)
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        shared = "launch" if "launch" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(shared))
-    items.sort(key=lambda item: ("launch" not in item.path.parts, "training" not in item.path.parts))
+    items.sort(key=_how_late)
+
+
+def _how_late(item: pytest.Item) -> tuple[bool, ...]:
+    room, slurm = item.path.parent.name, "devcluster" in getattr(item, "fixturenames", ())
+    return not slurm, room != "launch", room != "training", "slow" not in item.keywords
 
 
 @pytest.fixture(autouse=True)

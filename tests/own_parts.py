@@ -94,6 +94,19 @@ class Factored(torch.optim.Optimizer):
             self.state[parameter]["row"] = torch.zeros(parameter.shape[:1])
 
 
+class Normed(torch.optim.Optimizer):
+    """Steps along the gradient of a parameter with a length of 1: of a piece of it, that would be another step."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        group = self.param_groups[0]
+        for parameter in group["params"]:
+            parameter.add_(parameter.grad / parameter.grad.norm().clamp_min(1e-12), alpha=-group["lr"])
+
+
 class Misnamed(torch.optim.Optimizer):
     """Keeps what a checkpoint would take for the parameter itself."""
 

@@ -19,6 +19,7 @@ SMALL = [
     "--engine.whole_below=0", "--train.global_batch=8", "--train.log_every=1", "--train.steps=6",
     "--train.checkpoint_every=100", "--train.projected_recordings=0",
 ]  # fmt: skip
+MAIN = "ecgscale.cli:main"  # what takes the arguments of a job
 NO_DROPOUT = ["--model.dropout=0", "--model.attention_dropout=0", "--model.feature_dropout=0"]
 
 
@@ -41,9 +42,9 @@ class Jobs:
     def __init__(self, server: subprocess.Popen, errors: Path) -> None:
         self.server, self.errors = server, errors
 
-    def run(self, world_size: int, *jobs: list[str], code: int = 0, **environment: str) -> str:
+    def run(self, world_size: int, *jobs: list[str], code: int = 0, program: str = MAIN, **environment: str) -> str:
         """Run jobs one after the other to the end, with more variables in their environment; what rank 0 wrote."""
-        codes = self._answer(world_size, jobs, None, environment)
+        codes = self._answer(world_size, jobs, None, program, environment)
         said = [path.read_text() for path in self._error_files(world_size)]
         assert codes == [code] * world_size, "\n".join(text[-3000:] for text in said)
         return said[0]
@@ -58,10 +59,11 @@ class Jobs:
         world_size: int,
         jobs: tuple[list[str], ...],
         kill: tuple[str, int, float] | None,
+        program: str = MAIN,
         environment: dict[str, str] | None = None,
     ) -> list[int]:
         errors = list(map(str, self._error_files(world_size)))
-        asked = {"world_size": world_size, "jobs": jobs, "errors": errors, "kill": kill}
+        asked = {"world_size": world_size, "program": program, "jobs": jobs, "errors": errors, "kill": kill}
         asked["environment"] = environment or {}
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()

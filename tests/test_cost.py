@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecgscale.cost import Costs, encoder_flops, parameters, step_flops
+from ecgscale.cost import Costs, costs_of, encoder_flops, parameters, step_flops
 from ecgscale.data.batch import ECGBatch, synthetic_batch
 from ecgscale.dry_run import held_by, part_of
 from ecgscale.model.encoder import ECGEncoder, ModelConfig
@@ -40,6 +40,8 @@ def counted(run: Callable[[], object]) -> dict[str, int]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_encoder_of_each_preset(preset, stem, make_batch) -> None:
     config = replace(PRESETS[preset], stem=stem)
+    if stem == "patch":  # the layers are those of the other stem, all of which are counted there
+        config = replace(config, depth=3)
     batch = make_batch(torch.zeros(ROWS, 12, SAMPLES, dtype=torch.int16)).to(torch.device("meta"))
     with torch.device("meta"):
         encoder = ECGEncoder(config)
@@ -173,7 +175,7 @@ def kept_for_backward(
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_what_autograd_keeps(case, ranks):
     model, objective, precision = CASES[case]
-    predicted = Costs(model, objective, 1250).kept("cpu", precision, 4, ranks).parts
+    predicted = costs_of(model, objective, 1250).kept("cpu", precision, 4, ranks).parts
     kept = kept_for_backward(model, objective, precision, ranks=ranks)
     assert predicted == {part: size for part, size in kept.items() if size}
 
@@ -181,7 +183,7 @@ def test_activations_are_what_autograd_keeps(case, ranks):
 def test_a_large_contrast_keeps_what_is_counted():
     for form in ("reference", "nt_xent"):
         objective = objective_config(name="cmsc", global_form=form)
-        costs, many = Costs(DRY, objective, 320), 256
+        costs, many = costs_of(DRY, objective, 320), 256
         predicted = costs.kept("cpu", "fp32", 4, many).parts["loss"]
         embeddings, similarities, masks = (2, 3, 3) if form == "nt_xent" else (1, 2, 1)
         pairs = 2 * many
@@ -191,7 +193,7 @@ def test_a_large_contrast_keeps_what_is_counted():
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_recomputed_layers_keep_their_input_only(layers):
-    predicted = Costs(TINY, objective_config(), 1250).kept("cpu", "fp32", 4, recomputed=layers)
+    predicted = costs_of(TINY, objective_config(), 1250).kept("cpu", "fp32", 4, recomputed=layers)
     assert predicted.total == sum(kept_for_backward(TINY, objective_config(), "fp32", layers=layers).values())
 
 
@@ -210,26 +212,26 @@ def test_fused_attention_keeps_no_weights():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         q, k, v = linear(x_BND).view(2, 78, 3, DRY.heads, -1).permute(2, 0, 3, 1, 4)
         F.scaled_dot_product_attention(q, k, v)
-    costs = Costs(DRY, objective_config("cmsc"), 1250)
-    one = Costs(replace(DRY, depth=1), objective_config("cmsc"), 1250)
+    costs = costs_of(DRY, objective_config("cmsc"), 1250)
+    one = costs_of(replace(DRY, depth=1), objective_config("cmsc"), 1250)
     layer = (costs.kept("cuda", "fp32", 2).parts["layers"] - one.kept("cuda", "fp32", 2).parts["layers"]) // 2
     without = 2 * 78 * (DRY.width + 2 * DRY.ffn_width) * 4 + 2 * 2 * (78 * (DRY.width + 2) * 4)
     assert layer - without == pytest.approx(sum(seen.values()), abs=100)  # seeds of the dropout
 
 
 def test_a_gpu_keeps_less():
-    costs = Costs(TINY, objective_config(), 1250)
+    costs = costs_of(TINY, objective_config(), 1250)
     assert costs.kept("cuda", "fp32", 4).total < 0.6 * costs.kept("cpu", "fp32", 4).total
 
 
 def test_a_fused_stem_keeps_the_counts_and_its_later_blocks():
     for stem, channels in (("conv", 2500 // 4 + 2500 // 8 + 2500 // 16), ("patch", 0)):
-        costs = Costs(replace(TINY, stem=stem), objective_config("cmsc"), SAMPLES)
+        costs = costs_of(replace(TINY, stem=stem), objective_config("cmsc"), SAMPLES)
         assert costs.kept("cuda", "bf16", 4).parts["stem"] == 4 * (12 * SAMPLES + channels * TINY.stem_channels) * 2
 
 
 def test_peaks_hold_what_is_kept_and_what_comes_beside_it():
-    costs = Costs(TINY, objective_config(), 1250)
+    costs = costs_of(TINY, objective_config(), 1250)
     for recomputed in (0, 1, 3):
         kept = costs.kept("cpu", "fp32", 8, recomputed=recomputed)
         assert kept.total <= kept.forward_peak < 2 * kept.total
@@ -244,8 +246,8 @@ def test_a_pass_holds_the_same_each_time():
 
 
 def test_what_is_sent_grows_with_the_rows_of_all_ranks_or_not_at_all():
-    few, many = (Costs(TINY, objective_config(), 1250).sent(4, ranks) for ranks in (2, 8))
-    assert Costs(TINY, objective_config(), 1250).sent(4, 1) == []
+    few, many = (costs_of(TINY, objective_config(), 1250).sent(4, ranks) for ranks in (2, 8))
+    assert costs_of(TINY, objective_config(), 1250).sent(4, 1) == []
     embeddings = [one.bytes for one in many if one.kind == "all-gather"]
     assert embeddings == [4 * one.bytes for one in few if one.kind == "all-gather"]
     assert max(embeddings) == 32 * TINY.width * 4

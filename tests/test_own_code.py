@@ -30,6 +30,7 @@ from ecgscale_launch.sweep_table import figures
 from small_jobs import events, losses
 
 OBJECTIVE, ENCODER = "toylab.amplitude:Amplitude", "toylab.recurrent:Recurrent"
+TEACHER = "toylab.teacher:Follow"
 LAYOUT = "toylab.csv_folder:CsvFolder"
 TASK = "toylab.how_many:HowMany"
 OWN_TASK = [f"--task.kind={TASK}", "--task.most=3"]
@@ -111,6 +112,21 @@ def test_losses_on_two_ranks_equal_those_on_one_and_a_killed_run_goes_on(shards,
     assert [event["step"] for event in events(killed) if "train/loss" in event].count(3) == 2, "was done again"
 
 
+def test_a_teacher_begins_as_the_encoder_does_and_follows_it(shards, jobs, runs, tmp_path):
+    init = runs / "objective" / "export"
+    own = [f"--objective.name={TEACHER}", "--objective.teacher_momentum=0.75", f"--init.model={init}"]
+    said = jobs.run(2, job(shards, tmp_path / "run", *own, "--engine.zero_stage=3", steps=1))
+    assert "new: teacher, predictor" in said
+    begun = load_file(init / "model.safetensors")
+    saved = Checkpoint.open(tmp_path / "run" / "checkpoints" / "step-00000001").tensors("weight")
+    names = [name.partition(".")[2] for name in saved if name.startswith("teacher.")]
+    moved = [name for name in names if not torch.equal(saved[f"encoder.{name}"], begun[f"encoder.{name}"])]
+    assert len(moved) > len(names) / 2
+    for name in names:
+        expected = begun[f"encoder.{name}"].lerp(saved[f"encoder.{name}"], 0.25)
+        torch.testing.assert_close(saved[f"teacher.{name}"], expected, rtol=0, atol=1e-6)
+
+
 def tensor_bytes(checkpoint: Path) -> int:
     """Without the headers of its files."""
     sizes = [(path.stat().st_size, path.read_bytes()[:8]) for path in checkpoint.glob("*.safetensors")]
@@ -156,7 +172,7 @@ def test_a_bench_refuses_what_an_encoder_has_not(given, said, tmp_path, refusal)
 
 def test_each_is_one_file_that_the_packages_do_not_know():
     files = [path for path in (TOYS / "toylab").glob("*.py") if path.stem not in ("__init__", "unfinished")]
-    named = {name.partition(":")[0] for name in (OBJECTIVE, ENCODER, LAYOUT, TASK, OPTIMIZER, SCHEDULE)}
+    named = {name.partition(":")[0] for name in (OBJECTIVE, TEACHER, ENCODER, LAYOUT, TASK, OPTIMIZER, SCHEDULE)}
     assert {f"toylab.{path.stem}" for path in files} == named
     assert not [path for path in files if "toylab" in path.read_text()], "none leans on another"
     ours = [path for folder in ("ecgscale", "kernels", "launch", "configs") for path in (ROOT / folder).rglob("*")]
@@ -393,3 +409,10 @@ def test_a_layout_that_does_not_fit_is_refused_in_one_line(csv_folder, given, sa
         archive.write(csv_folder / "p0_0.csv", "p0_0.csv")
     whole = [f"--layout={LAYOUT}", "--source-rate-hz=250"]
     assert f"layout {LAYOUT} is not read from an archive" in refusal("ingest", packed, tmp_path / "out", *whole)
+
+
+@pytest.mark.usefixtures("on_path")
+def test_an_objective_of_more_segments_than_there_are_random_numbers_for_is_refused(shards, tmp_path, refusal):
+    given = [*SHORT, *OURS, f"--data.shards={shards}", f"--run.dir={tmp_path / 'run'}"]
+    said = refusal("pretrain", "--objective.name=toylab.unfinished:ThreeSegments", *given)
+    assert "objective.name toylab.unfinished:ThreeSegments: reads 3 segments; give its class 1 or 2" in said

@@ -112,8 +112,7 @@ def _came_of(done: Ingested, out: Path) -> Iterator[str]:
     yield from done.copies
     if done.copies:
         yield f"all copies stand in {out / COPIES}"
-    if done.near_ids:
-        yield done.near_ids
+    yield from done.odd_names
     if not done.patients_known:
         yield "no patient ids found, so each record counts as a person of its own; see --patient-key"
     yield from told(done.notes, done.patients_known)
@@ -295,7 +294,7 @@ class Index(Splits, Command):
         from ecgscale.data.foreign import Rules
         from ecgscale.data.indexing import index_folder
         from ecgscale.data.ingest.options import IngestOptions
-        from ecgscale.data.persons import odd_ids
+        from ecgscale.data.persons import odd_names
         from ecgscale.data.shard_set import ShardSet
 
         rules = Rules(
@@ -311,7 +310,7 @@ class Index(Splits, Command):
         )
         done = index_folder(self.folder, rules, IngestOptions(**self.splits()), self.dataset, self.workers)
         shards = ShardSet.open(self.folder)
-        lines = [*filter(None, (*about_copies(shards), odd_ids(shards)))]
+        lines = [*about_copies(shards), *odd_names(shards)]
         if not done.patients_known:
             lines.append("no patient ids found, so each record is a person of its own; see --patient-key")
         lines += [*told(done.notes, done.patients_known), *remarked.lines(done.remarked, done.records)]

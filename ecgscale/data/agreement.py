@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ecgscale.data.cells import find_key
-from ecgscale.data.foreign import Fields, Rules, common_order
+from ecgscale.data.amplitude_names import squashed
+from ecgscale.data.cells import find_key, is_known
+from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.grouping import Grouping
+from ecgscale.data.json_keys import Fields, objects_in
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.remarked import Remarked
 from ecgscale.data.shards import Columns
+from ecgscale.data.spellings import Spellings, alike
 from ecgscale.errors import InputError
+
+DATASET_KEYS = ("dataset", "datasetname", "database")
+_FILE = re.compile(r"[/\\]|\.\w+$")
 
 Value = TypeVar("Value", float, str)
 
@@ -34,9 +41,11 @@ class IndexedTar:
     patient_keys: dict[str, str] = field(default_factory=dict)  # likewise, of records with a known patient
     other_ids: set[tuple[str, str, str, str]] = field(default_factory=set)  # key, id, other key, id there
     datasets: dict[str, str] = field(default_factory=dict)  # that the JSON names -> the first record with a patient
+    sources: set[tuple[str, str, str]] = field(default_factory=set)  # patient's key, id, source
     patient_known: list[bool] = field(default_factory=list)
     remarked: dict[str, Remarked] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    spellings: Spellings = field(default_factory=Spellings)
     likelihoods: set[str] = field(default_factory=set)
     label_keys: set[str] = field(default_factory=set)  # those of the options that some record has
     label_names: dict[str, str] = field(default_factory=dict)  # each -> the first record with it
@@ -76,10 +85,19 @@ def check_patient_keys(found: Sequence[IndexedTar]) -> None:
 
 
 def dataset_of(fields: Fields) -> str:
-    """As its JSON names it; "" where it names none."""
-    key = find_key(fields, "dataset")
-    said = None if key is None else fields[key]
-    return said.strip() if isinstance(said, str) else ""
+    """As its JSON names it, at any depth; "" where it names none."""
+    return ", ".join(_names_under(fields, DATASET_KEYS))
+
+
+def source_of(fields: Fields) -> str:
+    """What else may name its data set, "" for nothing: a ``source`` that is no file."""
+    return ", ".join(name for name in _names_under(fields, ("source",)) if not _FILE.search(name))
+
+
+def _names_under(fields: Fields, keys: Sequence[str]) -> list[str]:
+    values = [value for one in objects_in(fields) for key, value in one.items() if squashed(key) in keys]
+    names = [value.get("name") if isinstance(value, dict) else value for value in values]
+    return sorted({name.strip() for name in names if isinstance(name, str) and is_known(name)})
 
 
 def check_one_dataset(found: Sequence[IndexedTar]) -> None:
@@ -91,6 +109,17 @@ def check_one_dataset(found: Sequence[IndexedTar]) -> None:
             f"{second}, {first}; patients are (data set, id): give each set's tars a folder of their own, or --dataset "
             "where equal ids are one person"
         )
+
+
+def check_sources(found: Sequence[IndexedTar]) -> None:
+    """Raises InputError where one id stands under two sources, as in two data sets with ids of their own."""
+    first_of: dict[tuple[str, str], str] = {}
+    for key, patient, source in sorted(set().union(*(one.sources for one in found))):
+        if (other := first_of.setdefault((key, patient), source)) != source:
+            raise InputError(
+                f"{folder_of(found)}: {key} {patient!r} is of the source {other!r} and of {source!r}; give each set's "
+                "tars a folder of their own, or --dataset where equal ids are one person"
+            )
 
 
 def same_patients(found: Sequence[IndexedTar]) -> dict[str, int]:
@@ -131,7 +160,7 @@ def check_label_names(found: Sequence[IndexedTar]) -> None:
                 first_of.setdefault(name, f"{one.path}: {record!r}")
     spelt: dict[str, str] = {}
     for name in labels:
-        if (other := spelt.setdefault(name.casefold(), name)) != name:
+        if (other := spelt.setdefault(alike(name), name)) != name:
             raise InputError(
                 f"{labels[name]} has {name!r}, {labels[other]} {other!r}: they would be two labels; write them alike"
             )
@@ -140,6 +169,14 @@ def check_label_names(found: Sequence[IndexedTar]) -> None:
             f"{flags[name]} has labels with {name!r} as true or false, which makes it a class, {labels[name]} says it "
             "otherwise, which makes it a label; write true and false in all"
         )
+
+
+def classes_of(found: Sequence[IndexedTar]) -> dict[str, list[str]]:
+    """Of each label: see ``Spellings``."""
+    spellings = Spellings()
+    for one in found:
+        spellings.add(one.spellings.kept())
+    return spellings.kept()
 
 
 def lead_order(found: Sequence[IndexedTar]) -> tuple[str, ...]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from ecgscale.data.payload import BLOCK
+from ecgscale.data.lead_keys import SEARCHED, lead_keys
 from ecgscale.data.scan import Found, scan_foreign, scan_own
-from ecgscale.data.shard_set import DataSet, Int64, ShardSet
+from ecgscale.data.shard_set import DataSet, Int64, ShardSet, lead_positions
 from ecgscale.data.shards import COLUMNS, as_columns, check_patient_disjoint
 from ecgscale.errors import InputError
+from ecgscale.lead_names import LEADS
 
 _TOGETHER = 1024  # records whose rows are compared at once
-_WINDOW = 64 * BLOCK  # samples that are decoded at once: a header may claim more than there is memory
+_WINDOW = SEARCHED  # samples that are decoded at once: a header may claim more than there is memory
 
 
 def verify_set(shards: ShardSet) -> None:
@@ -41,12 +42,15 @@ def verify_shard(shards: ShardSet, shard: int) -> None:
     while part := list(islice(found, _TOGETHER)):
         if number + len(part) > last:
             raise InputError(f"{one.place}: holds more than the {one.records} records of its index; ingest it again")
-        _compare(shards, part, number, one.place, _set_of(shards, shard).columns)
+        _compare(shards, part, number, one.place, _set_of(shards, shard).columns.keys())
         number += len(part)
     if number < last:
         raise InputError(f"{one.place}: holds fewer than the {one.records} records of its index; ingest it again")
+    number_R = np.arange(int(shards.first_S[shard]), last)
     if one.payload != "npy":  # whose every byte has been compared by now
-        _decode(shards, np.arange(int(shards.first_S[shard]), last))
+        _decode(shards, number_R)
+    if "lead_keys" in _set_of(shards, shard).columns:
+        _check_lead_keys(shards, number_R, one.place)
 
 
 def _scanned(shards: ShardSet, shard: int) -> Iterator[Found]:
@@ -78,12 +82,11 @@ def _set_of(shards: ShardSet, shard: int) -> DataSet:
     raise IndexError(shard)
 
 
-def _compare(shards: ShardSet, found: list[Found], first: int, place: str, indexed: Collection[str]) -> None:
+def _compare(shards: ShardSet, found: list[Found], first: int, place: str, indexed: Set[str]) -> None:
     """Raises InputError where a column that is ``indexed`` says something else than the tar."""
     number_R = np.arange(first, first + len(found))
-    for name, column in as_columns([record.row for record in found]).items():
-        if name not in indexed:
-            continue
+    rows = [record.row for record in found]
+    for name, column in as_columns(rows, indexed & rows[0].keys()).items():
         differs_R = (column != shards.take(name, number_R)).reshape(len(found), -1).any(axis=1)
         if differs_R.any() or not _plausible(name, column):
             at = int(np.argmax(differs_R))
@@ -94,6 +97,16 @@ def _compare(shards: ShardSet, found: list[Found], first: int, place: str, index
 
 def _plausible(name: str, column: np.ndarray[Any, Any]) -> bool:
     return COLUMNS[name][0] != np.float32 or bool(np.isfinite(column).all() and (column >= 0).all())
+
+
+def _check_lead_keys(shards: ShardSet, number_R: Int64, place: str) -> None:
+    stop_R = np.minimum(shards.take("samples", number_R), SEARCHED).tolist()
+    signals = shards.windows(number_R, [0] * len(number_R), stop_R)
+    columns = (shards.take(name, number_R) for name in ("leads", "scale", "lead_keys"))
+    for number, signal_LT, bits, scale_of_all, key_K in zip(number_R.tolist(), signals, *columns, strict=True):
+        at = lead_positions(int(bits))
+        if not np.array_equal(lead_keys(signal_LT, scale_of_all[at], [LEADS[i] for i in at]), key_K):
+            raise InputError(f"{place}: record {number}: its lead_keys are not those of the index; ingest it again")
 
 
 def _decode(shards: ShardSet, number_R: Int64) -> None:

@@ -7,6 +7,8 @@
 | blanks that do not break, characters of no width within it | as a blank, as nothing |
 | ``'AF'``, ``="007"`` | ``AF``, ``007`` |
 | ``007``, ``1e5``, ``17.5``, ``P17`` | as it is: ids with leading zeros are others, and ``1e5`` may be hexadecimal |
+| ``+17``, ``0x11``, ``1_000`` | as it is; ``record.id_hash`` knows which ids may be one person's |
+| full-width digits and those of other scripts in ids | as 0 to 9 |
 | blanks around it, of any kind; ``e`` and an accent as two characters | without; as the one character |
 | ``True``, ``false`` | as a class ``1`` and ``0``, so that 1, 1.0 and True are one class |
 | ``A|B``, ``A;B``, one per line, ``['A', 'B']``, ``['A' 'B']``, ``{A,B}``, ``c("A", "B")`` | the classes A and B |
@@ -115,6 +117,9 @@ class Cells:
         text = self._text(value, field)
         if text is None:
             return None
+        if (western := _with_western_digits(text)) != text:
+            self.notes[f"{field} in digits of another script, read as 0 to 9"] += 1
+            text = western
         if isinstance(value, bool):
             raise InputError(f"{field} is {value}; write the id, as text or as a whole number")
         if _WITH_THOUSANDS.fullmatch(text):
@@ -326,6 +331,13 @@ def _number(value: object) -> float | None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
+
+
+def _with_western_digits(text: str) -> str:
+    """Full-width digits, and those of other scripts, as 0 to 9."""
+    if text.isascii():
+        return text
+    return "".join(str(unicodedata.decimal(one)) if one.isdecimal() else one for one in text)
 
 
 def _without_fraction(text: str) -> str:

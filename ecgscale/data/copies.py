@@ -1,11 +1,11 @@
-"""Exact copies: recordings with the samples, the leads and the scale of another, by the index alone.
+"""Exact copies: recordings with the samples of another, by the index alone.
 
 A copy that a file manager made, a folder that was ingested twice, or a recording that stands under two names is no
-second recording: in another split it would be known there. Equal payloads have equal checksums, so the index tells.
-What has been filtered, cut or scaled anew is not found, nor is a plain payload beside a compressed one,
-nor the same recording with fewer leads.
+second recording: in another split it would be known there. Equal payloads have equal checksums, and the same lead I or
+II has the same ``lead_keys``, whatever the payload, the other leads and the size of a count. What has been filtered,
+resampled or amplified is not found, nor what has neither lead in common. Indexes of earlier versions have no lead keys.
 
-Shape suffixes: N records, R records that have copies, G groups of equal records, P persons.
+Shape suffixes: K keys of a record, N records, R records that have copies, G groups of equal records, P persons.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ def content_keys(columns: Mapping[str, npt.NDArray[Any]]) -> Keys:
     return key_N
 
 
+def record_keys(columns: Mapping[str, npt.NDArray[Any]]) -> Keys:
+    """(3, N) from columns of an index: copies have one of them in common; 0 is none."""
+    content_N = content_keys(columns)
+    of_leads_NK = columns.get("lead_keys", np.zeros((len(content_N), 2), np.uint64))
+    return np.stack([content_N, *of_leads_NK.T])
+
+
 @dataclass(frozen=True)
 class Copies:
     """Groups of equal records."""
@@ -74,6 +81,22 @@ class Copies:
         begins_R = np.ones(len(key_R), bool)
         begins_R[1:] = key_R[1:] != key_R[:-1]
         return Copies(number_R, np.append(np.flatnonzero(begins_R), len(key_R)).astype(np.int64))
+
+    @staticmethod
+    def joined(key_KN: Keys) -> Copies:
+        """All records that have one of their keys in common with another, and what such pairs join."""
+        numbers, starts, n_alike = [], [np.zeros(1, np.int64)], 0
+        for key_N in key_KN:
+            known_N = np.flatnonzero(key_N)
+            alike = Copies.find(key_N[known_N])
+            numbers.append(known_N[alike.number_R])
+            starts.append(alike.first_G[1:] + n_alike)
+            n_alike += len(alike.number_R)
+        number_R = np.concatenate(numbers)
+        number_R, least_R = Copies(number_R, np.concatenate(starts)).linked_persons(number_R)
+        order_R = np.argsort(least_R, kind="stable")
+        begins_R = np.flatnonzero(np.diff(least_R[order_R], prepend=-1))
+        return Copies(number_R[order_R], np.append(begins_R, len(number_R)).astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.first_G) - 1
@@ -142,7 +165,7 @@ def copies_in(shards: ShardSet) -> Copies:
 
 
 def _all_in(shards: ShardSet) -> Copies:
-    return Copies.find(np.concatenate([content_keys(one.columns) for one in shards.sets]))
+    return Copies.joined(np.concatenate([record_keys(one.columns) for one in shards.sets], axis=1))
 
 
 def _without_flat(shards: ShardSet, copies: Copies) -> Copies:
@@ -176,11 +199,22 @@ def copies_apart(shards: ShardSet) -> str | None:
     if not any(is_remote(one.place) for one in shards.sets):
         apart = _without_flat(shards, apart)
     if not len(apart):
-        return None
+        return _untold(shards) if len(shards.sets) > 1 else None
     shown = "" if any(is_remote(one.place) for one in shards.sets) else f", such as {_pair(shards, apart, split=True)}"
     return (
         f"{len(apart)} recordings have exact copies in another split of {', '.join(shards.names)}{shown}; "
         "`ingest --append` into one data set keeps copies in one split"
+    )
+
+
+def _untold(shards: ShardSet) -> str | None:
+    """A line where an index has no lead keys."""
+    older = [one.place for one in shards.sets if "lead_keys" not in one.columns]
+    if not older:
+        return None
+    return one_line(
+        f"copies in another payload, with other leads or another scale are not found in {', '.join(older)}, which "
+        "comes from an older version; to find them, ingest all anew"
     )
 
 
@@ -190,8 +224,9 @@ def about_copies(shards: ShardSet, copies: Copies | None = None) -> list[str]:
     ``copies``: all of them, where they are known already.
     """
     copies = copies_in(shards) if copies is None else copies
+    untold = [line for line in [_untold(shards)] if line is not None]
     if not len(copies):
-        return []
+        return untold
     spare = len(copies.number_R) - len(copies)
     split_R = shards.take("split", copies.number_R)
     apart = copies.only(copies.differing(split_R))
@@ -208,7 +243,7 @@ def about_copies(shards: ShardSet, copies: Copies | None = None) -> list[str]:
             f"copies under two patients: {len(torn)} recordings, such as {_pair(shards, torn, patient=True)}; "
             "they are one person, or an id is wrong"
         )
-    return lines
+    return lines + untold
 
 
 def write_copies(shards: ShardSet, folder: Path, copies: Copies) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from ecgscale.data.label_table import WITHOUT_NAME, LabelTable
 from ecgscale.errors import InputError
 
 METADATA_KEYS = ("age", "sex")
+_SIGN = "[:=\uff1a]"  # the last is the colon of Chinese text
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Description:
     notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
     fault: str = ""  # why the record cannot be used, by the data set's own tables
     place: str = ""  # the data set's own table and line that say it
+    patient_key: str = ""  # the column or the comment that names the patient
 
 
 def describe(
@@ -31,7 +34,7 @@ def describe(
     patient_key: str | None = None,
     folder_name: str | None = None,
 ) -> Description:
-    """Patient, labels and metadata of a record, by its header's ``Key: value`` comments and its table row.
+    """Patient, labels and metadata of a record, by its header's ``Key: value`` comments (or ``=``) and its table row.
 
     ``Dx`` (all its lines) and the named columns of the table are labels; other comments, and age and sex from either,
     are metadata. Where a table has a column Dx, it alone counts for all records, since its classes may be other words
@@ -42,13 +45,13 @@ def describe(
     Raises InputError where ``patient_key`` is given and exists neither as a column nor as a comment, where a header
     names two patients, and for cells that could mean two things.
     """
-    values_of_comment = _key_values(comments)
     patient_keys: tuple[str, ...] = PATIENT_KEYS if patient_key is None or patient_key == "@folder" else (patient_key,)
     cells, row = Cells(), {} if table is None else table.row(item)
+    values_of_comment = _key_values(cells, comments, (*patient_keys, *METADATA_KEYS, "Dx"))
     if patient_key == "@folder":
         if folder_name is None:
             raise InputError("stands in the root itself; with patient '@folder' every patient has a folder")
-        patient = cells.identifier(folder_name, "folder")
+        patient, named_by = cells.identifier(folder_name, "folder"), patient_key
     else:
         columns = table.columns if table else []
         if patient_key is not None and find_key([*values_of_comment, *columns], patient_key) is None:
@@ -56,7 +59,7 @@ def describe(
         in_table = [
             column for key in _patient_columns(table, patient_key) if (column := find_key(columns, key)) is not None
         ]
-        patient = _patient(cells, row, values_of_comment, patient_keys, in_table)
+        patient, named_by = _patient(cells, row, values_of_comment, patient_keys, in_table)
     metadata: dict[str, str] = {}
     for key in METADATA_KEYS:
         for place in ({column: [cell] for column, cell in row.items()}, values_of_comment):
@@ -85,7 +88,7 @@ def describe(
         cells.notes[f"Dx of the header passed over, since the tables have a column {column}, without a word on it"] += 1
     elif diagnoses is not None and column is not None and {*labels[column]} != {*diagnoses}:
         cells.notes[passed_over("Dx")] += 1
-    return Description(patient, labels, metadata, dict(cells.notes))
+    return Description(patient, labels, metadata, dict(cells.notes), patient_key=named_by)
 
 
 def passed_over(key: str) -> str:
@@ -125,33 +128,34 @@ def _patient(
     values_of_comment: Mapping[str, list[str]],
     keys: Sequence[str],
     columns: Sequence[str],
-) -> str | None:
-    """The id of the row (its ``columns``), or else that of the header (its ``keys``)."""
-    in_row = _only_id(cells, {column: [row[column]] for column in columns if column in row})
-    of_header = {key: _values(values_of_comment, key) for key in keys}
+) -> tuple[str | None, str]:
+    """The id of the row (its ``columns``), or else that of the header (its ``keys``), and what names it."""
+    in_row, column = _only_id(cells, {column: [row[column]] for column in columns if column in row})
     if in_row is None:
-        in_header = _only_id(cells, of_header)
+        in_header, key = _only_id(cells, {key: _values(values_of_comment, key) for key in keys})
         if in_header is not None and columns:
             cells.notes[f"a patient id of the header, for a record without one in column {columns[0]}"] += 1
-        return in_header
+        return in_header, key
+    any_key = dict.fromkeys((*keys, *PATIENT_KEYS))  # a column that --patient-key names may contradict the usual ones
     try:
-        is_other = _only_id(Cells(), of_header) not in (None, in_row)
+        in_header, _ = _only_id(Cells(), {key: _values(values_of_comment, key) for key in any_key})
+        is_other = in_header not in (None, in_row)
     except InputError:
         is_other = True
     if is_other:
-        cells.notes[f"a patient id of the header passed over, since column {columns[0]} says another"] += 1
-    return in_row
+        cells.notes[f"a patient id of the header passed over, since column {column} says another"] += 1
+    return in_row, column
 
 
-def _only_id(cells: Cells, values_of_key: Mapping[str, list[str]]) -> str | None:
-    """The id that is known under any of the keys. Raises InputError where two are."""
+def _only_id(cells: Cells, values_of_key: Mapping[str, list[str]]) -> tuple[str | None, str]:
+    """The id that is known under any of the keys, and the first of them. Raises InputError where two ids are."""
     key_of_id: dict[str, str] = {}
     for key, values in values_of_key.items():
         for value in values:
             if (patient := cells.identifier(value, key)) is not None:
                 key_of_id.setdefault(patient, key)
     if len(key_of_id) < 2:
-        return next(iter(key_of_id), None)
+        return next(iter(key_of_id.items()), (None, ""))
     (one, key), (other, other_key) = sorted(key_of_id.items())[:2]
     if key == other_key:
         raise InputError(f"{key} names two patients, {one!r} and {other!r}; a recording is of one")
@@ -160,13 +164,23 @@ def _only_id(cells: Cells, values_of_key: Mapping[str, list[str]]) -> str | None
     )
 
 
-def _key_values(comments: Iterable[str]) -> dict[str, list[str]]:
-    """``Key: value`` comments; a key that is repeated, upper or lower case alike, has several values."""
+def _key_values(cells: Cells, comments: Iterable[str], known_keys: Iterable[str]) -> dict[str, list[str]]:
+    """``Key: value`` comments, also with ``=``; a key that is repeated, upper or lower case alike, has several values.
+
+    Lines that seem to say something of a known key, and are not read so, are counted.
+    """
+    longest_first = "|".join(sorted(map(re.escape, known_keys), key=len, reverse=True))
+    known_key = re.compile(rf"\b({longest_first})\b", re.IGNORECASE)
     values: dict[str, list[str]] = {}
     for comment in comments:
-        key, colon, value = comment.partition(":")
-        if colon and key.strip():
-            values.setdefault(find_key(values, key) or key.strip(), []).append(value.strip())
+        key, *behind = (part.strip() for part in re.split(_SIGN, comment, maxsplit=1))
+        if key and behind:
+            values.setdefault(find_key(values, key) or key, []).append(behind[0])
+            second = re.search(rf"{known_key.pattern}\s*{_SIGN}", behind[0], re.IGNORECASE)
+            if second:
+                cells.notes[f"a line of the header with {second[1]} behind another key, not read"] += 1
+        elif (first := known_key.match(key)) and re.search(r"\w", key[first.end() :]):
+            cells.notes[f"a line of the header that begins with {first[1]} and has no colon, not read"] += 1
     return values
 
 

@@ -10,18 +10,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
+from ecgscale.data.amplitude import GAIN_KEYS, SCALE_KEYS, UNIT_KEYS, read_scale
+from ecgscale.data.amplitude_names import squashed
 from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods
+from ecgscale.data.json_keys import (
+    Fields,
+    agreed,
+    as_float,
+    folded,
+    is_number,
+    numbers_in,
+    objects_in,
+    only,
+    under_names,
+)
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
-from ecgscale.data.units import parse_unit
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS, are_leads, canonical_leads, in_canonical_order, parse_renames, source_leads
 from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ, check_rate
@@ -33,17 +45,13 @@ RATE_KEYS = (
 )
 _PERHAPS_RATE_KEYS = ("rate", "frequency", "freq", "hz")  # of a heart too: they contradict, but say nothing themselves
 _LEAST_HZ = 200  # under such a key: hearts are slower, per minute, but for the fastest
+_SQUASHED_RATE_KEYS = frozenset(map(squashed, RATE_KEYS))
+_LENGTH_KEYS = ("siglen", "nsamples", "numsamples", "nsamp", "numberofsamples", "samplecount", "samples")
+_DURATION_KEYS = ("durations", "durationsec", "durationseconds", "recorddurations", "signaldurations")  # in s
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
-SCALE_KEYS = ("scale_mv", "mv_per_count")
-GAIN_KEYS = ("gain", "adc_gain")  # counts per mV, or per what the units say
-UNIT_KEYS = ("units", "unit")  # of which a gain gives the counts
-ZERO_KEYS = ("baseline", "adc_zero")  # the count of 0 mV; the first that is there counts, as in WFDB headers
 _OLDER_PATIENT_KEYS = ["patient", "patient_id", "subject_id"]  # of manifests that do not say theirs
 
 _FOLDED = {lead.casefold() for lead in LEADS}
-
-T = TypeVar("T")
-Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -150,19 +158,19 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
             raise InputError(
                 f"it has no key {rules.patient_key!r}, the --patient-key; it has {', '.join(fields)[:200]}"
             )
-        patient_keys, told = (rules.patient_key,), _under_names(fields, usual) | {rules.patient_key: fields[key]}
-        usual |= {_folded(key)}
+        patient_keys, told = (rules.patient_key,), under_names(fields, usual) | {rules.patient_key: fields[key]}
+        usual |= {folded(key)}
     else:
         usual |= {*patient_keys}
-        told = _under_names(fields, usual)
-    told |= _under_names(fields, {*UNIT_KEYS})
+        told = under_names(fields, usual)
+    told |= under_names(fields, {*UNIT_KEYS})
     others = [] if n_leads is None else _other_leads(fields, n_leads)
-    if not rules.leads and not others and _only(told, LEAD_KEYS) is None:
+    if not rules.leads and not others and only(told, LEAD_KEYS) is None:
         _refuse_unread_leads(fields)
     leads_L = _leads(told, rules, n_leads, others)
-    rate_hz = _agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
+    rate_hz = agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
     _check_other_rates(fields, rate_hz)
-    scale_L = _scale(told, rules, len(leads_L))
+    scale_L = read_scale(told, rules.mv_per_count, len(leads_L))
     cells = Cells()
     patients = ((cells.identifier(told.get(key), key), key) for key in patient_keys)
     patient, patient_key = next((one for one in patients if one[0] is not None), (None, ""))
@@ -172,7 +180,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
     labels = {key: cells.classes(value, key, key in rules.likelihoods) for key, value in values.items()}
     labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
     taken = {*values, *(key for group in flags.values() for key in group)}
-    rest = {key: value for key, value in fields.items() if key not in taken and _folded(key) not in usual}
+    rest = {key: value for key, value in fields.items() if key not in taken and folded(key) not in usual}
     metadata = {key: cells.text(value, key) for key, value in rest.items() if _is_scalar(value)}
     return Described(
         rate_hz,
@@ -196,39 +204,10 @@ def _id_or_none(value: Any) -> str | None:
         return None  # such as an object under "patient": it is none of an id
 
 
-def check_zero(fields: Fields, n_leads: int) -> None:
-    """Raises InputError where 0 mV is another count than 0: the tars are read as they are.
-
-    Words under these names, such as of a visit, say nothing of counts.
-    """
-    for one in objects_in(fields):
-        told = _under_names(one, {*ZERO_KEYS})
-        for key in ZERO_KEYS:
-            said = told.get(key)
-            counts = said if isinstance(said, list) else [said]
-            if not counts or not all(_is_number(count) for count in counts):
-                continue
-            if any(count != 0 for count in counts):
-                raise InputError(
-                    f"its {key} is {str(said)[:60]}, so that 0 mV is not the count 0; subtract it from the counts, and "
-                    "write 0 or leave it out"
-                )
-            break
-
-
 def keys_of(fields: Fields) -> frozenset[str]:
     """The keys under which --label-keys and --label-columns find something."""
-    within = _under_names(fields, {"labels"}).get("labels")
+    within = under_names(fields, {"labels"}).get("labels")
     return frozenset((*fields, *(within if isinstance(within, dict) else ())))
-
-
-def objects_in(fields: Fields) -> Iterator[Fields]:
-    """The JSON itself, and all objects in it, also in lists."""
-    yield fields
-    for value in fields.values():
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, dict):
-                yield from objects_in(child)
 
 
 def as_own(described: Described, name: str, dataset: str, samples: int) -> Fields:
@@ -268,28 +247,13 @@ def common_order(kinds: Iterable[tuple[str, ...]]) -> tuple[str, ...] | None:
         return None
 
 
-def _under_names(fields: Fields, names: Set[str]) -> Fields:
-    """What stands under the names, in any case. Raises InputError where two spellings of one name contradict."""
-    told: Fields = {}
-    for key, value in fields.items():
-        if value is None or (name := _folded(key)) not in names:
-            continue
-        if (first := told.setdefault(name, value)) != value and first is not value:  # NaN is another than itself
-            raise InputError(f"it says {name} twice, {str(told[name])[:40]!r} and {str(value)[:40]!r}; leave one out")
-    return told
-
-
-def _folded(key: str) -> str:
-    return key.strip().casefold()
-
-
 def _other_leads(fields: Fields, n_leads: int) -> list[tuple[str, list[str]]]:
     """(key, names of as many leads as there are rows), under keys that are none of LEAD_KEYS."""
     others = []
     for one in objects_in(fields):
         for key, value in one.items():
             names = value.split(",") if isinstance(value, str) and "," in value else value
-            if not isinstance(names, list) or len(names) != n_leads or (one is fields and _folded(key) in LEAD_KEYS):
+            if not isinstance(names, list) or len(names) != n_leads or (one is fields and folded(key) in LEAD_KEYS):
                 continue
             if all(isinstance(name, str) for name in names) and are_leads(names):
                 others.append((key, names))
@@ -324,7 +288,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _leads(fields: Fields, rules: Rules, n_leads: int | None, others: list[tuple[str, list[str]]]) -> tuple[str, ...]:
-    said = _only(fields, LEAD_KEYS)
+    said = only(fields, LEAD_KEYS)
     if isinstance(said, list) and said and all(isinstance(name, str) for name in said):
         others = [("leads", said), *others]
     key_of_leads = {source_leads(names, _renames(rules.rename_leads), can_ignore=False): key for key, names in others}
@@ -354,8 +318,8 @@ def _hint(said: Any) -> str:
 
 
 def _rate(fields: Fields, has_option: bool) -> float | None:
-    said = _only(fields, RATE_KEYS)
-    if _is_number(said) and MIN_RATE_HZ <= said <= MAX_RATE_HZ:
+    said = only(fields, RATE_KEYS)
+    if is_number(said) and MIN_RATE_HZ <= said <= MAX_RATE_HZ:
         return float(said)
     if not has_option:
         raise InputError(
@@ -368,79 +332,27 @@ def _rate(fields: Fields, has_option: bool) -> float | None:
 def _check_other_rates(fields: Fields, rate_hz: float) -> None:
     """Raises InputError where a key that may be the sample rate's says another."""
     for key, value in ((key, value) for one in objects_in(fields) for key, value in one.items()):
-        if not _is_number(value) or value == rate_hz:
+        name = squashed(key)
+        if name not in _SQUASHED_RATE_KEYS and name not in _PERHAPS_RATE_KEYS:
             continue
-        if _folded(key) in RATE_KEYS or (_folded(key) in _PERHAPS_RATE_KEYS and value >= _LEAST_HZ):
-            raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {value:g}; leave one out")
+        for other_hz in numbers_in(value):
+            if other_hz != rate_hz and (name in _SQUASHED_RATE_KEYS or other_hz >= _LEAST_HZ):
+                raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {other_hz:g}; leave one out")
 
 
-def _scale(fields: Fields, rules: Rules, n_leads: int) -> tuple[float, ...]:
-    """mV per count of each row."""
-    option = None if rules.mv_per_count is None else (rules.mv_per_count,) * n_leads
-    said, gain = _only(fields, SCALE_KEYS), _only(fields, GAIN_KEYS)
-    scale_L, gain_L = _numbers(said, n_leads), _numbers(gain, n_leads)
-    of_gain_L = None
-    if gain_L is not None:
-        of_gain_L = tuple(unit / one for unit, one in zip(_mv_per_unit(fields, n_leads), gain_L, strict=True))
-    if said is not None and gain is not None and not _are_close(scale_L, of_gain_L):
-        raise InputError(
-            f"it says a scale of {str(said)[:40]} mV per count and a gain of {str(gain)[:40]} counts per "
-            f"{str(_only(fields, UNIT_KEYS) or 'mV')[:40]}, which is another; leave one out"
-        )
-    values = of_gain_L if said is None else scale_L
-    if values is None:
-        if option is None:
+def check_length(fields: Fields, n_samples: int, rate_hz: float) -> None:
+    """Raises InputError where a JSON says another length than the array has: it may be at another rate."""
+    for key, value in ((key, value) for one in objects_in(fields) for key, value in one.items()):
+        name = squashed(key)
+        if not is_number(value) or value != value or not (name in _LENGTH_KEYS or name in _DURATION_KEYS):
+            continue
+        samples = as_float(value) * (1 if name in _LENGTH_KEYS else rate_hz)
+        tolerance = 0 if name in _LENGTH_KEYS else 0.02 * n_samples + 2  # durations are rounded
+        if abs(samples - n_samples) > tolerance:
             raise InputError(
-                f"its scale is {str(said if said is not None else gain)[:40]!r}; write mv_per_count, or gain in counts "
-                f"per mV, one number above 0 or {n_leads}, into the JSON or give --mv-per-count"
+                f"its {key} is {str(value)[:40]}, but its array has {n_samples} samples at {rate_hz:g} Hz: was it "
+                "cut, or resampled? Correct the JSON, or give --rate-hz"
             )
-        return option
-    return _agreed("mv-per-count", option, values)
-
-
-def _are_close(one_L: tuple[float, ...] | None, other_L: tuple[float, ...] | None) -> bool:
-    if one_L is None or other_L is None:
-        return False
-    return all(abs(one / other - 1) < 1e-3 for one, other in zip(one_L, other_L, strict=True))
-
-
-def _mv_per_unit(fields: Fields, n_leads: int) -> tuple[float, ...]:
-    """Of each row, what a gain gives counts of: mV where nothing is said.
-
-    A word under ``unit`` that is no unit, such as a ward, says nothing. Raises InputError for other ``units``.
-    """
-    names_a_unit = _is_unit(fields.get("unit"))
-    said = _only(fields, UNIT_KEYS if names_a_unit else UNIT_KEYS[:1])
-    units = said if isinstance(said, list) else ["mV" if said is None else said] * n_leads
-    if len(units) != n_leads or not all(map(_is_unit, units)):
-        raise InputError(f"its units are {str(said)[:60]}; write mV, uV or V, once or for each of {n_leads} rows")
-    return tuple(parse_unit(unit) for unit in units)
-
-
-def _is_unit(said: Any) -> bool:
-    if isinstance(said, list):
-        return all(isinstance(one, str) and _is_unit(one) for one in said)
-    try:
-        parse_unit(str(said))
-    except InputError:
-        return False
-    return isinstance(said, str)
-
-
-def _numbers(said: Any, n_leads: int) -> tuple[float, ...] | None:
-    values = said if isinstance(said, list) else [said] * n_leads
-    # float32 holds them on the way to the model
-    if len(values) != n_leads or not all(_is_number(value) and 1e-30 < value < 1e30 for value in values):
-        return None
-    return tuple(float(value) for value in values)
-
-
-def _agreed(name: str, option: T | None, said: T | None) -> T:
-    if option is not None and said is not None and option != said:
-        raise InputError(f"its JSON says {said}, --{name} says {option}; leave out the option or correct the JSON")
-    agreed = said if option is None else option
-    assert agreed is not None
-    return agreed
 
 
 def _label_values(fields: Fields, given: Any, rules: Rules) -> tuple[Fields, dict[str, Fields]]:
@@ -475,23 +387,3 @@ def _said_once(fields: Fields, within: Fields, key: str) -> Any:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | int | float)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _only(fields: Fields, keys: Sequence[str]) -> Any:
-    """What stands under the keys. Raises InputError where two of them say different things."""
-    told = {key: fields[key] for key in keys if fields.get(key) is not None}
-    for key, value in told.items():
-        first = next(iter(told))
-        if _comparable(value) != _comparable(told[first]):
-            raise InputError(f"it says {first} {str(told[first])[:40]!r} and {key} {str(value)[:40]!r}; leave one out")
-    return next(iter(told.values()), None)
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_comparable(one) for one in value]
-    return _folded(value) if isinstance(value, str) else value

@@ -28,15 +28,18 @@ from ecgscale.data.agreement import (
     check_label_names,
     check_one_dataset,
     check_patient_keys,
+    check_sources,
+    classes_of,
     dataset_of,
     folder_of,
     lead_order,
     only_rate,
     same_patients,
+    source_of,
 )
 from ecgscale.data.cells import NOBODY, find_key
-from ecgscale.data.copies import Copies, content_keys, is_flat
-from ecgscale.data.foreign import Rules, keys_of, objects_in
+from ecgscale.data.copies import Copies, is_flat, record_keys
+from ecgscale.data.foreign import Described, Rules, keys_of
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.splits import (
     Splits,
@@ -47,6 +50,8 @@ from ecgscale.data.ingest.splits import (
     splits_by_value,
     without_value,
 )
+from ecgscale.data.json_keys import objects_in
+from ecgscale.data.lead_keys import lead_keys
 from ecgscale.data.payload import Bytes
 from ecgscale.data.plausibility import FLAT, UnlikelyUnitError, check_geometry, judge
 from ecgscale.data.remarked import NONE, Remarked
@@ -63,6 +68,7 @@ from ecgscale.data.shards import (
 from ecgscale.data.sources.listing import is_junk
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import hold
+from ecgscale.record import Counts
 
 WRONG_SCALE = "no ECG by their scale; is mv_per_count or gain right?"
 NO_ECG = "no ECG: nothing moves, codes for missing samples, or shorter than a beat"
@@ -98,6 +104,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         found = list(_run(_tars(folder), rules, named, options.split_by, workers))
         if not dataset:
             check_one_dataset(found)
+            check_sources(found)
         rate_hz = only_rate(found)
         check_patient_keys(found)
         notes = Counter(same_patients(found))
@@ -114,6 +121,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
             for kind, several in one.remarked.items():
                 remarked[kind] = remarked.get(kind, NONE).joined(several)
         source = {"dataset": named, "options": _given(options), "records": records, "rejected": 0}
+        source["classes"] = classes_of(found)
         source |= {"remarked": {kind: asdict(several) for kind, several in remarked.items()}}
         write_manifest(folder, rate_hz, index, [one.entry for one in found], [source], rules.to_manifest())
     notes = sum((one.notes for one in found), notes)
@@ -192,8 +200,8 @@ def _index_tar(
         digest.update(tar[hashed : record.end].data)
         progress(record.end - hashed)
         hashed = record.end
-        rows.append(record.row)
-        about = record.described
+        about, signal_LT = record.described, _signal(tar, record)
+        rows.append(record.row | {"lead_keys": lead_keys(signal_LT, about.scale_L, about.leads_L)})
         done.leads.setdefault(about.leads_L, record.name)
         done.rates.setdefault(about.rate_hz, record.name)
         keys = keys_of(record.fields)
@@ -208,11 +216,14 @@ def _index_tar(
         if about.patient is not None:
             done.datasets.setdefault(dataset_of(record.fields), record.name)
             of_patient = (about.patient_key, about.patient)
+            if source := source_of(record.fields):
+                done.sources.add((*of_patient, source))
             done.other_ids |= {(*of_patient, key, id_) for key, id_ in about.other_ids.items()}
         done.patient_known.append(about.patient is not None)
-        for kind in _oddities(tar, record):
+        for kind in _oddities(signal_LT, about):
             done.remarked[kind] = done.remarked.get(kind, NONE).plus(record.name)
         done.notes.update(about.notes)
+        done.spellings.add(about.labels)
         if about.patient is None:
             done.notes[NOBODY] += 1
         done.likelihoods |= about.likelihoods
@@ -233,13 +244,17 @@ def _index_tar(
     return done
 
 
-def _oddities(tar: Bytes, record: Found) -> Iterator[str]:
+def _signal(tar: Bytes, record: Found) -> Counts:
+    """A view of the rows as they stand there."""
+    n_samples, end = record.row["samples"], record.row["offset"] + record.row["length"]
+    signal_LT: Counts = tar[end - 2 * len(record.described.leads_L) * n_samples : end].view("<i2")
+    return signal_LT.reshape(-1, n_samples)
+
+
+def _oddities(signal_LT: Counts, about: Described) -> Iterator[str]:
     """Kinds of what is odd about the numbers of a record."""
-    about, n_samples = record.described, record.row["samples"]
-    end = record.row["offset"] + record.row["length"]
-    signal_LT = tar[end - 2 * len(about.leads_L) * n_samples : end].view("<i2").reshape(-1, n_samples)
     try:
-        check_geometry(n_samples, about.rate_hz)
+        check_geometry(signal_LT.shape[1], about.rate_hz)
         verdict = judge(signal_LT, about.scale_L, about.leads_L, about.rate_hz)
         if verdict.refusal:
             raise verdict.refusal
@@ -273,7 +288,7 @@ def _splits(found: Sequence[IndexedTar], options: IngestOptions) -> list[Splits]
 def _united(found: Sequence[IndexedTar], options: IngestOptions) -> United:
     """Persons that equal records link: their copies lie in one split."""
     patient_N = np.concatenate([one.columns["patient"] for one in found])
-    copies = Copies.find(np.concatenate([content_keys(one.columns) for one in found]))
+    copies = Copies.joined(np.concatenate([record_keys(one.columns) for one in found], axis=1))
     copies = copies.only(copies.differing(patient_N[copies.number_R]))
     first_S = np.cumsum([0, *(len(one.columns["samples"]) for one in found)])
     flat_G = np.zeros(len(copies), bool)

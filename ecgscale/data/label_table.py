@@ -16,13 +16,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods, is_known
+from ecgscale.data.cells import PATIENT_KEYS, Cells, has_likelihoods, is_known
 from ecgscale.data.csv_rows import CsvText, Row, split_line, swallowed
 from ecgscale.data.disk_tables import being_filled, rows_of
 from ecgscale.data.grouping import Grouping, patient_keys_in
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.matching import Matcher
-from ecgscale.data.spellings import Spellings
+from ecgscale.data.spellings import alike
 from ecgscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class CsvFile:
 
     text: CsvText
     record_column: str
+    contradiction: str = ""
+    """A line on another column, which names fewer records, and others."""
 
     @property
     def path(self) -> Path:
@@ -62,8 +64,6 @@ class LabelTable:
     """Of each file that has one, the first of PATIENT_KEYS that is known in any row; alike but for capitals."""
     passed_over: tuple[str, ...] = ()
     """Lines on other columns of patients, which name the same persons."""
-    spellings: tuple[str, ...] = ()
-    """Lines on classes that differ in capitals alone."""
     rows_of_none: int = 0
     """Rows that name no record."""
     row_of_none: str = ""
@@ -79,7 +79,8 @@ class LabelTable:
     @property
     def remarks(self) -> list[str]:
         """Lines on files that are not written the usual way, and how they were read."""
-        return [*(file.text.remark for file in self.files if file.text.remark), *self.passed_over, *self.spellings]
+        of_files = [line for file in self.files for line in (file.text.remark, file.contradiction) if line]
+        return [*of_files, *self.passed_over]
 
     def row(self, item: str) -> dict[str, str]:
         """The record's row: column -> cell; empty where the tables have none."""
@@ -147,7 +148,6 @@ def load_label_table(
         frozenset(filling.likelihoods),
         tuple(dict.fromkeys(column_of.values())),
         tuple(line for one in filling.patients for line in one.passed_over()),
-        tuple(filling.spellings.lines()),
         filling.rows_of_none,
         filling.row_of_none,
         _contradiction(column_of) or "; ".join(filter(None, (one.refusal() for one in filling.patients))),
@@ -164,7 +164,6 @@ class _Filling:
         self.files: list[CsvFile] = []
         self.likelihoods: set[str] = set()
         self.patients: list[_Patients] = []
-        self.spellings = Spellings()
         self.rows_of_none, self.row_of_none = 0, ""
 
     def take(self, csv_path: Path, record_column: str | None) -> None:
@@ -172,7 +171,7 @@ class _Filling:
         text = CsvText.open(csv_path)
         _check_columns(text)
         _check_spelling(text, self.files)
-        file = CsvFile(text, _record_column(text, self._matcher, record_column))
+        file = CsvFile(text, *_record_column(text, self._matcher, record_column))
         self.files.append(file)
         self.patients.append(_Patients(file))
         at = text.columns.index(file.record_column)
@@ -199,7 +198,6 @@ class _Filling:
     def _learn(self, columns: Sequence[str], cells: Sequence[str]) -> None:
         self.patients[-1].add(cells)
         for column, cell in zip(columns, cells, strict=True):
-            self.spellings.add(column, cell)
             if cell[:1] == "{" and column not in self.likelihoods and has_likelihoods(cell):
                 self.likelihoods.add(column)
 
@@ -303,41 +301,52 @@ def _check_columns(text: CsvText) -> None:
 
 
 def _check_spelling(text: CsvText, others: Sequence[CsvFile]) -> None:
-    """Raises InputError for a column that another file has in other capitals: they would be two labels."""
+    """Raises InputError for a column that another file writes otherwise: they would be two labels."""
     for other in others:
         for column in text.columns:
-            alike = find_key(other.columns, column)
-            if alike not in (None, column) and column.strip() and column.casefold() not in PATIENT_KEYS:
-                raise InputError(f"{text.path}: column {column!r} is {alike!r} in {other.path}; write it alike in both")
+            spelt = next((name for name in other.columns if alike(name) == alike(column)), column)
+            if (
+                column not in other.columns
+                and spelt != column
+                and alike(column)
+                and column.casefold() not in PATIENT_KEYS
+            ):
+                raise InputError(f"{text.path}: column {column!r} is {spelt!r} in {other.path}; write it alike in both")
 
 
 def _check_nothing_swallowed(file: CsvFile, row: Row, at: int, matcher: Matcher) -> None:
     """Raises InputError where a line inside of a row is the row of another record: a quote was not closed."""
     for number, line in enumerate(row.inner_lines, row.line + 1):
         cells = split_line(line, file.text.delimiter)
-        if len(cells) == len(file.columns) and _records_or_none(matcher, cells[at], file.path.parent):
+        if len(cells) == len(file.columns) and _records_or_none(
+            matcher, file.record_column, cells[at], file.path.parent
+        ):
             raise swallowed(str(file.path), row.line, number)
 
 
-def _records_or_none(matcher: Matcher, cell: str, csv_folder: Path) -> Sequence[str]:
+def _records_or_none(matcher: Matcher, column: str, cell: str, csv_folder: Path) -> Sequence[str]:
     """Those that a cell may name; none for a cell that can name none."""
     try:
-        return matcher.records(cell, csv_folder)
+        return matcher.records(column, cell, csv_folder)
     except InputError:
         return ()
 
 
-def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -> str:
-    """The column that names the most records. Raises InputError where two name as many, and others."""
+def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -> tuple[str, str]:
+    """The column that names the most records, and a line on one that names others.
+
+    Raises InputError where two name as many, and others.
+    """
     path, columns = text.path, text.columns
     candidates = matcher.columns(columns, record_column, path)
     if len(candidates) == 1:
-        return candidates[0]
+        return candidates[0], ""
     matched = Counter[str]()
     contradictions: dict[str, str] = {}
     for line, cells, _ in text.rows():
         records = {
-            column: _records_or_none(matcher, cells[columns.index(column)], path.parent) for column in candidates
+            column: _records_or_none(matcher, column, cells[columns.index(column)], path.parent)
+            for column in candidates
         }
         named = {column: items[0] for column, items in records.items() if len(items) == 1}
         matched.update(named.keys())
@@ -345,17 +354,20 @@ def _record_column(text: CsvText, matcher: Matcher, record_column: str | None) -
             for column, item in named.items():
                 contradictions.setdefault(column, f"line {line}: {column} names the record {item}")
     best = max(candidates, key=lambda column: matched[column])
+    told = ""
     for column in candidates:
-        if column != best and matched[column] == matched[best] and {column, best} <= contradictions.keys():
-            raise InputError(
-                f"{path}: {contradictions[best]}, {column} another; say which one counts with --record-column"
-            )
-    return best
+        if column == best or not {column, best} <= contradictions.keys():
+            continue
+        others = f"{path}: {contradictions[best]}, {column} another"
+        if matched[column] == matched[best]:
+            raise InputError(f"{others}; say which one counts with --record-column")
+        told = told or f"{others}; {best} counts, since it names more records; if it should not, give --record-column"
+    return best, told
 
 
 def _record_of(file: CsvFile, line: int, cell: str, matcher: Matcher) -> str | None:
     try:
-        records = matcher.records(cell, file.path.parent)
+        records = matcher.records(file.record_column, cell, file.path.parent)
     except InputError as error:
         raise InputError(f"{file.path}: line {line}: {file.record_column} {error}") from error
     if len(records) > 1:

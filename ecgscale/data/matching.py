@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from unicodedata import normalize
 
 from ecgscale.data.cells import Cells, find_key
@@ -25,23 +25,36 @@ class Matcher(Protocol):
     def columns(self, columns: Sequence[str], record_column: str | None, path: Path) -> list[str]:
         """Those that may name records, the likeliest first; raises InputError where there is none."""
 
-    def records(self, cell: str, csv_folder: Path) -> Sequence[str]:
+    def records(self, column: str, cell: str, csv_folder: Path) -> Sequence[str]:
         """The records that a cell may name, none, one or several. Raises InputError for a cell that can name none."""
 
     def example(self) -> str:
         """What a record is called, for errors."""
 
 
-class NameMatcher:
-    """By the path below ``root`` or below the CSV's own folder, or by the base name, with or without suffix."""
+class RecordIds(NamedTuple):
+    """A number by which a known data set calls its records beside their names."""
 
-    def __init__(self, root: Path, items: Sequence[str]) -> None:
-        self.source, self._first = root, items[0] if items else ""
+    column: str
+    """As the data set's own tables name it."""
+    id_of: Callable[[str], str]
+    """Name of a record -> its number without leading zeros; "" where the name does not tell it."""
+
+
+class NameMatcher:
+    """By the path below ``root`` or below the CSV's own folder, or by the base name, with or without suffix.
+
+    A cell in the column of ``ids`` names a record by its number first.
+    """
+
+    def __init__(self, root: Path, items: Sequence[str], ids: RecordIds | None = None) -> None:
+        self.source, self._first, self._ids = root, items[0] if items else "", ids
         self._items = frozenset(items)
         self._prefix = os.path.normpath(root.absolute()).rstrip("/") + "/"
 
     def columns(self, columns: Sequence[str], record_column: str | None, path: Path) -> list[str]:
-        wanted = RECORD_COLUMNS if record_column is None else (record_column,)
+        usual = dict.fromkeys((*RECORD_COLUMNS, *([self._ids.column] if self._ids else ())))
+        wanted = tuple(usual) if record_column is None else (record_column,)
         present = [column for name in wanted if (column := find_key(columns, name)) is not None]
         if not present:
             raise InputError(
@@ -49,7 +62,9 @@ class NameMatcher:
             )
         return present
 
-    def records(self, cell: str, csv_folder: Path) -> Sequence[str]:
+    def records(self, column: str, cell: str, csv_folder: Path) -> Sequence[str]:
+        if self._ids and find_key((column,), self._ids.column) and (numbered := self._by_id.get(_number(cell))):
+            return numbered
         records = self._named(cell, csv_folder)
         if records or cell.isascii():
             return records
@@ -75,6 +90,15 @@ class NameMatcher:
         return f"a record is called {self._first!r}"
 
     @functools.cached_property
+    def _by_id(self) -> dict[str, tuple[str, ...]]:
+        assert self._ids is not None
+        records: dict[str, tuple[str, ...]] = {}
+        for item in sorted(self._items):
+            if number := self._ids.id_of(item):
+                records[number] = (*records.get(number, ()), item)
+        return records
+
+    @functools.cached_property
     def _spellings(self) -> dict[str, list[str]]:
         """Records by their names with ü as one character: file systems may write u and its dots."""
         spellings: dict[str, list[str]] = {}
@@ -94,6 +118,12 @@ class NameMatcher:
                 name = item.rpartition("/")[2]
                 records[name] = (*records.get(name, ()), item)
         return records
+
+
+def _number(cell: str) -> str:
+    """Without leading zeros, where it is one."""
+    text = Cells().text(cell, "") or ""
+    return str(int(text)) if text.isascii() and text.isdigit() and len(text) < 19 else ""
 
 
 def _names_in(value: str) -> Iterator[str]:
@@ -126,7 +156,7 @@ class RowMatcher:
             f"from 0 to {len(self._names) - 1}; add one (--record-column NAME): the order of lines counts for nothing"
         )
 
-    def records(self, cell: str, csv_folder: Path) -> Sequence[str]:
+    def records(self, column: str, cell: str, csv_folder: Path) -> Sequence[str]:
         text = Cells().identifier(cell, "row")
         if text is None:
             return ()

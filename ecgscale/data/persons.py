@@ -9,14 +9,17 @@ Shape suffixes: P patients with known ids, G groups of those with one ``record.i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.copies import Copies, copies_apart
 from ecgscale.data.shard_set import DataSet, ShardSet
+from ecgscale.data.spellings import odd_labels
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.record import id_hash
 
@@ -29,9 +32,13 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern
 
 
 def apart(shards: ShardSet) -> list[str]:
-    """Lines for people on what stands in different splits of sets that are read together: copies, and patient ids."""
+    """Lines for people on sets that are read together.
+
+    Copies and patient ids that stand in different splits, and labels and classes that are written in two ways.
+    """
     lines = (copies_apart(shards), ids_apart(shards))
-    return [line for line in lines if line is not None]
+    labels = odd_labels(_sources(shards)) if len(shards.sets) > 1 else []  # of one set its ingest has told
+    return [*filter(None, lines), *labels]
 
 
 def ids_apart(shards: ShardSet) -> str | None:
@@ -72,9 +79,38 @@ def _share(patients: _Patients, shared: Copies) -> str:
     return f"{shared_D[most]} of the {of_all_D[most]} ids of {patients.names[most]} occur in another, {why}"
 
 
-def odd_ids(shards: ShardSet) -> str | None:
-    """A line on ids of one data set that may be one person's, or nobody's."""
-    return "; ".join(filter(None, (near_ids(shards), codes_of_nobody(shards)))) or None
+def odd_names(shards: ShardSet) -> list[str]:
+    """Lines on ids, labels and classes that may be one but for how they are written, and on ids that are nobody's."""
+    ids, sources = (near_ids(shards), codes_of_nobody(shards)), _sources(shards)
+    return [*filter(None, ids), *keys_of_patients(sources), *odd_labels(sources)]
+
+
+def _sources(shards: ShardSet) -> list[dict[str, Any]]:
+    """What all ingests say that made the sets."""
+    return [source for one in shards.sets for source in one.manifest["sources"]]
+
+
+def keys_of_patients(sources: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each data set whose patients stand under keys that mean other things, by manifests' ``sources``."""
+    counts: dict[str, Counter[str]] = {}
+    for source in sources:
+        counts.setdefault(source["dataset"], Counter()).update(source.get("patient_keys", {}))
+    told = []
+    for dataset, records_of in sorted(counts.items()):
+        if len({_meaning(key) for key in records_of}) > 1:
+            keys = " and ".join(f"{key} ({records} records)" for key, records in sorted(records_of.items()))
+            told.append(
+                one_line(
+                    f"patients of {dataset} are named by {keys}, and equal ids of these count as one person; if they "
+                    "are ids of two kinds, name one by --patient-key, or ingest each kind with a --dataset of its own"
+                )
+            )
+    return told
+
+
+def _meaning(key: str) -> str:
+    """``patient`` for ``PatientID``, ``patient_id`` and ``Patient``."""
+    return "".join(filter(str.isalnum, key.casefold())).removesuffix("id")
 
 
 def codes_of_nobody(shards: ShardSet) -> str | None:
@@ -95,7 +131,7 @@ def codes_of_nobody(shards: ShardSet) -> str | None:
 
 
 def near_ids(shards: ShardSet) -> str | None:
-    """A line where ids of one data set differ in case or leading zeros alone."""
+    """A line where ids of one data set differ in case or in the form of a number alone."""
     patients = _Patients.of(shards)
     near = Copies.find(patients.id_P + patients.dataset_P.astype(np.uint64) * _FACTOR)
     if not len(near):
@@ -105,8 +141,8 @@ def near_ids(shards: ShardSet) -> str | None:
     shown = torn if len(torn) else near
     first, second = (_id(shards, patients, p) for p in shown.number_R[:2].tolist())
     return one_line(
-        f"{len(near)} patient ids are written in two ways that differ in case or leading zeros alone{splits}, such as "
-        f"{first} and {second}; they count as other people: if they are the same, write them alike"
+        f"{len(near)} patient ids are written in two ways that differ in case, leading zeros or the like alone"
+        f"{splits}, such as {first} and {second}; they count as other people: if they are the same, write them alike"
     )
 
 

@@ -9,7 +9,8 @@ were set on 2,934 real records (CinC 2011 set A, CinC 2021, PTB-XL, ECG-ID):
   record (one of 1,993 good records), or lie at their own extreme for a twentieth of it (none: up to 2.1 %).
 - The median lead swings by 0.4 mV or more, and in an eighth of the record, where the baseline has no time to drift, by
   2.3 mV at most in good records, in parts of 1.25 s of shorter ones in 99 of 100; medians of five sets are 1.1 to 1.7,
-  and 0.65 to 1.06 mV. A tenth of the one, or ten times the other, is another unit.
+  and 0.65 to 1.06 mV. A tenth of the one, or ten times the other, is another unit. Strips of less than 0.8 s may hold
+  no QRS complex: at 0.2 s half of the good ones swing by less than 0.3 mV, at 0.6 s a tenth, at 0.8 s 1 to 3 of 100.
 - I + III = II and Goldberger's equations hold to 1.7 % of the largest lead where a recorder or a filter has rounded,
   and to 4 % where electrodes were loose; leads in a wrong order miss by 50 to 150 %.
 
@@ -55,6 +56,7 @@ _QUIET_MV = 0.005  # a deviation below it is rounding
 _SMALL_MV = 0.3  # swing of the median lead
 _LARGE_MV, _PARTS = 2.5, 8  # likewise, in the median of so many parts of the record
 _PART_S = 1.25  # at least: a beat at 48 a minute
+_BEAT_S = 0.8  # in a shorter strip there may be no QRS complex
 
 _PROBED = 256
 
@@ -65,6 +67,7 @@ FLAT = "leads without a signal are left out as absent"
 BLANK = "leads without any valid sample (all NaN, or all marked invalid) are left out as absent"
 LOUD = "deviates from the median as microvolts or counts do, if taken for millivolts"
 LARGE = f"most leads swing by more than {_LARGE_MV:g} mV, an ECG by about 1 mV"
+SHORT = f"shorter than {_BEAT_S:g} s: a beat may be missing, so a unit ten times too small does not show"
 SMALL = f"most leads swing by less than {_SMALL_MV:g} mV, an ECG by about 1 mV"
 LOOSE = f"leads beyond {_LOOSE_MV:g} mV from their median, as of loose electrodes"
 STUCK = "leads that stand still or are clipped for a part of the record"
@@ -212,6 +215,7 @@ def judge(values_LT: npt.NDArray[Any], mv_per_value_L: npt.ArrayLike, leads: Seq
         return Verdict(refusal, (), ())
     remarks = (
         numbers.flat(),
+        numbers.short(),
         numbers.loud(),
         numbers.loose(),
         numbers.apart(),
@@ -330,6 +334,9 @@ class _Numbers:
     def flat(self) -> Remark | None:
         return self._remark(FLAT, self.flat_L)
 
+    def short(self) -> Remark | None:
+        return Remark(SHORT, f"{self.duration_s:.2g} s") if self.duration_s < _BEAT_S else None
+
     def loud(self) -> Remark | None:
         return Remark(LOUD, f"by {self.typical_mv:.3g} mV") if self.typical_mv > _LOUD_MV else None
 
@@ -414,7 +421,7 @@ class _Numbers:
     def _tenfold(self) -> list[Remark]:
         """Whether beats are much smaller or larger than any, in most leads and most of the time."""
         swing_mv = self._of_median_lead(self.swing_mv_L)
-        if swing_mv < _SMALL_MV:
+        if swing_mv < _SMALL_MV and self.duration_s >= _BEAT_S:
             return [Remark(SMALL, f"by {swing_mv:.2g} mV")]
         parts = min(_PARTS, max(1, int(self.duration_s / _PART_S)))
         n = self.probed_LP.shape[1] // parts

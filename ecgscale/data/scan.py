@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ecgscale.data.foreign import Described, Fields, Rules, check_zero, describe, foreign_name
+from ecgscale.data.agreement import asked_keys
+from ecgscale.data.amplitude import check_amplitude
+from ecgscale.data.foreign import Described, Rules, check_length, describe, foreign_name
+from ecgscale.data.json_keys import Fields
 from ecgscale.data.payload import Bytes, header_bytes, npy_shape
 from ecgscale.data.schema import JSON_LIMIT_BYTES, parse_json, read_metadata
 from ecgscale.data.shards import index_row, person_row
@@ -35,10 +38,14 @@ def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator
         content = _json_bytes(tar, meta, place)
         try:
             fields = parse_json(content, unique=True)
-            check_zero(fields, leads)
             described = describe(fields, rules, leads)
+            check_amplitude(fields, described.leads_L, described.scale_L, asked_keys(rules))
+            if rules.rate_hz is None:
+                check_length(fields, n_samples, described.rate_hz)
         except InputError as error:
             raise _wrong(place, meta, error) from error
+        except RecursionError as error:
+            raise _wrong(place, meta, InputError("it nests too deep; write it flat")) from error
         row = _row(described, n_samples, signal, meta) | person_row(dataset, described.patient, name)
         row |= {"checksum": _hash(tar, signal), "json_checksum": xxhash.xxh3_64_intdigest(content)}
         end = max(member.offset + member.size for member in sample.members.values())

@@ -52,6 +52,8 @@ def check_manifest(manifest: dict[str, Any], place: str) -> None:
     for source in manifest["sources"]:
         _check_fields(source, {"dataset": str}, place)
         _check_remarked(source.get("remarked", {}), place)  # earlier versions had none
+        _check_classes(source.get("classes", {}), place)  # likewise
+        _check_counts(source.get("patient_keys", {}), place)
     names = [manifest["index"]["file"], *(shard["file"] for shard in manifest["shards"])]
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
@@ -71,6 +73,18 @@ def _check_remarked(remarked: Any, place: str) -> None:
         _check_fields(one, {"records": int, "first": list}, place)
         if not all(isinstance(name, str) for name in one["first"]):
             raise InputError(f"{place}: first is {str(one['first'])[:80]!r}; ingest the data again")
+
+
+def _check_counts(counts: Any, place: str) -> None:
+    if not isinstance(counts, dict):
+        raise InputError(f"{place}: patient_keys is {str(counts)[:80]!r}; ingest the data again")
+    _check_fields(counts, dict.fromkeys(counts, int), place)
+
+
+def _check_classes(classes: Any, place: str) -> None:
+    lists = [*classes.values()] if isinstance(classes, dict) else [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        raise InputError(f"{place}: classes is {str(classes)[:80]!r}; ingest the data again")
 
 
 def _check_fields(fields: Any, types: Types, place: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ecgscale.data.lead_keys import lead_keys
 from ecgscale.data.payload import Payload, decode_member, encode
 from ecgscale.data.schema import INDEX_HEADER_LIMIT_BYTES, check_manifest, data_offsets
 from ecgscale.errors import InputError, naming_file
@@ -46,13 +47,14 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "id_hash": (np.uint64, ()),  # of the patient's id alone, see ``record.id_hash``
     "split": (np.uint8, ()),  # number in SPLITS
     "checksum": (np.uint64, ()),  # xxh3-64 of the payload member, or of its header where blocks have their own
+    "lead_keys": (np.uint64, (2,)),  # what copies are known by in whatever payload, see ``lead_keys``
     "json_checksum": (np.uint64, ()),  # xxh3-64 of the JSON member
     "offset": (np.uint64, ()),  # of the payload in the tar
     "length": (np.uint32, ()),
     "json_offset": (np.uint64, ()),
     "json_length": (np.uint32, ()),
 }
-LATER_COLUMNS = frozenset(("id_hash",))  # which the indexes of earlier versions lack
+LATER_COLUMNS = frozenset(("id_hash", "lead_keys"))  # which the indexes of earlier versions lack
 
 
 # -- tars ------------------------------------------------------------------------------------------------------------
@@ -77,6 +79,7 @@ def write_tar(
             meta = _metadata_json(record, dataset, xxhash.xxh3_64_intdigest(content))
             row = index_row(record.leads, record.scale_L, record.n_samples)
             row |= person_row(dataset, record.patient, record.name)
+            row |= {"lead_keys": lead_keys(record.signal_LT, record.scale_L, record.leads)}
             row |= {"checksum": checksum, "json_checksum": xxhash.xxh3_64_intdigest(meta)}
             row |= {"json_offset": tar.add(f"{key}.json", meta), "json_length": len(meta)}
             row |= {"offset": tar.add(f"{key}.{payload}", content), "length": len(content)}
@@ -126,12 +129,12 @@ def person_row(dataset: str, patient: str | None, record_name: str) -> dict[str,
     return {"patient": patient_code(dataset, patient, record_name), "id_hash": id_hash(patient)}
 
 
-def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
-    """Rows of records -> the columns of an index, all but the split."""
+def as_columns(rows: Sequence[dict[str, Any]], names: Set[str] = COLUMNS.keys() - {"split"}) -> Columns:
+    """Rows of records -> the columns of an index, by default all but the split."""
     return {
         name: np.array([row[name] for row in rows], dtype).reshape(len(rows), *shape)
         for name, (dtype, shape) in COLUMNS.items()
-        if name != "split"
+        if name in names
     }
 
 
@@ -191,7 +194,7 @@ def write_index(folder: Path, columns: Columns) -> dict[str, Any]:
 def write_index_in_parts(folder: Path, records: int, parts: Iterable[Columns]) -> dict[str, Any]:
     """The same from columns over consecutive records, ``records`` in all, of which no two parts are held at once.
 
-    Where the first part is of an older index, which lacks LATER_COLUMNS, all go without them.
+    Where the first part is of an older index, which lacks some of LATER_COLUMNS, all go without these.
     Its name holds its hash: while a set is appended to, the old manifest goes on naming the old index. Raises
     InputError or MachineError that names the folder where it cannot be written.
     """

@@ -27,7 +27,7 @@ _GAIN = re.compile(r"([^\s(/]+)(?:\(([^\s()]*)\))?(?:/(\S+))?")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?|[-+]?inf|nan", re.ASCII | re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"-?\d{1,20}", re.ASCII)
 _FRACTION_OF_0 = re.compile(r"\.0*$")  # 200(0.0)/mV
-_FILE_NAME = re.compile(r"[-\w]+(?:\.[-\w]+)*", re.ASCII)
+FILE_NAME = re.compile(r"[-\w]+(?:\.[-\w]+)*", re.ASCII)
 _SEGMENT_NAME = re.compile(r"[-\w]+(?:\.[-\w]+)*|~", re.ASCII)
 _BINARY = re.compile(r"[^\t\n\r\x20-\x7e\x80-\U0010ffff]")
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
@@ -134,7 +134,7 @@ def _signal_line(line: str) -> SignalLine:
     if len(fields) < 2:
         raise InputError(f"signal line {_short(line)}; it must begin with 'file format'")
     file_name, format_field = fields[:2]
-    if file_name != "~" and not _FILE_NAME.fullmatch(file_name):
+    if file_name != "~" and not FILE_NAME.fullmatch(file_name):
         raise InputError(
             f"data file {_short(file_name)}; it must be a plain name in the header's folder "
             "(letters, digits, -, _ and dots between them)"

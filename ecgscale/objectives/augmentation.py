@@ -167,7 +167,7 @@ def twelve_leads(eight_BET: Tensor) -> Tensor:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def uniform(batch: ECGBatch, seed: int, purpose: Purpose, count: int) -> Tensor:
+def uniform(batch: ECGBatch, seed: int, purpose: int, count: int) -> Tensor:
     """(B, count) float32 in (0, 1), each row's own."""
     return philox.uniform(philox.random_words(seed, purpose, batch.segment_B, batch.position_B, count))
 

@@ -56,7 +56,8 @@ class Objective(nn.Module, ABC):
     named_losses: ClassVar[tuple[str, ...]] = ()
     """Those of the parts that `loss` gives which are losses of their own."""
     segments: ClassVar[int] = 2
-    """Adjacent segments of a recording that are read at each position, one row of the batch for each."""
+    """Adjacent segments of a recording that are read at each position, one row of the batch for each: 1 or 2, as many
+    as random numbers are kept apart for (see ``rng``)."""
     training_only: ClassVar[tuple[str, ...]] = ()
     """Parts, the first words of their weights' names, that an export leaves out: it holds all others."""
     shape_keys: ClassVar[tuple[str, ...]] = ()
@@ -79,6 +80,8 @@ class Objective(nn.Module, ABC):
     @classmethod
     def check(cls, model: EncoderConfig, config: ObjectiveConfig, data: DataConfig, rate_hz: float) -> None:
         """Raises InputError, naming the key, where nothing can be learnt from segments such as these."""
+        if cls.segments not in (1, 2):
+            raise InputError(f"objective.name {config.name}: reads {cls.segments} segments; give its class 1 or 2")
         if why := cls.misfit(ENCODERS.find(model.encoder)):
             raise InputError(f"model.encoder {model.encoder}: does not go with objective.name {config.name}, {why}")
         check_rate(cls.noise(config), rate_hz)
@@ -131,6 +134,12 @@ class Objective(nn.Module, ABC):
         features = self.encoder.features(batch.with_lead_draw(draws.lead_draw))
         masked_BN = draws.time_mask.masked_BN if draws.time_mask else None
         return Encoded(features, self.encoder.contextualise(features.token_BND, features.valid_BN, masked_BN))
+
+    def at_start(self) -> None:
+        """Set what depends on the weights that a run begins with, such as a teacher that is a copy of the encoder.
+
+        Called once, before the first step of a new run, when the weights of ``init.model`` are there.
+        """
 
     def after_step(self, step: int) -> None:
         """Update what is not trained, such as a teacher's frozen parameters or a buffer; called after each update.

@@ -10,7 +10,7 @@ import torch
 
 from ecgscale.errors import InputError
 from ecgscale.settings import option
-from ecgscale.training.optimizers import Option, layout_of
+from ecgscale.training.optimizers import Option, check_elementwise, layout_of
 
 _ADAMW = ("beta1", "beta2", "epsilon", "weight_decay")
 
@@ -76,6 +76,8 @@ class EngineConfig:
         if given := [name for name in _ADAMW if getattr(self, name) != usual[name]]:
             raise InputError(f"{_keys(given)}: of adamw; give {self.optimizer} its own in engine.optimizer_options")
         layout_of(self.optimizer, self.optimizer_options, torch.device("cpu"))
+        if self.zero_stage > 0:
+            check_elementwise(self.optimizer, self.optimizer_options)
 
     @property
     def arguments(self) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, cast
@@ -119,6 +119,33 @@ def layout_of(name: str, options: Mapping[str, Any], device: torch.device) -> La
                 "saved where all that it keeps are float32 tensors in the parameter's shape, and numbers"
             )
     return Layout(tuple(slots), scalars, group)
+
+
+def check_elementwise(name: str, options: Mapping[str, Any]) -> None:
+    """Raises InputError for an optimizer that does not treat each number by itself, by trying it whole and in pieces.
+
+    From ZeRO stage 1 on it sees the parameters flattened, joined and cut over the ranks: what depends on a matrix, such
+    as its norm, would be that of whatever piece a rank has.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values, *gradients = (torch.randn(6, 4, generator=generator) for _ in range(3))
+
+    def updated(cut: Callable[[Tensor], list[Tensor]]) -> Tensor:
+        pieces = [nn.Parameter(piece.clone()) for piece in cut(values)]
+        optimizer = build_optimizer(name, options, pieces)
+        optimizer.param_groups[0]["lr"] = 1e-2
+        for gradient in gradients:
+            for piece, its_gradient in zip(pieces, cut(gradient), strict=True):
+                piece.grad = its_gradient.clone()
+            optimizer.step()
+        return torch.cat([piece.detach().flatten() for piece in pieces])
+
+    whole, in_pieces = updated(lambda matrix: [matrix]), updated(lambda matrix: [*torch.split(matrix.flatten(), 9)])
+    if not torch.allclose(whole, in_pieces, rtol=1e-4, atol=1e-6):
+        raise InputError(
+            f"engine.optimizer {name}: updates a matrix as another than its numbers one by one, and from "
+            "engine.zero_stage 1 on it would see them cut over the ranks; give engine.zero_stage=0"
+        )
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xxhash import xxh3_128
 
 from ecgscale import cli
 from ecgscale.data.sources import Source, SourceOptions, WfdbFolder, archive, open_source, scratch
@@ -125,7 +126,8 @@ def test_an_archive_equals_its_folder(raw, tmp_path, place, assert_same, kind: s
         assert_same(source.read(item), folder.read(item))
         assert source.fingerprint(item).endswith(folder.fingerprint(item))
     segments = [(raw / "p0" / f"{name}.hea").read_bytes() for name in ("long", "r0", "r2")]
-    assert folder.fingerprint("p0/long") == b"\0".join(segments)
+    hashes = [xxh3_128((raw / "p0" / f"{name}.dat").read_bytes()).digest() for name in ("r0", "r2")]
+    assert folder.fingerprint("p0/long") == b"\0".join(segments + hashes)
     assert "5 WFDB records" in source.description
     assert source.unlabelled() == source.items()
     del source

@@ -64,7 +64,6 @@ def identifier(value: object) -> str | None:
         *(
             (2**60, str(2**60)),
             ("9007199254740993", "9007199254740993"),
-            ("１７.0", "１７.0"),
             ("12345678901234567890",) * 2,
         ),
     ],
@@ -342,3 +341,17 @@ def test_letters_and_blanks_of_two_kinds_are_one() -> None:
     assert Cells().classes("'AF;SB'", "dx") == ["AF", "SB"]
     assert Cells().classes("'", "dx") == ["'"]
     assert Cells().identifier("''", "patient") is None
+
+
+@pytest.mark.parametrize("text", ["\uff11\uff17", "\u0661\u0667", "1\uff17", "\uff11\uff17.0"])
+def test_digits_of_other_scripts_make_the_same_id(text: str) -> None:
+    cells = Cells()
+    assert cells.identifier(text, "pid") == "17"
+    assert cells.notes["pid in digits of another script, read as 0 to 9"] == 1
+
+
+@pytest.mark.parametrize("text", ["+17", "0x11", "1_000", "1E5", "1e0", "\u216b", "x\u00b2"])
+def test_other_forms_of_numbers_are_kept_as_ids(text: str) -> None:
+    cells = Cells()
+    assert cells.identifier(text, "pid") == text
+    assert not cells.notes

@@ -348,6 +348,12 @@ def test_an_exam_that_lies_in_another_part_than_its_row_says(root: Path) -> None
     assert "trace_file" not in source.read("exams_part0/0_11").metadata
 
 
+def test_a_placeholder_for_the_part_says_nothing(root: Path) -> None:
+    (root / "exams.csv").write_text(EXAMS.replace("6.6,False,exams_part0.hdf5", "6.6,False,x"))
+    source = open_source(root, SourceOptions())
+    assert source.read("exams_part0/1_7").name
+
+
 def test_rows_without_an_exam_are_counted(root: Path) -> None:
     (root / "exams_part1.hdf5").unlink()
     line = "left out: 1 rows of exams.csv whose exam is in no part; the first is 9"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from ecgscale import cli
 from ecgscale.data.copies import Copies, about_copies, content_keys, copies_apart, copies_in
 from ecgscale.data.ingest import Ingested, IngestOptions, ingest, ingest_part, merge_parts
 from ecgscale.data.shard_set import ShardSet
-from ecgscale.data.shards import SPLITS
+from ecgscale.data.shards import SPLITS, map_index, read_manifest, write_index_in_parts, write_manifest
+from ecgscale.data.sources import SourceOptions, open_source
 from ecgscale.errors import InputError
 from ecgscale.inspection import summarise, verify_dataset
-from ecgscale.record import Record
+from ecgscale.lead_names import LEADS
+from ecgscale.record import Record, quantise
 from ecgscale.simulate import Simulation
 from in_memory import Records
 from small_jobs import SMALL
@@ -78,20 +81,119 @@ def test_linked_persons_are_those_that_a_chain_of_copies_joins(groups: list[list
 
 
 @pytest.mark.parametrize("payload", ["pco", "npy"])
-def test_only_equal_samples_leads_and_scales_are_copies(make_record, ingest_records, tmp_path, payload) -> None:
+def test_only_equal_samples_in_millivolts_are_copies(make_record, ingest_records, tmp_path, payload) -> None:
     one = make_record("a", 200, ("I", "II"))
     signal_LT = one.signal_LT.copy()
-    signal_LT[1, -1] ^= 1
+    signal_LT[:, -1] ^= 1
     records = [
         one,
         replace(one, name="b", patient="other", labels={"x": ["y"]}),
         replace(one, name="c", signal_LT=signal_LT),
         replace(one, name="d", scale_L=one.scale_L * 2),
-        replace(one, name="e", leads=("I", "V1")),
+        replace(one, name="e", leads=("aVR", "V1")),
         replace(one, name="f", signal_LT=one.signal_LT[:, :-1]),
     ]
     out = ingest_records(tmp_path / "out", records, payload=payload)
     assert copies_in(ShardSet.open(out)).number_R.tolist() == [0, 1]
+
+
+def rows_of(record: Record, *leads: str) -> Record:
+    """With some leads alone."""
+    rows = [record.leads.index(lead) for lead in leads]
+    return replace(record, signal_LT=record.signal_LT[rows], scale_L=record.scale_L[rows], leads=leads)
+
+
+def between(record: Record, before: int, behind: int) -> Record:
+    """With samples of zero around it."""
+    return replace(record, signal_LT=np.pad(record.signal_LT, ((0, 0), (before, behind))))
+
+
+def as_floats(record: Record) -> Record:
+    """As a table of millivolts is ingested."""
+    fitted = quantise(record.millivolts().astype(np.float64))
+    return replace(record, signal_LT=fitted.signal_LT, scale_L=fitted.scale_L)
+
+
+STORED_ANEW: dict[str, Callable[[Record], Record]] = {
+    "lead I": lambda one: rows_of(one, "I"),
+    "lead II": lambda one: rows_of(one, "II"),
+    "without the limb leads that follow": lambda one: rows_of(one, "I", "II", *LEADS[6:]),
+    "without II": lambda one: rows_of(one, "I", "V1", "V5"),
+    "other counts of the same microvolts": lambda one: replace(
+        one, signal_LT=5 * one.signal_LT, scale_L=one.scale_L / np.float32(5)
+    ),
+    "floats in mV": as_floats,
+    "zeros behind it": lambda one: between(one, 0, 300),
+    "zeros around it": lambda one: between(one, 40, 300),
+    "its beginning": lambda one: replace(one, signal_LT=one.signal_LT[:, :700]),
+}
+
+
+@pytest.mark.parametrize("payload", ["pco", "npy"])
+@pytest.mark.parametrize("scale_mv", [1 / 200, 1 / 400, 1 / 204.8, 1e-3])
+def test_copies_are_known_however_they_are_stored(make_record, ingest_records, tmp_path, payload, scale_mv) -> None:
+    first, second = (
+        replace(one, signal_LT=one.signal_LT // 64, scale_L=np.full(12, scale_mv, np.float32), patient=None)
+        for one in (make_record(name, 1000) for name in ("one", "two"))
+    )
+    stored = [change(one) for one in (first, second) for change in STORED_ANEW.values()]
+    stored = [replace(record, name=f"{i:03}") for i, record in enumerate(stored)]
+    out = ingest_records(tmp_path / "out", [first, second], **vars(HALVES) | {"payload": "npy"})
+    add(out, stored, "elsewhere", payload=payload)
+    copies = copies_in(ShardSet.open(out))
+    half = len(STORED_ANEW)
+    assert copies.number_R.tolist() == [0, *range(2, 2 + half), 1, *range(2 + half, 2 + 2 * half)]
+    assert copies.first_G.tolist() == [0, 1 + half, 2 + 2 * half]
+    split = splits(out)
+    for number, one in enumerate((first, second)):
+        assert {split[f"{i:03}"] for i in range(number * half, (number + 1) * half)} == {split[one.name]}
+    verify_dataset(str(out))
+    with (out / "copies.csv").open(newline="") as file:
+        assert {row["equals"] for row in csv.DictReader(file)} == {"one", "two"}
+
+
+@pytest.mark.parametrize("still", ["whole", "steps"])
+def test_leads_that_say_too_little_make_no_copies(make_record, ingest_records, tmp_path, still) -> None:
+    """Such as a loose electrode, or a calibration: other leads tell the recordings apart."""
+    records = [make_record(f"{i:02}", 1000, ("I", "II", "V1")) for i in range(6)]
+    alike_T = np.zeros(1000, np.int16) if still == "whole" else (np.arange(1000) // 100 % 2 * 1000).astype(np.int16)
+    for record in records:
+        record.signal_LT[0] = alike_T
+    records = [replace(record, scale_L=np.ones(3, np.float32)) for record in records]
+    out = ingest_records(tmp_path / "out", records)
+    assert about_copies(ShardSet.open(out)) == []
+
+
+def older(folder: Path) -> Path:
+    """As an earlier version wrote it."""
+    manifest = read_manifest((folder / "manifest.json").read_bytes(), "manifest")
+    index = folder / manifest["index"]["file"]
+    columns = {name: np.array(column) for name, column in map_index(index, manifest["records"]).items()}
+    del columns["lead_keys"]
+    index.unlink()
+    entry = write_index_in_parts(folder, manifest["records"], [columns])
+    write_manifest(folder, manifest["rate_hz"], entry, manifest["shards"], manifest["sources"])
+    return folder
+
+
+def test_sets_of_earlier_versions_are_compared_by_their_payloads_and_the_gap_is_told(
+    originals, make_record, ingest_records, tmp_path
+) -> None:
+    out = older(ingest_records(tmp_path / "out", originals, **vars(HALVES)))
+    untold = f"copies in another payload, with other leads or another scale are not found in {out}, which comes from"
+    (line,) = about_copies(ShardSet.open(out))
+    assert line.startswith(untold)
+    verify_dataset(str(out))
+    before = splits(out)
+    added = add(out, copied(originals))
+    assert splits(out) == before | {f"{name}_copy": split for name, split in before.items()}
+    assert added.copies[0].startswith("24 recordings are exact copies")
+    assert added.copies[-1].startswith(untold)
+    new = ingest_records(tmp_path / "new", [make_record("new")])
+    line = copies_apart(ShardSet.open([out, new]))
+    assert line is not None
+    assert line.startswith(untold)
+    assert copies_apart(ShardSet.open(out)) is None
 
 
 def test_flat_recordings_are_no_copies(make_record, ingest_records, tmp_path) -> None:
@@ -254,6 +356,17 @@ def test_a_damaged_copy_ends_no_run_that_skips_it(make_record, ingest_records, t
     assert line in jobs.run(2, [*run, "--data.unreadable=skip"])
 
 
+def test_tars_of_others_with_copies_of_other_leads(originals, ingest_records, tmp_path, capsys) -> None:
+    copies = [rows_of(record, "I") for record in copied(originals)]
+    made = ingest_records(tmp_path / "made", by_name(*originals, *copies), payload="npy")
+    for path in [*made.glob("index-*"), made / "manifest.json"]:
+        path.unlink()
+    assert cli.main(["index", str(made), "--workers=1", "--validation-fraction=.3", "--test-fraction=.3"]) == 0
+    assert "24 recordings are exact copies of others, such as" in (said := capsys.readouterr().out)
+    assert "all copies of a recording lie in one split" in said
+    verify_dataset(str(made))
+
+
 def test_tars_of_others_with_copies(originals, ingest_records, tmp_path, capsys) -> None:
     made = ingest_records(tmp_path / "made", by_name(*originals, *copied(originals)), payload="npy")
     for path in [*made.glob("index-*"), made / "manifest.json"]:
@@ -337,6 +450,24 @@ def test_patient_ids_that_occur_in_another_data_set_are_counted(make_record, ing
     again = ingest(Records(batches["2019"], "2019"), tmp_path / "two", HALVES)
     assert again.shared_ids == {}
     assert add(tmp_path / "two", batches["2020"], "2019").shared_ids == {}
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_equal_rows_and_files_of_arrays_are_copies(tmp_path, stacked) -> None:
+    simulation = Simulation(patients=3, records_per_patient=1, rate_hz=RATE_HZ)
+    mv_NLT = np.stack([simulation.read(item).millivolts() for item in simulation.items()])[[0, 1, 2, 1]]
+    source = tmp_path / "in.npy"
+    if stacked:
+        np.save(source, mv_NLT)
+    else:
+        source = tmp_path / "in"
+        source.mkdir()
+        for i, mv_LT in enumerate(mv_NLT):
+            np.save(source / f"{i}.npy", mv_LT)
+    out = tmp_path / "out"
+    ingest(open_source(source, SourceOptions(source_rate_hz=RATE_HZ)), out, HALVES)
+    assert copies_in(ShardSet.open(out)).number_R.tolist() == [1, 3]
+    assert splits(out)["1"] == splits(out)["3"]
 
 
 def test_the_command_line_says_it(tmp_path, write_record, capsys) -> None:

@@ -157,7 +157,7 @@ def test_units_of_a_gain(tmp_path, about: dict, scale_mv: float) -> None:
     ("about", "reason"),
     [
         ({"gain": 200, "baseline": 1024}, "its baseline is 1024, so that 0 mV is not the count 0; subtract it"),
-        ({"gain": 200, "Baseline": [0] * 11 + [7]}, "its baseline is [0, 0"),
+        ({"gain": 200, "Baseline": [0] * 11 + [7]}, "its Baseline is [0, 0"),
         ({"gain": 200, "adc_zero": -3.5}, "its adc_zero is -3.5"),
         ({"gain": 200, "units": "counts"}, "its units are counts; write mV, uV or V, once or for each of 12 rows"),
         ({"gain": 200, "units": ["mV"] * 11}, "its units are ['mV', "),
@@ -520,6 +520,90 @@ def test_leads_in_a_form_that_is_not_read_are_refused(tmp_path, said: dict) -> N
 def test_a_zero_that_stands_deeper_is_refused_too(tmp_path, said: dict) -> None:
     folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
     assert "so that 0 mV is not the count 0" in refused(folder, "s000.json")
+
+
+@pytest.mark.parametrize("option", [{}, {"mv_per_count": 0.001}])
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"signal": {"gain": 200, "units": "mV"}}, "its signal.gain is 200, which is not the scale"),
+        ({"uv_per_lsb": 4.88}, "its uv_per_lsb is 4.88"),
+        ({"meta": {"polarity": "inverted"}}, "its meta.polarity is inverted, so that leads are upside down"),
+        ({"dc_offset": 3}, "so that 0 mV is not the count 0"),
+    ],
+)
+def test_what_says_another_amplitude_is_refused(tmp_path, said: dict, reason: str, option: dict) -> None:
+    about = {key: value for key, value in ABOUT.items() if not option or key != "mv_per_count"}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about | said}])
+    assert reason in refused(folder, "s000.json", **option)
+
+
+def test_what_is_named_as_a_label_says_nothing_of_amplitude(tmp_path) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | {"inverted": "T wave"}}])
+    refused(folder, "upside down")
+    assert index(folder, label_keys=("inverted",)).record(0).labels == {"inverted": ["T wave"]}
+
+
+def test_a_mapping_of_gains_beside_the_option_is_compared(tmp_path) -> None:
+    about = {"rate_hz": 100, "patient": "p", "leads": LEADS, "gain": dict.fromkeys(LEADS, 200)}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about}])
+    assert "its gain.I is 200, which is not the scale" in refused(folder, mv_per_count=0.001)
+    assert index(folder, mv_per_count=0.005).record(0).scale_L[0] == np.float32(0.005)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        *(({key: 3500}, f"its {key} is 3500, but its array has 700") for key in ("sig_len", "n_samples", "NumSamples")),
+        ({"header": {"duration_s": 35}}, "its duration_s is 35, but its array has 700 samples at 100 Hz"),
+    ],
+)
+def test_a_length_that_the_array_contradicts_is_refused(tmp_path, said: dict, reason: str) -> None:
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | said}])
+    assert reason in refused(folder, "s000.json", "--rate-hz")
+    index(folder, rate_hz=100.0)
+    same = {"sig_len": 700, "duration_s": 7.01, "samples": None, "duration": 10}
+    index(write_tars(tmp_path / "same", [{"npy": counts(0), "json": ABOUT | same}]))
+
+
+@pytest.mark.parametrize(
+    "said", [{"fs": [100] * 11 + [50]}, {"h": {"fs": {"I": 50}}}, {"h": [[{"Sampling Rate": "50 Hz"}]]}]
+)
+def test_a_rate_of_one_lead_is_a_rate(tmp_path, said: dict) -> None:
+    about = {key: value for key, value in ABOUT.items() if key != "rate_hz"} | {"srate": None}
+    folder = write_tars(tmp_path / "set", [{"npy": counts(0), "json": about | said}])
+    assert "says 50; leave one out" in refused(folder, "s000.json", rate_hz=100.0)
+
+
+@pytest.mark.parametrize("per_tar", [1, 4])
+@pytest.mark.parametrize(
+    "said", [{"meta": {"dataset": "?"}}, {"DataSet": {"name": "?"}}, {"from": [{"database": "?"}]}, {"source": "?"}]
+)
+def test_data_sets_are_told_apart_at_any_depth(tmp_path, said: dict, per_tar: int) -> None:
+    def of(name: str) -> dict:
+        return json.loads(json.dumps(said).replace("?", name))
+
+    def write(folder: str, names: tuple[str, str]) -> Path:
+        samples = [{"npy": counts(i), "json": ABOUT | of(name)} for i, name in enumerate(names)]
+        return write_tars(tmp_path / folder, samples, per_tar)
+
+    folder = write("two", ("A", "B"))
+    refused(folder, "of ", "'A'", "'B'", "--dataset")
+    index_folder(folder, Rules(), ALL_TRAIN, dataset="both")
+    assert len(index(write("one", ("A", "A")))) == 2
+
+
+def test_sources_of_other_patients_and_files_name_no_data_set(tmp_path) -> None:
+    each = [
+        *({"patient": "a", "source": source} for source in ("raw/1.dat", "raw/2.dat", "3.hea")),
+        *({"patient": patient, "source": patient} for patient in ("b", "c")),
+    ]
+    assert len(index(write_tars(tmp_path / "set", [{"npy": counts(0), "json": ABOUT | one} for one in each]))) == 5
+
+
+def test_json_that_nests_deep_is_read_or_refused(tmp_path) -> None:
+    text = json.dumps(ABOUT)[:-1] + ', "x": ' + '{"a":' * 700 + "1" + "}" * 701
+    refused(write_tars(tmp_path / "set", [{"npy": counts(0), "json": text.encode()}]), "s000.json", "nests too deep")
 
 
 def test_other_lists_and_rates_say_nothing_of_leads(tmp_path) -> None:

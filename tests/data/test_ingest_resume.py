@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from ecgscale.data.ingest.slice import part_file
 from ecgscale.data.remarked import Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import write_manifest
-from ecgscale.data.sources import WfdbFolder
+from ecgscale.data.sources import OpenedSource, SourceOptions, WfdbFolder, open_source
 from ecgscale.errors import InputError, MachineError
 from ecgscale.inspection import verify_dataset
 from ecgscale.record import Record, Remark
@@ -366,6 +366,54 @@ def test_parts_of_records_whose_headers_changed_since(tmp_path, headers) -> None
     merge_parts(headers, out, options)
     ingest(headers, tmp_path / "undisturbed", options)
     assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def write_source(folder: Path, kind: str, records: Sequence[Record], write_record: Callable[..., Path]) -> OpenedSource:
+    """Recordings in one of the ways that ingest reads."""
+    if kind == "npy":
+        folder.mkdir(parents=True, exist_ok=True)
+        for record in records:
+            np.save(folder / f"{record.name}.npy", record.millivolts().astype(np.float32))
+        return open_source(folder, SourceOptions(source_rate_hz=100.0, dataset="in"))
+    for record in records:
+        write_record(folder / "in", record.name, record)
+    where = folder
+    if kind != "folder":
+        where = folder / f"in.{kind}"
+        where.unlink(missing_ok=True)
+        form = {"zip": "zip", "tar": "tar", "tar.gz": "gztar"}[kind]
+        shutil.make_archive(str(folder / "in"), form, folder, "in")
+    return open_source(where, SourceOptions(dataset="in"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz", "npy"])
+def test_samples_that_changed_between_parts_are_noticed(tmp_path, write_record, kind) -> None:
+    simulation = Simulation(patients=4, records_per_patient=1, rate_hz=100.0)
+    records = [simulation.read(item) for item in simulation.items()]
+    records = [replace(record, name=f"r{i}") for i, record in enumerate(records)]
+    out, options = tmp_path / "out", replace(OPTIONS, split_by="", validation_values=())
+    ingest_part(write_source(tmp_path / "src", kind, records, write_record), out, options, (1, 2))
+    changed_LT = records[1].signal_LT.copy()
+    changed_LT[0, [-2, -1]] = changed_LT[0, [-1, -2]] + np.array([1, -1], np.int16)  # the header's checksum stays
+    changed = [records[0], replace(records[1], signal_LT=changed_LT), *records[2:]]
+    source = write_source(tmp_path / "src", kind, changed, write_record)
+    ingest_part(source, out, options, (2, 2))
+    said = r"1 of 2 shards were made before .* files or tables changed, the first is shard-000000\.tar of --part 1/2"
+    with pytest.raises(InputError, match=said):
+        merge_parts(source, out, options)
+    kept = stamps(out, ["shard-000001.tar"])
+    ingest_part(source, out, options, (1, 2))
+    merge_parts(source, out, options)
+    assert stamps(out, kept) == kept
+    ingest(source, tmp_path / "undisturbed", options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_samples_are_not_read_again_where_no_file_changed(tmp_path, headers, monkeypatch) -> None:
+    out, options = tmp_path / "out", replace(OPTIONS, split_by="", validation_values=())
+    ingest_part(headers, out, options, (1, 1))
+    monkeypatch.setattr(WfdbFolder, "fingerprint", lambda self, item: pytest.fail("samples are read"))
+    merge_parts(headers, out, options)
 
 
 def test_an_interrupted_ingest_makes_records_anew_whose_headers_changed(tmp_path, headers) -> None:

@@ -82,7 +82,7 @@ def test_one_letter_may_be_written_in_two_ways(tmp_path: Path) -> None:
     assert [one.patient for one in known] == [composed, composed]
     assert [one.labels["dx"] for one in known] == [[composed], [composed]]
     both = NameMatcher(tmp_path, [composed, apart])
-    assert [list(both.records(name, tmp_path)) for name in (composed, apart)] == [[composed], [apart]]
+    assert [list(both.records("record", name, tmp_path)) for name in (composed, apart)] == [[composed], [apart]]
 
 
 def test_a_base_name_that_several_share_is_refused(tmp_path: Path) -> None:
@@ -113,6 +113,16 @@ def refusal_of_bytes(tmp_path: Path, content: bytes) -> str:
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path / 'labels.csv'}: ")
     return str(caught.value)
+
+
+def test_a_column_that_names_other_records_is_told_or_refused(tmp_path: Path) -> None:
+    table = load(tmp_path, "filename,record,n\na/x,a/x,1\nr1,a/y,2\nnobody,r1,3\n")
+    assert table.row("a/y")["n"] == "2"
+    (line,) = table.remarks
+    assert "line 3: record names the record a/y, filename another; record counts, since it names more records" in line
+    said = refusal(tmp_path, "filename,record,n\na/x,a/x,1\nr1,a/y,2\n")
+    assert "line 3: record names the record a/y, filename another; say which one counts with --record-column" in said
+    assert load(tmp_path, "filename,record,n\nnobody,a/x,1\nr1,r1,2\n").remarks == []
 
 
 @pytest.mark.parametrize(
@@ -331,6 +341,17 @@ def test_an_id_of_the_header_that_the_table_contradicts_is_counted(tmp_path: Pat
     assert [(one.patient, one.notes.get(note, 0)) for one in both] == [("5", 0), ("6", 1), ("7", 1)]
 
 
+def test_a_column_that_the_option_names_contradicts_the_usual_comments(tmp_path: Path) -> None:
+    table = load(tmp_path, "record,mrn\na/x,5\na/y,6\nb/x,\n")
+    note = "a patient id of the header passed over, since column mrn says another"
+    each = [describe(("PatientID: 5",), table, item, patient_key="mrn") for item in ("a/x", "a/y", "b/x")]
+    assert [(one.patient, one.patient_key, one.notes.get(note, 0)) for one in each] == [
+        ("5", "mrn", 0),
+        ("6", "mrn", 1),
+        (None, "", 0),
+    ]
+
+
 def test_ids_of_the_header_beside_those_of_a_table_are_counted(tmp_path: Path) -> None:
     table = load(tmp_path, "record,patient_id\na/x,5\na/y,NA\n")
     note = "a patient id of the header, for a record without one in column patient_id"
@@ -365,12 +386,6 @@ def test_columns_of_one_name_in_two_spellings_are_both_kept(tmp_path: Path) -> N
     assert [one.notes.get("age with several values, all kept", 0) for one in both] == [1, 0]
 
 
-def test_classes_that_differ_in_capitals_alone_are_told(tmp_path: Path) -> None:
-    table = load(tmp_path, "record,dx,note\na/x,Sinus|AF,u\na/y,sinus,v\nb/x,SINUS,v\n")
-    (line,) = table.remarks
-    assert line.startswith("2 classes of dx differ from another in capitals alone, such as 'SINUS' and 'Sinus'")
-
-
 def test_all_lines_of_diagnoses_count() -> None:
     comments = (
         "Dx: 426783006",
@@ -383,6 +398,37 @@ def test_all_lines_of_diagnoses_count() -> None:
     assert describe(comments, None, "r").labels == {"Dx": codes}
     assert describe(("Dx: NA", "Dx:"), None, "r").labels == {}
     assert describe((), None, "r").labels == {}
+
+
+@pytest.mark.parametrize("line", ["Dx= 1", "Dx = 1", "dx=1", "Dx : 1", "Dx\uff1a1", "DX\t:1"])
+def test_signs_between_a_key_and_its_value(line: str) -> None:
+    known = describe((line, line.replace("1", "AF", 1), "Rhythm = SR", "url: http://x?a=b"), None, "r")
+    assert known.labels == {"Dx": ["1", "AF"]}
+    assert known.metadata == {"Rhythm": "SR", "url": "http://x?a=b"}
+    assert known.notes == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("Dx 426783006", "a line of the header that begins with Dx and has no colon, not read"),
+        ("Dx - AF", "a line of the header that begins with Dx and has no colon, not read"),
+        ("PatientID 7", "a line of the header that begins with PatientID and has no colon, not read"),
+        ("Age: 64 Sex: M", "a line of the header with Sex behind another key, not read"),
+        ("Age: 45, subject_id=7", "a line of the header with subject_id behind another key, not read"),
+    ],
+)
+def test_lines_of_headers_that_are_not_read_are_counted(line: str, note: str) -> None:
+    known = describe((line, line), None, "r")
+    assert known.notes[note] == 2
+    assert (known.labels, known.patient) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    "line", ["Dx", "Dx:", "a note on the Dx of old", "Aged, 5", "Sexes differ", "Dx: none", ": Dx"]
+)
+def test_other_lines_of_headers_are_not_counted(line: str) -> None:
+    assert not any("of the header" in note for note in describe((line,), None, "r").notes)
 
 
 @pytest.mark.parametrize(

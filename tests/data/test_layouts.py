@@ -194,6 +194,29 @@ def test_codes_that_the_statements_of_ptbxl_do_not_know_are_counted(ptbxl: Path)
     assert record.notes[told] == 1
 
 
+@pytest.mark.parametrize("written", ["{}", "{}.0", "0{}"])
+def test_tables_name_records_of_ptbxl_by_their_number(ptbxl: Path, tmp_path, written: str) -> None:
+    numbers = [written.format(number) for number in (3, 1, 4)]
+    (tmp_path / "mine.csv").write_text("ECG_ID,mine\n" + "".join(f"{number},is {number}\n" for number in numbers))
+    source = opened(ptbxl, labels_csv=tmp_path / "mine.csv")
+    mine = [source.read(item).labels.get("mine") for item in source.items()]
+    assert mine == [[f"is {numbers[1]}"], None, [f"is {numbers[0]}"]]
+    assert source.labels is not None
+    assert source.labels.rows_of_none == 1
+
+
+def test_a_number_and_a_name_that_contradict_are_refused(ptbxl: Path, tmp_path) -> None:
+    (tmp_path / "mine.csv").write_text("filename_hr,ecg_id,mine\n00001_hr,1,a\n00002_hr,3,b\n")
+    said = refusal(ptbxl, labels_csv=tmp_path / "mine.csv")
+    assert "line 3: filename_hr names the record records500/00000/00002_hr, ecg_id another" in said
+
+
+def test_a_number_of_a_known_set_says_nothing_of_plain_records(ptbxl: Path, tmp_path) -> None:
+    (tmp_path / "mine.csv").write_text("ecg_id,mine\n1,a\n")
+    said = refusal(ptbxl / "records500", labels_csv=tmp_path / "mine.csv", layout="wfdb")
+    assert "column ecg_id names no record below" in said
+
+
 def test_ptbxl_with_labels_of_ones_own(ptbxl: Path, tmp_path) -> None:
     (tmp_path / "mine.csv").write_text("record,scp,mine\nrecords500/00000/00001_hr,MINE,a|b\n")
     source = opened(ptbxl, labels_csv=tmp_path / "mine.csv")
@@ -308,6 +331,13 @@ def test_missing_and_unreadable_tables(ptbxl: Path) -> None:
 
 
 # --- MIMIC-IV-ECG ---
+
+
+def test_tables_name_records_of_mimic_by_their_study(mimic: Path, tmp_path) -> None:
+    (tmp_path / "mine.csv").write_text("study_id,subject_id,mine\n49036311,10001725,a\n40689238,10000032,b\n1,2,c\n")
+    source = opened(mimic, labels_csv=tmp_path / "mine.csv")
+    mine = {item.rpartition("/")[2]: source.read(item).labels.get("mine") for item in source.items()}
+    assert mine == {"40689238": ["b"], "44458630": None, "49036311": ["a"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)

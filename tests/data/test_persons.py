@@ -11,7 +11,7 @@ import pytest
 
 from ecgscale import cli
 from ecgscale.data.ingest import IngestOptions, ingest
-from ecgscale.data.persons import ids_apart, near_ids, odd_ids
+from ecgscale.data.persons import ids_apart, near_ids, odd_names
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import map_index, read_manifest, write_index_in_parts, write_manifest
 from ecgscale.inspection import summarise, verify_dataset
@@ -110,7 +110,7 @@ def test_near_ids_of_one_set_are_counted(write_set) -> None:
     line = near_ids(ShardSet.open(out))
     assert line is not None
     assert line.startswith(
-        "2 patient ids are written in two ways that differ in case or leading zeros alone, such as '"
+        "2 patient ids are written in two ways that differ in case, leading zeros or the like alone, such as '"
     )
     assert line.endswith("they count as other people: if they are the same, write them alike")
     assert line in verify_dataset(str(out))
@@ -120,13 +120,25 @@ def test_near_ids_of_one_set_are_counted(write_set) -> None:
     assert near_ids(ShardSet.open([out, clean])) == line  # of two data sets they are no matter here
 
 
+@pytest.mark.parametrize("other", ["+1000", "1e3", "1.0E3", "1E+03", "0x3E8", "0X03e8", "1_000", "01000"])
+def test_one_number_in_two_forms_is_near(write_set, other: str) -> None:
+    line = near_ids(ShardSet.open(write_set("a", ["1000", other])))
+    assert line is not None
+    assert f"{other!r}" in line
+
+
+@pytest.mark.parametrize("ids", [("1-000", "1000"), ("P1e3", "P1000"), ("1.5e0", "1"), ("-1", "1"), ("3E8", "0x3E8")])
+def test_other_ids_are_not_near(write_set, ids: tuple[str, str]) -> None:
+    assert near_ids(ShardSet.open(write_set("a", ids))) is None
+
+
 def test_ids_that_may_be_codes_of_nobody_are_told(write_set) -> None:
     out = write_set("a", ["-9"] * 25 + ["5", "6", "6", "7", "9999", None], **TRAIN)
     line = "25 records are of a patient '-9', far more than of others; if that is a code for unknown, leave these"
-    assert line in str(odd_ids(ShardSet.open(out)))
+    assert any(line in one for one in odd_names(ShardSet.open(out)))
     assert line in verify_dataset(str(out))
     assert line in summarise(str(out))
-    assert odd_ids(ShardSet.open(write_set("b", ["0"] * 10 + ["5"]))) is None
+    assert odd_names(ShardSet.open(write_set("b", ["0"] * 10 + ["5"]))) == []
 
 
 def test_near_ids_in_two_splits_are_shown_first(write_set) -> None:
@@ -135,10 +147,8 @@ def test_near_ids_in_two_splits_are_shown_first(write_set) -> None:
     split_of = {shards.metadata(i)["patient"]: int(split) for i, split in enumerate(shards.column("split"))}
     torn = {one for one in ids if not one.startswith("0") and split_of[one] != split_of[f"0{one}"]}
     line = str(near_ids(shards))
-    assert (
-        f"40 patient ids are written in two ways that differ in case or leading zeros alone, {len(torn)} of which"
-        in line
-    )
+    alone = "40 patient ids are written in two ways that differ in case, leading zeros or the like alone"
+    assert f"{alone}, {len(torn)} of which" in line
     assert any(f"'{one}'" in line and f"'0{one}'" in line for one in torn)
 
 
@@ -156,3 +166,53 @@ def test_tars_of_others_tell_it_too(write_set, capsys) -> None:
     assert cli.main(["index", str(made), "--workers=1"]) == 0
     assert "such as '007' and '7'" in capsys.readouterr().out.replace("'7' and '007'", "'007' and '7'")
     assert json.loads((made / "manifest.json").read_text())["records"] == 2
+
+
+# --- keys that name patients ---
+
+
+def write_headers(folder: Path, write_record, make_record, comments: Iterable[str]) -> Path:
+    for i, comment in enumerate(comments):
+        name = f"{folder.name}{i}"
+        write_record(folder, name, make_record(name), [comment])
+    return folder
+
+
+def ingest_headers(folder: Path, out: Path, *options: str) -> int:
+    how = ["--rate-hz=100", "--workers=2", "--records-per-shard=1", "--dataset=hospital"]
+    return cli.main(["ingest", *how, *options, str(folder), str(out)])
+
+
+def test_headers_that_name_patients_by_keys_of_two_kinds_are_told(tmp_path, write_record, make_record, capsys) -> None:
+    comments = ["PatientID: 7", "Patient: 8", "patient_id: 9", "subject_id: 7"]
+    folder = write_headers(tmp_path / "in", write_record, make_record, comments)
+    assert ingest_headers(folder, tmp_path / "out") == 0
+    line = (
+        "patients of hospital are named by patient (1 records) and patient_id (1 records) and patientid (1 records) "
+        "and subject_id (1 records), and equal ids of these count as one person; if"
+    )
+    assert line in capsys.readouterr().out
+    assert line in verify_dataset(str(tmp_path / "out"))
+    assert ingest_headers(folder, tmp_path / "one", "--patient-key=PatientID") == 0
+    assert "are named by" not in capsys.readouterr().out
+
+
+def test_keys_of_one_kind_are_no_matter(tmp_path, write_record, make_record, capsys) -> None:
+    comments = ["PatientID: 7", "Patient: 8", "patient_id: 9", "Age: 7"]
+    assert ingest_headers(write_headers(tmp_path / "in", write_record, make_record, comments), tmp_path / "out") == 0
+    assert "are named by" not in capsys.readouterr().out
+
+
+def test_batches_that_name_patients_by_other_keys_are_told(tmp_path, write_record, make_record, capsys) -> None:
+    out = tmp_path / "out"
+    one, two, three = (
+        write_headers(tmp_path / name, write_record, make_record, [comment])
+        for name, comment in (("one", "PatientID: 7"), ("two", "Age: 50"), ("three", "subject_id: 7"))
+    )
+    table = tmp_path / "labels.csv"
+    table.write_text("record,mrn\ntwo0,7\n")
+    assert ingest_headers(one, out) == 0
+    assert ingest_headers(two, out, "--append", "--labels", str(table), "--patient-key=mrn") == 0
+    assert "named by mrn (1 records) and patientid (1 records), and equal ids" in capsys.readouterr().out
+    assert ingest_headers(three, out, "--append", "--dataset=other") == 0
+    assert "hospital are named by mrn (1 records) and patientid (1 records), and" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from ecgscale.data.plausibility import (
     LOUD,
     REACHES_1,
     SCALED,
+    SHORT,
     SMALL,
     STUCK,
     UNEQUAL,
@@ -63,6 +64,30 @@ def changed(mv_LT: np.ndarray, lead: str, value: object, where: object = slice(N
     other_LT = mv_LT.copy()
     other_LT[LEADS.index(lead), where] = value
     return other_LT
+
+
+# --- strips ---
+
+
+@pytest.mark.parametrize("duration_s", [0.2, 0.4, 0.79])
+def test_strips_shorter_than_a_beat_are_judged_but_for_what_a_missing_beat_explains(mv_LT, duration_s) -> None:
+    n = int(500 * duration_s)
+    for start in range(0, 5000 - n, 250):
+        strip_LT = mv_LT[:, start : start + n]
+        assert set(kinds(strip_LT)) <= {SHORT, FLAT}
+        assert kinds(strip_LT)[SHORT] == f"{n / 500:.2g} s"
+    r_wave = int(np.abs(mv_LT[1]).argmax())
+    strip_LT = mv_LT[:, max(0, r_wave - n // 2) :][:, :n]
+    assert LARGE in kinds(10 * strip_LT)
+    assert "are they volts?" in refusal(strip_LT / 1000, error=UnlikelyUnitError)
+    assert UNEQUAL in kinds(strip_LT[[1, 0, 5, 4, 3, 2]], leads=LIMB)
+
+
+def test_a_strip_of_a_beat_is_judged_whole(mv_LT) -> None:
+    strip_LT = mv_LT[:, :400]
+    assert kinds(strip_LT) == {}
+    assert SMALL in kinds(strip_LT / 10)
+    assert SHORT not in kinds(strip_LT / 10)
 
 
 # --- good ones ---

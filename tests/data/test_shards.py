@@ -381,6 +381,7 @@ def test_an_index_that_points_outside_is_refused(small, column, value) -> None:
     [
         *(("offset", 512), ("length", 10), ("samples", 59), ("samples", 61), ("samples", (1 << 32) - 1)),
         *(("leads", 3), ("leads", 0b1110), ("scale", np.nan), ("scale", -1), ("patient", 1), ("checksum", 1)),
+        ("lead_keys", 1),
         *(("json_offset", 0), ("json_length", 7), ("json_checksum", 1)),
     ],
 )

@@ -30,10 +30,10 @@ def slurm_installed() -> None:
 
 @pytest.fixture(scope="session")
 def devcluster(slurm_installed: None, short_folder: Path) -> Iterator[dev.DevCluster]:
-    """Four nodes of two CPUs, warnings and kills after few seconds."""
+    """Four nodes of two CPUs. A busy machine needs seconds to save between a warning and its kill."""
     folder = short_folder / "shared"
     try:
-        yield dev.up(folder, nodes=4, cpus=2, kill_wait_s=3, grace_s=5)
+        yield dev.up(folder, nodes=4, cpus=2, kill_wait_s=20, grace_s=20)
     finally:
         dev.down(folder)
 

@@ -1,7 +1,7 @@
 """A rank that trains ``own_parts.Teaching`` by the engine alone, and goes on from what lies in a run's folder.
 
-Takes a JSON list of tasks {run, engine, until, save}: train to step ``until``, with checkpoints after the steps in
-``save``. A last argument ``kill`` ends the process by SIGKILL when all is done.
+Its argument is a task {run, engine, until, save} in JSON: train to step ``until``, with checkpoints after the steps in
+``save``. The argument ``kill`` ends the process by SIGKILL.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from ecgscale import progress
 from ecgscale.data.batch import ECGBatch, synthetic_batch
 from ecgscale.training import checkpoint
 from ecgscale.training.engine import Engine, EngineConfig
-from ecgscale.training.ranks import start_ranks
+from ecgscale.training.ranks import Ranks, start_ranks
 from own_parts import MOMENTUM, Teaching
 
 ROWS, SKIPPED = 8, 3  # over all ranks; the step that has no finite gradient
 
 
-def batch_of(step: int) -> ECGBatch:
-    """This rank's rows of a step's batch, which is the same on any number of ranks."""
+def batch_of(step: int, ranks: Ranks) -> ECGBatch:
+    """A rank's rows of a step's batch, which is the same on any number of ranks."""
     torch.manual_seed(step)
     batch = synthetic_batch(ROWS, 2)
     if step + 1 == SKIPPED:
@@ -38,6 +37,7 @@ def batch_of(step: int) -> ECGBatch:
 
 
 def train(run: str, engine: dict[str, Any], until: int, save: list[int]) -> None:
+    ranks = start_ranks()
     config = EngineConfig(clip_norm=1.0, **engine)
     resumed = checkpoint.latest(Path(run))
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def train(run: str, engine: dict[str, Any], until: int, save: list[int]) -> None
         ours.set_optimizer(resumed.reader(), resumed.optimizer())
     teacher = {name: ours.weight(name).clone() for name in ours.shapes if name in ours.untrained}
     for step in range(resumed.step if resumed else 0, until):
-        loss, _ = ours.forward(ours.put(batch_of(step)), step=step)
+        loss, _ = ours.forward(ours.put(batch_of(step, ranks)), step=step)
         ours.backward(loss)
         updated = ours.step(1e-2, step)
         assert updated == (step + 1 != SKIPPED)
@@ -69,11 +69,9 @@ def check_teacher(ours: Engine, teacher: dict[str, Tensor], updated: bool) -> No
         assert torch.equal(ours.weight(name), average), name
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    ranks = start_ranks()
-    for task in json.loads(sys.argv[1]):
-        train(**task)
-    if sys.argv[2:] == ["kill"]:
+def main(arguments: list[str]) -> int:
+    if arguments == ["kill"]:
         os.kill(os.getpid(), signal.SIGKILL)
+    train(**json.loads(arguments[0]))
     progress.at(0, "")
+    return 0

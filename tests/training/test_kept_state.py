@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +21,7 @@ from ecgscale.training.module_state import own_after_step, standing_in
 from ecgscale.training.ranks import start_ranks
 from own_parts import MOMENTUM, Teaching
 
-SCRIPT = str(Path(__file__).parent / "kept_states.py")
+PROGRAM = "training.kept_states:main"
 LION = {"optimizer": "own_parts:Lion", "optimizer_options": {"decay": 0.1}}
 # Sums over ranks are added up in another order, and a step by AdamW or Lion is as large for a small gradient.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
@@ -38,29 +34,8 @@ ENGINES = {
 ENGINES |= {f"{name}-lion": engine | LION for name, engine in ENGINES.items() if not engine["whole_below"]}
 
 
-def start(world_size: int, tasks: list[dict[str, object]], *kill: str) -> None:
-    """Run tasks on so many ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    started = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, json.dumps(tasks), *kill],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    errors = [process.communicate(timeout=280)[1] for process in started]
-    codes = [process.returncode for process in started]
-    assert codes == [-9 if kill else 0] * world_size, "\n".join(error[-3000:] for error in errors)
-
-
-def task(run: Path, engine: dict[str, object], until: int, *save: int) -> dict[str, object]:
-    return {"run": str(run), "engine": engine, "until": until, "save": save}
+def task(run: Path, engine: dict[str, object], until: int, *save: int) -> list[str]:
+    return [json.dumps({"run": str(run), "engine": engine, "until": until, "save": save})]
 
 
 def kept(run: Path, step: int) -> dict[str, Tensor]:
@@ -70,21 +45,23 @@ def kept(run: Path, step: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(jobs, tmp_path_factory) -> Path:
     """For each engine: six steps on 2 ranks and on 1; killed on 2 ranks, then on 1, and ended on 2; and others."""
     folder = tmp_path_factory.mktemp("runs")
     whole = [task(folder / name / "whole-2", engine, 6, 2, 6) for name, engine in ENGINES.items()]
-    start(2, whole + [task(folder / name / "killed", engine, 4, 2) for name, engine in ENGINES.items()], "kill")
+    killed = [task(folder / name / "killed", engine, 4, 2) for name, engine in ENGINES.items()]
+    jobs.run(2, *whole, *killed, ["kill"], code=-9, program=PROGRAM)
     for name in ENGINES:
         for other in ("same", "other-stage"):
             shutil.copytree(folder / name / "killed", folder / name / other)
     alone = [task(folder / name / "whole-1", engine, 6, 6) for name, engine in ENGINES.items()]
-    start(1, alone + [task(folder / name / "killed", engine, 5, 4) for name, engine in ENGINES.items()], "kill")
+    killed = [task(folder / name / "killed", engine, 5, 4) for name, engine in ENGINES.items()]
+    jobs.run(1, *alone, *killed, ["kill"], code=-9, program=PROGRAM)
     ending = [task(folder / name / run, engine, 6, 6) for run in ("killed", "same") for name, engine in ENGINES.items()]
     for name, engine in ENGINES.items():
         other_stage = engine | {"zero_stage": (int(engine["zero_stage"]) + 1) % 4}
         ending.append(task(folder / name / "other-stage", other_stage, 6, 6))
-    start(2, ending)
+    jobs.run(2, *ending, program=PROGRAM)
     return folder
 
 

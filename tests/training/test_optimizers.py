@@ -8,7 +8,7 @@ import torch
 from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError
 from ecgscale.run import first_difference
-from ecgscale.training.optimizers import OPTIMIZERS, layout_of
+from ecgscale.training.optimizers import OPTIMIZERS, check_elementwise, layout_of
 
 CPU = torch.device("cpu")
 
@@ -84,6 +84,10 @@ def test_what_an_optimizer_keeps_is_seen_by_trying_it(name, options, slots, scal
             ["--engine.optimizer=own_parts:Misnamed"],
             "keeps 'weight'; give it a name without dots, not weight or buffer",
         ),
+        (
+            ["--engine.optimizer=own_parts:Normed", "--engine.zero_stage=1"],
+            "engine.optimizer own_parts:Normed: updates a matrix as another than its numbers one by one",
+        ),
         (["--engine.optimizer=torch.optim:Adagrad"], "keeps state before its first step"),
         (["--engine.optimizer=torch.optim:LBFGS"], "cannot do a step from gradients alone"),
     ],
@@ -92,6 +96,12 @@ def test_an_optimizer_that_cannot_be_used_is_refused_at_once(arguments, message)
     assert message in refusal(*arguments)
 
 
-def test_every_optimizer_of_ours_can_be_tried() -> None:
+def test_an_optimizer_of_whole_matrices_is_taken_where_it_sees_them() -> None:
+    arguments = ["--engine.optimizer=own_parts:Normed", "--engine.zero_stage=0"]
+    assert load(PretrainConfig, arguments).engine.optimizer == "own_parts:Normed"
+
+
+def test_every_optimizer_of_ours_can_be_tried_whole_and_in_pieces() -> None:
     for name in OPTIMIZERS:
         layout_of(name, {}, CPU)
+        check_elementwise(name, {})

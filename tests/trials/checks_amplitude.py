@@ -115,7 +115,7 @@ def lead_order(folder: Path, scratch: Path) -> str:
 
 @case("embed-units")
 def embed_units(folder: Path, scratch: Path) -> str:
-    config = ModelConfig("tiny", stem_channels=16, width=32, depth=2, ffn_width=64, heads=2, position_kernel=16)
+    config = ModelConfig(preset="tiny", stem_channels=16, width=32, depth=2, ffn_width=64, heads=2, position_kernel=16)
     weights = {f"encoder.{name}": tensor for name, tensor in ECGEncoder(config).state_dict().items()}
     model = write_export(scratch / "model", weights, about_model(config, Profile(500.0, 5.0, "mv")))
     outcome = {}

@@ -99,7 +99,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def small_export(folder: Path) -> Path:
-    model = ModelConfig("tiny", stem_channels=16, width=32, depth=2, heads=2, ffn_width=64, position_kernel=16)
+    model = ModelConfig(preset="tiny", stem_channels=16, width=32, depth=2, heads=2, ffn_width=64, position_kernel=16)
     torch.manual_seed(0)
     weights = {f"encoder.{name}": tensor for name, tensor in ECGEncoder(model).state_dict().items()}
     return write_export(folder, weights, about_model(model, Profile(250.0, 5.0, "mv"), step=3))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ecgscale import __version__
 from ecgscale.data.ingest.mark import NAMES, UNFINISHED, Asked, read_base, tidied, version
 from ecgscale.data.ingest.options import SPLIT_OPTIONS, IngestOptions
-from ecgscale.data.ingest.slice import Held, Part, Slice, check_utf8, inputs_sha256, read_part
+from ecgscale.data.ingest.slice import Held, Part, Slice, check_utf8, inputs_sha256, read_part, stamps_sha256
 from ecgscale.data.payload import Payload
 from ecgscale.data.schema import parse_json
 from ecgscale.data.shards import MANIFEST, Columns, map_index
@@ -93,7 +93,10 @@ class IngestJob:
     def is_done(self, number: int) -> bool:
         """Whether a slice is converted, from records as they are now."""
         part = read_part(self.tar(number), self.identity)
-        return part is not None and part.inputs == inputs_sha256(self.source, self.items_of(number))
+        if part is None:
+            return False
+        items = self.items_of(number)
+        return part.stamps == stamps_sha256(self.source, items) or part.inputs == inputs_sha256(self.source, items)
 
     def parts(self) -> Iterator[tuple[Path, Part | None]]:
         """Each tar with what is known of it; None: not converted yet."""

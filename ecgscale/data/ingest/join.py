@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecgscale.data.copies import Copies, about_copies, content_keys, is_flat, write_copies
+from ecgscale.data.copies import Copies, about_copies, is_flat, record_keys, write_copies
 from ecgscale.data.ingest.job import IngestJob
 from ecgscale.data.ingest.mark import Mark, sweep
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import OTHER_LABELS, SPLIT_VALUE, Part, read_columns
 from ecgscale.data.ingest.splits import Splits, United, check_not_empty, splits_by_hash, splits_by_value
 from ecgscale.data.payload import Payload
-from ecgscale.data.persons import odd_ids
+from ecgscale.data.persons import odd_names
 from ecgscale.data.remarked import NONE, Remarked
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.shards import (
@@ -38,6 +38,7 @@ from ecgscale.data.shards import (
     write_index_in_parts,
     write_manifest,
 )
+from ecgscale.data.spellings import Spellings
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import whole_file
 
@@ -66,15 +67,15 @@ class Ingested:
     shared_ids: dict[str, int] = field(default_factory=dict)  # other data set of the set -> ids that it has too
     notes: dict[str, int] = field(default_factory=dict)  # what was done to labels and ids -> how often
     copies: list[str] = field(default_factory=list)  # lines on all that the set holds; copies.csv lists them
-    near_ids: str | None = None  # a line on ids that may be one patient's, of all that the set holds
+    odd_names: list[str] = field(default_factory=list)  # lines on ids, labels and classes that may be one, likewise
 
     @staticmethod
-    def of(described: dict[str, Any], copies: list[str], near_ids: str | None) -> Ingested:
+    def of(described: dict[str, Any], shards: ShardSet, copies: list[str]) -> Ingested:
         """From an entry of the manifest's ``sources``; older ones say less."""
         always = {name: described[name] for name in ("records", "rejected", "shards", "patients_known")}
         later = {name: described[name] for name in ("held", "shared_ids", "notes") if name in described}
         remarked = {kind: Remarked(**one) for kind, one in described.get("remarked", {}).items()}
-        return Ingested(**always, **later, remarked=remarked, copies=copies, near_ids=near_ids)
+        return Ingested(**always, **later, remarked=remarked, copies=copies, odd_names=odd_names(shards))
 
 
 def finish(job: IngestJob, mark: Mark) -> Ingested:
@@ -116,6 +117,8 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
         "patients_known": found.patients_known,
         "remarked": {kind: asdict(one) for kind, one in found.remarked.items()},
         "notes": dict(found.notes),
+        "classes": found.spellings.kept(),
+        "patient_keys": dict(found.patient_keys),
         "items_sha256": job.items_sha256,
         "held": found.held,
         "shared_ids": _shared_ids(job, records),
@@ -125,7 +128,7 @@ def finish(job: IngestJob, mark: Mark) -> Ingested:
     write_copies(shards, job.out, copies)
     sweep(job.out)
     mark.remove()
-    return Ingested.of(described, about_copies(shards, copies), odd_ids(shards))
+    return Ingested.of(described, shards, about_copies(shards, copies))
 
 
 def _note_older_ids(job: IngestJob, found: _Found, records: _Records) -> None:
@@ -144,7 +147,7 @@ def check_all_there(job: IngestJob, mark: Mark) -> None:
         raise _not_there(job, mark, missing, "are not there yet", "run what is missing")
     older = [number for number in range(len(job)) if not job.is_done(number)]
     if older:
-        why = "were made before their records' headers or tables changed"
+        why = "were made before their records' files or tables changed"
         raise _not_there(job, mark, older, why, "run its part again")
 
 
@@ -169,6 +172,8 @@ class _Found:
     split_values: set[str] = field(default_factory=set)
     patients_known: bool = False
     notes: Counter[str] = field(default_factory=Counter)
+    spellings: Spellings = field(default_factory=Spellings)
+    patient_keys: Counter[str] = field(default_factory=Counter)
     first_reason: str = ""
     """Why a record was rejected."""
     remarked: dict[str, Remarked] = field(default_factory=dict)
@@ -186,6 +191,8 @@ class _Found:
         self.patients_known |= part.patients_known
         self.held += part.held
         self.notes.update(part.notes)
+        self.spellings.add(part.classes)
+        self.patient_keys.update(part.patient_keys)
         if part.rejected and not self.first_reason:
             self.first_reason = part.rejected[0][1]
         for item, kind, _ in part.remarks:
@@ -243,8 +250,8 @@ def _table(
 class _Records:
     """What decides on copies and splits, of all N records of the set, those of the old one first."""
 
-    key_N: npt.NDArray[np.uint64]
-    """See ``content_keys``."""
+    key_KN: npt.NDArray[np.uint64]
+    """See ``record_keys``."""
     patient_N: npt.NDArray[np.int64]
     id_N: npt.NDArray[np.uint64]
     """See ``record.id_hash``; 0 also for those of an index of an older version, which does not say it."""
@@ -257,11 +264,11 @@ class _Records:
         each = []
         for _, _, old in job.old_tars():
             id_B = old.get("id_hash", np.zeros(len(old["patient"]), np.uint64))
-            each.append((content_keys(old), old["patient"], id_B, old["split"]))
+            each.append((record_keys(old), old["patient"], id_B, old["split"]))
         for entry in found.entries:
             new, values = read_columns(job.out / entry["file"])
-            each.append((content_keys(new), new["patient"], new["id_hash"], _split(new, values, job.options)))
-        return _Records(*(np.concatenate(column) for column in zip(*each, strict=True)))
+            each.append((record_keys(new), new["patient"], new["id_hash"], _split(new, values, job.options)))
+        return _Records(*(np.concatenate(column, axis=-1) for column in zip(*each, strict=True)))
 
 
 def _split(columns: Columns, values: list[str], options: IngestOptions) -> Splits:
@@ -303,7 +310,7 @@ def _check_patients(job: IngestJob, found: _Found, records: _Records, split_N: S
 
 def _copies(job: IngestJob, found: _Found, records: _Records) -> Copies:
     """Of all records that are not flat."""
-    copies = Copies.find(records.key_N)
+    copies = Copies.joined(records.key_KN)
     return copies.only(_not_flat(job, found, copies.one_of_each))
 
 

@@ -28,7 +28,6 @@ from ecgscale.data.ingest.join import Ingested, check_all_there, finish
 from ecgscale.data.ingest.mark import Mark, claimed, sweep
 from ecgscale.data.ingest.options import IngestOptions
 from ecgscale.data.ingest.slice import Part, Slice, convert
-from ecgscale.data.persons import odd_ids
 from ecgscale.data.shard_set import ShardSet
 from ecgscale.errors import InputError
 
@@ -124,7 +123,7 @@ def _open(
 def _finished(job: IngestJob) -> Ingested:
     assert job.base is not None
     shards = ShardSet.open(job.out)
-    return Ingested.of(job.base["sources"][-1], about_copies(shards), odd_ids(shards))
+    return Ingested.of(job.base["sources"][-1], shards, about_copies(shards))
 
 
 def _abandon(job: IngestJob, mark: Mark) -> None:

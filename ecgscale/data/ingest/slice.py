@@ -25,6 +25,7 @@ from ecgscale.data.ingest.splits import split_value, without_value
 from ecgscale.data.payload import Payload
 from ecgscale.data.schema import parse_json
 from ecgscale.data.shards import COLUMNS, Columns, columns_sha256, index_row, read_signal, write_tar
+from ecgscale.data.spellings import Spellings
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import whole_file
 from ecgscale.record import Record, Remark, patient_code
@@ -106,6 +107,12 @@ class Part:
     """What was done to labels and ids (see ``Cells``) -> how often."""
     inputs: str = ""
     """What the records were made from: see ``inputs_sha256``."""
+    stamps: str = ""
+    """See ``stamps_sha256``."""
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    """Of each label: see ``Spellings``."""
+    patient_keys: dict[str, int] = field(default_factory=dict)
+    """Column or key that names the patient -> of how many records."""
 
 
 _PART_FIELDS = {one.name for one in fields(Part)}
@@ -166,37 +173,59 @@ class Fingerprinted(Protocol):
     """A source of files, which may change while they are ingested."""
 
     def fingerprint(self, item: str) -> bytes:
-        """What is quickly read of a record and decides how its samples and labels are taken, such as its header.
+        """What a record is made from, or a hash of it: its header, what tables say of it, its samples.
 
         The same wherever the files are copied to. Empty where they cannot be read: ``read`` says why.
         """
 
 
+@runtime_checkable
+class Stamped(Fingerprinted, Protocol):
+    """Of which it is quickly told that nothing has changed."""
+
+    def stamp(self, item: str) -> bytes:
+        """Changes with the fingerprint, and where files were copied, too: size and time stand for the samples."""
+
+
 def inputs_sha256(source: Source, items: Sequence[str]) -> str:
-    """Changes with the headers and the like of these records; "" for a source that is not made of files."""
-    if not isinstance(source, Fingerprinted):
-        return ""
+    """Changes with the files of these records, all of which are read."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(hashlib.sha256(source.fingerprint(item)).digest())
+        digest.update(_input_digest(source, item))
+    return digest.hexdigest()
+
+
+def _input_digest(source: Source, item: str) -> bytes:
+    """Of nothing where a source is not made of files."""
+    return hashlib.sha256(source.fingerprint(item) if isinstance(source, Fingerprinted) else b"").digest()
+
+
+def stamps_sha256(source: Source, items: Sequence[str]) -> str:
+    """Where it is the same, so is ``inputs_sha256``; no samples are read for it."""
+    if not isinstance(source, Stamped):
+        return inputs_sha256(source, items)
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(hashlib.sha256(source.stamp(item)).digest())
     return digest.hexdigest()
 
 
 def convert(task: Slice) -> Part:
     """Write the tar and the part file; raises InputError where the disk does not take them."""
-    inputs = inputs_sha256(task.source, task.items)
+    stamps, inputs = stamps_sha256(task.source, task.items), hashlib.sha256()  # before records are read
     rejected: list[tuple[str, str]] = []
     place_of_value: dict[str, int] = {}
     places: list[int] = []
     patients_known = False
     remarks: list[tuple[str, str, str]] = []
     held = 0
-    notes = Counter[str]()
+    notes, patient_keys, spellings = Counter[str](), Counter[str](), Spellings()
     split_by = task.options.split_by
 
     def records() -> Iterator[tuple[str, Record]]:
         nonlocal held, patients_known
         for item in task.items:
+            inputs.update(_input_digest(task.source, item))  # then its files are in memory
             try:
                 check_utf8(item)
                 record = task.source.read(item).resampled(task.options.rate_hz)
@@ -227,6 +256,9 @@ def convert(task: Slice) -> Part:
             patients_known |= record.patient is not None
             remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
             notes.update(record.notes)
+            spellings.add(record.labels)
+            if record.patient is not None and record.patient_key:
+                patient_keys[record.patient_key] += 1
             if record.patient is None:
                 notes[NOBODY] += 1
             yield f"{task.tar.stem}-{len(places) - 1:06d}", record
@@ -239,7 +271,8 @@ def convert(task: Slice) -> Part:
         task.tar.unlink()
     values = list(place_of_value)
     counted = (len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
-    part = Part(task.identity, *counted, dict(notes), inputs)
+    said_of_all = (spellings.kept(), dict(patient_keys))
+    part = Part(task.identity, *counted, dict(notes), inputs.hexdigest(), stamps, *said_of_all)
     said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
     columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
     path = part_file(task.tar)

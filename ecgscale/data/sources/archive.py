@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TextIO, cast
 
 from tqdm import tqdm
+from xxhash import xxh3_128
 
 from ecgscale.data.sources.catalogue import TAR, Catalogue, Member
 from ecgscale.data.sources.listing import Contents, header_names, is_junk
@@ -34,9 +35,11 @@ from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.wfdb_listing import (
     MAX_HEADER_BYTES,
     PEEK_BYTES,
+    data_names,
     is_multi_segment,
     known_header,
     segment_names,
+    stamp,
 )
 from ecgscale.data.sources.wfdb_source import read_wfdb
 from ecgscale.errors import InputError, MachineError, file_error, naming_file, unreadable
@@ -161,11 +164,21 @@ class Archive:
             with io.TextIOWrapper(cast("IO[bytes]", file), encoding="utf-8-sig", newline="") as stream:
                 yield stream
 
-    def headers_of(self, item: str) -> bytes:
+    def fingerprint(self, item: str) -> bytes:
+        folder, told = item[: item.rfind("/") + 1], []
         try:
-            return b"\0".join(self._header(name) for name in (item, *self._segments_of(item)))
+            headers = [self._header(name) for name in (item, *self._segments_of(item))]
+            for name in (name for header in headers for name in data_names(header)):
+                digest, member = xxh3_128(), self._member(folder + name)
+                for chunk in _chunks(self.data, member) if member else ():
+                    digest.update(chunk)
+                told.append(digest.digest() if member else b"")
         except InputError:
             return b""  # read will say why
+        return b"\0".join((*headers, *told))
+
+    def stamp(self, item: str) -> bytes:
+        return repr(self._files_of(item)).encode() + stamp(self.where)
 
     def read(self, item: str, **options: Any) -> Record:
         shown = self.where / f"{item}.hea"

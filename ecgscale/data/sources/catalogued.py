@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ecgscale.data.description import Description
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
-from ecgscale.data.matching import NameMatcher
+from ecgscale.data.matching import NameMatcher, RecordIds
 from ecgscale.data.plausibility import plausible
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.archive import Archive
@@ -55,6 +55,8 @@ class CataloguedWfdb:
     """Lines on what lies in the tree and is not read."""
     rename_leads: tuple[tuple[str, str], ...] = ()
     label_columns: LabelColumns = ()
+    record_ids: RecordIds | None = None
+    """The number by which the data set calls its records."""
 
     def items(self) -> list[str]:
         """Sorted names of the records; raises InputError if ``labels_csv`` does not fit."""
@@ -82,14 +84,22 @@ class CataloguedWfdb:
         return replace(
             plausible(record, self.tree.where / f"{item}.hea"),
             patient=said.patient or record.patient,
+            patient_key="" if said.patient else record.patient_key,
             labels=said.labels | record.labels,
             metadata=said.metadata | record.metadata,
             notes=dict(notes),
         )
 
     def fingerprint(self, item: str) -> bytes:
-        """Its headers, and what the data set's tables say of it."""
-        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace") + self.tree.headers_of(item)
+        """Its headers and samples, and what the data set's tables say of it."""
+        return self._said(item) + self.tree.fingerprint(item)
+
+    def stamp(self, item: str) -> bytes:
+        """The same without reading samples."""
+        return self._said(item) + self.tree.stamp(item)
+
+    def _said(self, item: str) -> bytes:
+        return repr(self.catalogue.describe(item)).encode(errors="backslashreplace")
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
@@ -105,7 +115,7 @@ class CataloguedWfdb:
         """The table of the user's; None where there is none."""
         if not (csv_paths := paths_of(self.labels_csv)):
             return None
-        matcher = NameMatcher(self.tree.where, self.catalogue.items())
+        matcher = NameMatcher(self.tree.where, self.catalogue.items(), self.record_ids)
         return load_label_table(csv_paths, matcher, Scratch.make(), self.record_column, self.label_columns)
 
 
@@ -152,6 +162,7 @@ def catalogued(
     hints: Sequence[str] = (),
     others: Callable[[Tree], list[str]] | None = None,
     absent: Absent | None = None,
+    record_ids: RecordIds | None = None,
 ) -> CataloguedWfdb:
     """The source of the records that ``described`` gives; ``{n}`` in the description becomes their number.
 
@@ -178,6 +189,7 @@ def catalogued(
         others,
         rename_leads=options.rename_leads,
         label_columns=options.label_columns,
+        record_ids=record_ids,
     )
 
 
@@ -207,6 +219,8 @@ class KnownWfdb(Layout):
 
     marks: ClassVar[str]
     """What it is recognised by, for people."""
+    record_ids: ClassVar[RecordIds | None] = None
+    """The number by which tables may name its records."""
     options: ClassVar[tuple[str, ...]] = (
         *("--labels", "--label-columns", "--record-column"),
         *("--ignore-leads", "--rename-leads"),
@@ -228,7 +242,8 @@ class KnownWfdb(Layout):
         try:
             about = cls.about(place, scratch, absent)
             description = f"{about.description}; {place.how}" if place.how else about.description
-            return catalogued(tree, scratch, about.described, description, options, (), about.others, absent)
+            known = (about.others, absent, cls.record_ids)
+            return catalogued(tree, scratch, about.described, description, options, (), *known)
         except InputError as error:
             if options.layout != "auto":
                 raise

@@ -129,7 +129,8 @@ class Code15(Layout):
             if said.fault:
                 raise InputError(said.fault)
             metadata = dict(said.metadata)
-            if (trace_file := metadata.pop(_TRACE_FILE, part_name)) != part_name:
+            trace_file = metadata.pop(_TRACE_FILE, part_name)
+            if trace_file.endswith(".hdf5") and trace_file != part_name:  # a placeholder names no part
                 raise InputError(f"{EXAMS} says that it lies in {trace_file}")
             values_TL = _padding_removed(_part(self.root, part_name).read(row))
             if said.patient is None:

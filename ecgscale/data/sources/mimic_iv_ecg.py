@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ecgscale.data.cells import Cells, is_known
 from ecgscale.data.description import Description
+from ecgscale.data.matching import RecordIds
 from ecgscale.data.sources.catalogue import Catalogue
 from ecgscale.data.sources.catalogued import About, Absent, Described, KnownWfdb, Presence, lies_in, not_named
 from ecgscale.data.sources.layout import Place
@@ -31,10 +32,17 @@ _PATIENT_FOLDER = re.compile(r"(?:^|/)p(\d{8})/s(\d+)/[^/]+$")
 _BY_FOLDERS = "MIMIC-IV-ECG: {n} records, patients by their folders, since there is no record_list.csv; label report "
 
 
+def _study_id(item: str) -> str:
+    """``40689238`` for files/p1000/p10000032/s40689238/40689238."""
+    folders = _PATIENT_FOLDER.search(item)
+    return str(int(folders[2])) if folders else ""
+
+
 class MimicIvEcg(KnownWfdb):
     """Recognised by its list of records, or by its folders."""
 
     title, marks = "MIMIC-IV-ECG", RECORDS
+    record_ids = RecordIds("study_id", _study_id)
 
     @classmethod
     def is_here(cls, tree: Tree) -> bool:

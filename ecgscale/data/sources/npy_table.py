@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_128
 
 from ecgscale.data.description import describe
 from ecgscale.data.label_columns import LabelColumns
@@ -23,13 +24,11 @@ from ecgscale.data.sources.layout import Layout, Place
 from ecgscale.data.sources.listing import contents_below, left_out, tables_left_out
 from ecgscale.data.sources.scratch import Scratch
 from ecgscale.data.sources.tree import Folder, Tree
-from ecgscale.data.sources.wfdb_listing import stays_inside
+from ecgscale.data.sources.wfdb_listing import stamp, stays_inside
 from ecgscale.data.units import mv_per_value, parse_unit, to_signal
 from ecgscale.errors import InputError, unreadable
 from ecgscale.lead_names import LEADS, canonical_leads
 from ecgscale.record import Record, check_rate
-
-_TELLING = 64  # samples that tell an array from one in another unit
 
 _BROKEN: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError)
 _BROKEN += (RecursionError, SyntaxError, tokenize.TokenError)
@@ -129,16 +128,21 @@ class NpyTable(Layout):
         except InputError as error:
             raise error if str(error).startswith(str(path)) else type(error)(f"{shown}: {error}") from error
         told: dict[str, Any] = {"patient": known.patient, "labels": known.labels, "metadata": known.metadata}
-        told["notes"] = known.notes
+        told |= {"notes": known.notes, "patient_key": known.patient_key}
         return Record.of(item, signal.fitted, self.rate_hz, signal.leads, remarks=signal.remarks, **told)
 
     def fingerprint(self, item: str) -> bytes:
-        """Its shape and type, and its first samples."""
+        """Its shape and type, and a hash of its samples."""
         try:
             array = self._array_of(item)
         except InputError:
             return b""
-        return f"{array.shape} {array.dtype} ".encode() + array.reshape(-1)[:_TELLING].tobytes()
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        return f"{array.shape} {array.dtype} ".encode() + xxh3_128(content).digest()
+
+    def stamp(self, item: str) -> bytes:
+        """Size and time of its file."""
+        return stamp(self.path if self.is_stacked else self.path / f"{item}.npy")
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""

@@ -15,6 +15,7 @@ from functools import partial
 
 from ecgscale.data.cells import Cells
 from ecgscale.data.description import Description
+from ecgscale.data.matching import RecordIds
 from ecgscale.data.sources.catalogued import About, Absent, Described, KnownWfdb, Presence, lies_in, not_named
 from ecgscale.data.sources.layout import Place
 from ecgscale.data.sources.listing import header_names
@@ -35,10 +36,17 @@ _SEX = {"0": "male", "1": "female"}
 _OLDEST = 89  # the data set writes 300 for whoever is older
 
 
+def _ecg_id(item: str) -> str:
+    """``1`` for records500/00000/00001_hr."""
+    named = re.search(r"(?:^|/)(\d+)_[hl]r$", item, re.ASCII)
+    return str(int(named[1])) if named else ""
+
+
 class PtbXl(KnownWfdb):
     """Recognised by its table."""
 
     title, marks = "PTB-XL", DATABASE
+    record_ids = RecordIds("ecg_id", _ecg_id)
 
     @classmethod
     def is_here(cls, tree: Tree) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ecgscale.data.sources.listing import Contents, contents_below, header_names, is_junk
-from ecgscale.data.sources.wfdb_listing import all_headers_of, headers_below, stays_inside, without_segments
+from ecgscale.data.sources.wfdb_listing import fingerprint_of, headers_below, stamp_of, stays_inside, without_segments
 from ecgscale.data.sources.wfdb_source import read_wfdb
 from ecgscale.errors import InputError, file_error
 from ecgscale.record import Record
@@ -48,8 +48,11 @@ class Tree(Protocol):
     def read(self, item: str, **options: Any) -> Record:
         """The WFDB record of that name; options as in read_wfdb."""
 
-    def headers_of(self, item: str) -> bytes:
-        """The headers of a record and of its segments, as far as they can be read."""
+    def fingerprint(self, item: str) -> bytes:
+        """The headers of a record and of its segments, and hashes of their data, as far as they can be read."""
+
+    def stamp(self, item: str) -> bytes:
+        """The same, with sizes and times in place of hashes."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,11 @@ class Folder:
         with stream:
             yield stream
 
-    def headers_of(self, item: str) -> bytes:
-        return all_headers_of(self.where, item)
+    def fingerprint(self, item: str) -> bytes:
+        return fingerprint_of(self.where, item)
+
+    def stamp(self, item: str) -> bytes:
+        return stamp_of(self.where, item)
 
     def read(self, item: str, **options: Any) -> Record:
         return read_wfdb(self.where / f"{item}.hea", name=item, root=self.where, **options)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from xxhash import xxh3_128
+
 from ecgscale.data.sources.listing import contents_below, header_names
-from ecgscale.data.wfdb_header import Header, parse_header
+from ecgscale.data.wfdb_header import FILE_NAME, Header, parse_header
 from ecgscale.errors import InputError, naming_file
 
 MAX_HEADER_BYTES = 1 << 24
@@ -64,9 +68,47 @@ def segment_names(header: Header, name: str) -> list[str]:
     return [segment for segment in names if segment != name]
 
 
-def all_headers_of(root: Path, item: str) -> bytes:
-    """The headers of a record and of its segments, as far as they can be read."""
-    return b"\0".join(_bytes_or_none(root / f"{name}.hea", root) for name in (item, *_segments_of(root, item)))
+def fingerprint_of(root: Path, item: str) -> bytes:
+    """The headers of a record and of its segments, as far as they can be read, and a hash of each data file."""
+    return _told_of(root, item, _digest)
+
+
+def stamp_of(root: Path, item: str) -> bytes:
+    """The same with the size and time of each data file."""
+    return _told_of(root, item, stamp)
+
+
+def _told_of(root: Path, item: str, tell: Callable[[Path], bytes]) -> bytes:
+    paths = [root / f"{name}.hea" for name in (item, *_segments_of(root, item))]
+    headers = [_bytes_or_none(path, root) for path in paths]
+    files = [path.with_name(name) for path, header in zip(paths, headers, strict=True) for name in data_names(header)]
+    return b"\0".join((*headers, *(tell(file) if stays_inside(file, root) else b"" for file in files)))
+
+
+def data_names(header: bytes) -> list[str]:
+    """Files that hold the signals, sorted, by a quick look that checks nothing."""
+    if is_multi_segment(header):
+        return []
+    lines = [line for line in header.decode("latin-1").splitlines() if line.strip() and line.lstrip()[0] != "#"]
+    names = {line.split()[0] for line in lines[1:]}  # behind the line of the record
+    return sorted(name for name in names if FILE_NAME.fullmatch(name))
+
+
+def stamp(path: Path) -> bytes:
+    """Size and time of a file; empty where there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return b""
+    return f"{about.st_size} {about.st_mtime_ns}".encode()
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, xxh3_128).digest()
+    except OSError:
+        return b""
 
 
 def _bytes_or_none(path: Path, root: Path) -> bytes:

@@ -23,7 +23,14 @@ from ecgscale.data.matching import NameMatcher
 from ecgscale.data.plausibility import absent_remark, check_codes, plausible
 from ecgscale.data.sources.listing import contents_below, left_out
 from ecgscale.data.sources.scratch import Scratch
-from ecgscale.data.sources.wfdb_listing import all_headers_of, check_place, headers_below, read_header, without_segments
+from ecgscale.data.sources.wfdb_listing import (
+    check_place,
+    fingerprint_of,
+    headers_below,
+    read_header,
+    stamp_of,
+    without_segments,
+)
 from ecgscale.data.wfdb_formats import (
     FLAC_FORMATS,
     PADDING,
@@ -125,8 +132,12 @@ class WfdbFolder:
         return plausible(record, path)
 
     def fingerprint(self, item: str) -> bytes:
-        """Its headers; the user's tables are known by their content."""
-        return all_headers_of(self.root, item)
+        """Its headers and samples; the user's tables are known by their content."""
+        return fingerprint_of(self.root, item)
+
+    def stamp(self, item: str) -> bytes:
+        """The same without reading samples."""
+        return stamp_of(self.root, item)
 
     def unlabelled(self) -> list[str]:
         """Names of the records without a row in ``labels_csv``; all of them where there is no such file."""
@@ -200,6 +211,7 @@ def read_wfdb(
             metadata=known.metadata,
             invalid_samples=n_invalid,
             notes=known.notes,
+            patient_key=known.patient_key,
             remarks=tuple(_remarks(signals, blank)),
         )
 

@@ -19,6 +19,12 @@ class NoConfig(Amplitude):
     Config = dict
 
 
+class ThreeSegments(Amplitude):
+    """Reads more segments than random numbers are kept apart for."""
+
+    segments = 3
+
+
 class NoDefault(Encoder):
     """Leaves its keys as they are of every encoder, without defaults."""
 
