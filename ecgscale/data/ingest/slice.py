@@ -210,20 +210,57 @@ def stamps_sha256(source: Source, items: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+@dataclass
+class _Tally:
+    """What a slice says of its records, those that it writes and those that it does not."""
+
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    place_of_value: dict[str, int] = field(default_factory=dict)  # of --split-by
+    places: list[int] = field(default_factory=list)
+    patients_known: bool = False
+    remarks: list[tuple[str, str, str]] = field(default_factory=list)
+    held: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    patient_keys: Counter[str] = field(default_factory=Counter)
+    spellings: Spellings = field(default_factory=Spellings)
+
+    def add(self, item: str, record: Record, split_by: str, value: str) -> None:
+        if split_by and not value:
+            self.notes[without_value(split_by)] += 1
+        self.places.append(self.place_of_value.setdefault(value, len(self.place_of_value)))
+        self.remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
+        self.notes.update(record.notes)
+        self.spellings.add(record.labels)
+        if record.patient is None:
+            self.notes[NOBODY] += 1
+            return
+        self.patients_known = True
+        if record.patient_key:
+            self.patient_keys[record.patient_key] += 1
+
+    def is_held(self, item: str, record: Record, dataset: str, held: Mapping[str, Held]) -> bool:
+        """Whether the data set that is appended to has the record. Raises InputError where it has another so named."""
+        if (known := held.get(item)) is None:
+            return False
+        has = f"{dataset!r} has a record {item!r} already"
+        if known.patient != patient_code(dataset, record.patient, record.name):
+            raise InputError(f"{has}, of another patient; ingest all anew")
+        if not known.equals(record):
+            raise InputError(
+                f"{has}, with other samples; put this one into a folder of another name, or ingest all anew"
+            )
+        self.held += 1
+        if not known.says_the_same(record):
+            self.notes[OTHER_LABELS] += 1
+        return True
+
+
 def convert(task: Slice) -> Part:
     """Write the tar and the part file; raises InputError where the disk does not take them."""
     stamps, inputs = stamps_sha256(task.source, task.items), hashlib.sha256()  # before records are read
-    rejected: list[tuple[str, str]] = []
-    place_of_value: dict[str, int] = {}
-    places: list[int] = []
-    patients_known = False
-    remarks: list[tuple[str, str, str]] = []
-    held = 0
-    notes, patient_keys, spellings = Counter[str](), Counter[str](), Spellings()
-    split_by = task.options.split_by
+    tally, dataset, split_by = _Tally(), task.source.dataset, task.options.split_by
 
     def records() -> Iterator[tuple[str, Record]]:
-        nonlocal held, patients_known
         for item in task.items:
             inputs.update(_input_digest(task.source, item))  # then its files are in memory
             try:
@@ -231,53 +268,41 @@ def convert(task: Slice) -> Part:
                 record = task.source.read(item).resampled(task.options.rate_hz)
                 if not record.signal_LT.size:
                     raise InputError("holds no samples")
-                if known := task.held.get(item):
-                    if known.patient != patient_code(task.source.dataset, record.patient, record.name):
-                        raise InputError(
-                            f"{task.source.dataset!r} has a record {item!r} already, of another patient; ingest "
-                            "all anew"
-                        )
-                    if known.equals(record):
-                        held += 1
-                        if not known.says_the_same(record):
-                            notes[OTHER_LABELS] += 1
-                        continue
-                    raise InputError(
-                        f"{task.source.dataset!r} has a record {item!r} already, with other samples; put this one into "
-                        "a folder of another name, or ingest all anew"
-                    )
+                if tally.is_held(item, record, dataset, task.held):
+                    continue
                 value = split_value((record.labels, record.metadata), split_by) if split_by else ""
             except InputError as error:
-                rejected.append((item, str(error)))
+                tally.rejected.append((item, str(error)))
                 continue
-            if split_by and not value:
-                notes[without_value(split_by)] += 1
-            places.append(place_of_value.setdefault(value, len(place_of_value)))
-            patients_known |= record.patient is not None
-            remarks.extend((item, *remark) for remark in _by_kind(record.remarks))
-            notes.update(record.notes)
-            spellings.add(record.labels)
-            if record.patient is not None and record.patient_key:
-                patient_keys[record.patient_key] += 1
-            if record.patient is None:
-                notes[NOBODY] += 1
-            yield f"{task.tar.stem}-{len(places) - 1:06d}", record
+            tally.add(item, record, split_by, value)
+            yield f"{task.tar.stem}-{len(tally.places) - 1:06d}", record
             del record  # it may be as large as the next one
 
     digest = hashlib.sha256()
-    columns = write_tar(task.tar, task.source.dataset, records(), task.options.payload, digest)
-    size = task.tar.stat().st_size if places else 0
-    if not places:
+    columns = write_tar(task.tar, dataset, records(), task.options.payload, digest)
+    size = task.tar.stat().st_size if tally.places else 0
+    if not tally.places:
         task.tar.unlink()
-    values = list(place_of_value)
-    counted = (len(places), size, digest.hexdigest(), rejected, values, patients_known, remarks, held)
-    said_of_all = (spellings.kept(), dict(patient_keys))
-    part = Part(task.identity, *counted, dict(notes), inputs.hexdigest(), stamps, *said_of_all)
-    said = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
-    columns |= {SPLIT_VALUE: np.array(places, np.uint32)}
-    path = part_file(task.tar)
-    with whole_file(path, sweep=False) as partial:
-        partial.write_bytes(save(columns, {"part": said, _DIGEST: columns_sha256(columns, said)}))
+    part = Part(
+        task.identity,
+        len(tally.places),
+        size,
+        digest.hexdigest(),
+        tally.rejected,
+        [*tally.place_of_value],
+        tally.patients_known,
+        tally.remarks,
+        tally.held,
+        dict(tally.notes),
+        inputs.hexdigest(),
+        stamps,
+        tally.spellings.kept(),
+        dict(tally.patient_keys),
+    )
+    text = json.dumps(asdict(part))  # ASCII: a file name may be no UTF-8
+    columns |= {SPLIT_VALUE: np.array(tally.places, np.uint32)}
+    with whole_file(part_file(task.tar), sweep=False) as partial:
+        partial.write_bytes(save(columns, {"part": text, _DIGEST: columns_sha256(columns, text)}))
     return part
 
 
