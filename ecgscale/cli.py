@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 
 from ecgscale.commands import data, models, runs
-from ecgscale.commands.command import OneLineParser as OneLineParser
-from ecgscale.commands.command import as_function, first_rank
+from ecgscale.commands.command import Subcommand, Values, first_rank, of_options
 from ecgscale.errors import InputError, MachineError, RankError, one_line, system_error, tells_of_lost_rank
 from ecgscale.stopping import STOPPED_EXIT_CODE, Stopped
 
@@ -23,9 +22,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Run the subcommand that the first argument names; errors are raised. The launcher's ranks begin here too."""
-    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, whose threads wait for each other as this says
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    """Run the subcommand that the first argument names; errors are raised."""
+    _leave_cores_to_others()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
     elif arguments[0] == "--version":
@@ -37,6 +35,19 @@ def dispatch(arguments: list[str]) -> int:
     else:
         COMMANDS[arguments[0]](arguments[1:])
     return 0
+
+
+def run_values(command: str, values: Values) -> int:
+    """Run a subcommand with what it is given; errors are raised. The launcher's ranks begin here."""
+    _leave_cores_to_others()
+    COMMANDS[command].run(values)
+    return 0
+
+
+def _leave_cores_to_others() -> None:
+    """Before torch is imported, whose threads wait for each other as this says."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def run_as_command(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -80,26 +91,26 @@ def _overview() -> str:
         "Pretrain ECG encoders without labels on millions of recordings.",
         "",
     ]
-    lines += [f"  {name:<14} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<14} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "`ecgscale COMMAND --help` tells more; --debug shows the traceback of an error."])
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "ingest": as_function("ingest", data.Ingest),
-    "simulate": as_function("simulate", data.Simulate),
-    "index": as_function("index", data.Index),
-    "verify": as_function("verify", data.Verify),
-    "inspect": as_function("inspect", data.Inspect),
-    "pretrain": runs.pretrain,
-    "finetune": runs.finetune,
-    "evaluate": as_function("evaluate", models.Evaluate),
-    "export": as_function("export", models.Export),
-    "import-fairseq": as_function("import-fairseq", models.ImportFairseq),
-    "embed": as_function("embed", models.Embed),
-    "reproduce": runs.reproduce,
-    "scaling-law": runs.scaling_law,
-    "plan": runs.plan,
-    "bench": runs.bench,
+COMMANDS: dict[str, Subcommand] = {
+    "ingest": of_options("ingest", data.Ingest),
+    "simulate": of_options("simulate", data.Simulate),
+    "index": of_options("index", data.Index),
+    "verify": of_options("verify", data.Verify),
+    "inspect": of_options("inspect", data.Inspect),
+    "pretrain": runs.PRETRAIN,
+    "finetune": runs.FINETUNE,
+    "evaluate": of_options("evaluate", models.Evaluate),
+    "export": of_options("export", models.Export),
+    "import-fairseq": of_options("import-fairseq", models.ImportFairseq),
+    "embed": of_options("embed", models.Embed),
+    "reproduce": runs.REPRODUCE,
+    "scaling-law": runs.SCALING_LAW,
+    "plan": runs.PLAN,
+    "bench": runs.BENCH,
 }
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from ecgscale import model, objectives, settings, settings_help
+from ecgscale import model, objectives, settings, settings_help, yaml_text
 from ecgscale.choices import (
     Choice,
     belonging_elsewhere,
@@ -84,6 +82,14 @@ def load(config_type: type[Config], words: list[str], values: Mapping[str, Any] 
     Raises InputError for unknown keys (naming the nearest right one), wrong types and values out of range, with the
     file and line of the key.
     """
+    given = read_words(config_type, words)
+    for key, value in (values or {}).items():
+        given.put(key, value, "")
+    return _built(config_type, given)
+
+
+def read_words(config_type: type, words: list[str]) -> settings.Given:
+    """What a command line gives of a config, which ``load`` then checks as a whole. Raises InputError as it does."""
     files, names = _names_given(config_type, words)
     in_order, elsewhere = iter(files), partial(belonging_elsewhere, config_type)
 
@@ -96,11 +102,7 @@ def load(config_type: type[Config], words: list[str], values: Mapping[str, Any] 
         given.tree = fitting(config_type, given.tree, names)
         return given
 
-    kind = resolved(config_type, names)
-    given = settings.from_words(kind, words, _SHORT, file, elsewhere)
-    for key, value in (values or {}).items():
-        given.put(key, value, "")
-    return _built(config_type, given)
+    return settings.from_words(resolved(config_type, names), words, _SHORT, file, elsewhere)
 
 
 def _names_given(
@@ -128,7 +130,7 @@ def build(config_type: type[Config], tree: dict[str, Any]) -> Config:
 
 def dump(config: Any) -> str:
     """The resolved config as YAML, which ``load`` reads back to the same."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml_text.written(asdict(config))
 
 
 def help_text(config_type: type, command: str) -> str:
@@ -143,7 +145,7 @@ def help_text(config_type: type, command: str) -> str:
         for name in others:
             if len(having := choice.owners(name)) < len(choice.registry):
                 owners[f"{group}.{name}"] = ", ".join(having)
-    return settings_help.help_text(kind, command, more=more, owners=owners)
+    return settings_help.help_text(kind, f"ecgscale {command}", more=more, owners=owners)
 
 
 _SHORT = {"init": "init.model", "profile": "train.profile_steps"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -41,6 +41,8 @@ class Option:
     """Stands for the value in the help."""
     name: str = ""
     """On the command line, where it is another than the field's."""
+    letter: str = ""
+    """Short for the name: ``-f``."""
     without_value: str = ""
     """What the option means where no value follows."""
     resumable: bool = False
@@ -124,6 +126,10 @@ class Given:
             else:
                 yield path, value
 
+    def dotted(self) -> dict[str, Any]:
+        """Each dotted key with its value, as it was written."""
+        return {".".join(map(str, path)): value for path, value in self._leaves()}
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key, as it was written."""
         value: Any = self.tree
@@ -145,6 +151,16 @@ class Given:
                 return ""
             key = key.rpartition(".")[0]
         return ""
+
+    def place_of(self, error: str) -> str:
+        """Where a file gave the first key that an error names and that was given.
+
+        It may begin with a key that has its default and does not go with another, which a file gave.
+        """
+        first, *others = re.findall(r"[\w.]+", error) or [""]
+        if any(key.startswith(f"{first}.") for key in self.origins):  # a group, or names of the user's own
+            return self.place(first)
+        return next((self.place(key) for key in (first, *others) if self.origins.get(key)), "")
 
     def named(self, key: str) -> str:
         """A key for an error: with its file and line, or as the option that it was."""
@@ -188,7 +204,8 @@ def from_words(
 
     ``short`` has other names of keys.
     """
-    given, rest = Given(elsewhere=elsewhere), list(words)
+    letters = {f"-{option_of(member).letter}": f"--{member.name}" for member in fields(config_type)}
+    given, rest = Given(elsewhere=elsewhere), [letters.get(word, word) for word in words]
     waiting = places(config_type)
     while rest:
         word = rest.pop(0)
@@ -203,6 +220,22 @@ def from_words(
         else:
             raise InputError(f"unexpected argument {word!r}; options begin with --")
     return given
+
+
+def take_known(kind: type[Config], words: Sequence[str]) -> tuple[Given, list[str]]:
+    """What a command line gives of a dataclass's options, and the words that are none of them, in their order.
+
+    Raises InputError for an option without its value.
+    """
+    given, rest, others = Given(), list(words), []
+    own = {member.name for member in fields(kind)}  # type: ignore[arg-type]
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and _key_of(kind, word[2:].partition("=")[0]) in own:
+            _take_option(kind, given, word, rest, _NO_SHORT, read_file)
+        else:
+            others.append(word)
+    return given, others
 
 
 def places(kind: Any) -> list[Field[Any]]:
@@ -233,7 +266,7 @@ def _take_option(
     follows = bool(rest) and not rest[0].startswith("--")
     if equals:
         words = [value]
-    elif hint is bool and not (follows and (rest[0].casefold() in _BOOLEANS or not places(config_type))):
+    elif hint is bool and not (follows and (rest[0].casefold() in _BOOLEANS or _is_tree(config_type))):
         words = ["true"]
     elif how.without_value and not follows:
         words = [how.without_value]
@@ -251,6 +284,11 @@ def _take_option(
     given.put(key, read, origin)
 
 
+def _is_tree(kind: Any) -> bool:
+    """Whether all words are keys with values: then what follows a key is its value, right or wrong."""
+    return not places(kind) and any(map(is_group, field_types(kind).values()))
+
+
 def _from_text(hint: Any, text: str, origin: str) -> Any:
     """A word of a command line as YAML would have it, by the type of its field."""
     kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
@@ -262,8 +300,10 @@ def _from_text(hint: Any, text: str, origin: str) -> Any:
 
 
 def _each_from_text(hint: Any, words: list[str], origin: str) -> list[Any]:
-    """Words of a command line that are a list together."""
+    """Words of a command line that are a list together; one of lists, where the option may be given again."""
     (items,) = {get_args(kind)[0] for kind in alternatives(hint) if get_origin(kind) in (list, tuple)}
+    if get_origin(items) is list:
+        return [_each_from_text(items, words, origin)]
     return [_from_text(items, word, origin) for word in words]
 
 
@@ -327,8 +367,7 @@ def _group(kind: Any, tree: dict[str, Any], given: Given, prefix: str) -> Any:
     try:
         return kind(**values)
     except InputError as error:
-        named = re.match(r"(?:--)?([\w.]+)", str(error))
-        place = given.place(named[1]) if named and given.origins.get(named[1]) else ""
+        place = given.place_of(str(error))
         if place and not str(error).startswith(place):
             raise InputError(f"{place}{error}") from error
         raise

@@ -53,16 +53,22 @@ def help_text(
     ``owners`` says of dotted keys whose they are, where that is not everybody's.
     """
     positional = places(config_type)
-    words = " ".join(f"{member.name.upper()}{' ...' if option_of(member).several else ''}" for member in positional)
+    words = " ".join(_name_of(member, False).upper() + " ..." * option_of(member).several for member in positional)
     options = "[--option VALUE ...]" if short else "[--config FILE] [--any.key VALUE ...]"
-    lines = [f"usage: ecgscale {command} {words}{' ' if words else ''}{options}", ""]
+    lines = [f"usage: {command} {words}{' ' if words else ''}{options}", ""]
     lines += [inspect.cleandoc(description or config_type.__doc__ or ""), ""]
     if positional:
-        lines += ["arguments:", *(_entry(member.name, member, config_type) for member in positional), ""]
+        lines += ["arguments:", *(_entry(_name_of(member, False), member, config_type) for member in positional), ""]
     if not short:
         lines += [_wrapped("--config FILE", "YAML file with any of these keys; later arguments win"), ""]
     lines += _help_of(config_type, "", short, more, owners)
     return "\n".join(lines).rstrip()
+
+
+def own_options(kind: Any) -> str:
+    """The options of a command that has a config too, below a line that says what they are."""
+    heading, *options = _help_of(kind, "", True, MappingProxyType({}), MappingProxyType({}))
+    return "\n".join([f"{inspect.cleandoc(kind.__doc__ or heading).rstrip('.')}:", *options]).rstrip()
 
 
 def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[str, str]) -> list[str]:
@@ -86,7 +92,8 @@ def _help_of(kind: Any, prefix: str, dashed: bool, more: More, owners: Mapping[s
 
 
 def _name_of(member: Field[Any], dashed: bool) -> str:
-    return option_of(member).name or (member.name.replace("_", "-") if dashed else member.name)
+    name = option_of(member).name or (member.name.replace("_", "-") if dashed else member.name)
+    return f"{name}, -{option_of(member).letter}" if option_of(member).letter else name
 
 
 def _entry(name: str, member: Field[Any], kind: Any, bare: bool = False, whose: str | None = None) -> str:
@@ -99,17 +106,18 @@ def _entry(name: str, member: Field[Any], kind: Any, bare: bool = False, whose: 
     told = [] if hint is bool and bare else [f"default: {_default_in_words(default)}"]
     if default is MISSING:
         told = ["required"]
-    if choices := [choice for kind in alternatives(hint) if get_origin(kind) is Literal for choice in get_args(kind)]:
+    kinds = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in alternatives(hint)]
+    if choices := [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]:
         told.insert(0, f"one of {', '.join(map(str, choices))}")
     value = "" if hint is bool and bare else f" {metavar(member, hint)}"
     return _wrapped(name + value, f"{text} ({'; '.join(told)})" if told else text)
 
 
 def _default_in_words(default: Any) -> str:
-    if default in (None, "", [], ()):
+    if default in (None, "", [], (), {}):
         return "none"
     if isinstance(default, list | tuple):
-        return ",".join(map(str, default))
+        return ",".join(map(_default_in_words, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

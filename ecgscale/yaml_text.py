@@ -58,6 +58,11 @@ def parse(text: str, place: str) -> Any:
     return _parse(text, place)[0]
 
 
+def written(tree: dict[str, Any]) -> str:
+    """A tree as YAML, which ``read`` reads back to the same, with lists for tuples."""
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
 def _parse(text: str, place: str, as_written: bool = False) -> tuple[Any, dict[str, int]]:
     try:
         _check_depth(text, place)

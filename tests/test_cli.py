@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 
 from ecgscale import __version__
 from ecgscale.cli import COMMANDS, main
+from ecgscale.config import PretrainConfig
+from ecgscale.config import load as load_config
 from ecgscale.errors import InputError
 from ecgscale.inference import load
 from ecgscale.lead_names import LEADS
@@ -84,9 +88,9 @@ def test_overview_names_every_subcommand(command):
     for arguments in ((), ("--help",), ("-h",)):
         code, out, err = command(*arguments)
         assert (code, err) == (0, "")
-        for name, run in COMMANDS.items():
+        for name, subcommand in COMMANDS.items():
             assert f"  {name} " in out
-            assert run.__doc__.splitlines()[0] in out
+            assert subcommand.summary in out
     assert "--debug" in out
     assert command("--version") == (0, f"ecgscale {__version__}\n", "")
 
@@ -170,6 +174,58 @@ def test_an_error_of_several_lines_becomes_one(refusal, monkeypatch):
 
     monkeypatch.setitem(COMMANDS, "verify", fail)
     assert refusal("verify", "a") == "ecgscale: first second\n"
+
+
+# --- values ---
+
+
+def test_what_words_give_can_be_written_down_and_run(tmp_path, capsys):
+    words = ["--patients=3", "--rate-hz=100", "--workers=1"]
+    assert main(["simulate", str(tmp_path / "words" / "set"), *words]) == 0
+    values = COMMANDS["simulate"].read([str(tmp_path / "values" / "set"), *words])
+    assert values.keys() == {"out", "patients", "rate_hz", "workers"}, "defaults are left to the machine that runs it"
+    COMMANDS["simulate"].run(json.loads(json.dumps(values)))
+    written = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "set").iterdir()} for name in ("words", "values")
+    ]
+    assert written[0] == written[1]
+
+
+def test_a_config_is_resolved_before_it_is_handed_on(tmp_path):
+    path = tmp_path / "given.yaml"
+    path.write_text("train: {steps: 7}")
+    values = COMMANDS["pretrain"].read(["--config", str(path), "--objective.name=cmsc"])
+    path.unlink()
+    config = load_config(PretrainConfig, ["--train.steps=7", "--objective.name=cmsc"])
+    assert json.loads(json.dumps(values)) == json.loads(json.dumps(asdict(config)))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["reproduce", "--part", "2/3"], {"part": "2/3"}),
+        (["reproduce", "--merge"], {"merge": True}),
+        (["plan", "--json", "--out", "best.yaml"], {"json": True, "out": "best.yaml"}),
+        (
+            ["bench", "step", "--batch", "1", "2", "--model.dropout", "0"],
+            {"batch": [1, 2], "keys": {"model.dropout": 0}},
+        ),
+        (["bench", "kernel", "--only", "stems"], {"part": "kernel", "only": ["stems"]}),
+    ],
+)
+def test_options_and_keys_are_values_too(tmp_path, words, expected):
+    method = {"name": "ours", "pretrain": "p.yaml"}
+    task = {"name": "rhythm", "finetune": "f.yaml", "shards": ["a"]}
+    (tmp_path / "all.yaml").write_text(json.dumps({"methods": [method], "tasks": [task]}))
+    name, *rest = words
+    values = COMMANDS[name].read([*rest, str(tmp_path / "all.yaml")] if name == "reproduce" else rest)
+    assert values == json.loads(json.dumps(values))
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_a_study_does_a_part_or_merges(refusal, tmp_path):
+    assert "--part, --merge and --dry-run: give one of them" in refusal("reproduce", "--merge", "--dry-run")
+    assert "--part '3/2': give 1/N to N/N" in refusal("reproduce", "x.yaml", "--part", "3/2")
 
 
 # --- embed ---

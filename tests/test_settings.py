@@ -25,6 +25,8 @@ class Wheel:
     def __post_init__(self) -> None:
         if self.spokes < 3:
             raise InputError(f"wheel.spokes {self.spokes}: give 3 or more")
+        if self.inches > 9 * self.spokes:
+            raise InputError(f"wheel.spokes {self.spokes}: too few for wheel.inches {self.inches}; give more")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Ride:
     """Of the lamp."""
     tags: tuple[str, ...] = option((), repeated=True)
     """Given again, they add up."""
+    ways: list[list[str]] = option(default_factory=list, several=True, repeated=True)
+    """Given again, they are lists beside each other."""
+    quiet: bool = option(False, letter="q")
+    """Say nothing."""
     seats: list[int] = option(default_factory=list, several=True, name="seat")
     """Numbers."""
     map: Path | None = None
@@ -82,6 +88,12 @@ def test_words_of_every_kind(tmp_path: Path) -> None:
     assert (got.tags, got.seats, got.map, got.wheel.spokes) == (("a", "b", "c"), [1, 2], Path("m.txt"), 20)
 
 
+def test_lists_beside_each_other_and_a_letter() -> None:
+    got = ride("home", "--ways", "a,b", "c", "-q", "--ways", "d")
+    assert (got.ways, got.quiet) == ([["a,b", "c"], ["d"]], True)
+    assert "--quiet, -q" in help_text(Ride, "ride", short=True)
+
+
 def test_a_flag_leaves_places_to_what_follows() -> None:
     assert ride("--dry", "home").start == "home"
     assert not ride("--dry", "false", "home").dry
@@ -101,6 +113,7 @@ def test_files_and_words_in_their_order(tmp_path: Path) -> None:
         ("wheel:\n  spokes: many", ", line 2: wheel.spokes 'many': give a whole number (int)"),
         ("wheel:\n  spokes: true", ", line 2: wheel.spokes 'True': give a whole number (int)"),
         ("wheel:\n\n  spokes: 2", ", line 3: wheel.spokes 2: give 3 or more"),
+        ("dry: no\nwheel:\n  inches: 999", ", line 3: wheel.spokes 32: too few for wheel.inches 999.0"),
         ("wheel: 3", ", line 1: wheel: a group of keys, not the value 3"),
         ("wheel:\n  inches: .nan", ", line 2: wheel.inches nan: give a finite number"),
         ("dry:", ", line 1: dry: a value is missing"),
@@ -116,6 +129,13 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path: Path, text: st
     path = tmp_path / "ride.yaml"
     path.write_text(text)
     assert refusal("home", "--config", str(path)).startswith(f"{path}{said}")
+
+
+def test_a_file_is_not_named_for_what_the_command_line_gives(tmp_path: Path) -> None:
+    path = tmp_path / "ride.yaml"
+    path.write_text("wheel: {spokes: 30}")
+    said = refusal("home", "--config", str(path), "--wheel.spokes=28", "--wheel.inches=999")
+    assert said.startswith("wheel.spokes 28: too few")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +172,7 @@ def test_a_tree_without_a_file() -> None:
 
 
 def test_help_says_every_key() -> None:
-    text = help_text(Ride, "ride", short=True)
+    text = help_text(Ride, "ecgscale ride", short=True)
     assert text.startswith("usage: ecgscale ride START ENDS ... [--option VALUE ...]\n\nA ride.\n")
     for entry in (
         "  start ",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError
+from ecgscale.settings import Given
 from ecgscale.yaml_text import parse, read
 from ecgscale_launch.launch_config import load_cluster
 
@@ -107,6 +108,6 @@ def test_commands_and_the_launcher_read_their_files_so(tmp_path: Path) -> None:
         load(PretrainConfig, ["--config", str(path)])
     path.write_text("nodes: 1\nnodes: 2\n")
     with pytest.raises(InputError, match=r"two\.yaml: line 2: 'nodes' stands there twice"):
-        load_cluster(path, [])
+        load_cluster(path, Given())
     with pytest.raises(InputError, match=r"--train\.steps: cannot read the value"):
         load(PretrainConfig, ["--train.steps", "9" * 5000])

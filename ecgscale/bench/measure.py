@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ecgscale import tables
 from ecgscale.errors import InputError, naming_file
 from ecgscale.files import write_json, write_whole
 from ecgscale.provenance import commit_of, package_version
@@ -198,8 +199,7 @@ class Section:
             self.raw[prefix + name] = [one._asdict() for one in each]
 
     def markdown(self) -> str:
-        table = [self.header, tuple("---" if i == 0 else "---:" for i in range(len(self.header))), *self.rows]
-        lines = [f"## {self.title}", "", *(f"| {' | '.join(row)} |" for row in table), ""]
+        lines = [f"## {self.title}", "", *tables.markdown(self.header, self.rows, numbers=True), ""]
         lines += [f"- {line}" for line in [*(check.text() for check in self.checks), *self.notes]]
         return "\n".join(lines) + "\n"
 

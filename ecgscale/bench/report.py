@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ecgscale import tables
 from ecgscale.bench.measure import QUICK, make_folder
 from ecgscale.bench.results import Change, Run, Value, by_machine, changes, read_runs, sides
 from ecgscale.files import whole_file, write_whole
@@ -64,7 +65,7 @@ def _runs_table(runs: Sequence[Run]) -> list[str]:
         load = run.machine.get("load", ["?"])
         about = (f"{run.date:%Y-%m-%d %H:%M}", run.label, run.versions, str(load[0]))
         rows.append((run.name, *about, f"`{run.machine.get('command', '')}`"))
-    return _markdown(("bench", "date", "commit (+: changed)", "versions", "load", "command"), rows)
+    return tables.markdown(("bench", "date", "commit (+: changed)", "versions", "load", "command"), rows)
 
 
 def _tables(runs: Sequence[Run]) -> list[str]:
@@ -74,12 +75,12 @@ def _tables(runs: Sequence[Run]) -> list[str]:
         for name, value in run.values.items():
             label, _, last = name.rpartition("/")
             rows.setdefault((label, run.label), {})[last] = value
-    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    by_columns: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for (label, commit), values in sorted(rows.items(), key=lambda row: row[0][0]):
-        tables.setdefault(tuple(values), []).append((label, commit, *(value.text() for value in values.values())))
+        by_columns.setdefault(tuple(values), []).append((label, commit, *(value.text() for value in values.values())))
     lines = []
-    for columns, table in tables.items():
-        lines += [*_markdown(("what", "commit", *columns), table), ""]
+    for columns, table in by_columns.items():
+        lines += [*tables.markdown(("what", "commit", *columns), table), ""]
     return lines
 
 
@@ -97,11 +98,6 @@ def _comparison(found: Sequence[Change], worse: Sequence[Change], against: str, 
     missing = f", {gone} are no longer measured" if gone else ""
     lines += [f"Of {len(found)} numbers {len(worse) - gone} are worse by more than {threshold:.1%}{missing}:", ""]
     return [*lines, *(f"- **{change.text()}**" for change in sorted(worse, key=lambda c: -c.worse_by)), ""]
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(row)} |" for row in lines]
 
 
 # -- plots -----------------------------------------------------------------------------------------------------------

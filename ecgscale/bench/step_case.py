@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from ecgscale.training.engine import EngineConfig
 from ecgscale.training.loop import TrainConfig
 
 SEED = 0
-_PEAK = "--engine.peak_tflops"
+_PEAK = "engine.peak_tflops"  # only tells of the device: it changes nothing of what is measured
 _LONGEST_NAME = 40  # characters of what other keys add to a case's name
 
 Settings = dict[str, str | int | float | bool]
@@ -162,16 +163,16 @@ class Axes:
     batch: Sequence[int] = (8,)
     precision: Sequence[str] = ("fp32",)
     zero_stage: Sequence[int] = (1,)
-    activation_checkpointing: Sequence[str] = ("0",)
-    compile: Sequence[str] = ("off",)
+    checkpointing: Sequence[bool | int] = (0,)
+    compile: Sequence[bool] = (False,)
     ranks: Sequence[int] = (1,)
 
-    def cases(self, keys: Sequence[str], device: str, threads: int, samples: int, shards: str = "") -> list[Case]:
-        """``keys`` are `--model.KEY VALUE` and the like, of all cases; ``threads`` 0 shares the cores out.
+    def cases(self, keys: Mapping[str, Any], device: str, threads: int, samples: int, shards: str = "") -> list[Case]:
+        """``keys`` are `model.KEY` and the like with their values, of all cases; ``threads`` 0 shares the cores out.
 
         What does not go together is left out, which stderr says. Raises InputError where nothing remains.
         """
-        overrides = " ".join(_without_peak(keys))
+        overrides = " ".join(f"--{key} {_as_word(value)}" for key, value in keys.items() if key != _PEAK)
         cases: list[Case] = []
         refused: list[InputError] = []
         for preset, stem, precision, stage, checkpointing, compiled, batch, ranks in product(
@@ -179,41 +180,40 @@ class Axes:
             self.stem,
             self.precision,
             self.zero_stage,
-            self.activation_checkpointing,
+            self.checkpointing,
             self.compile,
             self.batch,
             self.ranks,
         ):
             shape = {"preset": preset, "stem": stem}
             # Usual ones are left out, since an encoder of one's own has neither key.
-            given = {f"model.{key}": value for key, value in shape.items() if value not in getattr(Axes, key)}
-            given |= {
-                "engine.precision": precision,
-                "engine.zero_stage": str(stage),
-                "engine.activation_checkpointing": checkpointing,
+            values: dict[str, Any] = {
+                f"model.{key}": value for key, value in shape.items() if value not in getattr(Axes, key)
             }
-            given |= {"engine.compile": "true" if compiled == "on" else "false"}
-            words = [word for key, value in given.items() for word in (f"--{key}", value)]
+            values |= {
+                "engine.precision": precision,
+                "engine.zero_stage": stage,
+                "engine.activation_checkpointing": checkpointing,
+                "engine.compile": compiled,
+            }
             usable = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
             try:
-                config = load(StepConfig, [*words, *keys])
+                config = load(StepConfig, [], values | dict(keys))
                 cases.append(Case(config, batch, samples, ranks, device, usable, shards, overrides))
             except InputError as error:
                 refused.append(error)
         if not cases:
             raise refused[0]
-        for said in dict.fromkeys(map(str, refused)):
-            print(f"bench: left out: {said}", file=sys.stderr, flush=True)
+        for reason in dict.fromkeys(map(str, refused)):
+            print(f"bench: left out: {reason}", file=sys.stderr, flush=True)
         return cases
 
 
-def _without_peak(keys: Sequence[str]) -> list[str]:
-    """The keys that change what is measured: engine.peak_tflops only tells of the device."""
-    kept: list[str] = []
-    for before, word in zip(["", *keys], keys, strict=False):
-        if before != _PEAK and word != _PEAK and not word.startswith(f"{_PEAK}="):
-            kept.append(word)
-    return kept
+def _as_word(value: Any) -> str:
+    """A value as a command line gives it."""
+    if isinstance(value, list):
+        return ",".join(map(_as_word, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import cleandoc
-from typing import NoReturn
+from typing import Any
 
 from ecgscale.errors import InputError
-from ecgscale.settings import build, from_words
+from ecgscale.settings import Given, build, from_words
 from ecgscale.settings_help import help_text
 
 
@@ -23,28 +23,59 @@ class Command:
         raise NotImplementedError
 
 
-def as_function(name: str, kind: type[Command]) -> Callable[[list[str]], None]:
-    """The command as a function of its words, which carries its docstring."""
-
-    def run(words: list[str]) -> None:
-        if wants_help(words, nothing_is_help=False):
-            print(help_text(kind, name, cleandoc(kind.__doc__ or ""), short=True))
-            return
-        try:
-            command = build(kind, from_words(kind, words))
-        except InputError as error:
-            raise InputError(f"{name}: {error}; see `ecgscale {name} --help`") from error
-        command.run()
-
-    run.__doc__ = kind.__doc__
-    return run
+Values = dict[str, Any]
+"""What a command is given, as JSON or YAML can hold it."""
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong as every other error is said: one line, exit code 2."""
+@dataclass(frozen=True)
+class Subcommand:
+    """One of `ecgscale`: its words become values, once; values, which can be written down, become the work."""
 
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog.removeprefix('ecgscale ')}: {message}; see `{self.prog} --help`")
+    summary: str
+    """What it does, in one line."""
+    help: Callable[[], str]
+    read: Callable[[list[str]], Values]
+    """Words -> values, which are checked. Raises InputError."""
+    run: Callable[[Values], None]
+    bare_is_help: bool = True
+    """Whether its name alone asks for help."""
+    config_type: Callable[[], type] | None = None
+    """Of the config that describes it, where one does; to call it may import PyTorch."""
+
+    def __call__(self, words: list[str]) -> None:
+        """Do what a command line says."""
+        if wants_help(words, self.bare_is_help):
+            print(self.help())
+        else:
+            self.run(self.read(words))
+
+
+def of_options(name: str, kind: type[Command]) -> Subcommand:
+    """A command whose options are a dataclass's fields."""
+    about = cleandoc(kind.__doc__ or "")
+
+    def read(words: list[str]) -> Values:
+        with seen_in(name):
+            given = from_words(kind, words)
+            build(kind, given)  # defaults are left to the machine that runs it
+        return given.tree
+
+    return Subcommand(
+        summary=about.splitlines()[0],
+        help=lambda: help_text(kind, f"ecgscale {name}", about, short=True),
+        read=read,
+        run=lambda values: build(kind, Given(values)).run(),
+        bare_is_help=False,
+    )
+
+
+@contextmanager
+def seen_in(name: str, program: str = "ecgscale") -> Iterator[None]:
+    """Errors of a command's options name the command."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}; see `{program} {name} --help`") from error
 
 
 def wants_help(words: list[str], nothing_is_help: bool = True) -> bool:

@@ -21,9 +21,9 @@ from ecgscale.model.presets import PRESETS
 from ecgscale.objectives import objective_config
 from ecgscale.plan.measure import measure_rates
 from ecgscale.plan.memory import Memory, Parallel, memory_of
-from ecgscale.plan.report import table
 from ecgscale.plan.speed import Rates, micro_step, update_s
 from ecgscale.plan.trial import Trial, peak_bytes, timed
+from ecgscale.tables import aligned
 from ecgscale.training.engine import EngineConfig
 
 CALIBRATED = "small"
@@ -138,7 +138,7 @@ def text(rates: Rates, found: list[Checked]) -> str:
             [what, one.preset, f"{one.zero_stage}", one.precision, f"{one.rows}", *figures, f"{one.off:+.1%}", span]
         )
     head = ["", "preset", "ZeRO", "precision", "segments", "predicted", "measured", "off", "rounds"]
-    return f"{table(head, rows)}\n\nTimes by rates {rates.source}."
+    return f"{aligned(head, rows)}\n\nTimes by rates {rates.source}."
 
 
 def tree(rates: Rates, found: list[Checked]) -> dict[str, object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ecgscale.errors import InputError, naming_file
+from ecgscale.errors import naming_file
 from ecgscale.files import write_whole
 from ecgscale.plan.cluster import Cluster, cluster_of, for_tensors, network_of
 from ecgscale.plan.config import PlanConfig
@@ -47,12 +47,10 @@ def this_machine(config: PlanConfig) -> Cluster:
     return Cluster(here, "cpu", memory_bytes, peak, given.watts, network_of(here, given.link_gb_per_s or 10.0), rates)
 
 
-def check(rest: list[str], as_json: bool) -> str:
+def check(as_json: bool) -> str:
     """Predictions beside measurements."""
     from ecgscale.plan import check as checking
 
-    if rest:
-        raise InputError(f"plan --check: unexpected {rest[0]!r}; it takes --json only")
     rates, found = checking.check_all()
     return json.dumps(checking.tree(rates, found), indent=1) if as_json else checking.text(rates, found)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from ecgscale.config import dump
 from ecgscale.plan.candidates import Candidate, checkpointing, rule, usual_stage
 from ecgscale.plan.summary import Plan
+from ecgscale.tables import aligned
 
 
 def text(plan: Plan) -> str:
@@ -70,7 +69,7 @@ def _ways(plan: Plan) -> str:
     notes = ["peak: the fullest moment of a step, at which not all columns are there, but working memory is"]
     if any(one.offload for one in plan.ways):
         notes.append("* an estimate: ecgscale does not offload")
-    return "\n".join([table(head.split("|"), rows), *notes])
+    return "\n".join([aligned(head.split("|"), rows), *notes])
 
 
 def _layers(one: Candidate, plan: Plan) -> str:
@@ -138,7 +137,7 @@ def _scaled(plan: Plan) -> str:
         for one in plan.scaled
     ]
     head = "GPUs|global batch|step ms|of it sending|efficiency|peak GB|ms at the given batch"
-    shown = table((head + "|h to a failure|min between saves|kept|simulated|recordings/s").split("|"), rows)
+    shown = aligned((head + "|h to a failure|min between saves|kept|simulated|recordings/s").split("|"), rows)
     beyond = (
         "" if all(one.fits for one in plan.scaled) else "\n! more memory than a GPU has, or too many ranks for ZeRO 3"
     )
@@ -173,12 +172,3 @@ def _duration(hours: float) -> str:
     if hours < 1:
         return f"{hours * 60:.3g} minutes" if hours * 60 >= 1 else f"{hours * 3600:.3g} s"
     return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they need, numbers to the right."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )

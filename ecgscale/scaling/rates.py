@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ecgscale import tables
 from ecgscale.scaling.results import Ladder, Point, diverged_seeds, mean_loss, mean_text
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def markdown(ladder: Ladder) -> list[str]:
     for tokens in ladder.tokens:
         sizes = [size for size in ladder.sizes if Point(size, tokens) in ladder.by_rate]
         tried = sorted({rate for size in sizes for rate in ladder.by_rate[Point(size, tokens)]})
-        lines += [f"| {tokens:,} tokens, rate: | {' | '.join(f'{rate:.3g}' for rate in tried)} | best rate |"]
-        lines += ["|---" * (2 + len(tried)) + "|"]
+        rows = []
         found: list[tuple[int, BestRate]] = []
         for size in sizes:
             shown = {rate: mean_text(same) for rate, same in ladder.by_rate[Point(size, tokens)].items()}
@@ -67,9 +67,10 @@ def markdown(ladder: Ladder) -> list[str]:
             if best := best_of(ladder, Point(size, tokens)):
                 found.append((ladder.first(size).width, best))
                 where = f"{best.rate:.2g}" + (" (edge)" if best.at_edge else "")
-            row = " | ".join(shown.get(rate, "") for rate in tried)
-            lines.append(f"| {size}, width {ladder.first(size).width} | {row} | {where} |")
-        lines += ["", *_moves(found), ""]
+            losses = [shown.get(rate, "") for rate in tried]
+            rows.append((f"{size}, width {ladder.first(size).width}", *losses, where))
+        head = (f"{tokens:,} tokens, rate:", *(f"{rate:.3g}" for rate in tried), "best rate")
+        lines += [*tables.markdown(head, rows), "", *_moves(found), ""]
     return lines[:-1]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ecgscale import tables
 from ecgscale.files import finite, write_json, write_whole
 from ecgscale.scaling import rates
 from ecgscale.scaling.ladder import ScalingConfig, cells
@@ -107,23 +108,12 @@ def markdown(config: ScalingConfig, ladder: Ladder, findings: Findings) -> str:
             "",
             "Hold-out: not done, the smaller sizes alone determine no law, or one of the two largest has no loss.",
         ]
-    lines += ["", "| prediction | parameters | tokens | loss |", "|---|---|---|---|"]
-    lines += [
-        f"| {one.size} | {one.parameters:,} | {one.tokens:,.0f} | {_with_interval(one.loss, one.low, one.high)} |"
+    predicted = [
+        (one.size, f"{one.parameters:,}", f"{one.tokens:,.0f}", _with_interval(one.loss, one.low, one.high))
         for one in findings.predictions
     ]
-    lines += ["", "| best spending of FLOPs | parameters | tokens | loss | parameters by 6ND | tokens by 6ND |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for one in findings.spending:
-        low, high = one.size_interval
-        below = "below " if low <= one.looked_at[0] else ""
-        above = "above " if high >= one.looked_at[1] else ""
-        edge = " (edge)" if one.exact.at_edge else ""
-        lines.append(
-            f"| {one.flops:.2g} | {one.exact.size:.2g} [{below}{low:.2g}, {above}{high:.2g}]{edge} | "
-            f"{one.exact.tokens:.2g} | {one.exact.loss:.3f} | {one.by_6nd.size:.2g} | {one.by_6nd.tokens:.2g} |"
-        )
-    return "\n".join([*lines, "", _LEGEND])
+    lines += ["", *tables.markdown(("prediction", "parameters", "tokens", "loss"), predicted)]
+    return "\n".join([*lines, "", *_spending(findings), "", _LEGEND])
 
 
 _LEGEND = (
@@ -135,27 +125,40 @@ _LEGEND = (
 
 
 def _losses(ladder: Ladder) -> list[str]:
-    lines = [f"| size | N | FLOPs per token / 6N | {' | '.join(f'{tokens:,}' for tokens in ladder.tokens)} |"]
-    lines.append("|---" * (3 + len(ladder.tokens)) + "|")
+    rows = []
     for size in ladder.sizes:
         first = ladder.first(size)
         ratio = first.flops / first.tokens / (6 * first.parameters)
         best = [ladder.best.get(Point(size, tokens)) for tokens in ladder.tokens]
         shown = [mean_text(same) if same else "–" for same in best]
-        lines.append(f"| {size} | {first.parameters:,} | {ratio:.2f} | {' | '.join(shown)} |")
-    return lines
+        rows.append((size, f"{first.parameters:,}", f"{ratio:.2f}", *shown))
+    head = ("size", "N", "FLOPs per token / 6N", *(f"{tokens:,}" for tokens in ladder.tokens))
+    return tables.markdown(head, rows)
+
+
+def _spending(findings: Findings) -> list[str]:
+    rows = []
+    for one in findings.spending:
+        low, high = one.size_interval
+        below = "below " if low <= one.looked_at[0] else ""
+        above = "above " if high >= one.looked_at[1] else ""
+        edge = " (edge)" if one.exact.at_edge else ""
+        size = f"{one.exact.size:.2g} [{below}{low:.2g}, {above}{high:.2g}]{edge}"
+        numbers = (f"{one.exact.tokens:.2g}", f"{one.exact.loss:.3f}", f"{one.by_6nd.size:.2g}")
+        rows.append((f"{one.flops:.2g}", size, *numbers, f"{one.by_6nd.tokens:.2g}"))
+    head = ("best spending of FLOPs", "parameters", "tokens", "loss", "parameters by 6ND", "tokens by 6ND")
+    return tables.markdown(head, rows)
 
 
 def _constants(findings: Findings, law: Law) -> list[str]:
     intervals = [interval([getattr(one, name) for one in findings.laws]) for name in law._fields]
     names = ("E", "A", "α", "B", "β")
-    lines = ["| L = E + A / N^α + B / D^β | fitted | 95 % interval |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |"
+    rows = [
+        (name, f"{value:.4g}", f"{low:.4g} to {high:.4g}")
         for name, value, (low, high) in zip(names, law, intervals, strict=True)
     ]
     return [
-        *lines,
+        *tables.markdown(("L = E + A / N^α + B / D^β", "fitted", "95 % interval"), rows),
         "",
         f"It explains {findings.explained:.1%} of the variance of the log losses; runs scatter about it by "
         f"{findings.noise:.2%}.",
@@ -163,17 +166,15 @@ def _constants(findings: Findings, law: Law) -> list[str]:
 
 
 def _held_out(held_out: HeldOut) -> list[str]:
-    lines = [
-        f"| hold-out: {held_out.size} from the smaller sizes | predicted | measured | error |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for tokens, predicted, low, high, measured, _ in held_out.rows:
         missed = "" if low <= measured <= high else ", outside"
         shown = _with_interval(predicted, low, high)
-        lines.append(f"| {tokens:,} tokens | {shown} | {measured:.3f}{missed} | {predicted / measured - 1:+.2%} |")
+        rows.append((f"{tokens:,} tokens", shown, f"{measured:.3f}{missed}", f"{predicted / measured - 1:+.2%}"))
     better = "better" if held_out.error < held_out.naive_error else "not better"
+    head = (f"hold-out: {held_out.size} from the smaller sizes", "predicted", "measured", "error")
     return [
-        *lines,
+        *tables.markdown(head, rows),
         "",
         f"Mean error {held_out.error:.2%}: {better} than to take the loss of the size before "
         f"({held_out.naive_error:.2%}).",

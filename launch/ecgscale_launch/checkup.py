@@ -1,13 +1,14 @@
-"""What each task of `ecgscale-launch doctor` runs: ``python -m ecgscale_launch.checkup FOLDER …``.
+"""What each task of `ecgscale-launch doctor` runs: ``python -m ecgscale_launch.checkup FOLDER SHARDS``.
 
-Each measurement stands alone: what one of them cannot do is written down, and the next begins. ``FOLDER/rank-R.json``
-is written before and after each, so that a task that hangs has said where.
+SHARDS is the JSON of a list; it is not in the folder, which a node may not see. Each measurement stands alone: what one
+of them cannot do is written down, and the next begins. ``FOLDER/rank-R.json`` is written before and after each, so that
+a task that hangs has said where.
 """
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
+import json
 import os
 import socket
 import sys
@@ -44,14 +45,11 @@ class Report:
 def main(arguments: list[str]) -> int:
     """Do all checks; 0, whatever they find."""
     place_from_slurm()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shards", action="append", default=[])
-    options = parser.parse_args(arguments)
+    folder, shards = Path(arguments[0]), json.loads(arguments[1])
     rank, local_rank, world_size, local_world_size = (
         int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
-    task = Task(options.folder, options.shards, rank, local_rank, world_size, local_world_size)
+    task = Task(folder, shards, rank, local_rank, world_size, local_world_size)
     report = Report(rank, os.environ.get("SLURMD_NODENAME", socket.gethostname()), socket.gethostname())
     meeting_s = float(os.environ.get(MEETING_TIMEOUT_S, "300"))
     _do(measurements.software, task, report)

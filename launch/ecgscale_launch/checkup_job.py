@@ -6,6 +6,7 @@ point) and waits for all of them: one that fails or hangs says what is wrong, an
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -58,7 +59,7 @@ def start_tasks(job: CheckupJob, folder: JobFolder, results: Path, nodes: list[s
     """Start a checkup on ``nodes``. Raises InputError where they have no meeting point."""
     cluster, run, cwd = job.cluster, folder.run, Path(job.cwd)
     env = meeting_environment(nodes, cluster.network.interface, min(cluster.network.timeout_s, _MEETING_S))
-    arguments = [str(results), *(f"--shards={place}" for place in job.shards)]
+    arguments = [str(results), json.dumps(job.shards)]
     if job.where == "local":
         own = code_environment(folder.code, cluster.environment)
         argv = [*local_rank_command(_CHECKUP), *arguments]

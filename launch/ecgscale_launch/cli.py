@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
 from ecgscale.cli import COMMANDS as OF_ECGSCALE
-from ecgscale.cli import OneLineParser, run_as_command
+from ecgscale.cli import run_as_command
 from ecgscale.errors import InputError
+from ecgscale.settings import option
 
 USAGE = """\
 usage: ecgscale-launch CLUSTER.yaml [--key VALUE ...] -- COMMAND ... [-- COMMAND ...]
@@ -21,25 +21,19 @@ usage: ecgscale-launch CLUSTER.yaml [--key VALUE ...] -- COMMAND ... [-- COMMAND
 Run `ecgscale COMMAND ...` on a SLURM cluster, or here as N processes, so that it survives preemption, time limits,
 crashes and hangs. Several commands form a chain: each begins when the one before has succeeded.
 
-  --local N              run on this machine as N processes, now; CLUSTER.yaml may be left out
-  --dry-run              check and show all: scripts, configs, the ranks' environment; write and start nothing
-  --run FOLDER           run folder of a command that has no run.dir (default runs/COMMAND-TIME)
-  --after JOB_OR_RUN     begin when that job has succeeded (a job's number or a run folder; may be repeated)
-  --sweep KEY VALUE ...  one run for each value of a config key, in RUN/KEY=VALUE; repeated: for each combination
-  --parts N              split ingest, reproduce or scaling-law over N jobs, and merge
-  --at-once N            jobs of an array that run at the same time (default: all)
+{options}
 
 Keys of CLUSTER.yaml, which --key VALUE overrides:
 """
 
-SUBCOMMANDS = {  # name: its module, which has `main(argv)` for it
-    "status": "watch:status",
-    "logs": "watch:logs",
-    "cancel": "watch:cancel",
-    "resume": "watch:resume",
-    "results": "sweep_table:main",
-    "doctor": "doctor:main",
-    "devcluster": "devcluster:main",
+SUBCOMMANDS = {  # name: its module and class
+    "status": "watch:Status",
+    "logs": "watch:Logs",
+    "cancel": "watch:Cancel",
+    "resume": "watch:Resume",
+    "results": "sweep_table:Results",
+    "doctor": "doctor:Doctor",
+    "devcluster": "devcluster:DevClusterCommand",
 }
 
 
@@ -50,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if argv and argv[0] in SUBCOMMANDS:
-        module, _, name = SUBCOMMANDS[argv[0]].partition(":")
-        command: Callable[[list[str]], int] = getattr(import_module(f"ecgscale_launch.{module}"), name)
-        return command(argv[1:])
+        return subcommand(argv[0], argv[1:])
     head, commands = _split(argv)
     if head and not commands and not head[0].startswith("-") and "--help" not in head:
         near = get_close_matches(head[0], SUBCOMMANDS, 1)
@@ -64,24 +56,56 @@ def _main(argv: list[str]) -> int:
     return launch(head, commands)
 
 
+def subcommand(name: str, words: list[str]) -> int:
+    """Run a subcommand; its exit code. Raises InputError."""
+    from ecgscale_launch.subcommand import run_subcommand
+
+    module, _, kind = SUBCOMMANDS[name].partition(":")
+    return run_subcommand(name, getattr(import_module(f"ecgscale_launch.{module}"), kind), words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How it is run."""
+
+    cluster: Path | None = option(None, positional=True)
+    """YAML file of the cluster."""
+    local: int | None = option(None, metavar="N")
+    """Run on this machine as N processes, now; CLUSTER.yaml may be left out."""
+    dry_run: bool = False
+    """Check and show all: scripts, configs, the ranks' environment; write and start nothing."""
+    run: str = option("", metavar="FOLDER")
+    """Run folder of a command that has no run.dir; by default runs/COMMAND-TIME."""
+    after: list[str] = option(default_factory=list, repeated=True, whole=True, metavar="JOB_OR_RUN")
+    """Begin when that job has succeeded (a job's number or a run folder; may be repeated)."""
+    sweep: list[list[str]] = option(default_factory=list, several=True, repeated=True, metavar="KEY VALUE ...")
+    """One run for each value of a config key, in RUN/KEY=VALUE; repeated: for each combination."""
+    parts: int = option(0, metavar="N")
+    """Split ingest, reproduce or scaling-law over N jobs, and merge."""
+    at_once: int = option(0, metavar="N")
+    """Jobs of an array that run at the same time; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.cluster is None and self.local is None:
+            raise InputError("give CLUSTER.yaml, or --local N to run here; `ecgscale-launch --help` tells more")
+        if self.local is not None and self.local < 1:
+            raise InputError(f"--local {self.local}: give 1 or more processes")
+        if bare := next((key for key, *values in self.sweep if not values), None):
+            raise InputError(f"--sweep {bare}: give its values too, like --sweep train.seed 0 1 2")
+
+
 def launch(head: list[str], commands: list[list[str]]) -> int:
     """Submit, or run here, what stands behind ``--``, as what stands before it says."""
     from ecgscale_launch.dry_run import dry_run
     from ecgscale_launch.launch_config import load_cluster
     from ecgscale_launch.launching import run_here, submit_all, with_processes
     from ecgscale_launch.stages import Wanted
+    from ecgscale_launch.subcommand import with_cluster_keys
 
-    file = Path(head.pop(0)) if head and not head[0].startswith("-") else None
-    options, overrides = _options().parse_known_args(head)
-    if file is None and options.local is None:
-        raise InputError("give CLUSTER.yaml, or --local N to run here; `ecgscale-launch --help` tells more")
+    options, changes = with_cluster_keys(Launch, head)
     _check(commands)
-    if options.local is not None and options.local < 1:
-        raise InputError(f"--local {options.local}: give 1 or more processes")
-    cluster = load_cluster(file, overrides)
-    sweeps = tuple((sweep[0], tuple(sweep[1:])) for sweep in options.sweep)
-    if bare := next((key for key, values in sweeps if not values), None):
-        raise InputError(f"--sweep {bare}: give its values too, like --sweep train.seed 0 1 2")
+    cluster = load_cluster(options.cluster, changes)
+    sweeps = tuple((key, tuple(values)) for key, *values in options.sweep)
     wanted = Wanted(commands, options.run, sweeps, options.parts, tuple(options.after), options.at_once)
     if options.local is not None:
         cluster = with_processes(cluster, options.local)
@@ -116,25 +140,13 @@ def _check(commands: list[list[str]]) -> None:
             raise InputError(f"{given} after --: no command of ecgscale; known are {', '.join(OF_ECGSCALE)}")
 
 
-def _options() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="ecgscale-launch", add_help=False, allow_abbrev=False)
-    parser.add_argument("--local", type=int, metavar="N")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--run", default="", metavar="FOLDER")
-    parser.add_argument("--after", action="append", default=[], metavar="JOB_OR_RUN")
-    parser.add_argument("--sweep", action="append", default=[], nargs="+", metavar="KEY VALUE")
-    parser.add_argument("--parts", type=int, default=0, metavar="N")
-    parser.add_argument("--at-once", type=int, default=0, metavar="N")
-    return parser
-
-
 def _help() -> str:
-    from ecgscale.settings_help import help_text
+    from ecgscale.settings_help import help_text, own_options
     from ecgscale_launch.launch_config import LaunchConfig
 
     title = "What a job asks"
-    keys = f"\n{title}{help_text(LaunchConfig, 'launch').split(title)[-1]}"
-    return USAGE.format(commands="|".join(SUBCOMMANDS)) + keys
+    keys = f"\n{title}{help_text(LaunchConfig, 'ecgscale-launch').split(title)[-1]}"
+    return USAGE.format(commands="|".join(SUBCOMMANDS), options=own_options(Launch)) + keys
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ process and removes it. Needs Debian's slurm-wlm and munge, no root. Written aga
 
 from __future__ import annotations
 
-import argparse
 import os
 import pwd
 import random
@@ -22,12 +21,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError
 from ecgscale.files import read_json, write_json
+from ecgscale.settings import option
 from ecgscale_launch import daemons
 from ecgscale_launch.daemons import missing_programs
+from ecgscale_launch.subcommand import Subcommand
 
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / f"ecgscale-devcluster-{os.getuid()}"
 _MARK = "devcluster.json"  # only a folder with this file is ever removed
@@ -309,34 +310,36 @@ def _node_states(cluster: DevCluster) -> dict[str, str]:
     return dict(line.split() for line in done.stdout.splitlines())
 
 
-def main(argv: list[str]) -> int:
-    """`ecgscale-launch devcluster up|down|status`."""
-    options = _parse(argv)
-    if options.what == "up":
-        cluster = up(options.folder, options.nodes, options.cpus, options.kill_wait_s, options.grace_s)
-        print(f"devcluster: {cluster.nodes} nodes are idle; in another terminal: {cluster.export}", file=sys.stderr)
-        print(cluster.export)
-    elif options.what == "down":
-        gone = down(options.folder)
-        print(f"devcluster: {options.folder} is gone" if gone else f"devcluster: nothing in {options.folder}")
-    else:
-        found = status(options.folder)
-        print(found.table())
-        return 0 if found.healthy else 1
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class DevClusterCommand(Subcommand):
+    """A real SLURM on this machine in one private folder, to try and test with.
 
+    `up` prints what the shell needs: eval "$(ecgscale-launch devcluster up)"
+    """
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="ecgscale-launch devcluster",
-        description="A real SLURM on this machine in one private folder, to try and test with. `up` prints what the "
-        'shell needs: eval "$(ecgscale-launch devcluster up)"',
-        allow_abbrev=False,
-    )
-    parser.add_argument("what", choices=("up", "down", "status"))
-    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help=f"default {DEFAULT_FOLDER}")
-    parser.add_argument("--nodes", type=int, default=4, help="nodes to start (default 4)")
-    parser.add_argument("--cpus", type=int, default=2, help="CPUs that each node claims (default 2)")
-    parser.add_argument("--kill-wait-s", type=int, default=30, help="from SIGTERM to SIGKILL of a job (default 30)")
-    parser.add_argument("--grace-s", type=int, default=60, help="notice that a preempted job gets (default 60)")
-    return parser.parse_args(argv)
+    what: Literal["up", "down", "status"] = option(positional=True)
+    """up, down or status."""
+    folder: Path = DEFAULT_FOLDER
+    """Where all of it lies."""
+    nodes: int = 4
+    """Nodes to start."""
+    cpus: int = 2
+    """CPUs that each node claims."""
+    kill_wait_s: int = 30
+    """From SIGTERM to SIGKILL of a job."""
+    grace_s: int = 60
+    """Notice that a preempted job gets."""
+
+    def run(self) -> int:
+        if self.what == "up":
+            cluster = up(self.folder, self.nodes, self.cpus, self.kill_wait_s, self.grace_s)
+            print(f"devcluster: {cluster.nodes} nodes are idle; in another terminal: {cluster.export}", file=sys.stderr)
+            print(cluster.export)
+        elif self.what == "down":
+            gone = down(self.folder)
+            print(f"devcluster: {self.folder} is gone" if gone else f"devcluster: nothing in {self.folder}")
+        else:
+            found = status(self.folder)
+            print(found.table())
+            return 0 if found.healthy else 1
+        return 0

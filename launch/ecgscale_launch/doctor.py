@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, one_line
 from ecgscale.files import write_json
+from ecgscale.settings import Given, option
 from ecgscale_launch import batch, slurm
 from ecgscale_launch.batch import Batch
 from ecgscale_launch.checkup_job import JOB, CheckupJob, results_at, start_tasks
@@ -32,6 +31,7 @@ from ecgscale_launch.listing import duration, screen, short_path
 from ecgscale_launch.preflight import check_place
 from ecgscale_launch.slurm_words import minutes, refuse_control_characters
 from ecgscale_launch.snapshot import package_folders, snapshot
+from ecgscale_launch.subcommand import ClusterSubcommand
 from ecgscale_launch.watched_job import SEE_TASKS, WatchedJob, wait
 
 _JOB_MINUTES = 10
@@ -39,59 +39,57 @@ _SETTLE_S = 10.0  # for files of the nodes to be seen here after the end of the 
 _NEEDED = ("torch", "deepspeed")  # here, to submit what the nodes then run
 
 
-def main(argv: list[str]) -> int:
-    """Check the allocation that CLUSTER.yaml describes; 1 where something fails.
+@dataclass(frozen=True, kw_only=True)
+class Doctor(ClusterSubcommand):
+    """Run a short job on the allocation that CLUSTER.yaml describes, and say what is wrong with it.
 
-    --json prints {"folder", "job_id", "ok", "checks": [{"name", "result", "measured", "advice"}], "tasks": [...]}.
+    Exit code 1 where something fails. Further options change the cluster config, as in launching: --nodes 4
+    --partition long.
     """
-    options, file, overrides = _options(argv)
-    run = Path(options.folder or f"runs/doctor-{time.strftime('%Y%m%d-%H%M%S')}")
-    cluster = load_cluster(file, overrides)
-    shards = [place if "://" in place else os.path.abspath(place) for place in options.shards]  # noqa: PTH100
-    deadline = time.monotonic() + options.timeout_s
-    if options.local is not None:
-        job = CheckupJob(with_processes(cluster, options.local), "local", str(Path.cwd()), shards)
-        job_id, found = None, _here(run, job, deadline)
-    else:
-        job_id, found = _in_queue(run, CheckupJob(_short(cluster), "slurm", str(Path.cwd()), shards), deadline)
-    checks = judge(found)
-    ok = all(check.result != "fail" for check in checks)
-    if options.json:
-        tasks = [asdict(report) for report in found.reports]
-        about = {"folder": str(run.absolute()), "job_id": job_id, "ok": ok}
-        print(json.dumps(about | {"checks": [asdict(check) for check in checks], "tasks": tasks}, indent=1))
-    else:
-        print("\n".join(lines(checks, *screen(sys.stdout))))
-        print(one_line(f"files are in {short_path(str(run))}"))
-    return 0 if ok else 1
 
+    cluster: Path | None = option(None, positional=True)
+    """YAML file of the cluster."""
+    local: int | None = option(None, metavar="N")
+    """N processes of this machine, no SLURM."""
+    shards: list[str] = option(default_factory=list, several=True, repeated=True, metavar="DATASET [DATASET ...]")
+    """Read these too."""
+    folder: str = ""
+    """New folder for all files; by default runs/doctor-TIME."""
+    timeout_s: float = option(600.0, metavar="S")
+    """The queue included."""
+    json: bool = False
+    """For programs: {"folder", "job_id", "ok", "checks": [{"name", "result", "measured", "advice"}], "tasks"}."""
 
-def _options(argv: list[str]) -> tuple[argparse.Namespace, Path | None, list[str]]:
-    """Options, CLUSTER.yaml, and what overrides its keys."""
-    parser = OneLineParser(
-        prog="ecgscale-launch doctor",
-        usage="%(prog)s CLUSTER.yaml [--key VALUE ...] [options]",
-        description="Run a short job on the allocation that CLUSTER.yaml describes, and say what is wrong with it.",
-        epilog="Further options change the cluster config, as in launching: --nodes 4 --partition long",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--local", type=int, metavar="N", help="N processes of this machine, no SLURM")
-    parser.add_argument("--shards", nargs="+", action="extend", default=[], metavar="DATASET", help="read these too")
-    parser.add_argument("--folder", metavar="FOLDER", help="new folder for all files (runs/doctor-TIME)")
-    parser.add_argument("--timeout-s", type=float, default=600.0, metavar="S", help="the queue included (600)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    rest = list(argv)
-    file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
-    options, overrides = parser.parse_known_args(rest)
-    if file is None and options.local is None:
-        raise InputError("doctor: give CLUSTER.yaml, or --local N to look at this machine")
-    if options.local is not None and options.local < 1:
-        raise InputError(f"--local {options.local}: give 1 or more processes")
-    if not options.timeout_s > 0:
-        raise InputError(f"--timeout-s {options.timeout_s:g}: give more than 0 seconds")
-    for place in options.shards:
-        refuse_control_characters("--shards", place)
-    return options, file, overrides
+    def __post_init__(self) -> None:
+        if self.cluster is None and self.local is None:
+            raise InputError("give CLUSTER.yaml, or --local N to look at this machine")
+        if self.local is not None and self.local < 1:
+            raise InputError(f"--local {self.local}: give 1 or more processes")
+        if not self.timeout_s > 0:
+            raise InputError(f"--timeout-s {self.timeout_s:g}: give more than 0 seconds")
+        for place in self.shards:
+            refuse_control_characters("--shards", place)
+
+    def run(self, changes: Given) -> int:
+        run = Path(self.folder or f"runs/doctor-{time.strftime('%Y%m%d-%H%M%S')}")
+        cluster = load_cluster(self.cluster, changes)
+        shards = [place if "://" in place else os.path.abspath(place) for place in self.shards]  # noqa: PTH100
+        deadline = time.monotonic() + self.timeout_s
+        if self.local is not None:
+            job = CheckupJob(with_processes(cluster, self.local), "local", str(Path.cwd()), shards)
+            job_id, found = None, _here(run, job, deadline)
+        else:
+            job_id, found = _in_queue(run, CheckupJob(_short(cluster), "slurm", str(Path.cwd()), shards), deadline)
+        checks = judge(found)
+        ok = all(check.result != "fail" for check in checks)
+        if self.json:
+            tasks = [asdict(report) for report in found.reports]
+            about = {"folder": str(run.absolute()), "job_id": job_id, "ok": ok}
+            print(json.dumps(about | {"checks": [asdict(check) for check in checks], "tasks": tasks}, indent=1))
+        else:
+            print("\n".join(lines(checks, *screen(sys.stdout))))
+            print(one_line(f"files are in {short_path(str(run))}"))
+        return 0 if ok else 1
 
 
 def _make_folder(run: Path, job: CheckupJob) -> JobFolder:

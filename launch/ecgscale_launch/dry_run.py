@@ -6,11 +6,12 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from ecgscale import yaml_text
 from ecgscale.config import dump
 from ecgscale.training.environment import HANG_S, MEETING_TIMEOUT_S, SUPERVISOR
 from ecgscale_launch.commands import local_rank_command, rank_command, srun_command
 from ecgscale_launch.job_folder import JobFolder
-from ecgscale_launch.job_record import Where, arguments_of, check_job
+from ecgscale_launch.job_record import Where, placed
 from ecgscale_launch.launch_config import LaunchConfig
 from ecgscale_launch.launching import batch_of, checked_stages
 from ecgscale_launch.local import rank_environment
@@ -38,8 +39,8 @@ def dry_run(wanted: Wanted, cluster: LaunchConfig, where: Where) -> str:
 
 
 def _of_piece(piece: Piece, cluster: LaunchConfig, where: Where) -> list[str]:
-    folder, config = JobFolder.of(piece.run), check_job(piece.run, piece.command)
-    lines = [] if config is None else [f"# --- {piece.run}: config ---", dump(config)]
+    folder, work = JobFolder.of(piece.run), placed(piece.run, piece.work)
+    lines = [f"# --- {folder.config} ---", yaml_text.written(work.values)]
     if where == "slurm":
         ranks = [*srun_command(cluster, folder.run, Path.cwd()), *rank_command(cluster, folder.run, Path.cwd())]
         own = {"RANK": "$SLURM_PROCID", "LOCAL_RANK": "$SLURM_LOCALID", "WORLD_SIZE": str(cluster.world_size)}
@@ -51,7 +52,7 @@ def _of_piece(piece: Piece, cluster: LaunchConfig, where: Where) -> list[str]:
         own |= dict.fromkeys(("RANK", "LOCAL_RANK"), f"0..{last}" if last else "0") | {SUPERVISOR: "(the launcher)"}
     own |= {"MASTER_ADDR": "(the first node's)", "MASTER_PORT": "(one that is free then)"}
     own |= {MEETING_TIMEOUT_S: f"{cluster.network.timeout_s:g}", HANG_S: f"{cluster.hang_s:g}"}
-    command = [*ranks, "ATTEMPT", "--", *arguments_of(piece.command, folder)]
+    command = [*ranks, "ATTEMPT", work.command]
     lines.append(f"# {piece.run} runs: {shlex.join(command)}")
     lines.append(f"# {piece.run}: environment of a rank: {' '.join(f'{name}={value}' for name, value in own.items())}")
     return lines

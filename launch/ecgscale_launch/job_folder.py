@@ -17,7 +17,7 @@ class JobFolder:
         self.path = path
         self.run = path.parent
         self.job = path / "job.json"  # everything about the job: what the supervisor runs
-        self.config = path / "config.yaml"  # the resolved config of pretrain or finetune, which the ranks read
+        self.config = path / "config.yaml"  # what the command is given, all keys of a config; the ranks read it
         self.diff = path / "diff.patch"  # what was not committed, untracked files too
         self.code = path / "code"  # the packages that the job runs
         self.sweep = path / "sweep.json"  # of a sweep: its runs, and what each was given
@@ -31,6 +31,11 @@ class JobFolder:
     def of(cls, run: Path) -> JobFolder:
         """The job folder of a run folder."""
         return cls(Path(os.path.abspath(run)) / LAUNCH)  # noqa: PTH100 (links stay: the nodes may see others)
+
+    @classmethod
+    def of_attempt(cls, attempt: Path) -> JobFolder:
+        """The job folder that the folder of an attempt lies in."""
+        return cls(attempt.parent.parent)
 
     def batch_folders(self) -> list[Path]:
         """Where the log of the batch script may be: here, or where earlier versions kept it."""

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ecgscale import provenance
+from ecgscale import provenance, yaml_text
+from ecgscale.cli import COMMANDS
+from ecgscale.commands.command import Values
 from ecgscale.errors import InputError
 from ecgscale.files import read_json_if_there, write_json, write_whole
 from ecgscale.run_folder import LAUNCH
@@ -41,7 +43,7 @@ class JobRecord:
     run: str
     """The run folder."""
     command: list[str]
-    """Arguments of `ecgscale`, as they were given."""
+    """As it was typed, for people: the ranks run what config.yaml beside this file says."""
     cluster: LaunchConfig
     where: Where
     cwd: str
@@ -66,20 +68,46 @@ class JobRecord:
         return JobFolder.of(Path(self.run))
 
     @property
-    def arguments(self) -> list[str]:
-        """What the ranks run: the command, from the resolved config where there is one."""
-        return arguments_of(self.command, self.folder)
-
-    @property
     def code(self) -> Path:
         """The packages that it runs: its own, or those that the jobs of an array share."""
         of_array = self.folder.run.parent / LAUNCH / self.folder.code.name
         return self.folder.code if self.folder.code.exists() else of_array
 
 
-def arguments_of(command: list[str], folder: JobFolder) -> list[str]:
-    """What the ranks of a job run: its command, from the resolved config where there is one."""
-    return [command[0], "--config", str(folder.config)] if command[0] in OF_RANKS else command
+@dataclass(frozen=True)
+class Work:
+    """What a job does: a command of `ecgscale`, and what it is given."""
+
+    typed: list[str]
+    """The command line that it was read from."""
+    given: Values
+    config: PretrainConfig | FinetuneConfig | None = None
+    """In place of what is given, for commands of ranks."""
+
+    @property
+    def command(self) -> str:
+        return self.typed[0]
+
+    @property
+    def values(self) -> Values:
+        """What the command runs from."""
+        return self.given if self.config is None else asdict(self.config)
+
+
+def read_work(words: list[str]) -> Work:
+    """What a command line asks for. Raises InputError."""
+    command, *arguments = words
+    for argument in arguments:
+        if "\0" in argument:
+            raise InputError(f"{command}: the argument {argument!r} holds NUL")
+    values = COMMANDS[command].read(arguments)
+    if command not in OF_RANKS:
+        return Work(words, values)
+    from ecgscale.config import build
+
+    config_type = COMMANDS[command].config_type
+    assert config_type is not None
+    return Work(words, {}, build(config_type(), values))
 
 
 @dataclass(frozen=True)
@@ -96,21 +124,21 @@ class Source:
 
 
 def make_job(
-    run: Path, command: list[str], cluster: LaunchConfig, where: Where, source: Source, shares_code: bool = False
+    run: Path, work: Work, cluster: LaunchConfig, where: Where, source: Source, shares_code: bool = False
 ) -> JobRecord:
     """Make RUN and RUN/launch (0700) and write what a job is made of.
 
-    ``command`` is the argv of ecgscale; ``shares_code``: the packages are copied for all jobs of an array at once.
-    Raises InputError where the command's config is wrong, the run has another, or others can get at the folder.
+    ``shares_code``: the packages are copied for all jobs of an array at once. Raises InputError where the run has
+    another config, or others can get at the folder.
     """
-    config = check_job(run, command)
+    work = placed(run, work)
     folder = JobFolder.of(run)
     record = JobRecord(
         format=FORMAT,
-        name=cluster.name or job_name(command[0], folder.run),
+        name=cluster.name or job_name(work.command, folder.run),
         run=str(folder.run),
-        command=command,
-        cluster=replace(cluster, name=cluster.name or job_name(command[0], folder.run)),
+        command=work.typed,
+        cluster=replace(cluster, name=cluster.name or job_name(work.command, folder.run)),
         where=where,
         cwd=str(Path.cwd()),
         time=time.time(),
@@ -125,12 +153,14 @@ def make_job(
     if not shares_code:
         snapshot(source.packages, folder.code)
     write_whole(folder.diff, source.clone.diff)
-    if config is not None:
-        from ecgscale.config import dump
-
-        write_whole(folder.config, dump(config).encode())
+    write_values(folder, work)
     write_record(record)  # last: a folder with job.json is whole
     return record
+
+
+def write_values(folder: JobFolder, work: Work) -> None:
+    """Write config.yaml, which the ranks read."""
+    write_whole(folder.config, yaml_text.written(work.values).encode())
 
 
 def write_record(record: JobRecord) -> None:
@@ -152,8 +182,8 @@ def read_job(run: Path) -> JobRecord:
         raise InputError(f"{folder.job}: damaged, {error}; submit the job again") from error
 
 
-def check_job(run: Path, command: list[str]) -> PretrainConfig | FinetuneConfig | None:
-    """The resolved config that the job of a run folder would run from, None for commands that have none.
+def placed(run: Path, work: Work) -> Work:
+    """The same with the run folder in its config, where it has one.
 
     Writes nothing. Raises InputError as `make_job` does.
     """
@@ -162,27 +192,14 @@ def check_job(run: Path, command: list[str]) -> PretrainConfig | FinetuneConfig 
     from ecgscale.run import refuse_other_run
 
     refuse_control_characters("run folder", str(run))
-    for argument in command:
-        if "\0" in argument:
-            raise InputError(f"{command[0]}: the argument {argument!r} holds NUL")
     folder = JobFolder.of(run)
     if (folder.run / MANIFEST).exists():
         raise InputError(f"{run}: is a data set; give a run folder of its own")
-    config = load_command(command)
-    if config is not None:
-        config = replace(config, run=RunConfig(str(folder.run)))
-        refuse_other_run(folder.run, config)
-    return config
-
-
-def load_command(command: list[str]) -> PretrainConfig | FinetuneConfig | None:
-    """The config that a command of pretrain or finetune amounts to; None for other commands."""
-    if command[0] not in OF_RANKS:
-        return None
-    from ecgscale.config import PretrainConfig, load
-    from ecgscale.downstream.finetune_config import FinetuneConfig
-
-    return load(PretrainConfig, command[1:]) if command[0] == "pretrain" else load(FinetuneConfig, command[1:])
+    if work.config is None:
+        return work
+    config = replace(work.config, run=RunConfig(str(folder.run)))
+    refuse_other_run(folder.run, config)
+    return replace(work, config=config)
 
 
 def job_name(command: str, run: Path) -> str:

@@ -237,33 +237,12 @@ class LaunchConfig:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load_cluster(path: Path | None, overrides: list[str]) -> LaunchConfig:
-    """A cluster's YAML with ``--any.key value`` on top; raises InputError, which names the file where that is wrong."""
-    file = settings.read_texts(LaunchConfig, path) if path else settings.Given()
-    try:
-        return _with_words(file, overrides)
-    except InputError as error:
-        if path and not str(error).startswith(str(path)) and _refusal(file) == str(error):
-            raise InputError(f"{path}: {error}") from error
-        raise
+def load_cluster(path: Path | None, changes: settings.Given) -> LaunchConfig:
+    """A cluster's YAML with what a command line changes. Raises InputError, which names the line that is wrong."""
+    return changed(settings.read_texts(LaunchConfig, path) if path else settings.Given(), changes)
 
 
-def changed(tree: dict[str, Any], overrides: list[str]) -> LaunchConfig:
-    """A config with ``--any.key value`` on top. Raises InputError."""
-    return _with_words(settings.Given(tree), overrides)
-
-
-def _with_words(before: settings.Given, overrides: list[str]) -> LaunchConfig:
-    given = settings.Given()
-    given.update(before)
-    given.update(settings.from_words(LaunchConfig, overrides))
+def changed(given: settings.Given, changes: settings.Given) -> LaunchConfig:
+    """A config with changes on top. Raises InputError."""
+    given.update(changes)
     return settings.build(LaunchConfig, given)
-
-
-def _refusal(file: settings.Given) -> str | None:
-    """What is wrong with a file alone."""
-    try:
-        _with_words(file, [])
-    except InputError as error:
-        return str(error)
-    return None

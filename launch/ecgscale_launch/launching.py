@@ -12,11 +12,21 @@ from pathlib import Path
 
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import read_json_if_there, write_json
+from ecgscale.settings import Given
 from ecgscale.stopping import STOPPED_EXIT_CODE
 from ecgscale_launch import batch, slurm
 from ecgscale_launch.batch import Batch
 from ecgscale_launch.job_folder import JobFolder, make_private, refuse_shared
-from ecgscale_launch.job_record import JobRecord, Source, Where, job_name, make_job, write_record
+from ecgscale_launch.job_record import (
+    JobRecord,
+    Source,
+    Where,
+    job_name,
+    make_job,
+    read_work,
+    write_record,
+    write_values,
+)
 from ecgscale_launch.launch_config import LaunchConfig, changed
 from ecgscale_launch.places import supervise
 from ecgscale_launch.preflight import check_place
@@ -65,7 +75,7 @@ def submit_all(wanted: Wanted, cluster: LaunchConfig) -> list[tuple[Stage, list[
     return done
 
 
-def resubmit(job: JobRecord, overrides: list[str], new_code: bool) -> str:
+def resubmit(job: JobRecord, changes: Given, new_code: bool) -> str:
     """Put a job that has ended into the queue again, as it lies in its folder but for what is given; its number."""
     if job.where == "local":
         raise InputError(f"{job.run}: ran on this machine, not in a queue; the same command with --local goes on")
@@ -73,7 +83,7 @@ def resubmit(job: JobRecord, overrides: list[str], new_code: bool) -> str:
         raise InputError(f"{job.run}: is done; to go on, launch its command again with more --train.steps")
     if not new_code and not (job.code / f"{_SUPERVISE.replace('.', '/')}.py").exists():
         raise InputError(f"{job.code}: packages of an earlier version, which start otherwise; give --new-code")
-    job = replace(job, cluster=changed(asdict(job.cluster), overrides))
+    job = replace(job, cluster=changed(Given(asdict(job.cluster)), changes))
     check_place(job.folder.run, job.cluster)
     for executed in (job.folder, JobFolder(job.code.parent)):
         refuse_shared(executed)
@@ -82,6 +92,8 @@ def resubmit(job: JobRecord, overrides: list[str], new_code: bool) -> str:
     batch.test(again)
     if new_code:
         snapshot(Source.today().packages, job.folder.code)
+        if not job.folder.config.exists():  # of an earlier version, whose ranks read the words again
+            write_values(job.folder, read_work(job.command))
     write_record(job)
     [number] = _submit(again, [job])
     return number
@@ -111,7 +123,7 @@ def make_jobs(stage: Stage, cluster: LaunchConfig, where: Where, source: Source)
     for piece in stage.pieces:
         if shares_code:  # its own, of another launch, would be taken
             shutil.rmtree(JobFolder.of(piece.run).code, ignore_errors=True)
-        jobs.append(make_job(piece.run, piece.command, cluster, where, source, shares_code))
+        jobs.append(make_job(piece.run, piece.work, cluster, where, source, shares_code))
     if any(piece.swept for piece in stage.pieces):
         runs = [{"run": piece.run.name, "swept": piece.swept} for piece in stage.pieces]
         write_json(of_stage.sweep, {"runs": runs})
@@ -122,7 +134,7 @@ def batch_of(stage: Stage, cluster: LaunchConfig, at_once: int = 0) -> Batch:
     """What SLURM is asked to run for a stage: a supervisor for each piece."""
     folder, folders = JobFolder.of(stage.run), [JobFolder.of(piece.run) for piece in stage.pieces]
     return Batch(
-        name=cluster.name or job_name(stage.pieces[0].command[0], folder.run),
+        name=cluster.name or job_name(stage.pieces[0].work.command, folder.run),
         folder=folder,
         cluster=cluster,
         code=folder.code if len(folders) > 1 else folders[0].code,

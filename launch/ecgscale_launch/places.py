@@ -32,7 +32,7 @@ def on_this_machine(job: JobRecord) -> Place:
     own = code_environment(job.code, job.cluster.environment) | {SAVE_S: str(job.cluster.save_s)}
 
     def start(attempt: Path, env: dict[str, str]) -> LocalRanks:
-        argv = [*local_rank_command(), str(attempt), "--", *job.arguments]
+        argv = [*local_rank_command(), str(attempt), job.command[0]]
         return LocalRanks(attempt, argv, env | own, job.cluster.world_size, shown=True)
 
     return Place([job.host], start)
@@ -45,7 +45,7 @@ def in_allocation(job: JobRecord) -> Place:
 
     def start(attempt: Path, env: dict[str, str]) -> StepRanks:
         srun = [*srun_command(job.cluster, run, cwd), f"--output={attempt}/rank-%t.log"]
-        rank = [*rank_command(job.cluster, run, cwd), str(attempt), "--", *job.arguments]
+        rank = [*rank_command(job.cluster, run, cwd), str(attempt), job.command[0]]
         return StepRanks(job_id, attempt, [*srun, *rank], own | env, job.cluster.world_size)
 
     return Place(slurm.own_nodes(), start, job_id, lambda: slurm.requeue(job_id))

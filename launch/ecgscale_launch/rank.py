@@ -1,7 +1,8 @@
-"""What each task of a job runs: ``python -m ecgscale_launch.rank ATTEMPT_FOLDER -- COMMAND …``.
+"""What each task of a job runs: ``python -m ecgscale_launch.rank ATTEMPT_FOLDER COMMAND``.
 
-It takes its place among the ranks from what srun (or the supervisor, on one machine) tells, and leaves in the attempt's
-folder what the supervisor and people want to know: where it stands, its first error, its stacks when asked by SIGUSR1.
+What the command is given stands in config.yaml of the job's folder. The task takes its place among the ranks from what
+srun (or the supervisor, on one machine) tells, and leaves in the attempt's folder what the supervisor and people want
+to know: where it stands, its first error, its stacks when asked by SIGUSR1.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecgscale import progress, stopping
-from ecgscale.cli import dispatch, run_as_command
+from ecgscale import progress, stopping, yaml_text
+from ecgscale.cli import run_as_command, run_values
 from ecgscale.errors import InputError, MachineError, one_line, system_error, tells_of_lost_rank
 from ecgscale.files import write_json_or_say
 from ecgscale.training.environment import HANG_S, SAVE_S, SUPERVISOR
 from ecgscale_launch.commands import OF_RANKS
+from ecgscale_launch.job_folder import JobFolder
 
 _LOOK_S = 0.2
 _LAST_WORD_S = 2.0  # for writing that this rank has ended
@@ -31,9 +33,9 @@ _LAST_WORD_S = 2.0  # for writing that this rank has ended
 
 def main(arguments: list[str]) -> int:
     """Run the command as one rank; its exit code."""
-    folder, command = Path(arguments[0]), arguments[2:]
+    folder, command = Path(arguments[0]), arguments[1]
     # Before everything slow: until now signals were ignored.
-    stopping.listen() if command[0] in OF_RANKS else stopping.leave_when_asked()
+    stopping.listen() if command in OF_RANKS else stopping.leave_when_asked()
     place_from_slurm()
     rank = int(os.environ.get("RANK", "0"))
     with (folder / f"rank-{rank}.stacks.txt").open("w") as stacks:
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
         report = threading.Thread(target=_report, args=(folder / f"rank-{rank}.alive.json", rank, over), daemon=True)
         report.start()
         try:
-            code = run_as_command("ecgscale", _recorded(folder / f"rank-{rank}.error.json", rank), command)
+            code = run_as_command("ecgscale", _recorded(folder, rank), [command])
         except BaseException:  # told here, since it must not wait at the exit for threads of the libraries
             traceback.print_exc()
             code = 1
@@ -67,17 +69,18 @@ def place_from_slurm() -> None:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0]
 
 
-def _recorded(path: Path, rank: int) -> Callable[[list[str]], int]:
+def _recorded(attempt: Path, rank: int) -> Callable[[list[str]], int]:
     """The `ecgscale` command, with its error written down before it is told."""
 
     def run(command: list[str]) -> int:
         try:
-            return dispatch(command)
+            return run_values(command[0], yaml_text.read(JobFolder.of_attempt(attempt).config))
         except stopping.Stopped:
             raise
         except BaseException as error:
             about = {"rank": rank, "host": _node(), "time": time.time(), "kind": kind_of(error)}
             line = one_line(f"{type(error).__name__}: {error}" if about["kind"] == "error" else str(error))
+            path = attempt / f"rank-{rank}.error.json"
             write_json_or_say(path, about | {"line": line, "traceback": traceback.format_exc()})
             raise
 

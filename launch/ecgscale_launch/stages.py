@@ -5,31 +5,25 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ecgscale.data.shards import MANIFEST
 from ecgscale.errors import InputError
 from ecgscale_launch.commands import OF_RANKS
-from ecgscale_launch.job_record import load_command
+from ecgscale_launch.job_record import Work, read_work
 from ecgscale_launch.launch_config import LaunchConfig
-
-if TYPE_CHECKING:
-    from ecgscale.config import PretrainConfig
-    from ecgscale.downstream.finetune_config import FinetuneConfig
 
 _IN_PARTS = ("ingest", "reproduce", "scaling-law")  # the commands that know --part I/N and --merge
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One job: a command of ecgscale and its run folder."""
+    """One job: what it does, and its run folder."""
 
     run: Path
-    command: list[str]
-    config: PretrainConfig | FinetuneConfig | None = None  # that the command amounts to
+    work: Work
     swept: dict[str, str] = field(default_factory=dict)  # what a sweep gave it
 
 
@@ -59,35 +53,40 @@ def stages(wanted: Wanted) -> list[Stage]:
         raise InputError("--run, --sweep and --parts are for one command, not for a chain; launch it with --after")
     found = []
     for command in wanted.commands:
-        config = load_command(command)
-        run = _run_folder(command, config, wanted.run)
+        work = read_work(command)
+        run = _run_folder(work, wanted.run)
         if wanted.parts:
-            if command[0] not in _IN_PARTS:
-                raise InputError(f"--parts splits {', '.join(_IN_PARTS)}, not {command[0]}")
-            parts = [f"{part}/{wanted.parts}" for part in range(1, wanted.parts + 1)]
-            pieces = [Piece(run / f"part-{i:04d}", [*command, "--part", part]) for i, part in enumerate(parts, 1)]
-            found += [Stage(run, pieces), Stage(run / "merge", [Piece(run / "merge", [*command, "--merge"])])]
+            if work.command not in _IN_PARTS:
+                raise InputError(f"--parts splits {', '.join(_IN_PARTS)}, not {work.command}")
+            parts = [_with(work, part=f"{part}/{wanted.parts}") for part in range(1, wanted.parts + 1)]
+            pieces = [Piece(run / f"part-{number:04d}", part) for number, part in enumerate(parts, 1)]
+            found += [Stage(run, pieces), Stage(run / "merge", [Piece(run / "merge", _with(work, merge=True))])]
         elif wanted.sweeps:
-            if command[0] not in OF_RANKS:
-                raise InputError(f"--sweep varies keys of {' or '.join(OF_RANKS)}, not of {command[0]}")
+            if work.config is None:
+                raise InputError(f"--sweep varies keys of {' or '.join(OF_RANKS)}, not of {work.command}")
             found.append(Stage(run, list(_swept(run, command, wanted.sweeps))))
         else:
-            found.append(Stage(run, [Piece(run, command, config)]))
+            found.append(Stage(run, [Piece(run, work)]))
     runs = [piece.run for stage in found for piece in stage.pieces]
     if again := next((run for run in runs if runs.count(run) > 1), None):
         raise InputError(f"{again}: two jobs would share this run folder; give each its own run.dir")
     return found
 
 
-def _run_folder(command: list[str], config: PretrainConfig | FinetuneConfig | None, given: str) -> Path:
-    if config is None:
-        return Path(given or f"runs/{command[0]}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not (config.run.dir or given):
+def _with(work: Work, **values: str | bool) -> Work:
+    return replace(work, given=work.given | values)
+
+
+def _run_folder(work: Work, given: str) -> Path:
+    if work.config is None:
+        return Path(given or f"runs/{work.command}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not (work.config.run.dir or given):
         raise InputError("run.dir is missing; give --run.dir FOLDER")
-    return Path(config.run.dir or given)
+    return Path(work.config.run.dir or given)
 
 
 def _swept(run: Path, command: list[str], sweeps: tuple[tuple[str, tuple[str, ...]], ...]) -> Iterator[Piece]:
+    """A run for each combination of values, which are words of the user's as those of the command are."""
     keys = [key for key, _ in sweeps]
     short = {key: key.rpartition(".")[2] for key in keys}
     if len(set(short.values())) < len(short):
@@ -95,19 +94,18 @@ def _swept(run: Path, command: list[str], sweeps: tuple[tuple[str, tuple[str, ..
     for values in product(*(values for _, values in sweeps)):
         swept = dict(zip(keys, values, strict=True))
         name = "_".join(f"{short[key]}={value}" for key, value in swept.items())
-        varied = [*command, *(f"--{key}={value}" for key, value in swept.items())]
-        folder = run / re.sub(r"[^A-Za-z0-9_.,+=-]", "-", name)
-        yield Piece(folder, varied, load_command(varied), swept)
+        work = read_work([*command, *(f"--{key}={value}" for key, value in swept.items())])
+        yield Piece(run / re.sub(r"[^A-Za-z0-9_.,+=-]", "-", name), work, swept)
 
 
 def check_ranks(stage: Stage, cluster: LaunchConfig) -> None:
     """Raises InputError where a command knows no ranks, or cannot be shared by as many as the cluster config asks."""
     for piece in stage.pieces:
-        if piece.config is not None:
-            piece.config.train.lanes_for(cluster.world_size)
+        if piece.work.config is not None:
+            piece.work.config.train.lanes_for(cluster.world_size)
         elif cluster.world_size > 1:
             raise InputError(
-                f"{piece.command[0]} does not run as several processes under ecgscale-launch: give nodes 1 and "
+                f"{piece.work.command} does not run as several processes under ecgscale-launch: give nodes 1 and "
                 f"tasks_per_node 1 (only {' and '.join(OF_RANKS)} do)"
             )
 
@@ -115,6 +113,6 @@ def check_ranks(stage: Stage, cluster: LaunchConfig) -> None:
 def check_data(stage: Stage) -> None:
     """Raises InputError where a data set that is to be here already is not."""
     for piece in stage.pieces:
-        for place in piece.config.data.shards if piece.config is not None else ():
+        for place in piece.work.config.data.shards if piece.work.config is not None else ():
             if "://" not in place and not (Path(place) / MANIFEST).exists():
                 raise InputError(f"data.shards: {place} is no data set: see `ecgscale ingest`")

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecgscale.cli import OneLineParser
+from ecgscale import tables
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.files import read_json_if_there, standing, write_whole
 from ecgscale.json_lines import read_json_lines
 from ecgscale.run_folder import EVENTS, EXPORT, TEST_REPORT
+from ecgscale.settings import option
 from ecgscale_launch.job_folder import JobFolder
+from ecgscale_launch.subcommand import Subcommand
 
 _FIGURES = {"auroc": "AUROC", "auprc": "AUPRC", "f_measure": "F1"}
 _OF_PERSONS = {"top1": "top-1", "top5": "top-5", "eer": "equal error rate"}
 _LOSSES = ("validation/loss", "train/loss")
 
 
-def main(argv: list[str]) -> int:
-    """Print the table of a sweep."""
-    parser = OneLineParser(
-        prog="ecgscale-launch results",
-        description="The results of a sweep's runs in one table, also written to RUN/results.md and RUN/results.csv: "
-        "test figures of fine-tuning, losses of pretraining; seeds are averaged (mean ± standard deviation).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that --sweep was given")
-    print(collect(parser.parse_args(argv).run))
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Results(Subcommand):
+    """The results of a sweep's runs in one table, also written to RUN/results.md and RUN/results.csv.
+
+    Test figures of fine-tuning, losses of pretraining; seeds are averaged (mean ± standard deviation).
+    """
+
+    sweep: Path = option(positional=True, name="run")
+    """Run folder that --sweep was given."""
+
+    def run(self) -> int:
+        print(collect(self.sweep))
+        return 0
 
 
 def collect(run: Path) -> str:
@@ -45,9 +48,12 @@ def collect(run: Path) -> str:
     keys = list(runs[0]["swept"])
     found = [(one["swept"], figures(run / one["run"])) for one in runs]
     names = list(dict.fromkeys(name for _, values in found for name in values))
-    rows = [[*swept.values(), *(values.get(name, "") for name in names)] for swept, values in found]
+    rows = [
+        [one["run"], *swept.values(), *(values.get(name, "") for name in names)]
+        for one, (swept, values) in zip(runs, found, strict=True)
+    ]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["run", *keys, *names], *_named(runs, rows)])
+    csv.writer(text, lineterminator="\n").writerows([["run", *keys, *names], *rows])
     write_whole(run / "results.csv", text.getvalue().encode())
     missing = [one["run"] for one, (_, values) in zip(runs, found, strict=True) if not values]
     table = _markdown(keys, names, found)
@@ -87,23 +93,18 @@ def figures(run: Path) -> dict[str, float]:
     return {name: last[name] for name in _LOSSES if name in last}
 
 
-def _named(runs: list[dict[str, Any]], rows: list[list[Any]]) -> list[list[Any]]:
-    return [[one["run"], *row] for one, row in zip(runs, rows, strict=True)]
-
-
 def _markdown(keys: list[str], names: list[str], found: list[tuple[dict[str, str], dict[str, float]]]) -> str:
     """A row for each combination of what was swept but for seeds."""
     shown = [key for key in keys if key.rpartition(".")[2] != "seed"]
     groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for swept, values in found:
         groups.setdefault(tuple(swept[key] for key in shown), []).append(values)
-    lines = ["| " + " | ".join([*shown, "runs", *names]) + " |", "|" + "---|" * (len(shown) + 1 + len(names))]
+    rows = []
     for group, runs in groups.items():
         done = [values for values in runs if values]
         cells = [_estimate([values[name] for values in done if name in values]) for name in names]
-        cells = [*(one_line(value).replace("|", "\\|") for value in group), f"{len(done)}/{len(runs)}", *cells]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([*(one_line(value).replace("|", "\\|") for value in group), f"{len(done)}/{len(runs)}", *cells])
+    return "\n".join(tables.markdown([*shown, "runs", *names], rows))
 
 
 def _estimate(values: list[float]) -> str:

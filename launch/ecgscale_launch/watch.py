@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -11,108 +10,154 @@ import sys
 import time
 from collections.abc import Container, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ecgscale.cli import OneLineParser
 from ecgscale.errors import InputError, one_line
+from ecgscale.settings import Given, option
 from ecgscale_launch import slurm
 from ecgscale_launch.follow import follow, print_file, rank_log
 from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.listing import details, screen, short_path, table
 from ecgscale_launch.runs import find_runs
 from ecgscale_launch.standing import Standing, is_process, orphans, standings
+from ecgscale_launch.subcommand import ClusterSubcommand, Subcommand
 
 
-def status(argv: list[str]) -> int:
-    """Show where jobs stand.
+@dataclass(frozen=True, kw_only=True)
+class Status(Subcommand):
+    """Show where jobs stand: all below a folder, or the given ones; one alone in detail."""
 
-    --json prints a list of objects with the names of `Standing`'s fields, in seconds and Unix times.
+    runs: list[Path] = option(positional=True, several=True, default_factory=list)
+    """Run folders, or folders of several."""
+    folder: Path | None = option(None, name="runs", metavar="FOLDER")
+    """Where to look for all; by default runs."""
+    json: bool = False
+    """For programs: a list of objects with the names of `Standing`'s fields, in seconds and Unix times."""
+
+    def __post_init__(self) -> None:
+        if self.runs and self.folder:
+            raise InputError("--runs: give it or RUN, not both")
+
+    def run(self) -> int:
+        jobs, complaint = standings(jobs_of(self.runs) if self.runs else _all_jobs(self.folder or Path("runs")))
+        jobs.sort(key=lambda one: one.submitted or 0.0, reverse=True)
+        if complaint:
+            print(f"ecgscale-launch: {one_line(complaint)}; shown is what was written last", file=sys.stderr)
+        if self.json:
+            print(json.dumps([asdict(one) for one in jobs], indent=1))
+            return 0
+        if not jobs:
+            print(f"no jobs below {one_line(str(self.folder or 'runs'))}")
+            return 0
+        now = time.time()
+        print("\n".join(table(jobs, now, *screen(sys.stdout))))
+        if len(self.runs) == len(jobs) == 1 and jobs[0].run == str(self.runs[0].absolute()):
+            print("\n".join(["", *details(jobs[0], now)]))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logs(Subcommand):
+    """Print the log of a rank, or of the supervisor: what started, ended and why."""
+
+    job: Path = option(positional=True, name="run")
+    """Run folder."""
+    rank: int | None = option(None, metavar="R")
+    """Whose log; by default 0."""
+    supervisor: bool = False
+    """The supervisor's log: attempts, saves, requeues."""
+    attempt: int | None = option(None, metavar="N")
+    """Of which start of the ranks; by default the newest."""
+    follow: bool = option(False, letter="f")
+    """Go on with what is written, until the job is over."""
+
+    def __post_init__(self) -> None:
+        if self.supervisor and self.rank is not None:
+            raise InputError("--supervisor: not with --rank; give one of them")
+        if self.supervisor and self.attempt is not None:
+            raise InputError("--attempt: the supervisor's log is one for all attempts; leave it out")
+
+    def run(self) -> int:
+        run = _one_job(self.job)
+        folder, rank = JobFolder.of(run), self.rank or 0
+
+        def look() -> Standing:
+            return standings([run])[0][0]
+
+        if self.follow:
+            try:
+                follow(folder, None if self.supervisor else rank, self.attempt, look)
+            except KeyboardInterrupt:  # the usual end of watching, and none of the job's business
+                return 130
+            return 0
+        path = folder.log if self.supervisor else rank_log(folder, rank, self.attempt, look)
+        print_file(path)
+        if not path.stat().st_size and look().where == "local" and rank == 0:
+            shown = short_path(str(path))
+            print(f"{shown} is empty: a local job shows its rank 0 where it was started", file=sys.stderr)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel(Subcommand):
+    """End jobs, or take them out of the queue. A job that runs is asked to save first.
+
+    That is as ahead of its time limit; `resume` goes on from there.
     """
-    parser = _parser("status", "Show where jobs stand: all below a folder, or the given ones; one alone in detail.")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder, or a folder of several")
-    parser.add_argument("--runs", dest="folder", type=Path, metavar="FOLDER", help="where to look for all (runs)")
-    parser.add_argument("--json", action="store_true", help="for programs: a list of objects, times in Unix seconds")
-    options = parser.parse_args(argv)
-    if options.runs and options.folder:
-        raise InputError("--runs: give it or RUN, not both")
-    found = jobs_of(options.runs) if options.runs else _all_jobs(options.folder or Path("runs"))
-    jobs, complaint = standings(found)
-    jobs.sort(key=lambda one: one.submitted or 0.0, reverse=True)
-    if complaint:
-        print(f"ecgscale-launch: {one_line(complaint)}; shown is what was written last", file=sys.stderr)
-    if options.json:
-        print(json.dumps([asdict(one) for one in jobs], indent=1))
+
+    runs: list[Path] = option(positional=True, several=True)
+    """Run folders, or folders of several."""
+    now: bool = False
+    """Do not wait for it to save: lose what is not saved."""
+
+    def run(self) -> int:
+        jobs, complaint = standings(jobs_of(self.runs))
+        if complaint:
+            raise InputError(complaint)
+        active = [one for one in jobs if not one.over]
+        ids = {one.job_id for one in active if one.job_id}
+        refused = []
+        for one in active:
+            try:
+                print(one_line(f"{short_path(one.run)}: {end_job(one, self.now, ids)}"), flush=True)
+            except InputError as error:
+                refused.append(str(error))
+        for given in self.runs:
+            below = [one for one in jobs if Path(one.run).is_relative_to(given.absolute())]
+            if all(one.over for one in below):
+                refused.append(f"{given}: nothing to cancel, it is {', '.join(sorted({one.state for one in below}))}")
+        if refused:
+            raise InputError("; ".join(refused))
         return 0
-    if not jobs:
-        print(f"no jobs below {one_line(str(options.folder or 'runs'))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume(ClusterSubcommand):
+    """Submit a job again that has ended: the same command, cluster config and code, from the newest checkpoint.
+
+    Further options change the cluster config, as in launching: --time 8:00:00 --partition long
+    """
+
+    job: Path | None = option(None, positional=True, name="run")
+    """Run folder, before all options."""
+    new_code: bool = False
+    """Take today's code, not the snapshot."""
+
+    def __post_init__(self) -> None:
+        if self.job is None:
+            raise InputError("give RUN first, then options")
+
+    def run(self, changes: Given) -> int:
+        from ecgscale_launch.job_record import read_job
+        from ecgscale_launch.launching import resubmit
+
+        assert self.job is not None
+        run = _one_job(self.job)
+        refuse_active(run)
+        number = resubmit(read_job(run), changes, self.new_code)
+        print(one_line(f"{short_path(str(run))}: submitted again as job {number}"))
         return 0
-    now = time.time()
-    print("\n".join(table(jobs, now, *screen(sys.stdout))))
-    if len(options.runs) == len(jobs) == 1 and jobs[0].run == str(options.runs[0].absolute()):
-        print("\n".join(["", *details(jobs[0], now)]))
-    return 0
-
-
-def logs(argv: list[str]) -> int:
-    """Print the log of a rank or of the supervisor."""
-    parser = _parser("logs", "Print the log of a rank, or of the supervisor: what started, ended and why.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rank", type=int, metavar="R", help="whose log (default 0)")
-    which.add_argument("--supervisor", action="store_true", help="the supervisor's log: attempts, saves, requeues")
-    parser.add_argument("--attempt", type=int, metavar="N", help="of which start of the ranks (default: the newest)")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written, until the job is over")
-    options = parser.parse_args(argv)
-    if options.supervisor and options.attempt is not None:
-        raise InputError("--attempt: the supervisor's log is one for all attempts; leave it out")
-    run = _one_job(options.run)
-    folder, rank = JobFolder.of(run), options.rank or 0
-
-    def look() -> Standing:
-        return standings([run])[0][0]
-
-    if options.follow:
-        try:
-            follow(folder, None if options.supervisor else rank, options.attempt, look)
-        except KeyboardInterrupt:  # the usual end of watching, and none of the job's business
-            return 130
-        return 0
-    path = folder.log if options.supervisor else rank_log(folder, rank, options.attempt, look)
-    print_file(path)
-    if not path.stat().st_size and look().where == "local" and rank == 0:
-        print(f"{short_path(str(path))} is empty: a local job shows its rank 0 where it was started", file=sys.stderr)
-    return 0
-
-
-def cancel(argv: list[str]) -> int:
-    """End jobs, after they have saved."""
-    parser = _parser(
-        "cancel",
-        "End jobs, or take them out of the queue. A job that runs is asked to save first, as ahead of its time limit; "
-        "`resume` goes on from there.",
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of several")
-    parser.add_argument("--now", action="store_true", help="do not wait for it to save: lose what is not saved")
-    options = parser.parse_args(argv)
-    jobs, complaint = standings(jobs_of(options.runs))
-    if complaint:
-        raise InputError(complaint)
-    active = [one for one in jobs if not one.over]
-    ids = {one.job_id for one in active if one.job_id}
-    refused = []
-    for one in active:
-        try:
-            print(one_line(f"{short_path(one.run)}: {end_job(one, options.now, ids)}"), flush=True)
-        except InputError as error:
-            refused.append(str(error))
-    for given in options.runs:
-        below = [one for one in jobs if Path(one.run).is_relative_to(given.absolute())]
-        if all(one.over for one in below):
-            refused.append(f"{given}: nothing to cancel, it is {', '.join(sorted({one.state for one in below}))}")
-    if refused:
-        raise InputError("; ".join(refused))
-    return 0
 
 
 def end_job(one: Standing, now: bool = False, others: Container[str] = ()) -> str:
@@ -152,28 +197,6 @@ def refuse_active(run: Path) -> None:
             raise InputError(f"{short_path(str(run))}: may still be in the queue: {complaint}")
         which = "" if one.job_id is None else f" as job {one.job_id}"
         raise InputError(f"{short_path(str(run))}: is {one.state}{which}; wait for its end or cancel it first")
-
-
-def resume(argv: list[str]) -> int:
-    """Submit a job again, from its job folder."""
-    from ecgscale_launch.job_record import read_job
-    from ecgscale_launch.launching import resubmit
-
-    parser = _parser(
-        "resume",
-        "Submit a job again that has ended: the same command, cluster config and code, from the newest checkpoint.",
-        epilog="Further options change the cluster config, as in launching: --time 8:00:00 --partition long",
-    )
-    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        raise InputError(f"resume: {argv[0]} comes before RUN; give RUN first, then options")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--new-code", action="store_true", help="take today's code, not the snapshot")
-    options, overrides = parser.parse_known_args(argv)
-    run = _one_job(options.run)
-    refuse_active(run)
-    number = resubmit(read_job(run), overrides, options.new_code)
-    print(one_line(f"{short_path(str(run))}: submitted again as job {number}"))
-    return 0
 
 
 def jobs_of(given: Sequence[Path]) -> list[Path]:
@@ -222,7 +245,3 @@ def _end_process(pid: int, now: bool) -> None:
     supervisor = psutil.Process(pid)
     for process in [supervisor, *supervisor.children(recursive=True)]:
         process.kill()
-
-
-def _parser(name: str, what: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return OneLineParser(prog=f"ecgscale-launch {name}", description=what, epilog=epilog, allow_abbrev=False)

@@ -152,7 +152,7 @@ def test_every_combination_is_a_case_of_its_own():
     axes = Axes(
         preset=["tiny", "small"], stem=["conv", "patch"], batch=[1, 2], precision=["fp32", "bf16"], ranks=[1, 2]
     )
-    cases = axes.cases(["--model.dropout", "0"], "cpu", 0, 2500)
+    cases = axes.cases({"model.dropout": 0}, "cpu", 0, 2500)
     assert len(cases) == len({case.key for case in cases}) == len({case.title for case in cases}) == 32
     assert all(case.config.model.dropout == 0 for case in cases)
     case = cases[0]
@@ -160,8 +160,8 @@ def test_every_combination_is_a_case_of_its_own():
 
 
 def test_what_does_not_go_together_is_left_out(capsys):
-    axes = Axes(preset=["tiny"], zero_stage=[1, 3], compile=["off", "on"])
-    cases = axes.cases([], "cpu", 1, 2500)
+    axes = Axes(preset=["tiny"], zero_stage=[1, 3], compile=[False, True])
+    cases = axes.cases({}, "cpu", 1, 2500)
     assert [(case.config.engine.zero_stage, case.config.engine.compile) for case in cases] == [
         (1, False), (1, True), (3, False),
     ]  # fmt: skip
@@ -171,17 +171,17 @@ def test_what_does_not_go_together_is_left_out(capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--batch=0"], "argument --batch: '0': give 1 or more"),
+        (["--batch=0"], "--batch 0: give 1 or more"),
         (["--objective.name=foo", "--preset=tiny"], "objective.name 'foo' is unknown"),
-        (["--ranks=0"], "argument --ranks: '0': give 1 or more"),
+        (["--ranks=0"], "--ranks 0: give 1 or more"),
         (["--checkpointing=9", "--preset=tiny"], "engine.activation_checkpointing 9: the model has 3 layers"),
         (["--preset=nothing"], "model.preset 'nothing' is unknown"),
         (["--samples=10"], "--samples 10: a token has 16"),
         (["--device=cuda"], "PyTorch sees no GPU"),
         (["--model.widht=3"], "did you mean model.width?"),
-        (["--checkpointing=many"], "engine.activation_checkpointing"),
+        (["--checkpointing=many"], "--checkpointing \"['many']\": give a list of"),
         (["--find-batch"], "needs --memory-gb"),
-        (["--rounds=0"], "argument --rounds: '0': give 1 or more"),
+        (["--rounds=0"], "--rounds 0: give 1 or more"),
         (["--memory-gb=2"], "--memory-gb 2 is for --find-batch"),
         (["--find-batch", "--memory-gb=2", "--batch", "1", "2"], "--batch 1 2 with --find-batch"),
     ],
@@ -191,7 +191,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, refusal, options, said):
 
 
 def test_scaling_shares_batches_out():
-    case = Axes(preset=["tiny"], batch=[6]).cases([], "cpu", 1, 2500)[0]
+    case = Axes(preset=["tiny"], batch=[6]).cases({}, "cpu", 1, 2500)[0]
     assert [(one.ranks, one.batch) for one in scaled(case, [1, 2, 4], WEAK)] == [(1, 6), (2, 6), (4, 6)]
     assert [(one.ranks, one.batch) for one in scaled(case, [1, 2, 4], STRONG)] == [(1, 24), (2, 12), (4, 6)]
     with pytest.raises(InputError, match=r"--ranks 4 cannot share 30"):
@@ -199,13 +199,13 @@ def test_scaling_shares_batches_out():
 
 
 def test_bounds_are_those_of_the_base_preset():
-    fp32, bf16 = Axes(precision=["fp32", "bf16"]).cases([], "cpu", 2, 2500)
+    fp32, bf16 = Axes(precision=["fp32", "bf16"]).cases({}, "cpu", 2, 2500)
     assert (bound_of(fp32, STRAIGHTFORWARD), bound_of(bf16, STRAIGHTFORWARD)) == (1.4, 2.2)
     assert bound_of(fp32, DDP) is None
     for other in ({"batch": 4}, {"threads": 1}, {"samples": 5000}, {"overrides": "--model.depth 2"}):
         assert bound_of(replace(fp32, **other), STRAIGHTFORWARD) is None
-    for axis in ({"activation_checkpointing": ["2"]}, {"compile": ["on"]}):
-        (other,) = Axes(**axis).cases([], "cpu", 2, 2500)
+    for axis in ({"checkpointing": [2]}, {"compile": [True]}):
+        (other,) = Axes(**axis).cases({}, "cpu", 2, 2500)
         assert bound_of(other, STRAIGHTFORWARD) is None
 
 
@@ -216,21 +216,21 @@ def test_bounds_of_a_gpu_are_those_of_an_h100(monkeypatch, gpu, bounds):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu)
-    (case,) = Axes(precision=["bf16"]).cases([], "cuda", 2, 2500)
+    (case,) = Axes(precision=["bf16"]).cases({}, "cuda", 2, 2500)
     assert (bound_of(case, DDP), bound_of(case, STRAIGHTFORWARD), mfu_bound(case)) == bounds
 
 
 def test_the_peak_of_the_device_is_no_other_case():
-    keys = ["--model.dropout", "0", "--engine.peak_tflops", "312"]
+    keys = {"model.dropout": 0, "engine.peak_tflops": 312}
     (one,) = Axes().cases(keys, "cpu", 1, 2500)
-    (other,) = Axes().cases(["--engine.peak_tflops=312", "--model.dropout", "0"], "cpu", 1, 2500)
+    (other,) = Axes().cases({"engine.peak_tflops": 312, "model.dropout": 0}, "cpu", 1, 2500)
     assert one.overrides == other.overrides == "--model.dropout 0"
     assert one.config.engine.peak_tflops == 312
 
 
 def test_the_largest_batch_is_part_of_no_name():
     """Or a larger one would be another case, and nothing could be compared."""
-    (case,) = Axes(preset=["tiny"], batch=[40]).cases([], "cpu", 1, 2500)
+    (case,) = Axes(preset=["tiny"], batch=[40]).cases({}, "cpu", 1, 2500)
     assert case.key == "tiny/conv/b40/fp32/zero1/r1/cpu1"
     assert replace(case, found="largest_in_2gb").key == "tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1"
 
@@ -246,7 +246,7 @@ def turns(monkeypatch) -> Taken:
 
 def test_a_found_batch_is_a_number_of_a_case_that_its_limit_names(turns, tmp_path):
     turns.rounds[OURS], turns.peak_bytes[OURS] = [Round(40, 1.0, 1.0)], 10**9
-    cases = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
+    cases = Axes(preset=["tiny"]).cases({}, "cpu", 1, 2500)
     (section,) = bench_step(tmp_path, cases, [], Effort.least(), find_within_gb=2.0).sections
     assert section.scalars["tiny/conv/largest_in_2gb/fp32/zero1/r1/cpu1/ecgscale/largest_batch"] == 40
     assert all("/largest_in_2gb/" in name for name in section.scalars)
@@ -258,7 +258,7 @@ def test_a_found_batch_is_a_number_of_a_case_that_its_limit_names(turns, tmp_pat
 def test_every_number_says_what_it_means(turns, tmp_path):
     for way in (OURS, DDP, PRODUCT):
         turns.rounds[way], turns.peak_bytes[way] = [Round(8, 1.0, 1.0)], 10**9
-    (case,) = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
+    (case,) = Axes(preset=["tiny"]).cases({}, "cpu", 1, 2500)
     section = measure_case(case, [DDP], Effort.least())
     assert set(section.meanings) == set(section.scalars)
     baselines = {name for name, meaning in section.meanings.items() if not meaning.ours}
@@ -270,7 +270,7 @@ def test_every_number_says_what_it_means(turns, tmp_path):
 def test_a_product_alone_is_no_measurement(turns, tmp_path):
     turns.rounds[PRODUCT], turns.failed[OURS] = [Round(8, 1.0, 1.0)], "out of memory"
     with pytest.raises(InputError, match=r"^bench step: out of memory$"):
-        bench_step(tmp_path, Axes(preset=["tiny"]).cases([], "cpu", 1, 2500), [], Effort.least())
+        bench_step(tmp_path, Axes(preset=["tiny"]).cases({}, "cpu", 1, 2500), [], Effort.least())
     assert not list(tmp_path.iterdir())
 
 
@@ -291,7 +291,7 @@ def test_alone_nothing_else_holds_memory(monkeypatch):
         return Taken({OURS: [Round(8, 1.0, 1.0)]}, {OURS: 10**9})
 
     monkeypatch.setattr("ecgscale.bench.step.take_turns", turns)
-    (case,) = Axes(preset=["tiny"]).cases([], "cpu", 1, 2500)
+    (case,) = Axes(preset=["tiny"]).cases({}, "cpu", 1, 2500)
     section = measure_case(case, (DDP, STRAIGHTFORWARD), Effort.least(), alone=True)
     assert asked == [OURS]
     assert [row[0] for row in section.rows] == ["ecgscale"]

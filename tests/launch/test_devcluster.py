@@ -13,6 +13,7 @@ import pytest
 from ecgscale.errors import InputError
 from ecgscale_launch import daemons
 from ecgscale_launch import devcluster as dev
+from ecgscale_launch.cli import subcommand
 
 needs_slurm = pytest.mark.usefixtures("slurm_installed")
 
@@ -119,20 +120,20 @@ def test_daemon_that_cannot_start_is_named_and_nothing_is_left(short_folder: Pat
 @needs_slurm
 def test_command_line(short_folder: Path, capsys) -> None:
     folder = ["--folder", str(short_folder / "cli")]
-    assert dev.main(["up", *folder, "--nodes", "1"]) == 0
+    assert subcommand("devcluster", ["up", *folder, "--nodes", "1"]) == 0
     out, err = capsys.readouterr()
     export = f"export SLURM_CONF={short_folder}/cli/slurm.conf\n"
     assert out == export
     assert "n1" in err
     assert err.endswith(f"1 nodes are idle; in another terminal: {export}")
-    assert dev.main(["status", *folder]) == 0
+    assert subcommand("devcluster", ["status", *folder]) == 0
     shown = capsys.readouterr().out
     assert "n1         idle" in shown
     assert shown.endswith(f"in another terminal: {export}")
-    assert dev.main(["down", *folder]) == 0
-    assert dev.main(["down", *folder]) == 0
+    assert subcommand("devcluster", ["down", *folder]) == 0
+    assert subcommand("devcluster", ["down", *folder]) == 0
     with pytest.raises(InputError, match="no devcluster is here"):
-        dev.main(["status", *folder])
+        subcommand("devcluster", ["status", *folder])
 
 
 @pytest.mark.parametrize(
@@ -141,13 +142,13 @@ def test_command_line(short_folder: Path, capsys) -> None:
         (["up", "--nodes", "0"], "--nodes 0"),
         (["up", "--cpus", "0"], "--cpus 0"),
         (["up", "--folder", "/tmp/" + "x" * 60], "60 bytes at most"),
-        (["restart"], "invalid choice"),
+        (["restart"], "what 'restart': give one of 'up', 'down', 'status'"),
     ],
 )
 def test_refusals(arguments: list[str], said: str, monkeypatch) -> None:
     monkeypatch.setattr(dev, "missing_programs", list)
     with pytest.raises(InputError, match=said):
-        dev.main(arguments)
+        subcommand("devcluster", arguments)
 
 
 def test_missing_programs_name_the_packages(tmp_path: Path, monkeypatch) -> None:

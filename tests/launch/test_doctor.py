@@ -18,6 +18,7 @@ from ecgscale.errors import InputError
 from ecgscale.simulate import Simulation
 from ecgscale_launch import checkup, doctor, measurements
 from ecgscale_launch.checkup import Report
+from ecgscale_launch.cli import subcommand
 from ecgscale_launch.devcluster import DevCluster
 from ecgscale_launch.diagnosis import Check, Found, judge
 from ecgscale_launch.doctor_table import lines
@@ -240,7 +241,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_here(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, absent = tmp_path / "checked", tmp_path / "absent"
     options = ["--folder", str(folder), "--shards", str(data), str(absent), "--environment.GLOO_LOGLEVEL", "ERROR"]
-    assert doctor.main(["--local", "2", *options, "--json"]) == 1
+    assert subcommand("doctor", ["--local", "2", *options, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     checks = {check["name"]: check for check in told["checks"]}
     assert [name for name, check in checks.items() if check["result"] == "fail"] == ["shards"]
@@ -253,7 +254,7 @@ def test_two_processes_here(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert told["tasks"][0]["found"]["shards"]["sets"][0]["read"] > 0
     assert folder.stat().st_mode & 0o777 == (folder / "launch").stat().st_mode & 0o777 == 0o700
     with pytest.raises(InputError, match="is there already"):
-        doctor.main(["--local", "2", "--folder", str(folder)])
+        subcommand("doctor", ["--local", "2", "--folder", str(folder)])
 
 
 @pytest.fixture
@@ -276,10 +277,10 @@ def test_two_nodes(
         (["--qos", "nowhere", "--account", "nobody", "--nodelist", "n9"], "sbatch: "),
     ):
         with pytest.raises(InputError, match=said):
-            doctor.main(["cluster.yaml", *wrong, "--folder", "refused"])
+            subcommand("doctor", ["cluster.yaml", *wrong, "--folder", "refused"])
     assert not (on_cluster / "refused").exists()
 
-    code = doctor.main(["cluster.yaml", "--shards", str(data), "--folder", "checked"])
+    code = subcommand("doctor", ["cluster.yaml", "--shards", str(data), "--folder", "checked"])
     out, err = capsys.readouterr()
     assert code == 0, out
     shown = {line.split()[0]: line.split()[1] for line in out.splitlines()[:-2] if line[0] != " "}
@@ -305,7 +306,7 @@ def test_two_nodes(
 )
 def test_refusals(arguments: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said) as refused:
-        doctor.main(arguments)
+        subcommand("doctor", arguments)
     assert "\n" not in str(refused.value)
 
 
@@ -313,5 +314,5 @@ def test_package_that_is_missing_here(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(doctor, "versions", lambda: {"torch": "2.13.0"})
     (tmp_path / "cluster.yaml").write_text("nodes: 2")
     with pytest.raises(InputError, match="deepspeed: not installed"):
-        doctor.main([str(tmp_path / "cluster.yaml"), "--folder", str(tmp_path / "refused")])
+        subcommand("doctor", [str(tmp_path / "cluster.yaml"), "--folder", str(tmp_path / "refused")])
     assert not (tmp_path / "refused").exists()

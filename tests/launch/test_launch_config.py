@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ecgscale.config import dump
 from ecgscale.errors import InputError
+from ecgscale.settings import Given, from_words
 from ecgscale_launch.batch import login_environment, script_lines
 from ecgscale_launch.commands import host_python, rank_command, rank_python, srun_command
 from ecgscale_launch.job_record import job_name
@@ -38,7 +39,7 @@ def write(tmp_path):
 
 def refusal(path: Path | None, overrides: list[str]) -> str:
     with pytest.raises(InputError) as refused:
-        load_cluster(path, overrides)
+        load_cluster(path, from_words(LaunchConfig, overrides))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -53,7 +54,7 @@ def test_a_supervisor_does_not_wait_for_slow_imports() -> None:
 
 
 def test_nothing_given_is_one_process_here():
-    assert load_cluster(None, []) == LaunchConfig()
+    assert load_cluster(None, Given()) == LaunchConfig()
 
 
 def test_text_is_what_was_written(write):
@@ -61,7 +62,7 @@ def test_text_is_what_was_written(write):
         "nodes: 2\nmem: 0\ntime: 1:30:00\naccount: 0123\nmodules: [cuda/12.4, 3.10]\n"
         "environment: {THREADS: 4, DEBUG: yes, WHEN: 10:00, EMPTY: ''}\nsbatch: {nice: 100}\nnetwork: {timeout_s: 60}\n"
     )
-    config = load_cluster(path, [])
+    config = load_cluster(path, Given())
     assert (config.nodes, config.mem, config.time, config.account) == (2, "0", "1:30:00", "0123")
     assert config.modules == ["cuda/12.4", "3.10"]
     assert config.environment == {"THREADS": "4", "DEBUG": "yes", "WHEN": "10:00", "EMPTY": ""}
@@ -79,7 +80,7 @@ def test_later_values_win_and_entries_add_up(write):
         "--sbatch.mail-type=END",
         "--time=2:00",
     ]
-    config = load_cluster(path, given)
+    config = load_cluster(path, from_words(LaunchConfig, given))
     assert (config.nodes, config.time) == (3, "2:00")
     assert config.environment == {"A": "one", "B": "x=y", "C": "{z: 1}"}
     assert config.sbatch == {"mail-type": "END"}
@@ -88,22 +89,22 @@ def test_later_values_win_and_entries_add_up(write):
 @settings(max_examples=20)
 @given(st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))))
 def test_any_one_line_survives_override_and_round_trip(tmp_path_factory, value):
-    config = load_cluster(None, [f"--environment.A={value}"])
+    config = load_cluster(None, from_words(LaunchConfig, [f"--environment.A={value}"]))
     assert config.environment == {"A": value}
     path = tmp_path_factory.mktemp("dump") / "cluster.yaml"
     path.write_text(dump(config))
-    assert load_cluster(path, []) == config
+    assert load_cluster(path, Given()) == config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_file_that_comes_along_loads_and_survives_a_round_trip(write, path):
-    config = load_cluster(path, [])
+    config = load_cluster(path, Given())
     assert set(yaml.safe_load(path.read_text())) <= set(vars(config))
-    assert load_cluster(write(dump(config)), []) == config
+    assert load_cluster(write(dump(config)), Given()) == config
     lines = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith(("# ", "  # "))]
     offered = [line for line in lines if line.partition(":")[0] in vars(config) and line.partition(":")[2]]
     for line in offered:  # what is commented out must be right too
-        load_cluster(write(line), [])
+        load_cluster(write(line), Given())
 
 
 def test_there_are_files_to_start_from():
@@ -129,6 +130,11 @@ def test_there_are_files_to_start_from():
         ("environment: {A: {B: c}}", "line 1: environment \"{'A': {'B': 'c'}}\": give names, each with text"),
         ("environment: &a {A: *a}", "line 1: a value that contains itself; write it out"),
         ("- nodes", "a config is a mapping of keys, this is list"),
+        (
+            "nodes: 1\ngpus_per_node: 2",
+            "line 2: tasks_per_node 1: differs from gpus_per_node 2; give the same number, one process drives one GPU",
+        ),
+        ("container:\n  kind: pyxis", "line 2: container.image is missing; container.kind pyxis needs one"),
         ("shared_folder: no", "line 1: shared_folder 'no': give one of 'checked', 'trusted'"),
     ],
 )
@@ -152,7 +158,9 @@ def test_keys_that_stand_twice_are_refused(write):
 
 
 def test_a_file_may_be_completed_on_the_command_line(write):
-    config = load_cluster(write("container: {kind: apptainer}"), ["--container.image", "ecg.sif"])
+    config = load_cluster(
+        write("container: {kind: apptainer}"), from_words(LaunchConfig, ["--container.image", "ecg.sif"])
+    )
     assert config.container == ContainerConfig("apptainer", "ecg.sif")
 
 

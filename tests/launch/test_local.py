@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from ecgscale.errors import InputError
-from ecgscale_launch.cli import main
+from ecgscale_launch.cli import main, subcommand
 from ecgscale_launch.local import LocalRanks
 from ecgscale_launch.standing import standings
-from ecgscale_launch.watch import cancel, refuse_active
+from ecgscale_launch.watch import refuse_active
 from small_jobs import logged, losses, recordings
 
 
@@ -108,7 +108,7 @@ def test_orphaned_ranks_are_seen_and_ended(long_job, wait_for, tmp_path, capsys)
     assert not job.over
     with pytest.raises(InputError, match="is orphaned; wait for its end or cancel it first"):
         refuse_active(run)
-    assert cancel([str(run), "--now"]) == 0
+    assert subcommand("cancel", [str(run), "--now"]) == 0
     assert "2 ranks were ended without saving" in capsys.readouterr().out
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
     assert standings([run])[0][0].state == "lost"
@@ -139,7 +139,8 @@ def test_a_dry_run_checks_and_writes_nothing(long_job, shards, capsys, tmp_path,
     assert "RANK=0..1" in shown
     assert "WORLD_SIZE=2" in shown
     assert str(shards) in shown  # the resolved config
-    assert f"ATTEMPT -- pretrain --config {tmp_path}/run/launch/config.yaml" in shown
+    assert f"# --- {tmp_path}/run/launch/config.yaml ---" in shown
+    assert "ecgscale_launch.rank ATTEMPT pretrain\n" in shown
     assert main([*command, "--data.shards", "nowhere"]) == 2
     assert "nowhere is no data set" in capsys.readouterr().err
     cluster = tmp_path / "cluster.yaml"

@@ -15,24 +15,29 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ecgscale import yaml_text
 from ecgscale.config import PretrainConfig, load
 from ecgscale.errors import InputError, MachineError
 from ecgscale.files import read_json_if_there, read_json_now, write_json, write_json_or_say
 from ecgscale.provenance import Clone
+from ecgscale.settings import Given
+from ecgscale_launch import launching
 from ecgscale_launch import snapshot as snapshot_module
 from ecgscale_launch.job_folder import JobFolder, make_private, refuse_shared
-from ecgscale_launch.job_record import JobRecord, Source, make_job, read_job, versions
+from ecgscale_launch.job_record import JobRecord, Source, make_job, read_job, read_work, versions
 from ecgscale_launch.launch_config import LaunchConfig
 from ecgscale_launch.launching import resubmit
 from ecgscale_launch.snapshot import PACKAGES, code_environment, package_folders, snapshot
+from ecgscale_launch.stages import Wanted, stages
 from ecgscale_launch.standing import standings
 
 CLUSTER = LaunchConfig(nodes=2, environment={"A": "it's $(x)"})
+INGEST = ["ingest", "a", "b"]
 CODE = Source(package_folders(), Clone(None, False, b""))
 
 
 def made(run: Path, command: list[str], cluster: LaunchConfig = CLUSTER) -> JobRecord:
-    return make_job(run, command, cluster, "local", CODE)
+    return make_job(run, read_work(command), cluster, "local", CODE)
 
 
 @pytest.fixture
@@ -53,21 +58,22 @@ def mode(path: Path) -> int:
 
 def test_a_job_is_written_and_read_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["ingest", "in put", "out\nput", "$(x)"]
+    command = ["ingest", "in put", "out\nput", "--dataset", "$(x)", "--labels=\udc80", "--label-columns=a=1,2"]
     night = replace(CLUSTER, name="night")
-    path = make_job(Path("runs/a"), command, night, "slurm", CODE).folder.path
+    path = make_job(Path("runs/a"), read_work(command), night, "slurm", CODE).folder.path
     folder = JobFolder(path)
     assert path == tmp_path / "runs" / "a" / "launch"
     assert (mode(path), mode(path.parent)) == (0o700, 0o700)
     job = read_job(Path("runs/a"))
     assert (job.folder.path, job.run, job.cwd) == (path, str(path.parent), str(tmp_path))
-    assert (job.name, job.command, job.arguments, job.where) == ("night", command, command, "slurm")
+    assert (job.name, job.command, job.where) == ("night", command, "slurm")
     assert (job.cluster, job.python) == (night, sys.executable)
     assert job.versions == versions()
     assert {"python", "ecgscale", "torch", "numpy"} <= set(job.versions)
     assert {one.name for one in folder.code.iterdir()} == set(PACKAGES)
     assert not list(folder.code.rglob("__pycache__"))
-    assert not folder.config.exists()
+    given = {"source": "in put", "out": "out\nput", "dataset": "$(x)", "labels": ["\udc80"], "label_columns": ["a=1,2"]}
+    assert yaml_text.read(folder.config) == given
     keys = "format name run command cluster where cwd time python commit dirty versions user host"
     assert " ".join(json.loads(folder.job.read_text())) == keys
 
@@ -81,9 +87,22 @@ def test_a_pretraining_runs_from_its_resolved_config(tmp_path, monkeypatch):
     (tmp_path / "given.yaml").write_text("train: {steps: 8}")
     assert job.name == "pretrain-run"
     assert job.command == command
-    assert job.arguments == ["pretrain", "--config", str(job.folder.config)]
-    config = load(PretrainConfig, job.arguments[1:])
+    config = load(PretrainConfig, ["--config", str(job.folder.config)])
     assert (config.train.steps, config.data.shards, config.run.dir) == (7, ["a", "b"], str(tmp_path / "run"))
+
+
+def test_parts_and_sweeps_are_values_of_their_jobs(tmp_path):
+    *parts, merge = (piece for stage in stages(Wanted([INGEST], run="r", parts=2)) for piece in stage.pieces)
+    assert [piece.work.values for piece in parts] == [
+        {"source": "a", "out": "b", "part": part} for part in ("1/2", "2/2")
+    ]
+    assert merge.work.values == {"source": "a", "out": "b", "merge": True}
+    command = ["pretrain", "--run.dir", "r", "--objective.name=cmsc"]
+    sweeps = (("train.seed", ("1", "2")), ("data.leads", ("12", "I,II")))
+    [stage] = stages(Wanted([command], sweeps=sweeps))
+    swept = [(piece.work.values["train"]["seed"], piece.work.values["data"]["leads"]) for piece in stage.pieces]
+    assert swept == [(1, ["12"]), (1, ["I", "II"]), (2, ["12"]), (2, ["I", "II"])]
+    assert [piece.run.name for piece in stage.pieces][1] == "seed=1_leads=I,II"
 
 
 def test_the_short_form_of_finetune_is_known(tmp_path):
@@ -95,9 +114,11 @@ def test_what_is_wrong_is_told_before_anything_is_made(tmp_path):
     with pytest.raises(InputError, match=r"unknown key train\.stepz"):
         made(tmp_path / "run", ["pretrain", "--train.stepz", "3"])
     with pytest.raises(InputError, match="name 'a b': give up to 128"):
-        made(tmp_path / "run", ["ingest"], replace(CLUSTER, name="a b"))
+        made(tmp_path / "run", INGEST, replace(CLUSTER, name="a b"))
+    with pytest.raises(InputError, match="ingest: the following arguments are required: out"):
+        made(tmp_path / "run", ["ingest", "a"])
     with pytest.raises(InputError, match="NUL"):
-        made(tmp_path / "run", ["ingest", "a\0"])
+        made(tmp_path / "run", ["ingest", "a\0", "b"])
     assert not (tmp_path / "run").exists()
 
 
@@ -112,13 +133,13 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 def test_a_data_set_is_no_run_folder(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="is a data set"):
-        made(tmp_path, ["ingest"])
+        made(tmp_path, INGEST)
 
 
 @pytest.mark.parametrize("name", ["it's", 'a "b"', "$(touch pwned)", "`x`", "a b", "-rf", "ü", "; exit"])
 def test_hostile_run_folders_work(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    made(Path(name), ["ingest", "x"])
+    made(Path(name), INGEST)
     job = read_job(Path(name))
     assert job.run == str(tmp_path / name)
     assert LaunchConfig(name=job.name).name == job.name
@@ -128,7 +149,7 @@ def test_hostile_run_folders_work(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["a\nb", "a\x1bb", "a\rb", "\udc80"])
 def test_control_characters_in_run_folders_are_refused(tmp_path, name):
     with pytest.raises(InputError, match=r"run folder .* control character") as refused:
-        made(tmp_path / name, ["ingest", "x"])
+        made(tmp_path / name, INGEST)
     assert str(refused.value).isprintable()
     assert not list(tmp_path.iterdir())
 
@@ -139,14 +160,14 @@ def test_a_job_folder_open_to_others_is_refused(tmp_path, bits):
     launch.mkdir(parents=True)
     launch.chmod(bits)
     with pytest.raises(InputError, match=f"launch: open to others \\(mode {bits:04o}\\); chmod 700 it"):
-        made(tmp_path / "run", ["ingest"])
+        made(tmp_path / "run", INGEST)
     assert not list(launch.iterdir())
     launch.chmod(0o700)
-    made(tmp_path / "run", ["ingest"])
+    made(tmp_path / "run", INGEST)
 
 
 def test_a_job_folder_of_another_user_is_refused(tmp_path, monkeypatch):
-    folder = made(tmp_path / "run", ["ingest"]).folder
+    folder = made(tmp_path / "run", INGEST).folder
     monkeypatch.setattr(os, "geteuid", lambda: folder.path.stat().st_uid + 1)
     with pytest.raises(InputError, match="belongs to another user"):
         refuse_shared(folder)
@@ -158,17 +179,17 @@ def test_a_link_or_file_in_place_of_the_job_folder_is_refused(tmp_path):
         (tmp_path / name).mkdir()
         make(tmp_path / name / "launch")
         with pytest.raises(InputError, match="launch: not a folder"):
-            made(tmp_path / name, ["ingest"])
+            made(tmp_path / name, INGEST)
     (tmp_path / "c").touch()
     for run in ("c", "c/d"):
         with pytest.raises(InputError, match=r"c: (not a folder|cannot make the folder)"):
-            made(tmp_path / run, ["ingest"])
+            made(tmp_path / run, INGEST)
 
 
 def test_an_existing_run_folder_keeps_its_mode(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(0o755)
-    path = made(tmp_path / "run", ["ingest"]).folder.path
+    path = made(tmp_path / "run", INGEST).folder.path
     assert (mode(path), mode(path.parent)) == (0o700, 0o755)
 
 
@@ -197,7 +218,7 @@ def test_a_folder_without_a_job_is_named(tmp_path):
     ],
 )
 def test_damaged_jobs_are_named(tmp_path, change, said):
-    folder = made(tmp_path / "run", ["ingest"]).folder
+    folder = made(tmp_path / "run", INGEST).folder
     write_json(folder.job, json.loads(folder.job.read_text()) | change)
     with pytest.raises(InputError) as refused:
         read_job(tmp_path / "run")
@@ -215,7 +236,7 @@ def test_files_that_are_no_json_are_named(tmp_path, content):
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_disk_that_fails_is_no_fault_of_the_user(tmp_path, monkeypatch, number):
     """Exit code 1, after which a job is started again; a status line goes without what cannot be read."""
-    folder = made(tmp_path / "run", ["ingest"]).folder
+    folder = made(tmp_path / "run", INGEST).folder
 
     def fails(*given: object, **named: object) -> None:
         raise OSError(number, os.strerror(number), str(folder.path))
@@ -330,7 +351,7 @@ def test_a_snapshot_that_fails_leaves_the_one_before(package, tmp_path, monkeypa
 def test_jobs_of_an_array_share_one_copy_of_the_code(tmp_path):
     """Until one of them is given its own."""
     of_array = JobFolder.of(tmp_path / "runs")
-    job = make_job(tmp_path / "runs" / "part-0001", ["ingest"], CLUSTER, "slurm", CODE, shares_code=True)
+    job = make_job(tmp_path / "runs" / "part-0001", read_work(INGEST), CLUSTER, "slurm", CODE, shares_code=True)
     assert not job.folder.code.exists()
     assert job.code == of_array.code
     snapshot(CODE.packages, job.folder.code)
@@ -345,7 +366,7 @@ def test_the_packages_are_found():
 
 def test_a_job_of_an_earlier_version_is_read(tmp_path):
     """Its job.json has no other keys; beside it lie cluster.yaml and a folder of submitit."""
-    job = made(tmp_path / "run", ["ingest"])
+    job = made(tmp_path / "run", INGEST)
     (job.folder.path / "submitit").mkdir()
     (job.folder.path / "submitit" / "7_0_log.out").write_text("srun: error\n")
     tree = json.loads(job.folder.job.read_text())
@@ -355,18 +376,32 @@ def test_a_job_of_an_earlier_version_is_read(tmp_path):
 
 
 def test_code_of_an_earlier_version_is_not_submitted_again(tmp_path):
-    job = make_job(tmp_path / "run", ["ingest"], CLUSTER, "slurm", CODE)
+    job = make_job(tmp_path / "run", read_work(INGEST), CLUSTER, "slurm", CODE)
     (job.code / "ecgscale_launch" / "supervise.py").unlink()
     with pytest.raises(InputError, match=r"launch/code: packages of an earlier version, .*; give --new-code"):
-        resubmit(job, [], new_code=False)
+        resubmit(job, Given(), new_code=False)
+
+
+def test_new_code_for_a_job_of_an_earlier_version_gets_values(tmp_path, monkeypatch):
+    """Its ranks read the command's words again; those of today read config.yaml."""
+    job = make_job(tmp_path / "run", read_work([*INGEST, "--part", "2/3"]), CLUSTER, "slurm", CODE)
+    values = yaml_text.read(job.folder.config)
+    job.folder.config.unlink()
+    monkeypatch.setattr(launching, "check_place", lambda *_: None)
+    monkeypatch.setattr(launching.batch, "test", lambda _: None)
+    monkeypatch.setattr(launching.batch, "submit", lambda _: ["7"])
+    assert resubmit(job, Given(), new_code=False) == "7"
+    assert not job.folder.config.exists(), "its own code needs none"
+    assert resubmit(job, Given(), new_code=True) == "7"
+    assert yaml_text.read(job.folder.config) == values == {"source": "a", "out": "b", "part": "2/3"}
 
 
 def test_the_cluster_in_the_job_is_the_resolved_one(tmp_path):
-    folder = made(tmp_path / "run", ["ingest"]).folder
+    folder = made(tmp_path / "run", INGEST).folder
     assert json.loads(folder.job.read_text())["cluster"] == asdict(replace(CLUSTER, name="ingest-run"))
 
 
 def test_a_job_is_made_where_there_is_no_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    make_job(tmp_path / "run", ["ingest"], CLUSTER, "local", Source.today())
+    make_job(tmp_path / "run", read_work(INGEST), CLUSTER, "local", Source.today())
     assert (read_job(tmp_path / "run").commit, (tmp_path / "run/launch/diff.patch").read_bytes()) == (None, b"")

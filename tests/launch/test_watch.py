@@ -21,14 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecgscale.errors import InputError
+from ecgscale.settings import Given
 from ecgscale_launch import launching, slurm
+from ecgscale_launch.cli import subcommand
 from ecgscale_launch.devcluster import DevCluster
 from ecgscale_launch.job_folder import JobFolder
 from ecgscale_launch.listing import details, duration, screen, table
 from ecgscale_launch.runs import estimated_end, find_runs, steps_to_do, tail_events
 from ecgscale_launch.slurm import Known
 from ecgscale_launch.standing import Standing, is_process, local_word, slurm_word, standings
-from ecgscale_launch.watch import cancel, logs, refuse_active, resume, status
+from ecgscale_launch.watch import refuse_active
 from small_jobs import put_checkpoint
 
 NOW = time.time()
@@ -276,14 +278,14 @@ def test_without_slurm_what_was_written_last_is_shown(
     monkeypatch.setenv("PATH", str(tmp_path))
     write_state(make_job(tmp_path / "runs" / "a"), "done")
     make_job(tmp_path / "runs" / "b")
-    assert status(["--runs", str(tmp_path / "runs"), "--json"]) == 0
+    assert subcommand("status", ["--runs", str(tmp_path / "runs"), "--json"]) == 0
     out, err = capsys.readouterr()
     assert {one["name"]: one["state"] for one in json.loads(out)} == {"a": "done", "b": "queued"}
     assert "squeue is not on the PATH" in err
     with pytest.raises(InputError, match="may still be in the queue: squeue is not on the PATH"):
         refuse_active(tmp_path / "runs" / "b")
     with pytest.raises(InputError, match="squeue is not on the PATH"):
-        cancel([str(tmp_path / "runs" / "b")])
+        subcommand("cancel", [str(tmp_path / "runs" / "b")])
 
 
 def test_accounting_is_asked_for_what_the_controller_has_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,16 +326,16 @@ def test_status_lists_newest_first_and_shows_damaged_jobs(
     make_job(tmp_path / "runs/never", job_id=None, submitted=NOW - 9000)
     make_job(tmp_path / "runs/torn").job.write_text('{"for')
     slurm_says["8_1"] = Known("PENDING", "Priority")
-    assert status([]) == 0
+    assert subcommand("status", []) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["run", "job", "state", "step", "ECG/s", "MFU", "saved", "restarts", "requeues", "end"]
     assert [row.split()[0] for row in rows] == ["runs/old", "runs/sweep/new", "runs/never", "runs/torn"]
     assert re.search(r"8_1 +queued \(Priority\) ", rows[1])
     assert "unsubmitted" in rows[2]
     assert "damaged" in rows[3]
-    assert status(["runs/sweep"]) == 0  # a sweep: no job itself
+    assert subcommand("status", ["runs/sweep"]) == 0  # a sweep: no job itself
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert status(["--json"]) == 0
+    assert subcommand("status", ["--json"]) == 0
     for one in json.loads(capsys.readouterr().out):
         assert list(one) == [field.name for field in fields(Standing)]
 
@@ -347,7 +349,7 @@ def test_one_run_is_shown_in_detail(
     write_state(folder, "failed", error=error, attempts=[attempt(i, **ends, step_to=50) for i in range(1, 15)])
     write_rank(folder, 14)
     slurm_says["7"] = Known("FAILED", "NonZeroExitCode")
-    assert status([str(tmp_path)]) == 0
+    assert subcommand("status", [str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "error     rank 3 on n2: ValueError: \\x1b[2Jno" in out
@@ -368,7 +370,7 @@ def test_status_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--bogus"], "--bogus"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
-            status(arguments)
+            subcommand("status", arguments)
 
 
 def test_the_table_keeps_to_the_width() -> None:
@@ -416,9 +418,9 @@ def test_logs_of_ranks_attempts_and_the_supervisor(
     folder, run = make_job(tmp_path), str(tmp_path)
     slurm_says["7"] = Known("PENDING", "Priority")
     with pytest.raises(InputError, match=r"no log, the job is queued \(Priority\)"):
-        logs([run])
+        subcommand("logs", [run])
     with pytest.raises(InputError, match=r"supervisor\.log: not written yet"):
-        logs([run, "--supervisor"])
+        subcommand("logs", [run, "--supervisor"])
     for number in (1, 2):
         for rank in (0, 1, 2, 5):
             write_rank(folder, number, rank, f"\x1b[1mattempt {number} rank {rank}\r\n")
@@ -429,7 +431,7 @@ def test_logs_of_ranks_attempts_and_the_supervisor(
         (["--rank", "1", "--attempt", "1"], b"\x1b[1mattempt 1 rank 1\r\n"),
         (["--supervisor"], b"all\n"),
     ):
-        assert logs([run, *arguments]) == 0
+        assert subcommand("logs", [run, *arguments]) == 0
         assert capfdbinary.readouterr().out == said
     for arguments, complaint in (
         (["--rank", "3"], "attempt 2 has the ranks 0 to 2, 5"),
@@ -438,7 +440,7 @@ def test_logs_of_ranks_attempts_and_the_supervisor(
         (["--attempt", "1", "--supervisor"], "leave it out"),
     ):
         with pytest.raises(InputError, match=complaint):
-            logs([run, *arguments])
+            subcommand("logs", [run, *arguments])
 
 
 def test_following_moves_on_to_the_next_attempt_and_ends_with_the_job(
@@ -465,7 +467,7 @@ def test_following_moves_on_to_the_next_attempt_and_ends_with_the_job(
     worker = threading.Thread(target=job)
     worker.start()
     began = time.monotonic()
-    assert logs([str(tmp_path), "-f"]) == 0
+    assert subcommand("logs", [str(tmp_path), "-f"]) == 0
     assert time.monotonic() - began < 30
     worker.join()
     out, err = capfdbinary.readouterr()
@@ -475,7 +477,7 @@ def test_following_moves_on_to_the_next_attempt_and_ends_with_the_job(
         f"{tmp_path}: done",
     ]
     assert b"no log yet" in err
-    assert logs([str(tmp_path), "-f", "--attempt", "1"]) == 0
+    assert subcommand("logs", [str(tmp_path), "-f", "--attempt", "1"]) == 0
     assert capfdbinary.readouterr().out.count(b"1:") == 10
 
 
@@ -486,7 +488,7 @@ def test_following_a_job_that_was_cancelled_ends_with_that_word(
     write_state(folder, "running")
     folder.log.write_text("attempt 1\n")
     slurm_says["7"] = Known("CANCELLED")
-    assert logs([str(tmp_path), "-f", "--supervisor"]) == 0
+    assert subcommand("logs", [str(tmp_path), "-f", "--supervisor"]) == 0
     assert capfdbinary.readouterr() == (b"attempt 1\n", f"{tmp_path}: cancelled\n".encode())
 
 
@@ -520,16 +522,16 @@ def test_cancel_asks_a_local_job_to_save(tmp_path: Path, capsys: pytest.CaptureF
     with start_stub(folder) as stub:
         with pytest.raises(InputError, match="is starting; wait for its end or cancel it first"):
             refuse_active(tmp_path)
-        assert cancel([str(tmp_path)]) == 0
+        assert subcommand("cancel", [str(tmp_path)]) == 0
         assert f"process {stub.pid} was told: it saves and ends" in capsys.readouterr().out
         assert stub.wait(10) == 75
     with pytest.raises(InputError, match="nothing to cancel, it is stopped"):
-        cancel([str(tmp_path)])
+        subcommand("cancel", [str(tmp_path)])
     with start_stub(folder) as stub:
-        assert cancel([str(tmp_path), "--now"]) == 0
+        assert subcommand("cancel", [str(tmp_path), "--now"]) == 0
         assert stub.wait(10) == -signal.SIGKILL
     with pytest.raises(InputError, match="nothing to cancel, it is lost"):
-        cancel([str(tmp_path)])
+        subcommand("cancel", [str(tmp_path)])
 
 
 def test_cancel_spares_processes_that_are_not_the_job(tmp_path: Path) -> None:
@@ -537,10 +539,10 @@ def test_cancel_spares_processes_that_are_not_the_job(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
         write_state(folder, "running", time.time() - 3600, job_id=None, pid=other.pid)
         with pytest.raises(InputError, match="nothing to cancel, it is lost"):
-            cancel([str(tmp_path)])
+            subcommand("cancel", [str(tmp_path)])
         write_state(folder, "running", time.time(), job_id=None, pid=other.pid, host="elsewhere")
         with pytest.raises(InputError, match="runs on elsewhere; cancel it there"):
-            cancel([str(tmp_path)])
+            subcommand("cancel", [str(tmp_path)])
         assert other.poll() is None
         other.kill()
 
@@ -556,13 +558,13 @@ def test_of_a_sweep_what_still_runs_is_cancelled(
         slurm_says[f"1_{number}"] = Known(says, began=NOW - 500)
         if says != "PENDING":
             write_state(folder, "done" if says == "COMPLETED" else "running", job_id=f"1_{number}")
-    assert cancel([str(tmp_path)]) == 0
+    assert subcommand("cancel", [str(tmp_path)]) == 0
     assert told == [("scancel", "--batch", "--signal=TERM", "1_1"), ("scancel", "1_2")]
     out = capsys.readouterr().out
     assert "job 1_1 was told: it saves and ends; 9, depending on it, will not start" in out
     assert "job 1_2 was cancelled" in out
     with pytest.raises(InputError, match="0: nothing to cancel, it is done"):
-        cancel([str(tmp_path / "0"), str(tmp_path / "2")])
+        subcommand("cancel", [str(tmp_path / "0"), str(tmp_path / "2")])
     assert told[-1] == ("scancel", "1_2")
 
 
@@ -571,8 +573,8 @@ def test_resume_hands_over_the_job_and_the_overrides(
 ) -> None:
     given: list[Any] = []
 
-    def submit(job: Any, overrides: list[str], new_code: bool) -> str:
-        given.append((job.run, overrides, new_code))
+    def submit(job: Any, changes: Given, new_code: bool) -> str:
+        given.append((job.run, changes.dotted(), new_code))
         return "8"
 
     monkeypatch.setattr(launching, "resubmit", submit)
@@ -581,13 +583,13 @@ def test_resume_hands_over_the_job_and_the_overrides(
         write_state(make_job(tmp_path), "running")
         slurm_says["7"] = Known(says, began=NOW - 500)
         with pytest.raises(InputError, match=r"is (starting|requeued) as job 7; wait for its end or cancel it first"):
-            resume([str(tmp_path)])
+            subcommand("resume", [str(tmp_path)])
     slurm_says["7"] = Known("TIMEOUT")
-    assert resume([str(tmp_path), "--time", "8:00:00", "--new-code", "--nodes=2"]) == 0
-    assert given == [(str(tmp_path), ["--time", "8:00:00", "--nodes=2"], True)]
+    assert subcommand("resume", [str(tmp_path), "--time", "8:00:00", "--new-code", "--nodes=2"]) == 0
+    assert given == [(str(tmp_path), {"time": "8:00:00", "nodes": 2}, True)]
     assert "submitted again as job 8" in capsys.readouterr().out
     with pytest.raises(InputError, match="give RUN first"):
-        resume(["--time", "8:00:00", str(tmp_path)])
+        subcommand("resume", ["--time", "8:00:00", str(tmp_path)])
 
 
 def test_watching_does_not_wait_for_slow_imports() -> None:
@@ -635,12 +637,12 @@ def test_slurm_queued_running_asked_to_save_and_ended(
     with pytest.raises(InputError, match=f"is running as job {job_id}"):
         refuse_active(tmp_path / "a")
 
-    assert cancel([str(tmp_path / "a")]) == 0
+    assert subcommand("cancel", [str(tmp_path / "a")]) == 0
     assert f"; {after}, depending on it, will not start" in capsys.readouterr().out
     wait_for(lambda: slurm.known([job_id])[job_id].state == "FAILED")  # exit code 75
     assert stand(tmp_path / "a").state == "stopped"
     wait_for(lambda: stand(tmp_path / "b").reason == "DependencyNeverSatisfied")
-    assert cancel([str(tmp_path / "b")]) == 0
+    assert subcommand("cancel", [str(tmp_path / "b")]) == 0
     wait_for(lambda: stand(tmp_path / "b").state == "cancelled")
 
 

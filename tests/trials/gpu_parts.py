@@ -335,7 +335,7 @@ def batches(place: Place) -> None:
     from ecgscale.training.ranks import start_ranks
 
     preset, sizes = ("base", (32, 64, 128, 256, 512, 1024, 2048)) if place.cuda else ("tiny", (2, 4))
-    (case,) = Axes(preset=(preset,), batch=sizes[:1], precision=("bf16",)).cases([], place.device, 0, 2500)
+    (case,) = Axes(preset=(preset,), batch=sizes[:1], precision=("bf16",)).cases({}, place.device, 0, 2500)
     ranks = start_ranks()
     engine = Engine(case.build(), case.config.engine, ranks, accumulation=1, micro_batch=case.batch)
     peak = device_peak(case.config.engine, ranks.device)
