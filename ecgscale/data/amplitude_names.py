@@ -21,7 +21,8 @@ _HEADS_OF: dict[Topic, str] = {
     "zero": "baseline baselines offset offsets zero zeros bias intercept pedestal dclevel zeropoint",
     "polarity": "polarity polarities sign signs",
     "turned": "inverted invert flipped flip negated upsidedown",
-    "changed": "normalized normalised normalization normalisation zscore zscored standardized standardised",
+    "changed": "normalize normalise normalized normalised normalization normalisation zscore zscored"
+    " standardized standardised",
     "unit": "unit units dimension",
 }
 _BESIDE = {

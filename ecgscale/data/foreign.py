@@ -44,10 +44,25 @@ RATE_KEYS = (
     *("sampling_rate_hz", "sample_rate_hz", "sampling_frequency_hz", "sample_frequency_hz"),
 )
 _PERHAPS_RATE_KEYS = ("rate", "frequency", "freq", "hz")  # of a heart too: they contradict, but say nothing themselves
+_PERIOD_KEYS = {"samplingintervalms": 1e3, "samplingperiodms": 1e3, "sampleintervalms": 1e3}  # of one sample
+_PERIOD_KEYS |= {"samplinginterval": 1.0, "samplingperiod": 1.0, "sampleperiod": 1.0, "dt": 1.0, "deltat": 1.0}  # s
 _LEAST_HZ = 200  # under such a key: hearts are slower, per minute, but for the fastest
-_SQUASHED_RATE_KEYS = frozenset(map(squashed, RATE_KEYS))
-_LENGTH_KEYS = ("siglen", "nsamples", "numsamples", "nsamp", "numberofsamples", "samplecount", "samples")
-_DURATION_KEYS = ("durations", "durationsec", "durationseconds", "recorddurations", "signaldurations")  # in s
+_OTHER_RATE_KEYS = ("sample_freq", "sampling_freq", "target_fs", "resampled_to")  # likewise
+_SQUASHED_RATE_KEYS = frozenset(map(squashed, (*RATE_KEYS, *_OTHER_RATE_KEYS)))
+_LENGTH_KEYS = (
+    "siglen",
+    "nsamples",
+    "numsamples",
+    "nsamp",
+    "numberofsamples",
+    "samplecount",
+    "samples",
+    "recordlength",
+)
+_DURATION_KEYS = (  # in s
+    *("durations", "durationsec", "durationseconds", "recorddurations", "signaldurations", "recordingdurations"),
+    *("lengths", "lengthsec", "recordlengths", "recordingtimes"),
+)
 LEAD_KEYS = ("leads", "lead_names", "sig_name")
 _OLDER_PATIENT_KEYS = ["patient", "patient_id", "subject_id"]  # of manifests that do not say theirs
 
@@ -169,7 +184,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         _refuse_unread_leads(fields)
     leads_L = _leads(told, rules, n_leads, others)
     rate_hz = agreed("rate-hz", rules.rate_hz, _rate(told, rules.rate_hz is not None))
-    _check_other_rates(fields, rate_hz)
+    check_other_rates(fields, rate_hz)
     scale_L = read_scale(told, rules.mv_per_count, len(leads_L))
     cells = Cells()
     patients = ((cells.identifier(told.get(key), key), key) for key in patient_keys)
@@ -329,14 +344,18 @@ def _rate(fields: Fields, has_option: bool) -> float | None:
     return None
 
 
-def _check_other_rates(fields: Fields, rate_hz: float) -> None:
+def check_other_rates(fields: Fields, rate_hz: float) -> None:
     """Raises InputError where a key that may be the sample rate's says another."""
     for key, value in ((key, value) for one in objects_in(fields) for key, value in one.items()):
         name = squashed(key)
-        if name not in _SQUASHED_RATE_KEYS and name not in _PERHAPS_RATE_KEYS:
+        if period_s := _PERIOD_KEYS.get(name):
+            others = [round(period_s / period, 3) for period in numbers_in(value) if period > 0]
+        elif name in _SQUASHED_RATE_KEYS or name in _PERHAPS_RATE_KEYS:
+            others = [*numbers_in(value)]
+        else:
             continue
-        for other_hz in numbers_in(value):
-            if other_hz != rate_hz and (name in _SQUASHED_RATE_KEYS or other_hz >= _LEAST_HZ):
+        for other_hz in others:
+            if abs(other_hz - rate_hz) > 1e-3 and (name not in _PERHAPS_RATE_KEYS or other_hz >= _LEAST_HZ):
                 raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {other_hz:g}; leave one out")
 
 

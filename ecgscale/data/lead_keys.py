@@ -23,6 +23,7 @@ SEARCHED = 1 << 19  # samples from the beginning, behind which nothing is looked
 _STILL = 16  # samples that are equal: a gap or padding, no ECG
 _CHANGES = 32  # between samples: with fewer, recordings are alike by chance, such as steps of a calibration
 _PIECE = 4096
+_MOST_MICROVOLTS = 1 << 30  # of an int32; more is no ECG
 _MICROVOLT = np.float64(np.float32(DEFAULT_SCALE_MV))  # as floats are rounded when they are ingested
 
 Keys = npt.NDArray[np.uint64]
@@ -44,7 +45,7 @@ def _key(count_T: Counts, scale_mv: np.float64, lead: int) -> int:
     while (still := _equal_from(count_T, first)) >= _STILL:
         first += still
     microvolt_T = np.rint(_without_still_end(count_T[first : first + KEYED]) * scale_mv / _MICROVOLT)
-    if np.count_nonzero(microvolt_T[1:] != microvolt_T[:-1]) < _CHANGES:
+    if np.count_nonzero(microvolt_T[1:] != microvolt_T[:-1]) < _CHANGES or np.abs(microvolt_T).max() > _MOST_MICROVOLTS:
         return 0
     return xxh3_64_intdigest(microvolt_T.astype("<i4").data, seed=lead)
 

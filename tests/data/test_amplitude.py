@@ -99,6 +99,7 @@ def test_a_scale_is_the_one_that_counts_are_read_by(right: dict, wrong: dict) ->
         *(({key: -1}, "upside down") for key in ("sign", "signal_sign")),
         *(({key: True}, "upside down") for key in ("flipped", "is_flipped", "flipped_leads", "upside_down")),
         *(({key: True}, "are no mV") for key in ("normalized", "isNormalised", "zscore", "z-score", "standardized")),
+        *(({key: True}, "are no mV") for key in ("normalize", "Normalise")),
         *(({"normalization": word}, "are no mV") for word in ("zscore", "min-max")),
     ],
 )

@@ -348,6 +348,18 @@ def test_an_exam_that_lies_in_another_part_than_its_row_says(root: Path) -> None
     assert "trace_file" not in source.read("exams_part0/0_11").metadata
 
 
+def test_an_exam_id_of_several_tracings_names_none_of_them(root: Path) -> None:
+    with h5py.File(root / "exams_part1.hdf5", "r+") as file:
+        exam_ids = file["exam_id"][:]
+        exam_ids[0] = 7
+        file["exam_id"][:] = exam_ids
+    source = open_source(root, SourceOptions())
+    for item in (one for one in source.items() if one.endswith("_7")):
+        with pytest.raises(InputError, match="several tracings have this exam_id"):
+            source.read(item)
+    assert source.read("exams_part0/0_11").name
+
+
 def test_a_placeholder_for_the_part_says_nothing(root: Path) -> None:
     (root / "exams.csv").write_text(EXAMS.replace("6.6,False,exams_part0.hdf5", "6.6,False,x"))
     source = open_source(root, SourceOptions())

@@ -481,6 +481,9 @@ def test_leads_are_found_under_any_key(tmp_path, key: str) -> None:
         *(({key: 500}, f"'{key}' says 500") for key in ("rate", "frequency", "Hz")),
         *(({key: 500}, f"{key} '500'") for key in ("fs_hz", "srate")),
         ({"header": {"fs": 500}}, "'fs' says 500"),
+        *(({key: 500}, f"'{key}' says 500") for key in ("sample_freq", "resampled_to", "targetFs")),
+        *(({key: 2}, f"'{key}' says 500") for key in ("sampling_interval_ms", "samplingPeriod_ms")),
+        *(({key: 0.002}, f"'{key}' says 500") for key in ("dt", "sampling_interval")),
     ],
 )
 def test_leads_and_rates_that_contradict_are_refused(tmp_path, said: dict, why: str) -> None:

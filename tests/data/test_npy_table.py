@@ -347,3 +347,29 @@ def test_mutated_arrays_are_read_or_refused(tmp_path) -> None:
         else:
             said = str(tmp_path)
         assert said.startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("column", "right", "wrong", "reason"),
+    [
+        ("fs", 250, 500, "its sample rate is 250 Hz, but 'fs' says 500"),
+        ("Sampling Rate", 250, 125, "its sample rate is 250 Hz, but 'Sampling Rate' says 125"),
+        ("mv_per_count", 0.001, 0.005, "its mv_per_count is 0.005"),
+        ("gain", 1000, 200, "its gain is 200"),
+        ("baseline", 0, 512, "0 mV is not the count 0"),
+        ("inverted", 0, 1, "upside down"),
+    ],
+)
+def test_a_row_that_contradicts_how_its_record_is_read_rejects_it(
+    tmp_path, mv_NLT: np.ndarray, column: str, right: float, wrong: float, reason: str
+) -> None:
+    root, table = tmp_path / "counts", tmp_path / "table.csv"
+    root.mkdir()
+    for number, mv_LT in enumerate(mv_NLT):
+        np.save(root / f"{number}.npy", np.rint(1000 * mv_LT).astype(np.int16))
+    lines = [f"{number},{wrong if number == 2 else right}\n" for number in range(len(mv_NLT))]
+    table.write_text(f"record,{column}\n{''.join(lines)}")
+    options = {"mv_per_count": 0.001, "labels_csv": table}
+    source = opened(root, **options)
+    np.testing.assert_allclose(source.read("1").millivolts(), mv_NLT[1], atol=0.001)
+    assert reason in refusal(root, "2", **options)

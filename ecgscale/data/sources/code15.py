@@ -70,6 +70,7 @@ class Code15(Layout):
     description: str
     parts: tuple[str, ...]  # names of the files
     mv_per_value: float
+    twice: frozenset[int] = frozenset()  # exam_ids of several tracings
 
     title = "CODE-15 %"
     options = ("--unit",)
@@ -104,12 +105,14 @@ class Code15(Layout):
             repeated = catalogue.add_records(_exams(root, unnamed))
         except InputError as error:
             raise error if str(error).startswith(str(root)) else InputError(f"{root / EXAMS}: {error}") from error
-        n = sum(len(_part(root, part).exam_ids) for part in parts)
+        ids = np.concatenate([_part(root, part).exam_ids for part in parts])
+        n, (different, counts) = len(ids), np.unique(ids, return_counts=True)
+        twice = frozenset(different[counts > 1].tolist()) - {0}  # of rows that pad a part
         description = DESCRIPTION.format(n=n, parts=len(parts), unit=unit)
         if unnamed:
             description += f"; {len(unnamed)} rows of {EXAMS} name no exam and are left out, the first: {unnamed[0]}"
         description += "".join(f"; {line}" for line in repeated)
-        return cls(root, catalogue, scratch, options.dataset or "", description, parts, mv_per_value)
+        return cls(root, catalogue, scratch, options.dataset or "", description, parts, mv_per_value, twice)
 
     def items(self) -> list[str]:
         """Sorted names; raises InputError for a part that is no such file."""
@@ -128,6 +131,8 @@ class Code15(Layout):
         try:
             if description.fault:
                 raise InputError(description.fault)
+            if exam_id in self.twice:
+                raise InputError(f"several tracings have this exam_id, so which of them {EXAMS} means is unknown")
             metadata = dict(description.metadata)
             trace_file = metadata.pop(_TRACE_FILE, part_name)
             if trace_file.endswith(".hdf5") and trace_file != part_name:  # a placeholder names no part

@@ -15,7 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128
 
-from ecgscale.data.description import describe
+from ecgscale.data.amplitude import check_amplitude
+from ecgscale.data.amplitude_names import squashed
+from ecgscale.data.description import Description, describe
+from ecgscale.data.foreign import check_other_rates
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
 from ecgscale.data.matching import NameMatcher, RowMatcher
@@ -125,11 +128,20 @@ class NpyTable(Layout):
             signal = to_signal(self._leads_first(array), self.leads, self._mv_per_value(array), self.rate_hz)
             folder = Path(item).parent.name or None
             known = describe((), self.labels, item, self.patient_key, folder)
+            self._check_columns(known, array)
         except InputError as error:
             raise error if str(error).startswith(str(path)) else type(error)(f"{shown}: {error}") from error
         told: dict[str, Any] = {"patient": known.patient, "labels": known.labels, "metadata": known.metadata}
         told |= {"notes": known.notes, "patient_key": known.patient_key}
         return Record.of(item, signal.fitted, self.rate_hz, signal.leads, remarks=signal.remarks, **told)
+
+    def _check_columns(self, known: Description, array: npt.NDArray[np.generic]) -> None:
+        """Raises InputError where the record's row says another rate, or of counts another scale or zero."""
+        columns: dict[str, Any] = {name: values[0] for name, values in known.labels.items() if len(values) == 1}
+        columns |= known.metadata
+        check_other_rates({name: text for name, text in columns.items() if squashed(name) != "rate"}, self.rate_hz)
+        if self.mv_per_count is not None and array.dtype.kind in "iu":
+            check_amplitude(columns, self.leads, [self.mv_per_count] * len(self.leads))
 
     def fingerprint(self, item: str) -> bytes:
         """Its shape and type, and a hash of its samples."""
