@@ -62,7 +62,9 @@ _WITH_ZERO_FRACTION = re.compile(r"(-?(?:0|[1-9][0-9]*))\.(?:0|00|0{4,})")  # 1.
 _WITH_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:\.000|(?:,[0-9]{3})+)")
 _WITH_COMMA = re.compile(r"-?[0-9]+,[0-9]+")
 _AS_TEXT = re.compile(r"""="(?P<kept>[^"]*)"|'(?P<quoted>[^']*)'""")  # ="007" keeps its zeros in spreadsheets
-_INVISIBLE = {ord(one): None for one in "\u200b\u2060\ufeff\u00ad"} | {0xA0: " "}
+_INVISIBLE = {0xA0: " ", **dict.fromkeys((0xAD, 0x61C, 0x180E, 0xFEFF, 0x7F, *range(9), *range(14, 28)))}
+_INVISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0x200B, 0x2010), *range(0x202A, 0x202F)))
+_INVISIBLE |= dict.fromkeys(range(0x2060, 0x2070))  # marks of direction and the like: to a reader they are not there
 _EXACT = re.compile(r"-?[0-9](?:\.[0-9]+)?e\+[0-9]{2,3}|-?[1-9]\.[0-9]+E[0-9]{1,3}")  # R, Python and numpy, Java
 _AS_SHOWN = re.compile(r"-?[1-9](?:[.,][0-9]+)?E\+[0-9]{2,3}")  # spreadsheets: as many digits as the column is wide
 _LARGEST_EXACT = 2**53
@@ -71,6 +73,7 @@ _SNOMED = re.compile(r"[1-9][0-9]{5,17}")
 _LISTED_CODE = re.compile(r"[0-9]+(\.0)?")
 _LIST_SEPARATORS = re.compile("[,;|]")
 _SEPARATORS = re.compile(r"[|;\r\n]")
+_OF_TUPLES = re.compile(r"\[\s*\(")  # pairs of a name and a number, as Python writes them
 _PERCENT_STEP = 5  # PTB-XL's likelihoods are 0, 15, 35, 50, 80 and 100
 
 _LONGEST_LIST = 1 << 16
@@ -208,7 +211,7 @@ class Cells:
         if not isinstance(value, str | int | float):
             raise InputError(f"{field[:40]!r} is {_short(str(value))}; write text, a number, or a list of these")
         text = (value if isinstance(value, str) else json.dumps(value)).strip(_STRIPPED)
-        if not text.isascii():
+        if not (text.isascii() and text.isprintable()):
             text = text.translate(_INVISIBLE).strip(_STRIPPED)
         if as_text := _AS_TEXT.fullmatch(text):
             text = (as_text["kept"] or as_text["quoted"] or "").strip(_STRIPPED)
@@ -277,6 +280,8 @@ class Cells:
         if not values:
             return []
         if kind != "flags" or likelihoods:
+            if any(_number(value) == 0 for value in values.values()):
+                self.notes[f"{field} with likelihoods, where 0 is taken for one that was not said (as in PTB-XL)"] += 1
             return self._names(values, field)
         numbers = {str(name): _number(value) for name, value in values.items()}
         if None in numbers.values():
@@ -375,6 +380,10 @@ def _literal(text: str, field: str) -> list[Any] | dict[str, Any] | None:
         text = inner if inner[0] + inner[-1] in _BRACKETS else f"[{inner}]"
     if text[:1] + text[-1:] not in _BRACKETS or len(text) > _LONGEST_LIST:
         return None
+    if _OF_TUPLES.match(text):
+        raise InputError(
+            f"{field[:40]!r} is {_short(text)}, tuples in a list; write a list of names, or {{name: number}}"
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -15,7 +15,7 @@ from ecgscale.data.cells import UNKNOWN_WORDS, Cells, has_likelihoods, is_known,
 from ecgscale.errors import InputError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-_SIGNS = st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"], exclude_characters="\u200b\u2060\ufeff\u00ad")
+_SIGNS = st.characters(exclude_categories=["Cs", "Cc", "Cf", "Zs", "Zl", "Zp"])
 NAMES = (
     st.text(_SIGNS, min_size=1, max_size=12)
     .map(functools.partial(unicodedata.normalize, "NFC"))
@@ -193,7 +193,7 @@ def test_classes(cell: object, read: list[str] | None) -> None:
     "cell",
     [
         *("[0, 1, 0]", "[0 1 0]", "[0. 1. 1.]", "0|1|0", "1;1", [0, 1], [True, False], [1.0, 0.0]),
-        *("[['A'], ['B']]", "['A', ['B']]", [["A"]], [{"A": 1}]),
+        *("[['A'], ['B']]", "['A', ['B']]", [["A"]], [{"A": 1}], "[('A', 0), ('B', 1)]"),
         *(
             "{'NORM': 0.8}",
             "{'NORM': 72.0, 'SR': 0}",
@@ -329,11 +329,32 @@ def test_notes_are_told_with_the_most_frequent_first() -> None:
     assert told({}, True) == []
 
 
-@pytest.mark.parametrize("text", ["'AF'", "A\u200bF", "\ufeffAF", '="AF"', "AF\u00a0", "A\u00adF"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'AF'",
+        "A\u200bF",
+        "\ufeffAF",
+        "\u200eAF",
+        "\u202aAF\u202c",
+        "A\u2063F",
+        "AF\x07",
+        '="AF"',
+        "AF\u00a0",
+        "A\u00adF",
+    ],
+)
 def test_what_cannot_be_seen_makes_no_other_class_or_patient(text: str) -> None:
     cells = Cells()
     assert cells.classes(text, "dx") == ["AF"]
     assert cells.identifier(text, "patient") == cells.text(text, "age") == "AF"
+
+
+def test_a_likelihood_of_0_that_counts_is_told() -> None:
+    cells = Cells()
+    assert cells.classes({"A": 0, "B": 50}, "dx", likelihoods=True) == ["A", "B"]
+    assert cells.classes({"A": 5, "B": 50}, "dx", likelihoods=True) == ["A", "B"]
+    assert cells.notes == {"dx with likelihoods, where 0 is taken for one that was not said (as in PTB-XL)": 1}
 
 
 def test_letters_and_blanks_of_two_kinds_are_one() -> None:
