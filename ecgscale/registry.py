@@ -77,7 +77,8 @@ class Registry(Generic[Kind]):
         home, base_name = _import(self.key, self._base)
         base: type[Kind] = getattr(home, base_name)
         if not inspect.isclass(kind):
-            classes = [n for n, member in vars(module).items() if inspect.isclass(member) and issubclass(member, base)]
+            members = ((n, member) for n, member in vars(module).items() if inspect.isclass(member))
+            classes = [n for n, member in members if issubclass(member, base) and not inspect.isabstract(member)]
             near = get_close_matches(class_name, classes, 1) or classes[:1]
             hint = f"; did you mean {module.__name__}:{near[0]}?" if near else ""
             raise InputError(f"{self.key} {place!r}: {module.__name__} has no class {class_name}{hint}")

@@ -397,6 +397,7 @@ def test_it_is_said_whose_layout_it_is(csv_folder, tmp_path, capsys):
         ([], "no WFDB header (*.hea) in or below it"),
         ([f"--layout={LAYOUT}"], ".csv files say no sample rate; give --source-rate-hz"),
         ([f"--layout={LAYOUT}", "--unit=uV"], f"--unit does not go with layout {LAYOUT}, only with code15, npy"),
+        (["--layout=toylab.csv_folder:Nothing"], "has no class Nothing; did you mean toylab.csv_folder:CsvFolder?"),
         ([f"--layout={LAYOUT}s"], "has no class CsvFolders; did you mean toylab.csv_folder:CsvFolder?"),
         ([f"--layout={TASK}"], f"layout '{TASK}': is no Layout"),
         (["--layout=toylab.unfinished:NoRead"], "does not define open, read of ecgscale.data.sources.layout.Layout"),
