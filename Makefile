@@ -10,7 +10,7 @@ RUNS ?= runs
 
 help:
 	@echo "make demo   simulate ECGs, pretrain, fine-tune, compare: 3 minutes on 2 cores"
-	@echo "make test   the test suite: about 15 minutes on 2 cores"
+	@echo "make test   the test suite: about 13 minutes on 2 cores"
 	@echo "make test-fast  what takes seconds of it: a minute and a half"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the pages of docs/ as a site with a search: build/docs/index.html"
