@@ -31,6 +31,7 @@ class Found(NamedTuple):
 
 def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator[Found]:
     """The records of a tar that others wrote. Raises InputError that names tar and member for what is wrong."""
+    label_keys = asked_keys(rules)
     for sample in samples(tar, place):
         signal, meta = (_member(sample, extension, place) for extension in (rules.signal_ext, rules.meta_ext))
         name = foreign_name(place, signal.name)
@@ -39,7 +40,7 @@ def scan_foreign(tar: Bytes, place: str, rules: Rules, dataset: str) -> Iterator
         try:
             fields = parse_json(content, unique=True)
             described = describe(fields, rules, leads)
-            check_amplitude(fields, described.leads_L, described.scale_L, asked_keys(rules))
+            check_amplitude(fields, described.leads_L, described.scale_L, label_keys)
             if rules.rate_hz is None:
                 check_length(fields, n_samples, described.rate_hz)
         except InputError as error:
