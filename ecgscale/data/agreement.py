@@ -11,11 +11,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ecgscale.data.amplitude_names import squashed
 from ecgscale.data.cells import find_key, is_known
 from ecgscale.data.foreign import Rules, common_order
 from ecgscale.data.grouping import Grouping
-from ecgscale.data.json_keys import Fields, objects_in
+from ecgscale.data.json_keys import Fields, objects_in, squashed
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.remarked import Remarked
 from ecgscale.data.shards import Columns

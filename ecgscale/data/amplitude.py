@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
-from ecgscale.data.amplitude_names import Meaning, Topic, joined, lead_of, meaning, squashed
+from ecgscale.data.amplitude_names import Meaning, Topic, joined, lead_of, meaning
 from ecgscale.data.cells import is_known
-from ecgscale.data.json_keys import Fields, agreed, as_float, is_number, only
+from ecgscale.data.json_keys import Fields, agreed, as_float, is_number, only, squashed
 from ecgscale.data.units import parse_unit
 from ecgscale.errors import InputError
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from ecgscale.data.json_keys import squashed
 from ecgscale.lead_names import LEADS
 from ecgscale.record import mv_per_unit
 
@@ -49,12 +50,6 @@ class Meaning(NamedTuple):
     mv: float | None  # per unit, where it names one
     direction: Literal["mv per count", "counts per mv", ""]  # of a scale; "": either
     is_gain: bool
-
-
-@lru_cache(maxsize=1 << 14)
-def squashed(key: str) -> str:
-    """Without case, and without what stands between words; a stroke, as in uV/LSB, is per."""
-    return "".join(letter for letter in key.casefold().replace("/", "per") if letter.isalnum())
 
 
 @lru_cache(maxsize=1 << 14)

@@ -19,7 +19,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ecgscale.data.amplitude import GAIN_KEYS, SCALE_KEYS, UNIT_KEYS, read_scale
-from ecgscale.data.amplitude_names import squashed
 from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods
 from ecgscale.data.json_keys import (
     Fields,
@@ -30,6 +29,7 @@ from ecgscale.data.json_keys import (
     numbers_in,
     objects_in,
     only,
+    squashed,
     under_names,
 )
 from ecgscale.data.label_columns import parse_label_columns

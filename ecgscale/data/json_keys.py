@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence, Set
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from ecgscale.errors import InputError
@@ -27,6 +28,12 @@ def _objects_within(value: Any) -> Iterator[Fields]:
     elif isinstance(value, list):
         for child in value:
             yield from _objects_within(child)
+
+
+@lru_cache(maxsize=1 << 14)
+def squashed(key: str) -> str:
+    """Without case, and without what stands between words; a stroke, as in uV/LSB, is per."""
+    return "".join(letter for letter in key.casefold().replace("/", "per") if letter.isalnum())
 
 
 def numbers_in(value: Any) -> Iterator[float]:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecgscale.data.amplitude import check_amplitude
-from ecgscale.data.amplitude_names import HEADS, meaning, squashed
+from ecgscale.data.amplitude_names import HEADS, meaning
+from ecgscale.data.json_keys import squashed
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS
 

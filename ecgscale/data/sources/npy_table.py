@@ -16,9 +16,9 @@ import numpy.typing as npt
 from xxhash import xxh3_128
 
 from ecgscale.data.amplitude import check_amplitude
-from ecgscale.data.amplitude_names import squashed
 from ecgscale.data.description import Description, describe
 from ecgscale.data.foreign import check_other_rates
+from ecgscale.data.json_keys import squashed
 from ecgscale.data.label_columns import LabelColumns
 from ecgscale.data.label_table import LabelTable, load_label_table, paths_of
 from ecgscale.data.matching import NameMatcher, RowMatcher
