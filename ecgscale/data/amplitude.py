@@ -140,9 +140,14 @@ def check_amplitude(
     for one in statements:
         if reason := _REASONS[one.meaning.topic](one, scale_L):
             raise InputError(reason)
+    units = [
+        (one, mv)
+        for one in statements
+        if one.meaning.topic == "unit" and (mv := _mv(one)) is not None and not math.isnan(mv)
+    ]
     if not any(_scale_takes_units(one) for one in statements):
-        _check_units_alike(statements, scale_L)
-    _check_units_of_gains(statements)
+        _check_units_alike(units, scale_L)
+    _check_units_of_gains(units, statements)
 
 
 def _scale_takes_units(one: _Statement) -> bool:
@@ -324,15 +329,12 @@ _REASONS: dict[Topic, Callable[[_Statement, Sequence[float]], str]] = {
 }
 
 
-def _check_units_of_gains(statements: Sequence[_Statement]) -> None:
+def _check_units_of_gains(units: Sequence[tuple[_Statement, float]], statements: Sequence[_Statement]) -> None:
     """Raises InputError for a unit that stands elsewhere than a gain, and is not what the gain gives counts of."""
     gains = [one for one in statements if one.meaning.topic == "scale" and one.meaning.is_gain and one.number]
     mv_of_gains = {(row, one.mv_of_row.get(row, 1.0)) for one in gains if one.meaning.mv is None for row in one.rows}
     rows = {row for row, _ in mv_of_gains}
-    for one in (one for one in statements if one.meaning.topic == "unit"):
-        mv = _mv(one)
-        if mv is None or math.isnan(mv):
-            continue
+    for one, mv in units:
         if any(row in rows and (row, mv) not in mv_of_gains for row in one.rows):
             raise InputError(
                 f"its {one.told}, which is not the unit that its gain is read by; write it as units beside the gain, "
@@ -340,14 +342,9 @@ def _check_units_of_gains(statements: Sequence[_Statement]) -> None:
             )
 
 
-def _check_units_alike(statements: Sequence[_Statement], scale_L: Sequence[float]) -> None:
+def _check_units_alike(units: Sequence[tuple[_Statement, float]], scale_L: Sequence[float]) -> None:
     """Raises InputError where units of leads differ, and not as their scales do."""
-    mv_of_row = {
-        row: mv
-        for one in statements
-        if one.meaning.topic == "unit" and (mv := _mv(one)) is not None and not math.isnan(mv)
-        for row in one.rows
-    }
+    mv_of_row = {row: mv for one, mv in units for row in one.rows}
     ratios = [mv / scale_L[row] for row, mv in mv_of_row.items()]
     if ratios and not is_close(min(ratios), max(ratios)):
         raise InputError(
