@@ -33,6 +33,7 @@ from ecgscale_launch.subcommand import Subcommand
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / f"ecgscale-devcluster-{os.getuid()}"
 _MARK = "devcluster.json"  # only a folder with this file is ever removed
 _LONGEST_FOLDER = 60  # a Unix socket's path may have 107 bytes, and slurmstepd's adds up to 40
+_GONE_S = 1.0  # a daemon that no look of so long a time has seen has ended
 
 
 @dataclass(frozen=True)
@@ -277,9 +278,12 @@ def _start_daemons(cluster: DevCluster, deadline: float) -> None:
 
 def _wait_until(cluster: DevCluster, deadline: float, names: list[str], ready: Callable[[], bool]) -> None:
     print(f"devcluster: waiting for {', '.join(names)}", file=sys.stderr)
+    last_alive = dict.fromkeys(names, time.monotonic())
     while not ready():
-        alive = daemons.alive(cluster.folder)
-        if dead := [name for name in names if name not in alive]:
+        now = time.monotonic()
+        last_alive |= dict.fromkeys(daemons.alive(cluster.folder) & set(names), now)
+        # One look proves nothing: a daemon that is being executed has neither a command line nor its name for a moment.
+        if dead := [name for name in names if now - last_alive[name] > _GONE_S]:
             raise InputError(f"{dead[0]} has ended: {daemons.last_words(cluster.folder, dead[0])}")
         if time.monotonic() > deadline:
             states = _node_states(cluster)

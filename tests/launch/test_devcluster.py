@@ -118,6 +118,18 @@ def test_daemon_that_cannot_start_is_named_and_nothing_is_left(short_folder: Pat
 
 
 @needs_slurm
+def test_one_look_that_misses_a_daemon_ends_nothing(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process is being executed, /proc shows no command line of it."""
+    alive, looks = daemons.alive, iter(range(10**6))
+    monkeypatch.setattr(daemons, "alive", lambda folder: set() if next(looks) % 2 == 0 else alive(folder))
+    # The socket is there before a first look on a quiet machine: so it is one that is asked for twice.
+    monkeypatch.setattr(dev, "_all_idle", lambda cluster: next(looks) > 4 and dev.status(cluster.folder).healthy)
+    folder = short_folder / "flicker"
+    dev.up(folder, nodes=1)
+    assert dev.down(folder)
+
+
+@needs_slurm
 def test_command_line(short_folder: Path, capsys) -> None:
     folder = ["--folder", str(short_folder / "cli")]
     assert subcommand("devcluster", ["up", *folder, "--nodes", "1"]) == 0
