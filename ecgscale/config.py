@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ecgscale import model, objectives, settings, settings_help, yaml_text
+from ecgscale import model, objectives, settings, yaml_text
 from ecgscale.choices import (
     Choice,
     belonging_elsewhere,
@@ -32,6 +32,7 @@ from ecgscale.model import ENCODERS, EncoderConfig
 from ecgscale.objectives import OBJECTIVES, ObjectiveConfig
 from ecgscale.objectives.keys import WRITTEN_BEFORE
 from ecgscale.run_folder import CONFIG
+from ecgscale.settings import help as settings_help
 from ecgscale.settings import option
 from ecgscale.training.engine_config import EngineConfig
 from ecgscale.training.train_config import TrainConfig

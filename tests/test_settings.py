@@ -10,7 +10,7 @@ import pytest
 
 from ecgscale.errors import InputError
 from ecgscale.settings import Given, build, from_words, option
-from ecgscale.settings_help import documentation, help_text
+from ecgscale.settings.help import documentation, help_text
 
 
 @dataclass(frozen=True)

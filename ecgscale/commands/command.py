@@ -11,7 +11,7 @@ from typing import Any
 
 from ecgscale.errors import InputError
 from ecgscale.settings import Given, build, from_words
-from ecgscale.settings_help import help_text
+from ecgscale.settings.help import help_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def _of_config(
 
     def helped() -> str:
         from ecgscale import config
-        from ecgscale.settings_help import own_options
+        from ecgscale.settings.help import own_options
 
         own = [own_options(options)] if fields(options) else []
         return "\n\n".join([config.help_text(config_type(), name), *own, *more])

@@ -141,7 +141,7 @@ def _check(commands: list[list[str]]) -> None:
 
 
 def _help() -> str:
-    from ecgscale.settings_help import help_text, own_options
+    from ecgscale.settings.help import help_text, own_options
     from ecgscale_launch.launch_config import LaunchConfig
 
     title = "What a job asks"

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ecgscale.commands.command import seen_in, wants_help
 from ecgscale.settings import Given, build, from_words, places, take_known
-from ecgscale.settings_help import help_text
+from ecgscale.settings.help import help_text
 from ecgscale_launch.launch_config import LaunchConfig
 
 Options = TypeVar("Options")

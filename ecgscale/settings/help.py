@@ -13,7 +13,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
-from ecgscale.settings import alternatives, field_types, is_group, metavar, option_of, places
+from ecgscale.settings.options import alternatives, field_types, is_group, metavar, option_of, places
 
 
 @cache
