@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ecgscale.data.data_set import DataSet
 from ecgscale.data.lead_keys import SEARCHED, lead_keys
 from ecgscale.data.scan import Found, scan_foreign, scan_own
-from ecgscale.data.shard_set import DataSet, Int64, ShardSet, lead_positions
+from ecgscale.data.shard_set import Int64, ShardSet, lead_positions
 from ecgscale.data.shards import COLUMNS, as_columns, check_patient_disjoint
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ecgscale.data.copies import Copies, copies_apart
-from ecgscale.data.shard_set import DataSet, ShardSet
+from ecgscale.data.data_set import DataSet
+from ecgscale.data.shard_set import ShardSet
 from ecgscale.data.spellings import odd_labels
 from ecgscale.errors import InputError, MachineError, one_line
 from ecgscale.record import id_hash

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.open_tars import UnreadableShardError
 from ecgscale.data.order import MIXTURE_BLOCK, Mixture, Order, mixture_quotas
 from ecgscale.data.payload import BLOCK
 from ecgscale.data.remote import CacheConfig
-from ecgscale.data.shard_set import DamagedRecordError, ShardSet, UnreadableShardError, lead_positions
+from ecgscale.data.shard_set import DamagedRecordError, ShardSet, lead_positions
 from ecgscale.data.shards import SPLITS
 from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS, chosen_leads

@@ -8,14 +8,10 @@ Shape suffixes: R records asked for, S shards, L leads that are there, T samples
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import resource
-import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from ctypes import memmove
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,21 +20,18 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ecgscale.data.foreign import Rules, as_own, describe, foreign_name
-from ecgscale.data.payload import BLOCK, Bytes, DamagedError, decode_one_block, decode_window, header_bytes
-from ecgscale.data.remote import CacheConfig, Held, NoRoomError, ShardCache, Unreadable, check_place, is_remote, join
-from ecgscale.data.schema import JSON_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, parse_json, read_metadata
+from ecgscale.data.data_set import DataSet
+from ecgscale.data.foreign import as_own, describe, foreign_name
+from ecgscale.data.open_tars import OpenTars
+from ecgscale.data.payload import BLOCK, Bytes, DamagedError, decode_one_block, decode_window
+from ecgscale.data.remote import CacheConfig, ShardCache, check_place, is_remote
+from ecgscale.data.schema import parse_json, read_metadata
 from ecgscale.data.shards import (
-    MANIFEST,
     SPLITS,
-    Columns,
     check_patient_disjoint,
-    map_index,
-    read_manifest,
 )
 from ecgscale.data.tar import name_before
-from ecgscale.errors import InputError, MachineError, file_error, naming_file
-from ecgscale.files import file_sha256
+from ecgscale.errors import InputError
 from ecgscale.lead_names import LEADS
 from ecgscale.record import Counts, Record
 
@@ -46,125 +39,6 @@ Int64 = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 _CHUNK = 1 << 18  # records that are checked or selected at once: ten million must not cost ten temporary arrays
-_OPEN_TARS = 64  # that stay mapped beside those in use
-_HELD_TARS = 4  # the same for remote ones, which cannot be evicted meanwhile
-_CHECKED = ("offset", "length", "json_offset", "json_length", "samples", "leads", "split")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar."""
-
-    place: str  # path or URL
-    bytes: int
-    sha256: str
-    records: int
-    payload: str
-    dataset: str
-
-
-@dataclass(frozen=True, eq=False)
-class DataSet:
-    """One folder: its shards, and its index columns, mapped into memory."""
-
-    place: str
-    manifest: dict[str, Any]
-    columns: Columns
-    shards: tuple[Shard, ...]
-    identity: str  # sha256 of the manifest
-    rules: Rules | None = None  # of tars that others wrote
-
-    @staticmethod
-    def open(place: str, cache: ShardCache) -> DataSet:
-        check_place(place)
-        where = join(place, MANIFEST) if is_remote(place) else str(Path(place) / MANIFEST)
-        content = cache.read(where) if is_remote(place) else _read_local_manifest(Path(place))
-        manifest = read_manifest(content, where)
-        shards = tuple(_shard(place, entry) for entry in manifest["shards"])
-        for shard in shards:
-            if not is_remote(place):
-                _check_local(Path(shard.place), shard.bytes, where)
-        columns = _open_index(place, manifest["index"], sum(shard.records for shard in shards), where, cache)
-        _check_columns(columns, shards)
-        foreign = manifest.get("foreign")
-        rules = None if foreign is None else Rules.from_manifest(foreign, where)
-        if rules is not None and any(shard.payload != "npy" for shard in shards):
-            raise InputError(f"{where}: its rules for foreign tars go with .npy arrays only; index the tars again")
-        return DataSet(place, manifest, columns, shards, hashlib.sha256(content).hexdigest(), rules)
-
-    def __len__(self) -> int:
-        return len(self.columns["samples"])
-
-
-def _read_local_manifest(folder: Path) -> bytes:
-    path = folder / MANIFEST
-    if not path.is_file() or path.is_symlink():
-        hint = "its ingest was not finished; run it again" if any(folder.glob("shard-*")) else "see `ecgscale ingest`"
-        raise InputError(f"{path}: no such file, so {folder} is no data set: {hint}")
-    if path.stat().st_size > MANIFEST_LIMIT_BYTES:
-        raise InputError(f"{path}: larger than 64 MiB, so no manifest of ecgscale shards; ingest the data again")
-    with naming_file(path, "cannot read"):
-        return path.read_bytes()
-
-
-def _shard(place: str, entry: dict[str, Any]) -> Shard:
-    file = join(place, entry["file"]) if is_remote(place) else str(Path(place) / entry["file"])
-    return Shard(file, entry["bytes"], entry["sha256"], entry["records"], entry["payload"], entry["dataset"])
-
-
-def _check_local(path: Path, size: int, manifest: str) -> None:
-    if not path.is_file() or path.is_symlink():
-        raise InputError(f"{path}: named by {manifest} but no file of that folder")
-    if path.stat().st_size != size:
-        raise InputError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}; copy or ingest it again")
-
-
-def _open_index(place: str, entry: dict[str, Any], records: int, manifest: str, cache: ShardCache) -> Columns:
-    if is_remote(place):
-        held = cache.hold_verified(join(place, entry["file"]), entry["sha256"], entry["bytes"])
-        columns = map_index(held.path, records)
-        held.release()  # an evicted file stays mapped
-        return columns
-    path = Path(place) / entry["file"]
-    _check_local(path, entry["bytes"], manifest)
-    if file_sha256(path) != entry["sha256"]:
-        raise InputError(f"{path}: damaged, its sha256 differs from the manifest; copy or ingest it again")
-    return map_index(path, records)
-
-
-def _check_columns(columns: Columns, shards: Sequence[Shard]) -> None:
-    """Raises InputError where an index points outside of a tar or claims more samples than a member holds."""
-    first = 0
-    for group in _groups(shards):
-        records_S = np.array([shard.records for shard in group])
-        part = {name: columns[name][first : first + records_S.sum()].astype(np.int64) for name in _CHECKED}
-        first += int(records_S.sum())
-        size_R = np.repeat([shard.bytes for shard in group], records_S)
-        numbers_R = 2 * np.bitwise_count(part["leads"]).astype(np.int64) * part["samples"]
-        plain_R = np.repeat([shard.payload == "npy" for shard in group], records_S)
-        least_R = np.where(plain_R, numbers_R, header_bytes(1))
-        # No sums: a large offset would wrap around.
-        wrong_R = (part["offset"] > size_R - part["length"]) | (part["json_offset"] > size_R - part["json_length"])
-        wrong_R |= (part["offset"] < 0) | (part["json_offset"] < 0) | (least_R > part["length"])
-        wrong_R |= (part["leads"] == 0) | (part["leads"] >> len(LEADS) != 0) | (part["samples"] == 0)
-        wrong_R |= (part["split"] >= len(SPLITS)) | (part["json_length"] > JSON_LIMIT_BYTES)
-        wrong_R |= plain_R & ((part["offset"] + part["length"]) % 2 == 1)  # int16 stand at even bytes
-        if wrong_R.any():
-            at = int(np.flatnonzero(wrong_R)[0])
-            shard = group[int(np.searchsorted(np.cumsum(records_S), at, side="right"))]
-            raise InputError(f"{shard.place}: its index points outside of it or is implausible; ingest the data again")
-
-
-def _groups(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
-    """Consecutive shards of about _CHUNK records together."""
-    group: list[Shard] = []
-    for shard in shards:
-        group.append(shard)
-        if sum(one.records for one in group) >= _CHUNK:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 class ShardSet:
@@ -174,20 +48,22 @@ class ShardSet:
         self.sets = tuple(sets)
         self.rate_hz: float = sets[0].manifest["rate_hz"]
         # A run continues only on the data it began with.
-        self.identity = hashlib.sha256("".join(one.identity for one in sets).encode()).hexdigest()
-        self.shards = tuple(shard for one in sets for shard in one.shards)
+        self.identity = hashlib.sha256("".join(data_set.identity for data_set in sets).encode()).hexdigest()
+        self.shards = tuple(shard for data_set in sets for shard in data_set.shards)
         self.first_S = _first([shard.records for shard in self.shards])  # (S + 1,) number of each shard's first record
-        self._first_of_set = _first([len(one) for one in sets])
+        self._first_of_set = _first([len(data_set) for data_set in sets])
         self._verified = np.zeros(len(self), bool)  # plain payloads that this process has checked
         self._plain_S = [shard.payload == "npy" for shard in self.shards]
         # Rules where rows stand in another order than LEADS
         self._reordered_S = [
-            one.rules if one.rules and one.rules.lead_order != LEADS else None for one in sets for _ in one.shards
+            data_set.rules if data_set.rules and data_set.rules.lead_order != LEADS else None
+            for data_set in sets
+            for _ in data_set.shards
         ]
         plain_S = np.array(self._plain_S, bool)
         self._straight_S = plain_S & np.array([rules is None for rules in self._reordered_S], bool)
         self._packed_S = ~plain_S
-        self._tars = _Tars(self.shards, cache)
+        self._tars = OpenTars(self.shards, cache)
 
     @staticmethod
     def open(folders: str | Path | Sequence[str | Path], cache: CacheConfig | None = None) -> ShardSet:
@@ -204,7 +80,7 @@ class ShardSet:
         _allow_open_files()
         store = ShardCache(cache or CacheConfig())
         sets = [DataSet.open(place, store) for place in places]
-        rates = {one.manifest["rate_hz"] for one in sets}
+        rates = {data_set.manifest["rate_hz"] for data_set in sets}
         if len(rates) > 1:
             raise InputError(
                 f"data sets of different rates {sorted(rates)} Hz cannot be mixed; ingest them at one --rate-hz"
@@ -218,12 +94,12 @@ class ShardSet:
     @property
     def names(self) -> list[str]:
         """A name for each folder: its last part, with a number where several share it."""
-        last = [one.place.rstrip("/").rpartition("/")[2] for one in self.sets]
+        last = [data_set.place.rstrip("/").rpartition("/")[2] for data_set in self.sets]
         return [name if last.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(last)]
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One index column over all records."""
-        parts = [one.columns[name] for one in self.sets]
+        parts = [data_set.columns[name] for data_set in self.sets]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def take(self, name: str, number_R: Int64) -> npt.NDArray[Any]:
@@ -245,17 +121,17 @@ class ShardSet:
     def count(self, split: str) -> int:
         """Records of a split."""
         code = SPLITS.index(split)
-        return sum(int(np.count_nonzero(one.columns["split"] == code)) for one in self.sets)
+        return sum(int(np.count_nonzero(data_set.columns["split"] == code)) for data_set in self.sets)
 
     def select(self, split: str, min_s: float = 0.0) -> Int64:
         """Sorted numbers of the records of a split that are at least ``min_s`` seconds long."""
         code, numbers = SPLITS.index(split), []
         width = np.uint32 if len(self) < 1 << 32 else np.int64
-        for one, first in zip(self.sets, self._first_of_set, strict=False):
-            for start in range(0, len(one), _CHUNK):
+        for data_set, first in zip(self.sets, self._first_of_set, strict=False):
+            for start in range(0, len(data_set), _CHUNK):
                 part = slice(start, start + _CHUNK)
-                long_R = one.columns["samples"][part] / self.rate_hz >= min_s
-                chosen_R = np.flatnonzero((one.columns["split"][part] == code) & long_R)
+                long_R = data_set.columns["samples"][part] / self.rate_hz >= min_s
+                chosen_R = np.flatnonzero((data_set.columns["split"][part] == code) & long_R)
                 numbers.append((chosen_R + (first + start)).astype(width))  # each chunk, not ten million at once
         return np.concatenate(numbers)
 
@@ -289,15 +165,15 @@ class ShardSet:
 
     def _fields(self, number: int, content: bytes, start: int) -> dict[str, Any]:
         """A record's JSON, under our own keys where others wrote it."""
-        one = self.sets[int(np.searchsorted(self._first_of_set, number, side="right")) - 1]
-        if one.rules is None:
+        data_set = self.sets[int(np.searchsorted(self._first_of_set, number, side="right")) - 1]
+        if data_set.rules is None:
             return read_metadata(content)
         shard = int(self.shard_of(np.array([number]))[0])
         place = self.shards[shard].place
         name = foreign_name(place, name_before(self._tars.bytes_of(shard), start, place))
         samples, bits = (int(self.take(column, np.array([number]))[0]) for column in ("samples", "leads"))
-        described = describe(parse_json(content), one.rules, bits.bit_count())
-        if [*described.leads_L] != [lead for lead in one.rules.lead_order if lead in described.leads_L]:
+        described = describe(parse_json(content), data_set.rules, bits.bit_count())
+        if [*described.leads_L] != [lead for lead in data_set.rules.lead_order if lead in described.leads_L]:
             raise InputError(f"its rows are {','.join(described.leads_L)}, not as indexed; index the tars again")
         return as_own(described, name, self.shards[shard].dataset, samples)
 
@@ -459,141 +335,12 @@ class ShardSet:
         return self._tars.bytes_of(shard)
 
 
-class UnreadableShardError(Exception):
-    """A shard that cannot be fetched or opened. It is one of these two."""
-
-    def __init__(self, shard: int, message: str) -> None:
-        super().__init__(message)
-        self.shard = shard
-
-
-class MissingShardError(UnreadableShardError, InputError):
-    """It is not there, or not what the manifest names."""
-
-
-class LostShardError(UnreadableShardError, MachineError):
-    """The disk or the network does not give it."""
-
-
 class DamagedRecordError(InputError):
     """A record whose bytes differ from their checksum."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number = number
-
-
-class _Tars:
-    """Mapped tars: those to keep, and the last few others. Safe under threads."""
-
-    def __init__(self, shards: Sequence[Shard], cache: ShardCache) -> None:
-        self._shards, self.cache = shards, cache
-        self.open: dict[int, Bytes] = {}  # in order of opening
-        self._held: dict[int, Held] = {}
-        weakref.finalize(self, _release_all, self._held)
-        self._kept: frozenset[int] = frozenset()
-        self._lingering: frozenset[int] = frozenset()
-        self._lock = threading.Lock()
-        self._sound: set[int] = set()  # open remote shards whose copy on this node was held against its sha256
-        self._mending = threading.Lock()
-
-    def bytes_of(self, shard: int) -> Bytes:
-        known = self.open.get(shard)
-        return self._map(shard) if known is None else known
-
-    def keep(self, shards: frozenset[int], lingering: frozenset[int]) -> None:
-        with self._lock:
-            self._kept, self._lingering = shards, lingering
-            self._close_others(0)
-
-    def prefetch(self, shard: int) -> None:
-        if shard not in self.open and is_remote(self._shards[shard].place):
-            self._fetch(shard, wait=False).release()
-
-    def _fetch_now(self, shard: int) -> Held:
-        try:
-            return self._fetch(shard, wait=False)
-        except NoRoomError:
-            with self._lock:
-                self._lingering = frozenset()
-                self._close_others(0)
-            return self._fetch(shard, wait=True)
-
-    def _fetch(self, shard: int, wait: bool) -> Held:
-        one = self._shards[shard]
-        try:
-            return self.cache.hold(one.place, one.sha256, one.bytes, wait)
-        except Unreadable as error:
-            raise _unreadable(shard, str(error), error) from error
-
-    def mend(self, shard: int) -> None:
-        """Map a remote shard anew, whose copy in the cache is verified before, and fetched again if it was damaged."""
-        one = self._shards[shard]
-        if not is_remote(one.place):
-            return
-        with self._mending:
-            if shard in self._sound:  # another thread has seen to it
-                return
-            try:
-                held = self.cache.hold_verified(one.place, one.sha256, one.bytes)
-            except (Unreadable, MachineError) as error:
-                raise _unreadable(shard, str(error), error) from error
-            with self._lock:
-                self._close(shard)
-            self._map(shard)
-            self._sound.add(shard)
-            held.release()
-
-    def _map(self, shard: int) -> Bytes:
-        one = self._shards[shard]
-        held = self._fetch_now(shard) if is_remote(one.place) else None
-        try:
-            path = held.path if held else Path(one.place)
-            if (size := path.stat().st_size) != one.bytes:  # offsets were checked against the manifest
-                if held:
-                    held.release()
-                raise MissingShardError(shard, f"{one.place}: {size} bytes, was {one.bytes} when it was opened")
-            mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
-        except OSError as error:
-            if error.errno == errno.EMFILE:
-                raise InputError(
-                    f"{one.place}: {len(self.open)} shards are open and the system allows no more files; "
-                    "raise `ulimit -n`, start more ranks or lower data.shuffle_window"
-                ) from error
-            cause = file_error(one.place, "cannot be opened", error)
-            raise _unreadable(shard, str(cause), cause) from error
-        with self._lock:
-            if shard in self.open:  # another thread was faster
-                if held:
-                    held.release()
-                return self.open[shard]
-            self._close_others(_HELD_TARS if held else _OPEN_TARS)
-            self.open[shard] = mapped
-            if held:
-                self._held[shard] = held
-        return mapped
-
-    def _close_others(self, at_most: int) -> None:
-        """Whoever still has a view of a closed tar keeps its pages."""
-        others = [shard for shard in self.open if shard not in self._kept and shard not in self._lingering]
-        for shard in others[: max(0, len(others) - at_most)]:
-            self._close(shard)
-
-    def _close(self, shard: int) -> None:
-        self.open.pop(shard, None)
-        self._sound.discard(shard)
-        if shard in self._held:
-            self._held.pop(shard).release()
-
-
-def _unreadable(shard: int, message: str, cause: Exception) -> UnreadableShardError:
-    kind = LostShardError if isinstance(cause, MachineError) else MissingShardError
-    return kind(shard, message)
-
-
-def _release_all(held: dict[int, Held]) -> None:
-    for one in held.values():
-        one.release()
 
 
 def _check(member: Bytes, checksum: int) -> None:
@@ -628,10 +375,12 @@ def _allow_open_files() -> None:
 def _check_disjoint_across(sets: Sequence[DataSet]) -> None:
     """A patient is (data set, id): only folders that share a data set's name can share a patient."""
     folders_of: dict[str, list[DataSet]] = {}
-    for one in sets:
-        for dataset in {shard.dataset for shard in one.shards}:
-            folders_of.setdefault(dataset, []).append(one)
+    for data_set in sets:
+        for dataset in {shard.dataset for shard in data_set.shards}:
+            folders_of.setdefault(dataset, []).append(data_set)
     for dataset, sharing in folders_of.items():
         if len(sharing) > 1:
-            patient, split = (np.concatenate([one.columns[name] for one in sharing]) for name in ("patient", "split"))
+            patient, split = (
+                np.concatenate([folder.columns[name] for folder in sharing]) for name in ("patient", "split")
+            )
             check_patient_disjoint(patient, split, f"data set {dataset!r} in {len(sharing)} folders")

@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 from ecgscale.data.batch import ECGBatch
+from ecgscale.data.open_tars import UnreadableShardError
 from ecgscale.data.order import Order, Place
 from ecgscale.data.remote import is_remote
 from ecgscale.data.selection import Selection
-from ecgscale.data.shard_set import DamagedRecordError, UnreadableShardError
+from ecgscale.data.shard_set import DamagedRecordError
 from ecgscale.errors import InputError, MachineError
 from ecgscale.lead_names import LEADS
 
