@@ -81,7 +81,7 @@ def file_error(path: Path | str, doing: str, error: OSError) -> InputError | Mac
 
 def system_error(error: OSError) -> InputError | MachineError:
     """The same for a system call that nobody has put into words, with what it says of the file."""
-    places = [str(one) for one in (error.filename, error.filename2) if one is not None]
+    places = [str(path) for path in (error.filename, error.filename2) if path is not None]
     return file_error(" -> ".join(places) or "a file without a name", type(error).__name__, error)
 
 

@@ -360,11 +360,11 @@ def _deeper(tree: Any, depth: int) -> bool:
     level = [tree]
     for _ in range(depth):
         children: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                children += one.values()
-            elif isinstance(one, list):
-                children += one
+        for value in level:
+            if isinstance(value, dict):
+                children += value.values()
+            elif isinstance(value, list):
+                children += value
         level = [child for child in children if isinstance(child, dict | list)]
         if not level:
             return False

@@ -94,7 +94,7 @@ def summarise_dataset(folder: str) -> str:
         2 * (np.bitwise_count(lead_bits) * samples.astype(np.int64)).sum(),
     )
     payloads = sorted({shard.payload for shard in shards.shards})
-    rejected = sum(one.manifest["rejected"] for one in shards.sets)
+    rejected = sum(data_set.manifest["rejected"] for data_set in shards.sets)
     lines = [
         f"data set    {', '.join(sorted({_printable(shard.dataset) for shard in shards.shards}))}",
         f"records     {len(shards)} in {len(shards.shards)} shards; {rejected} rejected",
@@ -111,7 +111,7 @@ def summarise_dataset(folder: str) -> str:
     lines += [f"copies      {line}" for line in about_copies(shards)]
     lines += [f"names       {line}" for line in odd_names(shards)]
     remarked: Counter[str] = Counter()
-    for source in (source for one in shards.sets for source in one.manifest["sources"]):
+    for source in (source for data_set in shards.sets for source in data_set.manifest["sources"]):
         remarked.update({kind: one["records"] for kind, one in source.get("remarked", {}).items()})
     lines += [f"remarked    {_printable(kind)}: {records}" for kind, records in remarked.items()]
     return "\n".join(

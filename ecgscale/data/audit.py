@@ -23,8 +23,8 @@ _WINDOW = SEARCHED  # samples that are decoded at once: a header may claim more 
 
 def verify_set(shards: ShardSet) -> None:
     """Raises InputError where a patient stands in two splits of a data set."""
-    for one in shards.sets:
-        check_patient_disjoint(one.columns["patient"], one.columns["split"], one.place)
+    for data_set in shards.sets:
+        check_patient_disjoint(data_set.columns["patient"], data_set.columns["split"], data_set.place)
 
 
 def verify_shard(shards: ShardSet, shard: int) -> None:
@@ -32,54 +32,56 @@ def verify_shard(shards: ShardSet, shard: int) -> None:
 
     A set whose checksums are right but whose tar, JSON or arrays are not those of a shard is named too.
     """
-    one = shards.shards[shard]
-    if hashlib.sha256(shards.tar(shard).data).hexdigest() != one.sha256:
+    entry = shards.shards[shard]
+    if hashlib.sha256(shards.tar(shard).data).hexdigest() != entry.sha256:
         culprit = _first_damaged(shards, shard)
         raise InputError(
-            f"{one.place}: damaged, its sha256 differs from the manifest{culprit}; copy or ingest it again"
+            f"{entry.place}: damaged, its sha256 differs from the manifest{culprit}; copy or ingest it again"
         )
     records = _scanned(shards, shard)
     number, last = int(shards.first_S[shard]), int(shards.first_S[shard + 1])
     while part := list(islice(records, _TOGETHER)):
         if number + len(part) > last:
-            raise InputError(f"{one.place}: holds more than the {one.records} records of its index; ingest it again")
-        _compare(shards, part, number, one.place, _set_of(shards, shard).columns.keys())
+            raise InputError(
+                f"{entry.place}: holds more than the {entry.records} records of its index; ingest it again"
+            )
+        _compare(shards, part, number, entry.place, _set_of(shards, shard).columns.keys())
         number += len(part)
     if number < last:
-        raise InputError(f"{one.place}: holds fewer than the {one.records} records of its index; ingest it again")
+        raise InputError(f"{entry.place}: holds fewer than the {entry.records} records of its index; ingest it again")
     number_R = np.arange(int(shards.first_S[shard]), last)
-    if one.payload != "npy":  # whose every byte has been compared by now
+    if entry.payload != "npy":  # whose every byte has been compared by now
         _decode(shards, number_R)
     if "lead_keys" in _set_of(shards, shard).columns:
-        _check_lead_keys(shards, number_R, one.place)
+        _check_lead_keys(shards, number_R, entry.place)
 
 
 def _scanned(shards: ShardSet, shard: int) -> Iterator[Found]:
-    one, owner = shards.shards[shard], _set_of(shards, shard)
+    entry, owner = shards.shards[shard], _set_of(shards, shard)
     tar, rate_hz = shards.tar(shard), owner.manifest["rate_hz"]
     rules = owner.rules
     records = (
-        scan_own(tar, one.place, one.payload, one.dataset)
+        scan_own(tar, entry.place, entry.payload, entry.dataset)
         if rules is None
-        else scan_foreign(tar, one.place, rules, one.dataset)
+        else scan_foreign(tar, entry.place, rules, entry.dataset)
     )
     for record in records:
         leads_L = record.described.leads_L
         if record.described.rate_hz != rate_hz:
             stated = f"{record.described.rate_hz:g} Hz, its manifest {rate_hz:g} Hz"
-            raise InputError(f"{one.place}: record {record.name!r} says {stated}; ingest it again")
+            raise InputError(f"{entry.place}: record {record.name!r} says {stated}; ingest it again")
         if rules is not None and sorted(leads_L, key=rules.lead_order.index) != list(leads_L):
             raise InputError(
-                f"{one.place}: record {record.name!r} has other rows than its manifest says; index it again"
+                f"{entry.place}: record {record.name!r} has other rows than its manifest says; index it again"
             )
         yield record
 
 
 def _set_of(shards: ShardSet, shard: int) -> DataSet:
-    for one in shards.sets:
-        if shard < len(one.shards):
-            return one
-        shard -= len(one.shards)
+    for data_set in shards.sets:
+        if shard < len(data_set.shards):
+            return data_set
+        shard -= len(data_set.shards)
     raise IndexError(shard)
 
 

@@ -58,7 +58,7 @@ def ids_apart(shards: ShardSet) -> str | None:
             "with one --dataset"
         )
     if patients.untold:
-        older = _listed(one.place for one in patients.untold)
+        older = _listed(data_set.place for data_set in patients.untold)
         return one_line(
             f"patient ids of {_listed(patients.names)} are not compared: {older} comes from an older version; where "
             "people may stand in several of them, ingest anew"
@@ -88,7 +88,7 @@ def odd_names(shards: ShardSet) -> list[str]:
 
 def _sources(shards: ShardSet) -> list[dict[str, Any]]:
     """What all ingests say that made the sets."""
-    return [source for one in shards.sets for source in one.manifest["sources"]]
+    return [source for data_set in shards.sets for source in data_set.manifest["sources"]]
 
 
 def keys_of_patients(sources: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -117,11 +117,11 @@ def _meaning(key: str) -> str:
 def codes_of_nobody(shards: ShardSet) -> str | None:
     """A line on ids such as -1 or 9999 with many more records than others: they may say that a patient is unknown."""
     told = []
-    for one in shards.sets:
-        if "id_hash" not in one.columns:
+    for data_set in shards.sets:
+        if "id_hash" not in data_set.columns:
             continue
-        id_N = one.columns["id_hash"][one.columns["id_hash"] != 0]
-        records_P = np.unique(one.columns["patient"][one.columns["id_hash"] != 0], return_counts=True)[1]
+        id_N = data_set.columns["id_hash"][data_set.columns["id_hash"] != 0]
+        records_P = np.unique(data_set.columns["patient"][data_set.columns["id_hash"] != 0], return_counts=True)[1]
         for code in _CODES:
             records = int(np.count_nonzero(id_N == id_hash(code)))
             if records >= _MANY and records >= _MANY * np.median(records_P):
@@ -182,22 +182,27 @@ class _Patients:
         records_S = np.diff(shards.first_S)
         dataset_N = np.repeat([names.index(shard.dataset) for shard in shards.shards], records_S)
         first, each = 0, [_NOBODY]
-        for one in shards.sets:
-            last = first + len(one)
-            if "id_hash" in one.columns:
-                each.append(_of_folder(one, dataset_N[first:last], first))
+        for data_set in shards.sets:
+            last = first + len(data_set)
+            if "id_hash" in data_set.columns:
+                each.append(_of_folder(data_set, dataset_N[first:last], first))
             first = last
-        untold = tuple(one for one in shards.sets if "id_hash" not in one.columns)
+        untold = tuple(data_set for data_set in shards.sets if "id_hash" not in data_set.columns)
         id_P, dataset_P, split_P, number_P = (np.concatenate(column) for column in zip(*each, strict=True))
         return _Patients(id_P, dataset_P, split_P, number_P, names, untold)
 
 
-def _of_folder(one: DataSet, dataset_N: Int64, first: int) -> _Each:
+def _of_folder(data_set: DataSet, dataset_N: Int64, first: int) -> _Each:
     """Its patients; ``first`` is the number of its first record."""
-    known_N = np.flatnonzero(one.columns["id_hash"])
-    _, at_P = np.unique(one.columns["patient"][known_N], return_index=True)
+    known_N = np.flatnonzero(data_set.columns["id_hash"])
+    _, at_P = np.unique(data_set.columns["patient"][known_N], return_index=True)
     number_P = known_N[at_P]
-    return one.columns["id_hash"][number_P], dataset_N[number_P], one.columns["split"][number_P], number_P + first
+    return (
+        data_set.columns["id_hash"][number_P],
+        dataset_N[number_P],
+        data_set.columns["split"][number_P],
+        number_P + first,
+    )
 
 
 _Each = tuple[npt.NDArray[np.uint64], Int64, npt.NDArray[np.uint8], Int64]

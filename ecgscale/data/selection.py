@@ -117,7 +117,7 @@ class Selection:
     @property
     def counts_of_sets(self) -> Int64:
         """(Q,) records of each data set folder."""
-        first_Q = np.cumsum([0, *(len(one.shards) for one in self.shards.sets)])
+        first_Q = np.cumsum([0, *(len(data_set.shards) for data_set in self.shards.sets)])
         counts: Int64 = np.diff(self.first_S[first_Q])
         return counts
 
@@ -200,7 +200,7 @@ class Selection:
         weights = self.config.weights or (records ** (1 / self.config.temperature)).tolist()
         if len(weights) > MIXTURE_BLOCK:
             raise InputError(f"data.shards names {len(weights)} sets; a mixture has at most {MIXTURE_BLOCK}")
-        return Mixture(tuple(len(one.shards) for one in self.shards.sets), mixture_quotas(weights))
+        return Mixture(tuple(len(data_set.shards) for data_set in self.shards.sets), mixture_quotas(weights))
 
     def batch(
         self,

@@ -29,9 +29,9 @@ Floats = npt.NDArray[np.float32]
 def show(run: Path, step: int, scored: Sequence[Scored]) -> None:
     """Write what was found about a run's model into its TensorBoard folder, as test/LEADS/…"""
     with board_of(run / TENSORBOARD) as board:
-        for one in scored:
-            place = f"test/{lead_set_name(one.leads)}"
-            report, embedding_RD, label_R, target_RC, score_RC, *_ = one.outcome
+        for result in scored:
+            place = f"test/{lead_set_name(result.leads)}"
+            report, embedding_RD, label_R, target_RC, score_RC, *_ = result.outcome
             for name, value in report.scalars().items():
                 board.add_scalar(f"{place}/{name}", value, step)
             if isinstance(report, Report):

@@ -110,10 +110,10 @@ def _task_of(
     return build_task(config), usual_s
 
 
-def _to_dict(one: Scored) -> dict[str, Any]:
-    report, thresholds = one.outcome.report, one.outcome.thresholds
-    fields = {"leads": list(one.leads)} | report.to_dict() | {"coverage": one.coverage.to_dict()}
-    fields["trained_on"] = one.trained_on.to_dict()
+def _to_dict(result: Scored) -> dict[str, Any]:
+    report, thresholds = result.outcome.report, result.outcome.thresholds
+    fields = {"leads": list(result.leads)} | report.to_dict() | {"coverage": result.coverage.to_dict()}
+    fields["trained_on"] = result.trained_on.to_dict()
     values = {title(name): estimate.value for name, estimate in report.headline.items()}
     fields["headline"] = {name: None if math.isnan(value) else value for name, value in values.items()}
     return fields if thresholds is None else fields | {"thresholds": str(thresholds)}
@@ -137,15 +137,15 @@ def table(scored: Sequence[Scored]) -> str:
             f"| leads | {' | '.join(title(name) for name in names)} |",
             "|---" * (len(names) + 1) + "|",
         ]
-        for one in scored:
-            cells = [str(one.outcome.report.headline[name]) for name in names]
-            lines.append(f"| {lead_set_name(one.leads)} | {' | '.join(cells)} |")
+        for result in scored:
+            cells = [str(result.outcome.report.headline[name]) for name in names]
+            lines.append(f"| {lead_set_name(result.leads)} | {' | '.join(cells)} |")
     notes: dict[str, list[str]] = {}  # what is to be said -> lead sets of which it is true
-    for one in scored:
-        note = f"{one.coverage.text()}; {one.trained_on.text()}"
-        if one.outcome.thresholds not in (None, Thresholds.OWN, Thresholds.TUNED):
-            note += f"; thresholds {one.outcome.thresholds}"
-        notes.setdefault(note, []).append(lead_set_name(one.leads))
+    for result in scored:
+        note = f"{result.coverage.text()}; {result.trained_on.text()}"
+        if result.outcome.thresholds not in (None, Thresholds.OWN, Thresholds.TUNED):
+            note += f"; thresholds {result.outcome.thresholds}"
+        notes.setdefault(note, []).append(lead_set_name(result.leads))
     prefixed = len(notes) > 1
     return "\n".join(
         [*lines, "", *(f"leads {'; '.join(of)}: {note}" if prefixed else note for note, of in notes.items())]

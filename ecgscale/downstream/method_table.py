@@ -89,8 +89,8 @@ class Results:
 
     def __init__(self, measured: Sequence[Measured]) -> None:
         runs: dict[tuple[Case, str], list[Measured]] = {}
-        for one in measured:
-            runs.setdefault((one.case, one.method), []).append(one)
+        for run in measured:
+            runs.setdefault((run.case, run.method), []).append(run)
         self.by = {key: _summary(of) for key, of in runs.items()}
         self.cases = list(dict.fromkeys(case for case, _ in self.by))
         self.methods = list(dict.fromkeys(method for _, method in self.by))
@@ -112,19 +112,19 @@ class Results:
 
     def difference(self, case: Case, method: str, other: str) -> Difference | None:
         """method − other on the same resamples; None where one was not measured."""
-        one, two = self.by.get((case, method)), self.by.get((case, other))
-        if one is None or two is None:
+        first, second = self.by.get((case, method)), self.by.get((case, other))
+        if first is None or second is None:
             return None
-        low_K, high_K = interval((one.sample_R - two.sample_R)[None])
-        estimate = Estimate(one.mean.value - two.mean.value, float(low_K[0]), float(high_K[0]))
-        return Difference(estimate, min(one.seeds, two.seeds))
+        low_K, high_K = interval((first.sample_R - second.sample_R)[None])
+        estimate = Estimate(first.mean.value - second.mean.value, float(low_K[0]), float(high_K[0]))
+        return Difference(estimate, min(first.seeds, second.seeds))
 
     def recordings(self, task: str) -> list[str]:
         """For people: which recordings of a task were scored, in a line for all that scored the same ones."""
         scored: dict[str, dict[tuple[str, str], None]] = {}  # line -> (lead set, method)
-        for (case, method), one in self.by.items():
+        for (case, method), result in self.by.items():
             if case.task == task:
-                line = "not counted, by an earlier version" if one.coverage is None else one.coverage.text()
+                line = "not counted, by an earlier version" if result.coverage is None else result.coverage.text()
                 scored.setdefault(line, {})[case.leads, method] = None
         if len(scored) == 1:
             return list(scored)
@@ -172,10 +172,12 @@ def markdown(results: Results, reference: str) -> str:
             for method in results.methods:
                 figures_of_method = [results.by.get((case, method)) for case in cases]
                 if any(figures_of_method):
-                    lines.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in figures_of_method)} |")
+                    lines.append(
+                        f"| {method}, {how} | {' | '.join(str(figure or '–') for figure in figures_of_method)} |"
+                    )
                 apart = [results.difference(case, reference, method) for case in cases]
                 if method != reference and any(apart):
-                    differences.append(f"| {method}, {how} | {' | '.join(str(one or '–') for one in apart)} |")
+                    differences.append(f"| {method}, {how} | {' | '.join(str(figure or '–') for figure in apart)} |")
         lines += ["", *differences, "", *(f"- {line}" for line in results.recordings(task)), ""]
     return "\n".join([*lines, _LEGEND])
 
@@ -199,13 +201,13 @@ def as_csv(results: Results, reference: str) -> str:
     writer.writerow([*Case._fields, "method", "seeds", "mean", "deviation", "low", "high",
                      f"{reference} minus it", "difference low", "difference high",
                      "asked for", "scored", "left out"])  # fmt: skip
-    for (case, method), one in results.by.items():
+    for (case, method), result in results.by.items():
         apart = results.difference(case, reference, method)
-        numbers = [one.mean.value, one.deviation, one.mean.low, one.mean.high]
+        numbers = [result.mean.value, result.deviation, result.mean.low, result.mean.high]
         estimate = Estimate(*[float("nan")] * 3) if apart is None else apart.estimate
         numbers += [estimate.value, estimate.low, estimate.high]
         cells = ["" if np.isnan(n) else f"{n:.6f}" for n in numbers]
-        writer.writerow([*case, method, one.seeds, *cells, *_counts(one.coverage)])
+        writer.writerow([*case, method, result.seeds, *cells, *_counts(result.coverage)])
     return out.getvalue()
 
 
@@ -232,13 +234,13 @@ def plot(results: Results) -> Figure:
             for m, method in enumerate(results.methods):
                 cases = [Case(task, protocol, fraction, leads, results.shown(task)) for leads in lead_sets]
                 figures_of_method = [
-                    (x, one) for x, case in enumerate(cases) if (one := results.by.get((case, method)))
+                    (x, result) for x, case in enumerate(cases) if (result := results.by.get((case, method)))
                 ]
                 if not figures_of_method:
                     continue
                 at = [x + 0.08 * (m - (len(results.methods) - 1) / 2) for x, _ in figures_of_method]
-                value = np.array([one.mean.value for _, one in figures_of_method])
-                ends = np.array([(one.mean.low, one.mean.high) for _, one in figures_of_method]).T
+                value = np.array([result.mean.value for _, result in figures_of_method])
+                ends = np.array([(result.mean.low, result.mean.high) for _, result in figures_of_method]).T
                 error = np.maximum([value - ends[0], ends[1] - value], 0)
                 axes.errorbar(at, value, error, marker="o", markersize=4, linewidth=1, capsize=2, label=method)
             axes.set_title(_named(protocol, fraction, results.shown(task)))

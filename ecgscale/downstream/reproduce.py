@@ -197,7 +197,7 @@ class Unit:
         """Its weights; of random ones, their shape and preprocessing. To be asked for when it is prepared."""
         if self.method is not None:
             return weights_sha256(self.model)
-        return sha256(json.dumps([asdict(one) for one in self._shape()], sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps([asdict(part) for part in self._shape()], sort_keys=True).encode()).hexdigest()
 
     def figures(self, leaf: Leaf) -> Figures:
         """What a leaf has found so far. Raises InputError where another config, encoder or data made it."""
@@ -243,13 +243,13 @@ class Unit:
         samples = _read_samples(folder) if figures else {}
         coverages = read_result(folder / "coverage.json") if figures else {}
         encoder, kind = config.init.encoder, config.task.kind
-        for one in evaluate(folder, config.data.shards, "test", missing, encoder=encoder, task=kind):
-            report = one.outcome.report
-            name = lead_set_name(one.leads)
+        for scored in evaluate(folder, config.data.shards, "test", missing, encoder=encoder, task=kind):
+            report = scored.outcome.report
+            name = lead_set_name(scored.leads)
             figures[name] = {figure: asdict(value) for figure, value in report.headline.items()}
-            coverages[name] = one.coverage.to_dict()
+            coverages[name] = scored.coverage.to_dict()
             samples |= {f"{name}/{figure}": sample for figure, sample in report.samples.items()}
-            show(folder, config.train.steps, [one])
+            show(folder, config.train.steps, [scored])
         buffer = io.BytesIO()
         np.savez(buffer, **samples)
         write_whole(folder / "samples.npz", buffer.getvalue())
@@ -352,8 +352,8 @@ def merge(config: ReproduceConfig) -> str:
 def _refuse_leak(pretrained_on: ShardSet, shards: ShardSet, task: str) -> None:
     """Raises InputError where a test patient is a training patient of the pretraining data."""
     trained, tested = (
-        one.column("patient")[one.column("split") == SPLITS.index(split)]
-        for one, split in ((pretrained_on, "train"), (shards, "test"))
+        data_set.column("patient")[data_set.column("split") == SPLITS.index(split)]
+        for data_set, split in ((pretrained_on, "train"), (shards, "test"))
     )
     both = np.intersect1d(trained, tested)
     if both.size:

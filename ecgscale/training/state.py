@@ -87,9 +87,9 @@ def _is_of_an_optimizer(state: dict[str, Any]) -> bool:
     if state.keys() != {"slots", "scalars", "group"} or not isinstance(state["slots"], list):
         return False
     numbers = [state["scalars"], state["group"]]
-    if not all(isinstance(one, dict) for one in numbers):
+    if not all(isinstance(number, dict) for number in numbers):
         return False
-    values = [value for one in numbers for value in one.values()]
+    values = [value for number in numbers for value in number.values()]
     plausible = all(isinstance(value, (int, float)) and abs(value) < 1 << 63 for value in values)  # NaN is not
     return plausible and all(isinstance(slot, str) for slot in state["slots"])
 
