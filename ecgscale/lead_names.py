@@ -58,7 +58,7 @@ def _unknown(name: str) -> str:
             f"unknown lead {name!r}, which is {inverted} upside down, as in the Cabrera sequence; turn its samples and "
             f"call it {inverted}"
         )
-    likely = _likely(name)
+    likely = likely_lead(name)
     hint = f", likely {likely}" if likely else ""
     return f"unknown lead {name!r}{_odd_characters(name)}{hint}; the twelve leads are {' '.join(LEADS)}"
 
@@ -105,9 +105,11 @@ def _plain(name: str) -> str:
     return "".join(seen)
 
 
-def _likely(name: str) -> str | None:
-    """The lead that somebody most likely meant, for a hint."""
+def likely_lead(name: str) -> str | None:
+    """The lead that somebody most likely meant, for a hint; None for one that is upside down."""
     plain = _plain(name)
+    if _inverted(plain):
+        return None
     if lead := _read(plain):
         return lead
     folded = _PREFIX.sub("", re.sub(" ?- ?", " ", _folded(plain), count=1), count=1)
@@ -141,7 +143,7 @@ def _check_once(names: Sequence[str], leads: Sequence[str]) -> None:
 
 def are_leads(names: Sequence[str]) -> bool:
     """Whether these are meant as names of leads: at least half of them are, or are likely, a lead's."""
-    return bool(names) and 2 * sum(_likely(name) is not None for name in names) >= len(names)
+    return bool(names) and 2 * sum(likely_lead(name) is not None for name in names) >= len(names)
 
 
 def source_leads(names: Sequence[str], renames: Mapping[str, str], can_ignore: bool = True) -> tuple[str, ...]:
@@ -164,7 +166,7 @@ def source_leads(names: Sequence[str], renames: Mapping[str, str], can_ignore: b
 def _helpful_options(name: str, can_ignore: bool) -> Iterator[str]:
     """With an equals sign, since names may begin with a dash."""
     if name.strip() and not _inverted(name):
-        rename = f"{name}={_likely(name) or 'LEAD'}"
+        rename = f"{name}={likely_lead(name) or 'LEAD'}"
         yield f"--rename-leads={rename!r} reads it as a lead"
     if name.strip() and can_ignore:
         yield f"--ignore-leads={name!r} leaves it out"

@@ -150,6 +150,17 @@ def check_amplitude(
     _check_units_of_gains(units, statements)
 
 
+def check_unit(fields: Fields, leads_L: Sequence[str], mv_per_value: float) -> None:
+    """Raises InputError where values are said to be in another unit than the one that they are read in."""
+    for statement in _statements(fields, _Place("", "", None, (*range(len(leads_L)),), {}), leads_L):
+        mv = _mv(statement) if statement.meaning.topic == "unit" else None
+        if mv is not None and not math.isnan(mv) and not is_close(mv, mv_per_value):
+            raise InputError(
+                f"its {statement.told}, but values are read as {mv_per_value:g} mV each; give --unit "
+                f"{statement.value}, or correct what it says"
+            )
+
+
 def _scale_takes_units(one: _Statement) -> bool:
     """Whether it is a scale that units beside it belong to: its own name has none."""
     return one.meaning.topic == "scale" and one.meaning.mv is None and one.number is not None and bool(one.mv_of_row)

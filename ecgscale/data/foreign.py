@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -35,7 +35,15 @@ from ecgscale.data.json_keys import (
 from ecgscale.data.label_columns import parse_label_columns
 from ecgscale.data.tar import split_name
 from ecgscale.errors import InputError
-from ecgscale.lead_names import LEADS, are_leads, canonical_leads, in_canonical_order, parse_renames, source_leads
+from ecgscale.lead_names import (
+    LEADS,
+    are_leads,
+    canonical_leads,
+    in_canonical_order,
+    likely_lead,
+    parse_renames,
+    source_leads,
+)
 from ecgscale.record import MAX_RATE_HZ, MIN_RATE_HZ, check_rate
 
 RATE_KEYS = (
@@ -357,6 +365,18 @@ def check_other_rates(fields: Fields, rate_hz: float) -> None:
         for other_hz in others:
             if abs(other_hz - rate_hz) > 1e-3 and (name not in _PERHAPS_RATE_KEYS or other_hz >= _LEAST_HZ):
                 raise InputError(f"its sample rate is {rate_hz:g} Hz, but {key!r} says {other_hz:g}; leave one out")
+
+
+def check_lead_names(fields: Fields, leads_L: Sequence[str]) -> None:
+    """Raises InputError where a list of as many names as there are leads has them in another order, or others."""
+    for value in (value for objects in objects_in(fields) for value in objects.values()):
+        names = value.split(",") if isinstance(value, str) and "," in value else value
+        if not isinstance(names, list) or len(names) != len(leads_L):
+            continue
+        if not all(isinstance(name, str) for name in names) or not are_leads(names):
+            continue
+        if [*map(likely_lead, names)] != [*leads_L]:
+            raise InputError(f"its leads are {','.join(names)[:100]}, but its rows are read as {','.join(leads_L)}")
 
 
 def check_length(fields: Fields, n_samples: int, rate_hz: float) -> None:

@@ -465,3 +465,51 @@ def test_mutated_files_are_read_or_refused(root: Path, ecgs: list[Record]) -> No
                 except InputError as error:
                     said.append(str(error))
         assert all(line.startswith(str(root)) for line in said)
+
+
+@pytest.mark.parametrize(
+    ("say", "named"),
+    [
+        (lambda file: file.attrs.update(fs=500), "'fs' says 500"),
+        (lambda file: file["tracings"].attrs.update(sampling_rate=b"500 Hz"), "'sampling_rate' says 500"),
+        (lambda file: file.create_dataset("sampling_frequency", data=np.array([250.0])), "'sampling_frequency' says"),
+        (lambda file: file.create_group("metadata").attrs.update(dt=1 / 500), "'dt' says 500"),
+        (lambda file: file["tracings"].attrs.update(units="uV"), "units is uV"),
+        (lambda file: file.create_dataset("unit", data="V"), "unit is"),
+        (lambda file: file.attrs.update({"adc_gain": 1000.0}), "adc_gain is 1000"),
+        (lambda file: file.attrs.update(scale_mv=0.001), "scale_mv is 0.001"),
+        (lambda file: file["tracings"].attrs.update(baseline=np.full(12, 2048)), "baseline is"),
+        (lambda file: file.attrs.update(leads=["II", "I", *LEADS[2:]]), "its leads are II,I,III"),
+        (lambda file: file.create_dataset("lead_names", data=[*reversed(LEADS)]), "its leads are V6,V5"),
+        (lambda file: file["tracings"].attrs.update(channels=",".join(reversed(LEADS))), "its leads are V6,V5"),
+    ],
+)
+def test_what_a_part_says_of_itself_is_read_or_refused(root: Path, say: Callable[[h5py.File], None], named: str):
+    message = refusal(change(root, say))
+    assert message.startswith(str(root / "exams_part0.hdf5"))
+    assert named in message
+
+
+def test_a_part_may_say_what_it_is(root: Path, ecgs: list[Record]) -> None:
+    leads = ["DI", "DII", "DIII", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6"]
+
+    def say(file: h5py.File) -> None:
+        file.attrs.update(
+            fs=400, units="mV", leads=leads, heart_rate=70, title="CODE-15", version=1.0, none=h5py.Empty("f")
+        )
+        file["tracings"].attrs.update(sampling_rate=400.0, unit="mV", scale_mv=1.0, device=np.array(["x"] * 65, "S1"))
+        file["lead_names"] = np.array(leads, "S4")
+        file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/units")
+
+    source = open_source(change(root, say), SourceOptions())
+    np.testing.assert_allclose(source.read(source.items()[0]).millivolts(), ecgs[0].millivolts(), atol=0.002)
+
+
+def test_a_part_in_another_unit_is_read_in_it(root: Path, ecgs: list[Record]) -> None:
+    def say(file: h5py.File) -> None:
+        file["tracings"][...] *= 1000
+        file["tracings"].attrs["units"] = "uV"
+
+    (root / "exams_part1.hdf5").unlink()
+    source = open_source(change(root, say), SourceOptions(unit="uV"))
+    np.testing.assert_allclose(source.read(source.items()[0]).millivolts(), ecgs[0].millivolts(), atol=0.002)

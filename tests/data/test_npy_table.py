@@ -373,3 +373,18 @@ def test_a_row_that_contradicts_how_its_record_is_read_rejects_it(
     source = opened(root, **options)
     np.testing.assert_allclose(source.read("1").millivolts(), mv_NLT[1], atol=0.001)
     assert reason in refusal(root, "2", **options)
+
+
+@pytest.mark.parametrize(("unit", "right", "wrong"), [(None, "mV", "uV"), ("uV", "µV", "V"), ("0.5mV", "0.5 mV", "mV")])
+def test_a_row_that_names_another_unit_of_floats_rejects_its_record(
+    tmp_path, mv_NLT: np.ndarray, unit: str | None, right: str, wrong: str
+) -> None:
+    root, table = tmp_path / "floats", tmp_path / "table.csv"
+    root.mkdir()
+    for number, mv_LT in enumerate(mv_NLT):
+        np.save(root / f"{number}.npy", mv_LT * (1000 if unit == "uV" else 1))
+    lines = [f"{number},{wrong if number == 2 else right}\n" for number in range(len(mv_NLT))]
+    table.write_text(f"record,units\n{''.join(lines)}")
+    options = {"unit": unit, "labels_csv": table}
+    opened(root, **options).read("1")
+    assert f"its units is {wrong}, but values are read as" in refusal(root, "2", **options)

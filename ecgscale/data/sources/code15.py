@@ -14,9 +14,10 @@ Shape suffixes: L leads, T samples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,11 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from ecgscale.data.amplitude import check_amplitude, check_unit
 from ecgscale.data.cells import Cells
 from ecgscale.data.description import Description
+from ecgscale.data.foreign import check_lead_names, check_other_rates
+from ecgscale.data.json_keys import Fields
 from ecgscale.data.label_table import LabelTable
 from ecgscale.data.source_options import SourceOptions
 from ecgscale.data.sources.catalogue import Catalogue
@@ -52,6 +56,7 @@ DESCRIPTION = (
 _MAX_EXAMS = 1 << 24
 _MAX_SAMPLES = 1 << 20
 _MAX_CHUNK_BYTES = 1 << 28
+_MAX_STATED = 64  # values of an attribute, or attributes of an object, that are asked for what they say
 _SEX = {True: "male", False: "female"}
 # What is part of HDF5 or of h5py: gzip, shuffle, checksum, szip, n-bit, scale-offset, LZF. Others are plugins, that is
 # foreign code.
@@ -105,6 +110,8 @@ class Code15(Layout):
             repeated = catalogue.add_records(_exams(root, unnamed))
         except InputError as error:
             raise error if str(error).startswith(str(root)) else InputError(f"{root / EXAMS}: {error}") from error
+        for part in parts:
+            _check_stated(root / part, _part(root, part).stated, mv_per_value)
         ids = np.concatenate([_part(root, part).exam_ids for part in parts])
         n, (different, counts) = len(ids), np.unique(ids, return_counts=True)
         twice = frozenset(different[counts > 1].tolist()) - {0}  # of rows that pad a part
@@ -244,6 +251,7 @@ class _Part(NamedTuple):
 
     exam_ids: npt.NDArray[np.int64]
     tracings: Any  # h5py.Dataset (N, T, L)
+    stated: Fields  # what the file says of itself
 
     def read(self, row: int) -> npt.NDArray[np.floating]:
         """(T, L), nothing else of the file."""
@@ -267,7 +275,7 @@ def _part(root: Path, name: str) -> _Part:
             raise InputError(f"{len(exam_id)} exam_id, {len(tracings)} tracings; each tracing has one")
         if tracings.shape[2] != len(LEADS) or not 0 < tracings.shape[1] <= _MAX_SAMPLES:
             raise InputError(f"tracings of shape {tracings.shape}; it must be (exams, samples, {len(LEADS)})")
-        return _Part(exam_id[:].astype(np.int64), tracings)
+        return _Part(exam_id[:].astype(np.int64), tracings, _stated(file))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except _BROKEN as error:
@@ -283,11 +291,9 @@ def _dataset(file: Any, name: str, n_axes: int, kinds: str) -> Any:
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
         raise InputError(f"{name} is a group; it must be a data set")
-    if dataset.is_virtual or dataset.external:
+    if _elsewhere(dataset):
         raise InputError(f"{name} lies in other files; the data must lie in the file itself")
-    stored = dataset.id.get_create_plist()
-    filters = {stored.get_filter(i)[0] for i in range(stored.get_nfilters())}
-    if foreign := sorted(filters - _FILTERS):
+    if foreign := _foreign(dataset):
         raise InputError(f"{name} needs the foreign filter {foreign[0]}; only HDF5's own are used")
     if dataset.dtype.kind not in kinds or dataset.ndim != n_axes:
         raise InputError(f"{name} is {dataset.dtype} of shape {dataset.shape}; that is no CODE-15 part")
@@ -297,6 +303,61 @@ def _dataset(file: Any, name: str, n_axes: int, kinds: str) -> Any:
     if chunk_bytes > _MAX_CHUNK_BYTES:
         raise InputError(f"{name} in chunks of {chunk_bytes} bytes; at most {_MAX_CHUNK_BYTES}")
     return dataset
+
+
+def _elsewhere(dataset: Any) -> bool:
+    return bool(dataset.is_virtual or dataset.external)
+
+
+def _foreign(dataset: Any) -> list[int]:
+    """Numbers of the filters that HDF5 itself does not have."""
+    stored = dataset.id.get_create_plist()
+    return sorted({stored.get_filter(i)[0] for i in range(stored.get_nfilters())} - _FILTERS)
+
+
+def _check_stated(path: Path, stated: Fields, mv_per_value: float) -> None:
+    """Raises InputError where a part says another rate, unit, scale, zero or order of leads than it is read by."""
+    try:
+        check_other_rates(stated, RATE_HZ)
+        check_lead_names(stated, LEADS)
+        check_unit(stated, LEADS, mv_per_value)
+        check_amplitude(stated, LEADS, [mv_per_value] * len(LEADS))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _stated(place: Any, depth: int = 3) -> Fields:
+    """Attributes, and what small data sets hold, by name. The parts as they are published have neither."""
+    told: Fields = {}
+    for name in islice(place.attrs, _MAX_STATED):
+        told[name] = _small(place.attrs.get_id(name).shape, functools.partial(place.attrs.__getitem__, name))
+    if not isinstance(place, h5py.Group) or depth == 0:
+        return told
+    for name in islice(place, _MAX_STATED):
+        if not isinstance(place.get(name, getlink=True), h5py.HardLink):
+            continue
+        child = place[name]
+        told[f"{name} attributes"] = _stated(child, depth - 1)
+        is_small = isinstance(child, h5py.Dataset) and child.ndim < 2 and not (_elsewhere(child) or _foreign(child))
+        told[name] = _small(child.shape, functools.partial(child.__getitem__, ())) if is_small else None
+    return told
+
+
+def _small(shape: tuple[int, ...] | None, read: Callable[[], Any]) -> Any:
+    """A value of HDF5 as JSON has it: text, numbers, and lists of these. None for other types, and for a large one."""
+    if shape is None or int(np.prod(shape)) > _MAX_STATED:
+        return None
+    try:
+        value = np.asarray(read()).tolist()
+    except _BROKEN as error:
+        if disk_failed(error):
+            raise
+        return None
+    if isinstance(value, list):
+        return [text.decode(errors="replace") if isinstance(text, bytes) else text for text in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str | int | float) else None
 
 
 def _first_line(error: Exception) -> str:

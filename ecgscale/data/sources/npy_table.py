@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128
 
-from ecgscale.data.amplitude import check_amplitude
+from ecgscale.data.amplitude import check_amplitude, check_unit
 from ecgscale.data.description import Description, describe
 from ecgscale.data.foreign import check_other_rates
 from ecgscale.data.json_keys import squashed
@@ -136,12 +136,15 @@ class NpyTable(Layout):
         return Record.of(item, signal.fitted, self.rate_hz, signal.leads, remarks=signal.remarks, **told)
 
     def _check_columns(self, known: Description, array: npt.NDArray[np.generic]) -> None:
-        """Raises InputError where the record's row says another rate, or of counts another scale or zero."""
+        """Raises InputError where the record's row says another rate, unit, scale or zero than it is read by."""
         columns: dict[str, Any] = {name: values[0] for name, values in known.labels.items() if len(values) == 1}
         columns |= known.metadata
         check_other_rates({name: text for name, text in columns.items() if squashed(name) != "rate"}, self.rate_hz)
-        if self.mv_per_count is not None and array.dtype.kind in "iu":
-            check_amplitude(columns, self.leads, [self.mv_per_count] * len(self.leads))
+        mv_per_value = self._mv_per_value(array)
+        if array.dtype.kind == "f":
+            check_unit(columns, self.leads, mv_per_value)
+        else:
+            check_amplitude(columns, self.leads, [mv_per_value] * len(self.leads))
 
     def fingerprint(self, item: str) -> bytes:
         """Its shape and type, and a hash of its samples."""
