@@ -45,7 +45,6 @@ class IndexedTar:
     remarked: dict[str, Remarked] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     spellings: Spellings = field(default_factory=Spellings)
-    likelihoods: set[str] = field(default_factory=set)
     label_keys: set[str] = field(default_factory=set)  # those of the options that some record has
     label_names: dict[str, str] = field(default_factory=dict)  # each -> the first record with it
     flags: dict[str, str] = field(default_factory=dict)  # keys that are true or false -> likewise

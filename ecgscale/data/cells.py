@@ -15,7 +15,8 @@
 | ``426783006,59931005`` and with spaces | two SNOMED CT codes (6 to 18 digits); other commas and spaces are text |
 | ``# Dx: AF, 12`` and ``# Dx: 12 13`` in headers | a list whatever the codes are: AF and 12, 12 and 13 |
 | ``{'A': true, 'B': false}``, also 1 and 0 | flags: the class A |
-| ``{'A': 100.0, 'B': 0.0}`` | likelihoods in percent, as PTB-XL writes them, 0 where none was said: A and B |
+| ``{'A': 100.0, 'B': 0}`` | likelihoods in percent: A, and all others above 0 |
+| the same under ``scp`` or ``scp_codes``, as PTB-XL writes them | 0 where none was said: A and B |
 | ``[]``, ``{}``, flags that are all false | none of the classes, which is known: ``[]``, a negative of every class |
 
 A class that is really called None or Unknown is unknown here, and counted as that: give it another name. What could
@@ -36,6 +37,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ecgscale.data.json_keys import squashed
 from ecgscale.errors import InputError
 
 UNKNOWN_WORDS = frozenset(
@@ -74,6 +76,7 @@ _LISTED_CODE = re.compile(r"[0-9]+(\.0)?")
 _LIST_SEPARATORS = re.compile("[,;|]")
 _SEPARATORS = re.compile(r"[|;\r\n]")
 _OF_TUPLES = re.compile(r"\[\s*\(")  # pairs of a name and a number, as Python writes them
+_ZERO_IS_NOT_SAID = "scp"  # with this begins PTB-XL's column, where 0 is a likelihood that was not said
 _PERCENT_STEP = 5  # PTB-XL's likelihoods are 0, 15, 35, 50, 80 and 100
 
 _LONGEST_LIST = 1 << 16
@@ -138,16 +141,15 @@ class Cells:
         text = self._text(value, field)
         return None if text is None else self._whole(text, field)
 
-    def classes(self, value: object, field: str, likelihoods: bool = False) -> list[str] | None:
+    def classes(self, value: object, field: str) -> list[str] | None:
         """The classes that a cell names, each once, in its order; [] for none of them; None: unknown.
 
-        ``likelihoods``: the field has likelihoods elsewhere, so that ``{'A': 0.0}`` names A. Raises InputError for what
-        could mean two things.
+        Raises InputError for what could mean two things.
         """
         if isinstance(value, str):
             value = self._parsed(value, field)
         if isinstance(value, Mapping):
-            return self._of_mapping(value, field, likelihoods)
+            return self._of_mapping(value, field)
         if isinstance(value, list | tuple):
             return self._of_list(value, field)
         text = self._text(value, field)
@@ -197,8 +199,8 @@ class Cells:
         """The names of the flags that are set; None where one of them is unknown, since it may be set."""
         flags = {name: self.flag(cell, name) for name, cell in cells.items()}
         if None in flags.values():
-            if any(flag is not None for flag in flags.values()):
-                self.notes[f"{field} with flags of which some are unknown, taken as unknown"] += 1
+            some = "some" if any(flag is not None for flag in flags.values()) else "all"
+            self.notes[f"{field} with flags of which {some} are unknown, taken as unknown"] += 1
             return None
         return [name for name, flag in flags.items() if flag]
 
@@ -270,7 +272,7 @@ class Cells:
             raise _flags_without_names(str(values), field)
         return self._names(values, field) if values else []
 
-    def _of_mapping(self, values: Mapping[Any, Any], field: str, likelihoods: bool) -> list[str] | None:
+    def _of_mapping(self, values: Mapping[Any, Any], field: str) -> list[str] | None:
         kind = kind_of_mapping(values)
         if kind is None:
             raise InputError(
@@ -279,11 +281,14 @@ class Cells:
             )
         if not values:
             return []
-        if kind != "flags" or likelihoods:
-            if any(_number(value) == 0 for value in values.values()):
-                self.notes[f"{field} with likelihoods, where 0 is taken for one that was not said (as in PTB-XL)"] += 1
-            return self._names(values, field)
         numbers = {str(name): _number(value) for name, value in values.items()}
+        are_numbers = 1 not in numbers.values() and not any(isinstance(value, bool) for value in values.values())
+        if are_numbers and squashed(field).startswith(_ZERO_IS_NOT_SAID):
+            if 0 in numbers.values():
+                self.notes[f"{field} with likelihoods, where 0 is taken for one that was not said, as in PTB-XL"] += 1
+            return self._names(values, field)
+        if kind != "flags":
+            self.notes[f"{field} with likelihoods or amounts: each above 0 is taken as its class, 0 as none"] += 1
         if None in numbers.values():
             self.notes[f"{field} with flags of which some are unknown, taken as unknown"] += 1
             return None
@@ -294,7 +299,7 @@ class Cells:
 def kind_of_mapping(values: Mapping[Any, Any]) -> str | None:
     """``flags`` (true and false, 1 and 0), ``likelihoods`` in percent, ``amounts`` that are all above 0, or None.
 
-    Of likelihoods and amounts all names hold; among other numbers, a 0 may mean one that does not.
+    Among other numbers with a 0, what it means is open.
     """
     try:
         numbers = [number for value in values.values() if (number := _number(value)) is not None]
@@ -309,14 +314,6 @@ def kind_of_mapping(values: Mapping[Any, Any]) -> str | None:
     if all(number % _PERCENT_STEP == 0 for number in numbers):
         return "likelihoods"
     return "amounts" if all(numbers) else None
-
-
-def has_likelihoods(value: object) -> bool:
-    """Whether a cell holds likelihoods that are no flags, which tells how the field's other cells are meant."""
-    if isinstance(value, str):
-        text = value.strip(_STRIPPED)
-        value = _literal(text, "") if text.startswith("{") else None
-    return isinstance(value, Mapping) and kind_of_mapping(value) == "likelihoods"
 
 
 def _number(value: object) -> float | None:

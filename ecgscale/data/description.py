@@ -105,7 +105,7 @@ def _labels_of_row(cells: Cells, table: LabelTable, row: Mapping[str, str], take
     flags = {column for _, columns in table.label_columns for column in columns}
     left_out = flags | {file.record_column for file in table.files}
     values = {
-        column: cells.classes(cell, column, column in table.likelihoods)
+        column: cells.classes(cell, column)
         for column, cell in row.items()
         if column.casefold() not in taken and column not in left_out and not WITHOUT_NAME.fullmatch(column)
     }

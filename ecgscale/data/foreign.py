@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ecgscale.data.amplitude import GAIN_KEYS, SCALE_KEYS, UNIT_KEYS, read_scale
-from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key, has_likelihoods
+from ecgscale.data.cells import PATIENT_KEYS, Cells, find_key
 from ecgscale.data.json_keys import (
     Fields,
     agreed,
@@ -88,8 +88,6 @@ class Rules:
     label_keys: tuple[str, ...] = ()
     label_columns: tuple[str, ...] = ()
     """Groups of keys of flags, each as NAME=A,B,C: the classes of one label."""
-    likelihoods: tuple[str, ...] = ()
-    """Labels with likelihoods in percent in some of the records, where 0 is one that was not said."""
     signal_ext: str = "npy"
     meta_ext: str = "json"
     lead_order: tuple[str, ...] = LEADS
@@ -123,10 +121,12 @@ class Rules:
     def from_manifest(fields: Any, place: str) -> Rules:
         """Raises InputError that names ``place`` for anything but what ``to_manifest`` gives."""
         types: dict[str, type | tuple[type, ...]] = {"rate_hz": (int, float), "mv_per_count": (int, float)}
-        lists = ("leads", "label_keys", "label_columns", "likelihoods", "lead_order", "rename_leads", "patient_keys")
+        lists = ("leads", "label_keys", "label_columns", "lead_order", "rename_leads", "patient_keys")
         if isinstance(fields, dict):  # older manifests know no such rules
-            older = {"label_columns": [], "likelihoods": [], "rename_leads": [], "patient_keys": _OLDER_PATIENT_KEYS}
+            older = {"label_columns": [], "rename_leads": [], "patient_keys": _OLDER_PATIENT_KEYS}
             fields = older | fields
+            if all(str(one).startswith("scp") for one in fields.get("likelihoods") or ()):  # others were read otherwise
+                fields.pop("likelihoods", None)
         if not isinstance(fields, dict) or fields.keys() != asdict(Rules()).keys():
             raise InputError(f"{place}: its rules for foreign tars are not those of this version; index the tars again")
         for name, value in fields.items():
@@ -165,7 +165,6 @@ class Described:
     labels: dict[str, list[str]]
     metadata: dict[str, str]
     notes: dict[str, int] = field(default_factory=dict)  # what was done to cells (see ``Cells``) -> how often
-    likelihoods: frozenset[str] = frozenset()  # labels that say likelihoods in percent
     patient_key: str = ""  # that names the patient
     flags: frozenset[str] = frozenset()  # keys of its ``labels`` that are true or false alone, so classes of one label
     other_ids: dict[str, str] = field(default_factory=dict)  # key -> what else may be the patient's id
@@ -200,7 +199,7 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
     other_keys = patient_keys[patient_keys.index(patient_key) + 1 :] if patient_key else ()
     given = told.get("labels")
     values, flags = _label_values(fields, given, rules)
-    labels = {key: cells.classes(value, key, key in rules.likelihoods) for key, value in values.items()}
+    labels = {key: cells.classes(value, key) for key, value in values.items()}
     labels |= {name: cells.flagged(group, name) for name, group in flags.items()}
     taken = {*values, *(key for group in flags.values() for key in group)}
     rest = {key: value for key, value in fields.items() if key not in taken and folded(key) not in usual}
@@ -213,7 +212,6 @@ def describe(fields: Fields, rules: Rules, n_leads: int | None = None) -> Descri
         {key: classes for key, classes in labels.items() if classes is not None},
         {key: text for key, text in metadata.items() if text is not None},
         dict(cells.notes),
-        frozenset(key for key, value in values.items() if has_likelihoods(value)),
         patient_key,
         frozenset(given if isinstance(given, dict) and "labels" in values.keys() - given.keys() else ()),
         {key: id_ for key in other_keys if (id_ := _id_or_none(told.get(key))) is not None},

@@ -110,8 +110,7 @@ def index_folder(folder: Path, rules: Rules, options: IngestOptions, dataset: st
         notes = Counter(same_patients(indexed))
         check_label_keys(indexed, rules)
         check_label_names(indexed)
-        likelihoods = sorted({label for one in indexed for label in one.likelihoods})
-        rules = replace(rules, lead_order=lead_order(indexed), likelihoods=tuple(likelihoods))
+        rules = replace(rules, lead_order=lead_order(indexed))
         splits = _splits(indexed, options)
         records = sum(len(split_B) for split_B in splits)
         parts = (one.columns | {"split": split_B} for one, split_B in zip(indexed, splits, strict=True))
@@ -226,7 +225,6 @@ def _index_tar(
         done.spellings.add(described.labels)
         if described.patient is None:
             done.notes[NOBODY] += 1
-        done.likelihoods |= described.likelihoods
         if split_by:
             try:
                 value = split_value((described.labels, *objects_in(record.fields)), split_by)

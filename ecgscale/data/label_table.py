@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecgscale.data.cells import PATIENT_KEYS, Cells, has_likelihoods, is_known
+from ecgscale.data.cells import PATIENT_KEYS, Cells, is_known
 from ecgscale.data.csv_rows import CsvText, Row, split_line, swallowed
 from ecgscale.data.disk_tables import being_filled, rows_of
 from ecgscale.data.grouping import Grouping, patient_keys_in
@@ -58,8 +58,6 @@ class LabelTable:
     scratch: Scratch  # holds the rows
     files: tuple[CsvFile, ...]
     label_columns: LabelColumns = ()
-    likelihoods: frozenset[str] = frozenset()
-    """Columns of likelihoods in percent."""
     patient_columns: tuple[str, ...] = ()
     """Of each file that has one, the first of PATIENT_KEYS that is known in any row; alike but for capitals."""
     passed_over: tuple[str, ...] = ()
@@ -145,7 +143,6 @@ def load_label_table(
         scratch,
         tuple(filling.files),
         label_columns,
-        frozenset(filling.likelihoods),
         tuple(dict.fromkeys(column_of.values())),
         tuple(line for one in filling.patients for line in one.passed_over()),
         filling.rows_of_none,
@@ -162,7 +159,6 @@ class _Filling:
     def __init__(self, table: sqlite3.Connection, matcher: Matcher) -> None:
         self._table, self._matcher = table, matcher
         self.files: list[CsvFile] = []
-        self.likelihoods: set[str] = set()
         self.patients: list[_Patients] = []
         self.rows_of_none, self.row_of_none = 0, ""
 
@@ -186,7 +182,7 @@ class _Filling:
                 self.row_of_none = self.row_of_none or f"{csv_path}: line {line}: {cells[at]!r}"
                 continue
             matched += 1
-            self._learn(text.columns, cells)
+            self.patients[-1].add(cells)
             _insert(self._table, self.files, item, line, cells)
         if not matched:
             candidates = " or ".join(self._matcher.columns(text.columns, record_column, csv_path))
@@ -194,12 +190,6 @@ class _Filling:
                 f"{csv_path}: column {candidates} names no record below {self._matcher.source}: it says "
                 f"{first_cell!r}, {self._matcher.example()}"
             )
-
-    def _learn(self, columns: Sequence[str], cells: Sequence[str]) -> None:
-        self.patients[-1].add(cells)
-        for column, cell in zip(columns, cells, strict=True):
-            if cell[:1] == "{" and column not in self.likelihoods and has_likelihoods(cell):
-                self.likelihoods.add(column)
 
 
 class _Patients:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ecgscale.data.cells import UNKNOWN_WORDS, Cells, has_likelihoods, is_known, told
+from ecgscale.data.cells import UNKNOWN_WORDS, Cells, is_known, told
 from ecgscale.errors import InputError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -211,16 +211,22 @@ def test_what_could_mean_two_things_is_refused(cell: object) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_likelihoods() -> None:
-    said = "{'NORM': 100.0, 'SR': 0.0}"
-    assert has_likelihoods(said)
-    assert classes(said) == ["NORM", "SR"]
-    # What zeros alone mean, the rest of the column says.
-    zeros = "{'SR': 0.0, 'AFIB': 0.0}"
-    assert not has_likelihoods(zeros)
-    assert classes(zeros) == []
-    assert classes(zeros, likelihoods=True) == ["SR", "AFIB"]
-    assert not any(map(has_likelihoods, ("NORM", "{NORM}", "{'NORM': 0.5}", "{'NORM': True}", "['NORM']", 3, None)))
+@pytest.mark.parametrize(
+    ("cell", "elsewhere", "in_ptbxl"),
+    [
+        ("{'NORM': 100.0, 'SR': 0.0}", ["NORM"], ["NORM", "SR"]),
+        ("{'SR': 0.0, 'AFIB': 0.0}", [], ["SR", "AFIB"]),
+        ({"A": 5, "B": 50}, ["A", "B"], ["A", "B"]),
+        ({"A": 85, "B": None}, None, ["A", "B"]),
+        ({"A": 1, "B": 0}, ["A"], ["A"]),  # flags
+        ({"A": False, "B": False}, [], []),
+        ({}, [], []),
+    ],
+)
+def test_a_likelihood_of_0_is_none_but_in_ptbxl(cell: object, elsewhere: list[str] | None, in_ptbxl: list[str]) -> None:
+    """Whatever other cells of the column hold."""
+    assert Cells().classes(cell, "dx") == elsewhere
+    assert Cells().classes(cell, "scp_codes") == Cells().classes(cell, "SCP") == in_ptbxl
 
 
 @given(LISTS)
@@ -294,10 +300,11 @@ def test_flags_of_one_label() -> None:
     cells = Cells()
     assert cells.flagged({"AF": "1", "SB": "0", "ST": "True"}, "rhythm") == ["AF", "ST"]
     assert cells.flagged({"AF": "0", "SB": False}, "rhythm") == []
-    assert cells.flagged({"AF": "", "SB": None}, "rhythm") is None
     assert not cells.notes
+    assert cells.flagged({"AF": "", "SB": None}, "rhythm") is None
     assert cells.flagged({"AF": "1", "SB": ""}, "rhythm") is None
-    assert cells.notes == {"rhythm with flags of which some are unknown, taken as unknown": 1}
+    unknown = "rhythm with flags of which {} are unknown, taken as unknown"
+    assert cells.notes == {unknown.format("all"): 1, unknown.format("some"): 1}
 
 
 @pytest.mark.parametrize("text", ["1.000", "12.000", "1,101", "1,101,000"])
@@ -350,11 +357,15 @@ def test_what_cannot_be_seen_makes_no_other_class_or_patient(text: str) -> None:
     assert cells.identifier(text, "patient") == cells.text(text, "age") == "AF"
 
 
-def test_a_likelihood_of_0_that_counts_is_told() -> None:
+def test_how_likelihoods_were_read_is_told() -> None:
     cells = Cells()
-    assert cells.classes({"A": 0, "B": 50}, "dx", likelihoods=True) == ["A", "B"]
-    assert cells.classes({"A": 5, "B": 50}, "dx", likelihoods=True) == ["A", "B"]
-    assert cells.notes == {"dx with likelihoods, where 0 is taken for one that was not said (as in PTB-XL)": 1}
+    for field in ("dx", "scp"):
+        cells.classes({"A": 0, "B": 50}, field)
+        cells.classes({"A": 1, "B": 0}, field)
+    assert cells.notes == {
+        "dx with likelihoods or amounts: each above 0 is taken as its class, 0 as none": 1,
+        "scp with likelihoods, where 0 is taken for one that was not said, as in PTB-XL": 1,
+    }
 
 
 def test_letters_and_blanks_of_two_kinds_are_one() -> None:

@@ -513,3 +513,14 @@ def test_a_part_in_another_unit_is_read_in_it(root: Path, ecgs: list[Record]) ->
     (root / "exams_part1.hdf5").unlink()
     source = open_source(change(root, say), SourceOptions(unit="uV"))
     np.testing.assert_allclose(source.read(source.items()[0]).millivolts(), ecgs[0].millivolts(), atol=0.002)
+
+
+def test_an_exam_without_flags_is_counted_and_other_columns_of_sex_are_kept(root: Path) -> None:
+    exams = EXAMS.replace("is_male", "sex").replace(
+        ",True,40.16,False,False,False,False,False,False,", ",M,40.16,,,,,,,"
+    )
+    (root / "exams.csv").write_text(exams)
+    source = open_source(root, SourceOptions())
+    record = source.read(source.items()[0])
+    assert (record.metadata["sex"], record.labels) == ("M", {"normal_ecg": ["true"]})
+    assert record.notes == {"abnormality with flags of which all are unknown, taken as unknown": 1}

@@ -371,7 +371,7 @@ def test_flags_lists_and_unknown_words(tmp_path, json_of_labels: dict, options: 
     assert "records 3" in " ".join(summarise(str(tmp_path / "set")).split())
 
 
-def test_likelihoods_are_told_by_the_whole_set(tmp_path, capsys) -> None:
+def test_likelihoods_are_told_by_their_key(tmp_path, capsys) -> None:
     said = [{"SR": 0.0}, {"NORM": 80.0, "SR": 0.0}]
     samples = [{"npy": counts(i), "json": ABOUT | {"scp": one, "AF": {"AF": 0}}} for i, one in enumerate(said)]
     folder = write_tars(tmp_path / "set", samples, per_tar=1)
@@ -397,10 +397,17 @@ def test_what_was_done_to_ids_and_labels_is_counted(tmp_path, capsys) -> None:
 
 def test_manifests_of_older_versions_know_fewer_rules() -> None:
     fields = json.loads(json.dumps(Rules(rate_hz=100).to_manifest()))
-    for name in ("label_columns", "likelihoods", "patient_keys"):
+    for name in ("label_columns", "patient_keys"):
         del fields[name]
     patient_keys = ("patient", "patient_id", "subject_id")
     assert Rules.from_manifest(fields, "manifest.json") == Rules(rate_hz=100, patient_keys=patient_keys)
+
+
+def test_manifests_that_read_likelihoods_by_the_whole_set_are_indexed_again() -> None:
+    fields = json.loads(json.dumps(Rules(rate_hz=100).to_manifest()))
+    assert Rules.from_manifest(fields | {"likelihoods": ["scp_codes"]}, "manifest.json") == Rules(rate_hz=100)
+    with pytest.raises(InputError, match=r"^manifest.json: .* index the tars again$"):
+        Rules.from_manifest(fields | {"likelihoods": ["dx"]}, "manifest.json")
 
 
 @pytest.mark.parametrize("per_tar", [1, 4])

@@ -250,8 +250,9 @@ def test_columns_without_a_name_are_no_labels(tmp_path: Path) -> None:
     assert describe((), table, "a/x").labels == {"n": ["1"]}
 
 
-def test_likelihoods_are_told_by_the_whole_column(tmp_path: Path) -> None:
-    table = load(tmp_path, "record,scp,flags\na/x,{'SR': 0.0},{'SR': 0}\na/y,\"{'NORM': 80.0, 'SR': 0.0}\",{'SR': 1}\n")
+def test_likelihoods_are_told_by_their_column(tmp_path: Path) -> None:
+    rows = "a/x,{'SR': 0.0},{'SR': 0}\na/y,\"{'NORM': 80.0, 'SR': 0.0}\",{'SR': 75}\n"
+    table = load(tmp_path, f"record,scp,flags\n{rows}")
     assert describe((), table, "a/x").labels == {"scp": ["SR"], "flags": []}
     assert describe((), table, "a/y").labels == {"scp": ["NORM", "SR"], "flags": ["SR"]}
 

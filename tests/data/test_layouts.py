@@ -354,6 +354,7 @@ def test_mimic(mimic: Path, ecgs: list[Record], kind: str) -> None:
         {"report": ["Sinus, probably", "Abnormal ECG"]},
     ]
     assert records[2].metadata == {"ecg_time": "2110-10-11 11:45:00"}
+    assert [record.notes for record in records] == [{}, {"no report in machine_measurements.csv": 1}, {}]
     for record, made in zip(records, ecgs, strict=False):
         assert record.leads == LEADS
         np.testing.assert_array_equal(record.signal_LT, made.signal_LT)

@@ -57,6 +57,7 @@ _MAX_EXAMS = 1 << 24
 _MAX_SAMPLES = 1 << 20
 _MAX_CHUNK_BYTES = 1 << 28
 _MAX_STATED = 64  # values of an attribute, or attributes of an object, that are asked for what they say
+_TEXTS = ("age", "sex", "nn_predicted_age", "death", "timey")
 _SEX = {True: "male", False: "female"}
 # What is part of HDF5 or of h5py: gzip, shuffle, checksum, szip, n-bit, scale-offset, LZF. Others are plugins, that is
 # foreign code.
@@ -229,7 +230,7 @@ def _description(row: dict[str, str], where: str) -> Description:
         abnormality = cells.flagged({name: row[name] for name in ABNORMALITIES}, "abnormality")
         normal = cells.flag(row.get("normal_ecg"), "normal_ecg")
         male = cells.flag(row.get("is_male"), "is_male")
-        texts = {name: cells.text(row.get(name), name) for name in ("age", "nn_predicted_age", "death", "timey")}
+        texts = {name: cells.text(row.get(name), name) for name in _TEXTS}
     except InputError as error:
         return Description(None, {}, {}, fault=f"{where}: {error}")
     labels = {} if abnormality is None else {"abnormality": abnormality}

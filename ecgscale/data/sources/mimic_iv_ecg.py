@@ -25,6 +25,7 @@ from ecgscale.errors import InputError
 
 RECORDS, MEASUREMENTS = "record_list.csv", "machine_measurements.csv"
 DESCRIPTION = "MIMIC-IV-ECG: {n} records, patients from record_list.csv, label report "
+_NO_REPORT = f"no report in {MEASUREMENTS}"
 _COLUMNS = ("subject_id", "study_id", "ecg_time", "path")
 
 
@@ -114,14 +115,20 @@ def _described(tree: Tree, scratch: Path, within: str, absent: Absent) -> Descri
     Raises InputError for tables that are not MIMIC-IV-ECG's.
     """
     reports = Catalogue.make(scratch / "reports.sqlite")
-    if MEASUREMENTS in tree.children("") and (contradicted := reports.add_texts(_reports(tree))):
+    has_reports = MEASUREMENTS in tree.children("")
+    if has_reports and (contradicted := reports.add_texts(_reports(tree))):
         absent.remarks.append(
             f"{len(contradicted)} rows of {MEASUREMENTS} say other reports or patients than an earlier row, which "
             f"counts; the first is of study {contradicted[0]}"
         )
-    if RECORDS not in tree.children(""):
-        yield from _by_folders(tree, reports, within)
-        return
+    is_listed = RECORDS in tree.children("")
+    each = _by_list(tree, reports, within, absent) if is_listed else _by_folders(tree, reports, within)
+    for item, description in each:
+        notes = {_NO_REPORT: 1} if has_reports and not description.labels and not description.fault else {}
+        yield item, replace(description, notes=description.notes | notes)
+
+
+def _by_list(tree: Tree, reports: Catalogue, within: str, absent: Absent) -> Described:
     there = Presence(tree)
     with tree.table(RECORDS) as stream:
         table = Table(stream, str(tree.where / RECORDS), _COLUMNS)
