@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ecgscale.errors import InputError
 from ecgscale.export import Profile, about_model, described, is_export, read_model, write_export
-from ecgscale.interop.fairseq_config import PROFILES, cfg_for, contents_of, notes_of, profile_of
+from ecgscale.interop.fairseq_config import PROFILES, cfg_for, contents_of, leads_of, notes_of, profile_of
 from ecgscale.interop.fairseq_layout import Codes, Contents, to_ours, to_theirs
 from ecgscale.interop.output import write_over
 from ecgscale.lead_names import LEADS, chosen_leads
@@ -54,7 +54,7 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
         profile, why = _own_profile(ours, profile_name) if ours else profile_of(cfg, profile_name)
         about = about_model(contents.model, profile, step=_updates(state), source=_source(path, cfg, tensors, contents))
         about |= _about_classes(contents, classes, _classes_of(ours))
-        about["leads"] = list(chosen_leads(ours.get("leads", [])))
+        about["leads"] = list(chosen_leads(ours["leads"]) if "leads" in ours else leads_of(cfg))
         if contents.codes is not None:
             about["codes"] = dict(zip(CODES, contents.codes, strict=True))
     except InputError as error:
@@ -65,6 +65,8 @@ def import_checkpoint(path: Path, out: Path, profile_name: str | None = None, cl
     notes = notes_of(cfg)
     if not contents.mask_token:
         notes = [*notes, f"no mask token is in it; the export has one beside, of {contents.model.width} parameters"]
+    if about["leads"]:
+        notes = [*notes, f"trained with leads {','.join(about['leads'])} alone; it is used with these"]
     lines += [f"profile: {why}", *(f"note: {note}" for note in notes), f"export: {out}"]
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ecgscale.errors import InputError
 from ecgscale.export import Profile
 from ecgscale.interop.fairseq_layout import Codes, Contents
-from ecgscale.lead_names import LEADS
+from ecgscale.lead_names import LEADS, canonical_leads
 from ecgscale.model.encoder import ModelConfig
 from ecgscale.model.presets import preset_of
 from ecgscale.model.stem import BLOCKS
@@ -35,6 +35,7 @@ _SHAPE: tuple[tuple[str, str, Any], ...] = (
     ("pre_norm", "layer_norm_first", None),
     ("stem_bias", "conv_bias", False),
 )
+_NOT_OURS = ("filter", "mean_path", "std_path")  # ways to prepare signals
 _TRAINING: tuple[tuple[str, str, Any], ...] = (  # of no consequence but in training
     ("dropout", "dropout", 0.1),
     ("attention_dropout", "attention_dropout", 0.1),
@@ -86,6 +87,8 @@ def notes_of(cfg: dict[str, Any]) -> list[str]:
         for key in ("activation_dropout", "encoder_layerdrop")
         if given.get(key)
     ]
+    if bucket := _task(cfg).get("leads_bucket"):
+        notes.append(f"cfg.task.leads_bucket {bucket!r}: it was trained with some of these leads at a time")
     features, targets = given.get("dropout_input", 0.0), given.get("dropout_features", 0.0)
     if features != targets:
         notes.append(f"one dropout stands for dropout_input {features} and dropout_features {targets}: the former")
@@ -168,18 +171,21 @@ def _rows(tensors: dict[str, Tensor], name: str) -> int:
 
 def profile_of(cfg: dict[str, Any], name: str | None) -> tuple[Profile, str]:
     """The preprocessing of a checkpoint and why it is that; ``name`` is one of PROFILES, or None: from the cfg."""
-    task: Any = cfg.get("task")
-    task, known = task if isinstance(task, dict) else {}, ", ".join(PROFILES)
+    task, known = _task(cfg), ", ".join(PROFILES)
     normalize, rate_hz = task.get("normalize"), task.get("sample_rate")
+    others = [f"cfg.task.{key} {task[key]!r}" for key in _NOT_OURS if task.get(key)]
     if name is not None:
-        against = type(normalize) is bool and normalize != (PROFILES[name].normalisation == "zscore")
-        remark = f", although cfg.task.normalize is {str(normalize).lower()}" if against else ""
-        return PROFILES[name], f"{name}, as given{remark}"
+        profile = PROFILES[name]
+        if type(normalize) is bool and normalize != (profile.normalisation == "zscore"):
+            others.insert(0, f"cfg.task.normalize is {str(normalize).lower()}")
+        if isinstance(rate_hz, int | float) and rate_hz != profile.rate_hz:  # the reference reads no other rate
+            raise InputError(f"--profile {name}: cfg.task.sample_rate is {rate_hz:g}; give a profile of that rate")
+        return profile, f"{name}, as given{', although ' if others else ''}{' and '.join(others)}"
     if type(normalize) is not bool:
         raise InputError(f"cfg.task.normalize does not say how signals were prepared; give --profile, one of {known}")
-    if task.get("filter"):
+    if others:
         raise InputError(
-            f"cfg.task.filter {task['filter']!r}: ecgscale filters nothing; give --profile, one of {known}"
+            f"{others[0]}: ecgscale does not prepare signals so; do it before, and give --profile, one of {known}"
         )
     kind = "zscore" if normalize else "mv"
     stated = f"cfg.task.normalize is {str(normalize).lower()}"
@@ -192,6 +198,24 @@ def profile_of(cfg: dict[str, Any], name: str | None) -> tuple[Profile, str]:
         )
     name = f"{kind}-500hz"
     return PROFILES[name], f"{name}, since {stated}; the file does not say the rate: give --profile if it is not 500 Hz"
+
+
+def leads_of(cfg: dict[str, Any]) -> tuple[str, ...]:
+    """The leads that the reference read, all others being 0; (): all. Raises InputError for what names none."""
+    told = _task(cfg).get("leads_to_load")
+    try:
+        numbers = ast.literal_eval(told) if isinstance(told, str) else told
+        leads = () if numbers is None else tuple(LEADS[number] for number in numbers if number >= 0)
+        if numbers is not None and (len(leads) != len(numbers) or not leads):
+            raise ValueError("a negative number, or none")
+    except (ValueError, TypeError, SyntaxError, IndexError, RecursionError, MemoryError) as error:
+        raise InputError(f"cfg.task.leads_to_load {told!r}: no list of numbers of the twelve leads, 0 to 11") from error
+    return canonical_leads(sorted(leads, key=LEADS.index))
+
+
+def _task(cfg: dict[str, Any]) -> dict[str, Any]:
+    task = cfg.get("task")
+    return task if isinstance(task, dict) else {}
 
 
 def cfg_for(contents: Contents, profile: Profile) -> dict[str, Any]:

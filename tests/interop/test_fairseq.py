@@ -232,6 +232,12 @@ def test_identification_files(command, make_export, tmp_path, read):
             "mv-250hz, as given, although cfg.task.normalize is true",
         ),
         ({}, ["--profile", "zscore-500hz"], Profile(500.0, 5.0, "zscore"), "zscore-500hz, as given"),
+        (
+            {"normalize": False, "filter": True, "sample_rate": 500.0},
+            ["--profile", "mv-500hz"],
+            Profile(500.0, 5.0, "mv"),
+            "mv-500hz, as given, although cfg.task.filter True",
+        ),
     ],
 )
 def test_profiles(command, pretrained, tmp_path, written, task, arguments, profile, why):
@@ -247,7 +253,12 @@ def test_profiles(command, pretrained, tmp_path, written, task, arguments, profi
         ({}, [], "cfg.task.normalize does not say how signals were prepared; give --profile, one of mv-500hz, zscore"),
         ({"normalize": "${x}"}, [], "cfg.task.normalize does not say"),
         ({"normalize": True, "sample_rate": 100}, [], "cfg.task.sample_rate 100, which no profile is"),
-        ({"normalize": False, "filter": True}, [], "cfg.task.filter True: ecgscale filters nothing; give --profile"),
+        ({"normalize": False, "filter": True}, [], "cfg.task.filter True: ecgscale does not prepare signals so"),
+        ({"normalize": False, "mean_path": "m.npy"}, [], "cfg.task.mean_path 'm.npy': ecgscale does not prepare"),
+        ({"sample_rate": 500}, ["--profile", "mv-250hz"], "--profile mv-250hz: cfg.task.sample_rate is 500; give"),
+        ({"normalize": False, "leads_to_load": "[0,12]"}, [], "cfg.task.leads_to_load '[0,12]': no list of numbers"),
+        ({"normalize": False, "leads_to_load": "lead I"}, [], "cfg.task.leads_to_load 'lead I': no list of numbers"),
+        ({"normalize": False, "leads_to_load": [1, 1]}, [], "lead II stands 2 times"),
         ({"normalize": False}, ["--profile", "mv"], "--profile 'mv' is unknown; known are mv-500hz, zscore-500hz, mv-"),
         ({"normalize": False}, ["--classes", "a"], "--classes names 1, but the checkpoint has no classification head"),
     ],
@@ -256,6 +267,15 @@ def test_profiles_that_are_not_clear(refusal, pretrained, tmp_path, written, tas
     pretrained["cfg"]["task"] = task
     assert said in refusal("import-fairseq", written(tmp_path / "a.pt", pretrained), tmp_path / "export", *arguments)
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("leads", ["0,1,6", "[1, 0, 6]", [6, 0, 1]])
+def test_leads_that_the_reference_read_are_those_of_the_export(command, pretrained, tmp_path, written, leads):
+    pretrained["cfg"]["task"] = {"normalize": False, "leads_to_load": leads, "leads_bucket": "[0, 1]"}
+    said = command("import-fairseq", written(tmp_path / "a.pt", pretrained), tmp_path / "export")
+    assert load(tmp_path / "export").about["leads"] == ["I", "II", "V1"]
+    assert "note: trained with leads I,II,V1 alone; it is used with these" in said
+    assert "note: cfg.task.leads_bucket '[0, 1]': it was trained with some of these leads at a time" in said
 
 
 def test_what_is_of_training_alone_is_said(command, pretrained, tmp_path, written):
