@@ -256,7 +256,7 @@ class ECGModel:
         windows = (
             (number, window)
             for number, recording in enumerate(recordings)
-            for window in _cut(recording, self.profile, self.encoder.config.patch_samples)
+            for window in cut(recording, self.profile, self.encoder.config.patch_samples)
         )
         while rows := list(islice(windows, _WINDOWS_AT_ONCE)):
             yield _batch([window for _, window in rows]).to(self.device), [number for number, _ in rows]
@@ -321,8 +321,8 @@ class _Window(NamedTuple):
     length: int  # valid samples
 
 
-def _cut(recording: Recording, profile: Profile, patch_samples: int) -> Iterator[_Window]:
-    """The adjacent windows of a recording."""
+def cut(recording: Recording, profile: Profile, patch_samples: int) -> Iterator[_Window]:
+    """The adjacent windows of a recording, the last one filled up. A short rest is left out."""
     samples = round(profile.segment_s * profile.rate_hz)
     gain_L, offset_L = np.zeros((2, len(LEADS)), np.float32)
     at, dtype = recording.lead_positions, recording.signal_LT.dtype

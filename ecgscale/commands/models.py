@@ -49,9 +49,8 @@ class Export(Command):
     """Write the newest checkpoint of a run, or an export, for ecgscale, fairseq-signals or ONNX.
 
     safetensors is a folder with config.json + model.safetensors, which all commands take. fairseq is a .pt file in the
-    layout of fairseq-signals, of models with the conv stem. onnx is an .onnx file that takes millivolts (batch, 12,
-    samples), missing leads zero, and is checked in onnxruntime before it is written. It takes one window: cut
-    recordings into windows of the profile's length and rate, as `ecgscale embed` does, and average what comes out.
+    layout of fairseq-signals, of models with the conv stem. onnx is an .onnx file that takes windows of recordings in
+    mV with their lengths, and is checked in onnxruntime before it is written; docs/models.md shows how to use it.
     """
 
     model: Path = option(positional=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from ecgscale.lead_names import LEADS
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+ROOT = Path(__file__).parents[2]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, of which an offset of 2 mV before the norm takes digits
 
 
@@ -37,35 +41,61 @@ def session(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
+def embedding_by_the_docs(path, monkeypatch):
+    """The function that docs/models.md shows."""
+    monkeypatch.chdir(path.parent)
+    (shown,) = re.findall(r"```python\n(import json\n.*?)```", (ROOT / "docs/models.md").read_text(), re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(compile(shown, "docs/models.md", "exec"), namespace)
+    return namespace["embedding"]
+
+
 @pytest.mark.parametrize("names", [LEADS, ("I", "II", "V2"), ("V6",)], ids=len)
-def test_whole_segments_give_what_embed_gives(made, smooth_ecg, names):
+@pytest.mark.parametrize("windows", [0.16, 0.4, 1.0, 1.3, 2.0, 2.6])
+def test_recordings_of_any_length_give_what_embed_gives(made, smooth_ecg, monkeypatch, names, windows):
+    """Shorter than a window, whole ones, with a rest below 1 s that is left out, and with a longer one."""
     export, path, _ = made
-    model, run = load(export), session(path)
+    model = load(export)
     rate_hz, at = model.profile.rate_hz, [LEADS.index(name) for name in names]
-    signal_BLT = np.zeros((3, 12, round(model.profile.segment_s * rate_hz)), np.float32)
-    for row in range(3):
-        signal_BLT[row, at] = 2.0 + smooth_ecg(rate_hz, model.profile.segment_s, row)[at]
-    found = run.run(None, {"signal": signal_BLT})
-    expected = model.embed(signal_BLT[:, at], rate_hz, names, tokens=True)
-    np.testing.assert_allclose(found[0], expected.tokens, **CLOSE)
-    np.testing.assert_allclose(found[1], expected.record_embedding, **CLOSE)
-    assert len(found) == (2 if model.head is None else 3)
-    if model.head is not None:
-        recordings = [Recording(signal_LT[at], np.ones(len(at), np.float32), at) for signal_LT in signal_BLT]
-        np.testing.assert_allclose(found[2], model.logits(recordings), **CLOSE)
+    signal_LT = np.zeros((12, round(windows * model.profile.segment_s * rate_hz)), np.float32)
+    signal_LT[at] = 2.0 + smooth_ecg(rate_hz, windows * model.profile.segment_s, 1)[at]
+    if len(names) == 12:
+        signal_LT[4] = 0.0  # a flat lead
+    rows = [row for row in at if signal_LT[row].any()]
+    expected = model.embed(signal_LT[rows], rate_hz, [LEADS[row] for row in rows]).record_embedding[0]
+    np.testing.assert_allclose(embedding_by_the_docs(path, monkeypatch)(signal_LT), expected, **CLOSE)
 
 
-def test_batch_and_length_are_free(made):
+def test_tokens_and_logits_of_rows_of_other_lengths(made, smooth_ecg):
+    export, path, _ = made
+    model, patch = load(export), load(export).encoder.config.patch_samples
+    samples = round(model.profile.segment_s * model.profile.rate_hz)
+    lengths = [samples, patch, 3 * patch + 1]
+    signal_BLT = np.stack([2.0 + smooth_ecg(model.profile.rate_hz, model.profile.segment_s, row) for row in range(3)])
+    given = {"signal": signal_BLT.astype(np.float32), "length": np.array(lengths)}  # behind its end stands something
+    if model.profile.normalisation == "zscore":
+        parts = [signal_LT[:, :n] for signal_LT, n in zip(signal_BLT, lengths, strict=True)]
+        given["mean"] = np.stack([part.mean(axis=1) for part in parts]).astype(np.float32)
+        given["deviation"] = np.stack([part.std(axis=1) for part in parts]).astype(np.float32)
+    token_BND, embedding_BD, *logits = session(path).run(None, given)
+    for row, length in enumerate(lengths):
+        recording = Recording(signal_BLT[row, :, :length].astype(np.float32), np.ones(12, np.float32), [*range(12)])
+        expected = model.embed_recordings([recording], tokens=True)
+        np.testing.assert_allclose(token_BND[row, : length // patch], expected.tokens[0], **CLOSE)
+        assert np.isnan(token_BND[row, length // patch :]).all()
+        np.testing.assert_allclose(embedding_BD[row], expected.record_embedding[0], **CLOSE)
+        if model.head is not None:
+            np.testing.assert_allclose(logits[0][row], model.logits([recording])[0], **CLOSE)
+
+
+def test_a_window_of_another_length_is_refused_by_the_file(made):
     export, path, _ = made
     model, run = load(export), session(path)
-    patch = model.encoder.config.patch_samples
-    for rows, samples in ((1, patch), (2, 2 * patch - 1), (5, 1003), (1, 3001)):
-        signal_BLT = np.random.default_rng(samples).standard_normal((rows, 12, samples), np.float32)
-        signal_BLT[0, 4] = 0.7  # a flat lead
-        found, expected = run.run(None, {"signal": signal_BLT}), onnx_model._right(model, signal_BLT)
-        assert found[0].shape == (rows, samples // patch, 32)
-        for one, right in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, right, **CLOSE)
+    signal_BLT = np.zeros((1, 12, round(model.profile.segment_s * model.profile.rate_hz) - 1), np.float32)
+    given = {"signal": signal_BLT, "length": np.array([signal_BLT.shape[2]])}
+    given |= {one.name: np.ones((1, 12), np.float32) for one in run.get_inputs()[2:]}
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="invalid dimensions"):
+        run.run(None, given)
 
 
 def test_the_file_says_what_goes_in(made):
@@ -78,12 +108,16 @@ def test_the_file_says_what_goes_in(made):
     assert properties["leads"] == ",".join(LEADS)
     outputs = ["tokens", "embedding"] + ["logits"] * (model.head is not None)
     assert [output.name for output in session(path).get_outputs()] == outputs
-    assert session(path).get_inputs()[0].shape[1] == 12
-    assert said.startswith(f"export: {path}, {', '.join(outputs)} of signal (batch, 12, samples) in mV\nchecked: onnx")
+    samples = round(model.profile.segment_s * model.profile.rate_hz)
+    inputs = {one.name: one.shape[1:] for one in session(path).get_inputs()}
+    moments = {"mean": [12], "deviation": [12]} if model.profile.normalisation == "zscore" else {}
+    assert inputs == {"signal": [12, samples], "length": []} | moments
+    assert (about["window_samples"], about["patch_samples"]) == (samples, model.encoder.config.patch_samples)
+    assert said.startswith(f"export: {path}, {', '.join(outputs)} of signal (batch, 12, {samples}) in mV, length")
     assert float(said.split("differ by ")[1].split()[0]) < 1e-4
 
 
-def test_leads_that_training_masked_are_masked(make_export, small_model_config, smooth_ecg, tmp_path):
+def test_leads_that_training_masked_are_masked(make_export, small_model_config, smooth_ecg, tmp_path, monkeypatch):
     export, path = tmp_path / "export", tmp_path / "model.onnx"
     make_export(export, replace(small_model_config, depth=1), Profile(250.0, 2.0, "zscore"), leads=["I", "II", "V2"])
     printed = onnx_model.export_onnx(export, path)
@@ -91,9 +125,8 @@ def test_leads_that_training_masked_are_masked(make_export, small_model_config, 
     properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert json.loads(properties["ecgscale"])["trained_leads"] == ["I", "II", "V2"]
     signal_LT = smooth_ecg(250, 2)
-    embedding_BD = session(path).run(["embedding"], {"signal": signal_LT[None]})[0]
-    expected = load(export).embed(signal_LT[[0, 1, 7]], 250, ("I", "II", "V2")).record_embedding
-    np.testing.assert_allclose(embedding_BD, expected, **CLOSE)
+    expected = load(export).embed(signal_LT[[0, 1, 7]], 250, ("I", "II", "V2")).record_embedding[0]
+    np.testing.assert_allclose(embedding_by_the_docs(path, monkeypatch)(signal_LT), expected, **CLOSE)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(made, refusal, tmp_path, monkeypatch):
@@ -105,7 +138,7 @@ def test_a_file_that_computes_something_else_is_not_kept(made, refusal, tmp_path
     right = onnx_model._right
     monkeypatch.setattr(onnx_model, "_right", lambda *given: [array + 0.01 for array in right(*given)])
     line = refusal("export", export, out, "--format", "onnx")
-    assert "tokens of 1 × 12 leads" in line
+    assert "tokens of 12 leads" in line
     assert "in onnxruntime; nothing was written" in line
     assert not list(tmp_path.iterdir())
 
